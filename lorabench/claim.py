@@ -1,0 +1,144 @@
+"""Who works on a run: claims that two workers can never both hold, also on NFS.
+
+A claim is a numbered file, `claims/0001.json`, created exclusively (O_EXCL, which NFS honours). The highest number
+is the owner. A dead owner's cell is taken by creating the next number, which again only one can do; nothing is ever
+deleted, so there is no moment without an owner, and the numbers count the attempts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BEAT_SECONDS = 2.0
+STALE_SECONDS = 90.0
+"""An owner on another machine that has not been heard of for so long is taken for dead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """What a claim file says. `progress` is `{"phase", "step", "steps", "tokens_per_second"}` as far as known."""
+
+    number: int
+    host: str
+    machine: str
+    """Boot id and pid namespace: where it is ours too, the pid can be looked up."""
+    pid: int
+    process_start: str | None
+    time: float
+    """Unix time of the last heartbeat."""
+    released: bool = False
+    progress: dict[str, Any] = field(default_factory=dict)
+
+    def is_alive(self) -> bool:
+        if self.released:
+            return False
+        if self.machine == _machine():
+            return _process_start(self.pid) == self.process_start is not None
+        return time.time() - self.time < STALE_SECONDS
+
+
+class Lost(Exception):
+    """Another worker has taken this run over: this one was taken for dead and must write nothing more."""
+
+
+class Hold:
+    """A claim that this process holds; a thread keeps its heartbeat. Use as a context manager."""
+
+    def __init__(self, folder: Path, claim: Claim):
+        self._file = folder / "claims" / f"{claim.number:04d}.json"
+        self._claim = claim
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+        self.number = claim.number
+        self.progress: dict[str, Any] = {}
+
+    def __enter__(self) -> Hold:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            self._write(released=True)
+
+    def check(self) -> None:
+        """Raises Lost if another worker has taken over."""
+        if (self._file.parent / f"{self.number + 1:04d}.json").exists():
+            raise Lost(f"{self._file.parent.parent.name}: another worker has taken this run over")
+
+    def _beat(self) -> None:
+        while not self._done.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # a full disk must not end the run: the next beat tries again
+                self._write(released=False)
+
+    def _write(self, released: bool) -> None:
+        table = vars(self._claim) | {"time": time.time(), "released": released, "progress": dict(self.progress)}
+        temporary = self._file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(table))
+        os.replace(temporary, self._file)
+
+
+def current_claim(folder: Path) -> Claim | None:
+    """The newest claim on the run in `folder`, dead or alive."""
+    numbers = _numbers(folder)
+    return _read(folder, numbers[-1]) if numbers else None
+
+
+def take(folder: Path) -> Hold | None:
+    """Claim the run in `folder`; None if a live worker holds it or another was faster."""
+    newest = current_claim(folder)
+    if newest and newest.is_alive():
+        return None
+    claim = Claim(
+        number=newest.number + 1 if newest else 1,
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=os.getpid(),
+        process_start=_process_start(os.getpid()),
+        time=time.time(),
+    )
+    (folder / "claims").mkdir(parents=True, exist_ok=True)
+    try:
+        with open(folder / "claims" / f"{claim.number:04d}.json", "x") as file:
+            file.write(json.dumps(vars(claim)))
+    except FileExistsError:
+        return None
+    return Hold(folder, claim)
+
+
+def _numbers(folder: Path) -> list[int]:
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(int(name[:-5]) for name in os.listdir(folder / "claims") if name.endswith(".json"))
+    return []
+
+
+def _read(folder: Path, number: int) -> Claim:
+    file = folder / "claims" / f"{number:04d}.json"
+    try:
+        return Claim(**json.loads(file.read_text()))
+    except (json.JSONDecodeError, TypeError):
+        # Created but not yet written, or its disk was full: alive as long as the file is fresh.
+        return Claim(number=number, host="?", machine="?", pid=0, process_start=None, time=file.stat().st_mtime)
+
+
+def _machine() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}" if boot.exists() else socket.gethostname()
+
+
+def _process_start(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot: tells it from a later one with the same pid."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return None

@@ -1,0 +1,123 @@
+"""Plain tables (TOML, JSON) -> validated frozen dataclasses, and back: the one boundary where input is checked.
+
+Values are checked field by field with pydantic in strict mode (a string is never a number), unknown keys are
+errors, and every problem is reported, each as `key = value: what is wrong`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from lorabench import plugins
+
+
+class InputError(Exception):
+    """The input was wrong. `problems` lists everything found, one line each; the command line exits with 2."""
+
+    def __init__(self, problems: str | list[str], source: str = ""):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        prefix = f"{source}: " if source else ""
+        super().__init__("\n".join(prefix + problem for problem in self.problems))
+
+
+def decode(cls: type, table: dict[str, Any], where: str = "") -> Any:
+    """An instance of dataclass `cls` from `table`.
+
+    A field whose type is a plug-in base class (`method: Method`) takes a table with `name` and the plug-in's own
+    fields. `where` is put before each key in messages. Raises InputError with all problems.
+    """
+    problems: list[str] = []
+    values = {}
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    if not isinstance(table, dict):
+        raise InputError(f"{where.rstrip('.') or 'the file'} = {show(table)}: must be a table")
+    for key in table:
+        if key not in fields:
+            problems.append(f"{where}{key} = {show(table[key])}: {plugins.unknown('key', key, list(fields))}")
+    for key, field in fields.items():
+        if key in table:
+            try:
+                values[key] = _decode_value(_hints(cls)[key], table[key], where + key)
+            except InputError as error:
+                problems += error.problems
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            problems.append(f"{where}{key}: is missing")
+    if problems:
+        raise InputError(problems)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise InputError(f"{where}{line}" for line in str(error).splitlines()) from None
+
+
+def decode_plugin(base: type, table: Any, where: str) -> Any:
+    """The plug-in that `table["name"]` names, with its own fields from the rest of the table."""
+    if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+        choices = ", ".join(plugins.names(base.folder))
+        raise InputError(f"{where}.name: is missing. Choices: {choices}")
+    try:
+        cls = plugins.plugin_class(base.folder, table["name"])
+    except KeyError as error:
+        raise InputError(f"{where}.name = {show(table['name'])}: {error.args[0]}") from None
+    return decode(cls, {key: value for key, value in table.items() if key != "name"}, where + ".")
+
+
+def encode(value: Any) -> Any:
+    """The inverse of `decode`: plain tables of str, int, float, bool, None and lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        head = {"name": value.name} if isinstance(value, plugins.Plugin) else {}
+        return head | {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    if isinstance(value, dict):
+        return {key: encode(item) for key, item in value.items()}
+    return value
+
+
+def show(value: Any) -> str:
+    """A value as it stands in a TOML file."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter:
+    return TypeAdapter(hint)
+
+
+def _decode_value(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, type) and issubclass(hint, plugins.Plugin):
+        return decode_plugin(hint, value, where)
+    try:
+        return _adapter(hint).validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        messages = list(dict.fromkeys(_message(item, value) for item in error.errors()))
+        raise InputError(f"{where} = {show(value)}: {' or '.join(messages)}") from None
+
+
+def _message(error: Any, value: Any) -> str:
+    context = error.get("ctx", {})
+    match error["type"]:
+        case "greater_than_equal":
+            return f"must be at least {context['ge']:g}"
+        case "greater_than":
+            return f"must be greater than {context['gt']:g}"
+        case "less_than_equal":
+            return f"must be at most {context['le']:g}"
+        case "less_than":
+            return f"must be less than {context['lt']:g}"
+        case "literal_error":
+            choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+            return plugins.unknown("value", value, choices)
+        case "missing" | "value_error" | _:
+            text = error["msg"].removeprefix("Value error, ")
+            return text[:1].lower() + text[1:]

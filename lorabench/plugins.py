@@ -1,0 +1,62 @@
+"""Plug-ins: one file each; the file's name is the name in the sweep file and the value in the tables.
+
+A plug-in folder (`methods`, `tasks`, `analyses`, `figures`) is a package of small files. Each file
+defines one dataclass and its smallest instance, `EXAMPLE`, which the tests run.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+FOLDERS = ("methods", "tasks", "analyses", "figures")
+
+
+class Plugin:
+    """What lives in a plug-in folder. `folder` is set by the base class of that folder."""
+
+    folder: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        return plugin_name(type(self))
+
+
+def plugin_name(cls: type) -> str:
+    return cls.__module__.rpartition(".")[2]
+
+
+def names(folder: str) -> list[str]:
+    """The plug-ins of a folder, sorted; reads the directory only, imports nothing."""
+    files = (Path(__file__).parent / folder).glob("*.py")
+    return sorted(file.stem for file in files if not file.stem.startswith("_"))
+
+
+def describe(folder: str) -> dict[str, str]:
+    """Name -> first line of the plug-in's docstring, without importing it."""
+    root = Path(__file__).parent / folder
+    trees = {name: ast.parse((root / f"{name}.py").read_text("utf-8")) for name in names(folder)}
+    return {name: (ast.get_docstring(tree) or "").partition("\n")[0] for name, tree in trees.items()}
+
+
+@cache
+def example(folder: str, name: str) -> Plugin:
+    """The smallest instance of a plug-in; KeyError with the valid names and the closest if there is none."""
+    if name not in names(folder):
+        raise KeyError(unknown(f"{folder[:-1] if folder != 'analyses' else 'analysis'}", name, names(folder)))
+    return importlib.import_module(f"lorabench.{folder}.{name}").EXAMPLE
+
+
+def plugin_class(folder: str, name: str) -> type:
+    return type(example(folder, name))
+
+
+def unknown(what: str, given: object, choices: list[str]) -> str:
+    """`unknown method 'lorra'. Did you mean 'lora'? Choices: full, lora`."""
+    close = difflib.get_close_matches(str(given), choices, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    return f"unknown {what} '{given}'.{hint} Choices: {', '.join(choices)}"

@@ -1,0 +1,287 @@
+"""What a run leaves behind: its record, and the store that all sweeps share.
+
+    results/runs/<run_id>/  spec.json  record.json  steps.jsonl  updates/  log.txt  claims/  checkpoint/
+
+Everything is written whole or not at all (temporary file, fsync, rename), so a reader never sees half a record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from lorabench.claim import Claim, current_claim
+from lorabench.decode import InputError, decode
+from lorabench.spec import RunSpec
+
+
+class Status(StrEnum):
+    """How a run stands. `interrupted` is never written: it is a `running` record whose worker is gone."""
+
+    MISSING = "missing"
+    RUNNING = "running"
+    INTERRUPTED = "interrupted"
+    DONE = "done"
+    OOM = "oom"
+    TIMEOUT = "timeout"
+    DIVERGED = "diverged"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    CORRUPT = "corrupt"
+
+
+FAILURES = (Status.OOM, Status.TIMEOUT, Status.DIVERGED, Status.FAILED)
+"""Ended without a result, and not tried again unless asked (`--retry`)."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a record: its unit, whether more is better (None: neither), and what it is."""
+
+    unit: str
+    higher_is_better: bool | None
+    text: str
+    group: str
+
+
+def _measures(group: str, *rows: tuple[str, str, bool | None, str]) -> dict[str, Measure]:
+    return {name: Measure(unit, better, text, group) for name, unit, better, text in rows}
+
+
+MEASURES: dict[str, Measure] = (
+    _measures(
+        "counts",
+        ("num_parameters", "", None, "parameters of the model, the method's own included"),
+        ("num_trainable", "", False, "parameters that are trained"),
+        ("trainable_share", "%", False, "trained parameters as a percentage of the untouched base model's"),
+        ("num_train_examples", "", None, "training examples"),
+    )
+    | _measures(
+        "memory",
+        ("peak_gib", "GiB", False, "highest of the training phases: CUDA allocated, or CPU above the process's baseline"),
+        ("load_peak_gib", "GiB", False, "peak while the base is loaded and quantized"),
+        ("forward_backward_peak_gib", "GiB", False, "peak of forward and backward"),
+        ("optimizer_peak_gib", "GiB", False, "peak of the optimizer step"),
+        ("reserved_peak_gib", "GiB", False, "CUDA: peak that the allocator reserved"),
+        ("baseline_gib", "GiB", None, "CPU: resident before the base was loaded; not part of the peaks"),
+        ("model_gib", "GiB", False, "bytes of the model's parameters and buffers"),
+        ("optimizer_state_gib", "GiB", False, "bytes of the optimizer's state"),
+    )
+    | _measures(
+        "throughput",
+        ("tokens_per_second", "tokens/s", True, "non-padding tokens per second of training step, warm-up left out"),
+        ("padded_tokens_per_second", "tokens/s", None, "the same with padding counted"),
+        ("label_tokens_per_second", "tokens/s", None, "the same, only what the loss is taken over"),
+        ("step_seconds_median", "s", False, "median time of an optimizer step"),
+        ("step_seconds_p95", "s", False, "95th percentile of the time of an optimizer step"),
+        ("flops_per_step", "FLOP", None, "model FLOPs of a step by formula, recomputation apart"),
+        ("model_flops_utilization", "%", True, "model FLOPs per second as a percentage of the device's peak"),
+        ("energy_joules", "J", False, "of training, where NVML or RAPL tells"),
+    )
+    | _measures(
+        "storage",
+        ("updates_bytes", "bytes", False, "size on disk of what was learned"),
+    )
+    | _measures(
+        "seconds",
+        ("load_seconds", "s", False, "wall time to load the base and the data"),
+        ("train_seconds", "s", False, "wall time of the training steps"),
+        ("evaluate_seconds", "s", False, "wall time of evaluation"),
+        ("total_seconds", "s", False, "wall time of the run"),
+    )
+    | _measures(
+        "metrics",
+        ("train_loss", "nats", False, "mean training loss of the last tenth of the steps"),
+        ("base_valid_loss", "nats", False, "validation loss before training"),
+        ("valid_loss", "nats", False, "validation loss after training"),
+        ("valid_perplexity", "", False, "exp(valid_loss)"),
+        ("valid_token_accuracy", "%", True, "tokens predicted right, validation"),
+        ("valid_accuracy", "%", True, "examples classified right, validation"),
+        ("valid_macro_f1", "%", True, "unweighted mean of the classes' F1, validation"),
+        ("valid_matthews", "", True, "Matthews correlation coefficient, validation"),
+        ("valid_majority", "%", None, "accuracy of always answering the most frequent class, validation"),
+        ("test_loss", "nats", False, "test loss after training"),
+        ("test_perplexity", "", False, "exp(test_loss)"),
+        ("test_token_accuracy", "%", True, "tokens predicted right, test"),
+        ("test_accuracy", "%", True, "examples classified right, test"),
+        ("test_macro_f1", "%", True, "unweighted mean of the classes' F1, test"),
+        ("test_matthews", "", True, "Matthews correlation coefficient, test"),
+        ("test_majority", "%", None, "accuracy of always answering the most frequent class, test"),
+        ("retain_loss_before", "nats", False, "loss on the retention set before training"),
+        ("retain_loss_after", "nats", False, "loss on the retention set after training"),
+        ("forgetting", "nats", False, "retain_loss_after - retain_loss_before"),
+    )
+)
+"""Every number that a record can hold. Percentages are kept as shares in [0, 1] and printed times 100."""
+
+
+@dataclass(kw_only=True)
+class RunRecord:
+    """One run's result. `measures` holds the numbers by their names in MEASURES; what was not measured is absent."""
+
+    run_id: str
+    spec: dict[str, Any]
+    status: Status
+    error: str | None = None
+    """The last line of what went wrong; the traceback is in `log.txt`."""
+    started: str = ""
+    """UTC, ISO 8601."""
+    finished: str | None = None
+    attempts: int = 1
+    resumed_from_step: int | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Package versions, git commit and dirty flag, hardware, model and data fingerprints."""
+    measures: dict[str, float] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
+    """How a measure was made where that can differ: `peak_gib: VmHWM, reset per phase`."""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of what was learned, by path below the run's folder: the analyses' cache key."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """A run as a reader sees it now: the record joined with its worker's claim."""
+
+    run_id: str
+    status: Status
+    spec: dict[str, Any]
+    record: RunRecord | None = None
+    claim: Claim | None = None
+    error: str | None = None
+
+
+class Store:
+    """The runs below one results folder."""
+
+    def __init__(self, root: Path):
+        self.root = Path(root)
+
+    def folder(self, run_id: str) -> Path:
+        return self.root / "runs" / run_id
+
+    def run_ids(self) -> list[str]:
+        """Every run that has a folder, sorted."""
+        runs = self.root / "runs"
+        return sorted(entry.name for entry in os.scandir(runs) if entry.is_dir()) if runs.is_dir() else []
+
+    def write_spec(self, spec: RunSpec) -> None:
+        file = self.folder(spec.id) / "spec.json"
+        if not file.exists():
+            write_json(file, spec.to_json())
+
+    def write(self, record: RunRecord) -> None:
+        write_json(self.folder(record.run_id) / "record.json", record.to_json())
+
+    def read(self, run_id: str) -> RunRecord | None:
+        """The record; None if there is none yet. InputError if it is cut short or not this run's."""
+        file = self.folder(run_id) / "record.json"
+        table = _read_json(file)
+        if table is None:
+            return None
+        try:
+            record = decode(RunRecord, table)
+        except InputError as error:
+            raise InputError(error.problems, str(file)) from None
+        if record.run_id != run_id:
+            raise InputError(f"{file}: run_id = {record.run_id}: is the record of another run")
+        return record
+
+    def read_spec(self, run_id: str) -> RunSpec:
+        """The spec. InputError if it is missing, invalid, or its hash is not the run's id."""
+        file = self.folder(run_id) / "spec.json"
+        table = _read_json(file)
+        if table is None:
+            raise InputError(f"{file}: no such file")
+        try:
+            spec = RunSpec.from_json(table)
+        except InputError as error:
+            raise InputError(error.problems, str(file)) from None
+        if spec.id != run_id:
+            raise InputError(f"{file}: its content hashes to {spec.id}, but the folder is {run_id}: it was edited")
+        return spec
+
+    def state(self, run_id: str, spec: RunSpec | None = None) -> RunState:
+        """How the run stands now; never raises for a damaged run, which is `corrupt` with its reason."""
+        table = spec.to_json() if spec else {}
+        try:
+            if (self.folder(run_id) / "spec.json").exists():
+                table = self.read_spec(run_id).to_json()
+            record = self.read(run_id)
+        except InputError as error:
+            return RunState(run_id=run_id, status=Status.CORRUPT, spec=table, error=error.problems[0])
+        claim = current_claim(self.folder(run_id))
+        alive = claim is not None and claim.is_alive()
+        if record is None:
+            status = Status.RUNNING if alive else Status.INTERRUPTED if claim else Status.MISSING
+            return RunState(run_id=run_id, status=status, spec=table, claim=claim)
+        status = record.status
+        if alive and status != Status.DONE:
+            status = Status.RUNNING
+        elif status == Status.RUNNING:
+            status = Status.INTERRUPTED
+        return RunState(
+            run_id=run_id, status=status, spec=record.spec, record=record, claim=claim, error=record.error
+        )  # fmt: skip
+
+    def states(self, specs: list[RunSpec] | None = None) -> Iterator[RunState]:
+        """The states of these runs, or of every run in the store."""
+        if specs is None:
+            yield from (self.state(run_id) for run_id in self.run_ids())
+        else:
+            yield from (self.state(spec.id, spec) for spec in specs)
+
+
+def write_json(file: Path, table: Any) -> None:
+    """Write a file whole or not at all, and make it last through a crash."""
+    write_bytes(file, (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def file_digests(folder: Path, below: Path) -> dict[str, str]:
+    """SHA-256 of every file in `folder`, by path relative to `below`."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(below)): file_digest(file) for file in files}
+
+
+def file_digest(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        table = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid JSON (cut short?): {error}") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    if not isinstance(table, dict):
+        raise InputError(f"{file}: must be a JSON object")
+    return table

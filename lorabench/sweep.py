@@ -1,0 +1,258 @@
+"""Sweep files: TOML -> the runs of a grid and what to draw from them."""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorabench import plugins
+from lorabench.decode import InputError, decode, decode_plugin, show
+from lorabench.figure import Figure
+from lorabench.record import MEASURES
+from lorabench.spec import RunSpec, flatten, unflatten
+
+SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """Every table and figure compares runs at their own best value of `over`."""
+
+    over: str = "lr"
+    """The key that is chosen, for each method and setting by itself."""
+    by: str = "valid_loss"
+    """The measure that decides, averaged over seeds; smaller is better unless the measure says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the mean and 95% interval over seeds of `value`, by `rows` and, if given, `columns`."""
+
+    rows: list[str]
+    value: str | list[str]
+    columns: str | None = None
+    name: str | None = None
+    """File name of the table (None: made of value and columns)."""
+    caption: str | None = None
+
+    @property
+    def values(self) -> list[str]:
+        return [self.value] if isinstance(self.value, str) else self.value
+
+    @property
+    def title(self) -> str:
+        return self.name or "-".join(
+            [*self.values[:2], *([self.columns] if self.columns else [])]
+        ).replace(".", "_")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """A list of runs plus what is drawn from them."""
+
+    name: str
+    text: str
+    """The file as it was read."""
+    runs: tuple[RunSpec, ...]
+    zips: tuple[tuple[str, ...], ...] = ()
+    """Keys that move together and count as one axis."""
+    select: Select | None = None
+    tables: tuple[Table, ...] = ()
+    figures: tuple[Figure, ...] = ()
+
+    @property
+    def axes(self) -> list[str]:
+        """The keys in which the runs differ, in the order of the specs."""
+        flats = [flatten(run.to_json()) for run in self.runs]
+        keys = dict.fromkeys(key for flat in flats for key in flat)
+        return [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """The sweep in a TOML file. Raises InputError with all of its problems at once."""
+    try:
+        text = path.read_text("utf-8")
+        table = tomllib.loads(text)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such sweep file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML: {error}") from None
+    try:
+        return parse_sweep(table, text, default_name=path.stem)
+    except InputError as error:
+        raise InputError(error.problems, str(path)) from None
+
+
+def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "sweep") -> Sweep:
+    problems = [
+        f"{key} = {show(table[key])}: {plugins.unknown('section', key, SECTIONS)}"
+        for key in table
+        if key not in SECTIONS
+    ]
+    name = table.get("name", default_name)
+    if not isinstance(name, str) or not name or name in ("runs", ".", "..") or "/" in name:
+        problems.append(f"name = {show(name)}: must be a folder name other than 'runs'")
+    runs, zips = _expand(table, problems)
+    known = _known_keys(runs)
+    select = _collect(problems, lambda: decode(Select, table["select"], "select.")) if "select" in table else None
+    tables = [
+        _collect(problems, lambda t=t, i=i: _checked(decode(Table, t, f"table {i}: "), known, f"table {i}: "))
+        for i, t in enumerate(_blocks(table, "table", problems), 1)
+    ]
+    figures = [
+        _collect(problems, lambda f=f, i=i: decode_plugin(Figure, f, f"figure {i}: figure"))
+        for i, f in enumerate(_blocks(table, "figure", problems), 1)
+    ]
+    if select and runs:
+        problems += _unknown_keys([select.over], known, "select.over")
+        problems += _unknown_measures([select.by], "select.by")
+    if problems:
+        raise InputError(list(dict.fromkeys(problems)))
+    return Sweep(
+        name=name, text=text, runs=tuple(runs), zips=tuple(zips), select=select,
+        tables=tuple(tables), figures=tuple(figures),
+    )  # fmt: skip
+
+
+def _collect(problems: list[str], make: Any) -> Any:
+    try:
+        return make()
+    except InputError as error:
+        problems += error.problems
+        return None
+
+
+def _blocks(table: dict[str, Any], key: str, problems: list[str]) -> list[dict[str, Any]]:
+    blocks = table.get(key, [])
+    if isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks):
+        return blocks
+    problems.append(f"{key}: must be written [[{key}]], a list of tables")
+    return []
+
+
+def _expand(table: dict[str, Any], problems: list[str]) -> tuple[list[RunSpec], list[tuple[str, ...]]]:
+    """All runs of all grid blocks, each once, and the groups of keys that move together."""
+    base = table.get("base", {})
+    if not isinstance(base, dict):
+        problems.append("base: must be a table, [base]")
+        return [], []
+    specs: dict[str, RunSpec] = {}
+    zips: dict[tuple[str, ...], None] = {}
+    blocks = _blocks(table, "grid", problems) or [{}]
+    for number, block in enumerate(blocks, 1):
+        where = f"grid {number}: " if len(blocks) > 1 else ""
+        block = dict(block)
+        groups = _zip_groups(block.pop("zip", []), where, problems)
+        excluded = [*_excludes(block.pop("exclude", []), where, problems), *_excludes(table.get("exclude", []), "", problems)]
+        zips |= dict.fromkeys(groups)
+        for cell in _cells(flatten(_merge(base, block)), groups, where, problems):
+            if any(_matches(cell, rule) for rule in excluded):
+                continue
+            spec = _collect(problems, lambda cell=cell, where=where: decode(RunSpec, unflatten(cell), where))
+            if spec:
+                specs.setdefault(spec.id, spec)
+    if not specs and not problems:
+        problems.append("exclude: leaves no run")
+    return list(specs.values()), list(zips)
+
+
+def _merge(base: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
+    """`block` over `base`. A block that names another method or task drops the base's fields of the first."""
+    merged = dict(base)
+    for key, value in block.items():
+        below = merged.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            renamed = "name" in value and "name" in below and value["name"] != below["name"]
+            merged[key] = value if renamed else below | value
+        else:
+            merged[key] = value
+    return merged
+
+
+def _cells(
+    flat: dict[str, Any], groups: list[tuple[str, ...]], where: str, problems: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Every cell of the grid: lists are axes, the keys of a zip group move together."""
+    axes: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
+    for key, value in flat.items():
+        if isinstance(value, list) and not value:
+            problems.append(f"{where}{key} = []: an axis needs at least one value")
+            return
+    for group in groups:
+        values = [flat.get(key) for key in group]
+        if not all(isinstance(value, list) for value in values):
+            problems.append(f"{where}zip = {show(list(group))}: each of these keys must be a list in this grid")
+            return
+        if len({len(value) for value in values}) > 1:
+            lengths = ", ".join(f"{key} has {len(flat[key])}" for key in group)
+            problems.append(f"{where}zip = {show(list(group))}: the lists must be of one length, but {lengths}")
+            return
+        axes[group] = list(zip(*values, strict=True))
+    zipped = {key for group in groups for key in group}
+    for key, value in flat.items():
+        if isinstance(value, list) and key not in zipped:
+            axes[(key,)] = [(item,) for item in value]
+    for choice in itertools.product(*axes.values()):
+        cell = dict(flat)
+        for keys, values in zip(axes, choice, strict=True):
+            cell |= dict(zip(keys, values, strict=True))
+        yield cell
+
+
+def _zip_groups(value: Any, where: str, problems: list[str]) -> list[tuple[str, ...]]:
+    """`zip = ["a", "b"]`, or several groups: `zip = [["a", "b"], ["c", "d"]]`."""
+    groups = [value] if value and all(isinstance(item, str) for item in value) else value
+    ok = isinstance(groups, list) and all(
+        isinstance(group, list) and len(group) > 1 and all(isinstance(key, str) for key in group) for group in groups
+    )
+    if not ok:
+        problems.append(f"{where}zip = {show(value)}: must be a list of keys, or a list of such lists")
+        return []
+    return [tuple(group) for group in groups]
+
+
+def _excludes(value: Any, where: str, problems: list[str]) -> list[dict[str, Any]]:
+    if isinstance(value, list) and all(isinstance(rule, dict) and rule for rule in value):
+        return [flatten(rule) for rule in value]
+    problems.append(f"{where}exclude = {show(value)}: must be a list of tables, each with the keys of the cells to drop")
+    return []
+
+
+def _matches(cell: dict[str, Any], rule: dict[str, Any]) -> bool:
+    """Whether a cell has every value of a rule; a list in a rule means any of its values."""
+    return all(
+        key in cell and cell[key] in (value if isinstance(value, list) else [value]) for key, value in rule.items()
+    )
+
+
+def _known_keys(runs: list[RunSpec]) -> list[str]:
+    return list(dict.fromkeys(key for run in runs for key in flatten(run.to_json())))
+
+
+def _unknown_keys(keys: list[str], known: list[str], where: str) -> list[str]:
+    return [f"{where} = {show(key)}: {plugins.unknown('key', key, known)}" for key in keys if key not in known]
+
+
+def _unknown_measures(values: list[str], where: str) -> list[str]:
+    return [
+        f"{where} = {show(value)}: {plugins.unknown('measure', value, list(MEASURES))}"
+        for value in values
+        if value not in MEASURES
+    ]
+
+
+def _checked(table: Table, known: list[str], where: str) -> Table:
+    """The table, once its keys and measures are known to exist."""
+    problems = _unknown_measures(table.values, f"{where}value") if known else []
+    if known:
+        problems += _unknown_keys(table.rows, known, f"{where}rows")
+        problems += _unknown_keys([table.columns] if table.columns else [], known, f"{where}columns")
+    if problems:
+        raise InputError(problems)
+    return table
