@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from functools import cache
-from typing import Any, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from lorabench import plugins
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 class InputError(Exception):
@@ -23,6 +26,24 @@ class InputError(Exception):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         prefix = f"{source}: " if source else ""
         super().__init__("\n".join(prefix + problem for problem in self.problems))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """Annotation of a string that must match `regex` as a whole; `choices` says in words what may stand there."""
+
+    regex: str
+    choices: str
+
+    def check(self, value: str) -> str:
+        if not re.fullmatch(self.regex, value):
+            raise ValueError(f"must be {self.choices}")
+        return value
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema  # not at the top: `lorabench status` decodes nothing
+
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
 
 
 def decode(cls: type, table: dict[str, Any], where: str = "") -> Any:
@@ -91,12 +112,18 @@ def _hints(cls: type) -> dict[str, Any]:
 
 @cache
 def _adapter(hint: Any) -> TypeAdapter:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(hint)
 
 
 def _decode_value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and issubclass(hint, plugins.Plugin):
         return decode_plugin(hint, value, where)
+    from pydantic import ValidationError
+
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where} = {value}: must be finite")
     try:
         return _adapter(hint).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
@@ -119,5 +146,5 @@ def _message(error: Any, value: Any) -> str:
             choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
             return plugins.unknown("value", value, choices)
         case "missing" | "value_error" | _:
-            text = error["msg"].removeprefix("Value error, ")
+            text = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
             return text[:1].lower() + text[1:]

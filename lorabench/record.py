@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.claim import Claim, current_claim
-from lorabench.decode import InputError, decode
-from lorabench.spec import RunSpec
+from lorabench.decode import InputError, show
+from lorabench.plugins import unknown
+from lorabench.spec import RunSpec, canonical_json, spec_id
 
 
 class Status(StrEnum):
@@ -148,6 +149,42 @@ class RunRecord:
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_json(cls, table: dict[str, Any]) -> RunRecord:
+        """Raises InputError with every problem. Checked by hand: `status` reads thousands without loading pydantic."""
+        known = {item.name: item for item in dataclasses.fields(cls)}
+        problems = [f"{key}: {unknown('key', key, list(known))}" for key in table if key not in known]
+        problems += [f"{key}: is missing" for key in ("run_id", "spec", "status") if key not in table]
+        problems += [
+            f"{key} = {show(table[key])}: must be {' or '.join(kind.__name__ for kind in kinds)}"
+            for key, kinds in _RECORD_TYPES.items()
+            if key in table and not isinstance(table[key], kinds)
+        ]
+        if "status" in table and table["status"] not in list(Status):
+            problems.append(f"status = {show(table['status'])}: {unknown('status', table['status'], list(Status))}")
+        measures = table.get("measures", {})
+        for key, value in measures.items() if isinstance(measures, dict) else ():
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                problems.append(f"measures.{key} = {show(value)}: must be a number")
+        if problems:
+            raise InputError(problems)
+        return cls(**table | {"status": Status(table["status"])})
+
+
+_RECORD_TYPES: dict[str, tuple[type, ...]] = {
+    "run_id": (str,),
+    "spec": (dict,),
+    "error": (str, type(None)),
+    "started": (str,),
+    "finished": (str, type(None)),
+    "attempts": (int,),
+    "resumed_from_step": (int, type(None)),
+    "environment": (dict,),
+    "measures": (dict,),
+    "provenance": (dict,),
+    "files": (dict,),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
@@ -173,7 +210,9 @@ class Store:
     def run_ids(self) -> list[str]:
         """Every run that has a folder, sorted."""
         runs = self.root / "runs"
-        return sorted(entry.name for entry in os.scandir(runs) if entry.is_dir()) if runs.is_dir() else []
+        if not runs.is_dir():
+            return []
+        return sorted(entry.name for entry in os.scandir(runs) if entry.is_dir() and entry.name[0] != ".")
 
     def write_spec(self, spec: RunSpec) -> None:
         file = self.folder(spec.id) / "spec.json"
@@ -190,7 +229,7 @@ class Store:
         if table is None:
             return None
         try:
-            record = decode(RunRecord, table)
+            record = RunRecord.from_json(table)
         except InputError as error:
             raise InputError(error.problems, str(file)) from None
         if record.run_id != run_id:
@@ -200,24 +239,36 @@ class Store:
     def read_spec(self, run_id: str) -> RunSpec:
         """The spec. InputError if it is missing, invalid, or its hash is not the run's id."""
         file = self.folder(run_id) / "spec.json"
-        table = _read_json(file)
+        table = self._spec_table(run_id)
         if table is None:
             raise InputError(f"{file}: no such file")
         try:
-            spec = RunSpec.from_json(table)
+            return RunSpec.from_json(table)
         except InputError as error:
             raise InputError(error.problems, str(file)) from None
-        if spec.id != run_id:
-            raise InputError(f"{file}: its content hashes to {spec.id}, but the folder is {run_id}: it was edited")
-        return spec
+
+    def _spec_table(self, run_id: str) -> dict[str, Any] | None:
+        """The spec as it is on disk, its hash checked but not decoded: quick, and older versions' specs pass."""
+        file = self.folder(run_id) / "spec.json"
+        table = _read_json(file)
+        if table is None:
+            return None
+        try:
+            actual = spec_id(table)
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{file}: is not the spec of a run") from None
+        if actual != run_id:
+            raise InputError(f"{file}: its content hashes to {actual}, but the folder is {run_id}: it was edited")
+        return table
 
     def state(self, run_id: str, spec: RunSpec | None = None) -> RunState:
         """How the run stands now; never raises for a damaged run, which is `corrupt` with its reason."""
         table = spec.to_json() if spec else {}
         try:
-            if (self.folder(run_id) / "spec.json").exists():
-                table = self.read_spec(run_id).to_json()
+            table = self._spec_table(run_id) or table
             record = self.read(run_id)
+            if record and table and canonical_json(record.spec) != canonical_json(table):
+                raise InputError(f"{self.folder(run_id) / 'record.json'}: its spec is not the run's: it was edited")
         except InputError as error:
             return RunState(run_id=run_id, status=Status.CORRUPT, spec=table, error=error.problems[0])
         claim = current_claim(self.folder(run_id))
@@ -233,6 +284,13 @@ class Store:
         return RunState(
             run_id=run_id, status=status, spec=record.spec, record=record, claim=claim, error=record.error
         )  # fmt: skip
+
+    def set_aside(self, run_id: str) -> Path:
+        """Move a damaged run's folder to `runs/.corrupt/`: the run can be made again, and nothing is lost."""
+        shelf = self.root / "runs" / ".corrupt"
+        shelf.mkdir(exist_ok=True)
+        number = 1 + sum(entry.name.startswith(run_id) for entry in os.scandir(shelf))
+        return self.folder(run_id).rename(shelf / f"{run_id}.{number}")
 
     def states(self, specs: list[RunSpec] | None = None) -> Iterator[RunState]:
         """The states of these runs, or of every run in the store."""

@@ -9,13 +9,12 @@ from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import StringConstraints
 
-from lorabench.decode import decode, encode
+from lorabench.decode import Pattern, decode, encode
 from lorabench.method import Method
 from lorabench.task import Task
 
-Keep = Annotated[str, StringConstraints(pattern=r"^(updates|none|svd:[1-9][0-9]*)$")]
+Keep = Annotated[str, Pattern(r"updates|none|svd:[1-9][0-9]*", '"updates", "none" or "svd:K" (K at least 1)')]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +73,7 @@ class RunSpec:
     @cached_property
     def id(self) -> str:
         """`<method>-<first 12 hex digits of the SHA-256 of the canonical JSON>`."""
-        return f"{self.method.name}-{hashlib.sha256(canonical_json(self.to_json())).hexdigest()[:12]}"
+        return spec_id(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
         return encode(self)
@@ -83,6 +82,11 @@ class RunSpec:
     def from_json(cls, table: dict[str, Any]) -> RunSpec:
         """Raises InputError with every problem of the table."""
         return decode(cls, table)
+
+
+def spec_id(table: dict[str, Any]) -> str:
+    """The id of the spec in a JSON table, without decoding it: quick, and right for specs of older versions too."""
+    return f"{table['method']['name']}-{hashlib.sha256(canonical_json(table)).hexdigest()[:12]}"
 
 
 def canonical_json(table: dict[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 from lorabench import plugins
 from lorabench.decode import InputError, decode, decode_plugin, show
 from lorabench.figure import Figure
-from lorabench.record import MEASURES
+from lorabench.record import MEASURES, Measure
 from lorabench.spec import RunSpec, flatten, unflatten
 
 SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure"]
@@ -72,8 +72,11 @@ class Sweep:
         return [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
 
 
-def read_sweep(path: Path) -> Sweep:
-    """The sweep in a TOML file. Raises InputError with all of its problems at once."""
+def read_sweep(path: Path, default_name: str | None = None) -> Sweep:
+    """The sweep in a TOML file, named by it, else `default_name`, else as the file is.
+
+    Raises InputError with all of its problems at once.
+    """
     try:
         text = path.read_text("utf-8")
         table = tomllib.loads(text)
@@ -84,7 +87,7 @@ def read_sweep(path: Path) -> Sweep:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not valid TOML: {error}") from None
     try:
-        return parse_sweep(table, text, default_name=path.stem)
+        return parse_sweep(table, text, default_name=default_name or path.stem)
     except InputError as error:
         raise InputError(error.problems, str(path)) from None
 
@@ -111,7 +114,7 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
     ]
     if select and runs:
         problems += _unknown_keys([select.over], known, "select.over")
-        problems += _unknown_measures([select.by], "select.by")
+        problems += _unknown_measures([select.by], MEASURES, "select.by")
     if problems:
         raise InputError(list(dict.fromkeys(problems)))
     return Sweep(
@@ -239,17 +242,27 @@ def _unknown_keys(keys: list[str], known: list[str], where: str) -> list[str]:
     return [f"{where} = {show(key)}: {plugins.unknown('key', key, known)}" for key in keys if key not in known]
 
 
-def _unknown_measures(values: list[str], where: str) -> list[str]:
+def known_measures() -> dict[str, Measure]:
+    """What a table can show: the records' measures, and each layer metric (`spectrum.rank_90`), its mean over layers."""
+    measures = dict(MEASURES)
+    for name in plugins.names("analyses"):
+        analysis = plugins.plugin_class("analyses", name)
+        if analysis.needs == "layer":
+            measures |= {f"{name}.{key}": Measure("", None, text, name) for key, text in analysis.metrics.items()}
+    return measures
+
+
+def _unknown_measures(values: list[str], known: dict[str, Measure], where: str) -> list[str]:
     return [
-        f"{where} = {show(value)}: {plugins.unknown('measure', value, list(MEASURES))}"
+        f"{where} = {show(value)}: {plugins.unknown('measure', value, list(known))}"
         for value in values
-        if value not in MEASURES
+        if value not in known
     ]
 
 
 def _checked(table: Table, known: list[str], where: str) -> Table:
     """The table, once its keys and measures are known to exist."""
-    problems = _unknown_measures(table.values, f"{where}value") if known else []
+    problems = _unknown_measures(table.values, known_measures(), f"{where}value") if known else []
     if known:
         problems += _unknown_keys(table.rows, known, f"{where}rows")
         problems += _unknown_keys([table.columns] if table.columns else [], known, f"{where}columns")

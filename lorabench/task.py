@@ -50,11 +50,13 @@ class Task(Plugin, ABC):
         return {"task": self.data}
 
     @abstractmethod
-    def examples(self, rows: list[dict[str, Any]], tokenizer: Any, seq_len: int) -> list[Example]:
+    def examples(
+        self, rows: list[dict[str, Any]], tokenizer: Any, seq_len: int, options: dict[str, Any]
+    ) -> list[Example]:
         """Tokenized examples of the rows of one split, of at most `seq_len` tokens each."""
 
     def model_options(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Further arguments for loading the base model (`num_labels`)."""
+        """Further arguments for loading the base model (`num_labels`), from the training rows."""
         return {}
 
     @abstractmethod

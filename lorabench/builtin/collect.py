@@ -1,4 +1,4 @@
-"""Make the built-in data sets from the running interpreter's own library: `python -m lorabench.builtin.collect`.
+"""Make the built-in data sets from the interpreter's own library: `python -m lorabench.builtin.collect`.
 
 The shipped files come from CPython 3.11.7; another version gives other text and other fingerprints.
 """
@@ -13,7 +13,7 @@ import platform
 import re
 import sysconfig
 import tokenize
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -65,10 +65,15 @@ def library_modules(root: Path) -> Iterator[Module]:
 
 
 def documented_nodes(text: str) -> Iterator[tuple[ast.AST, str]]:
+    """The module, classes and functions that have a docstring, outer before inner, with it."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
-            yield node, ast.get_docstring(node, clean=False)
+    waiting = deque([ast.parse(text)])
+    while waiting:
+        node = waiting.popleft()
+        # ast.walk would also visit the expressions, which are most of the tree and hold no docstring.
+        waiting.extend(child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
+        if isinstance(node, kinds) and (docstring := ast.get_docstring(node, clean=False)) is not None:
+            yield node, docstring
 
 
 def long_docstrings(text: str) -> list[str]:

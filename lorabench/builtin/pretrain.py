@@ -98,9 +98,7 @@ def blocks(stream: Tensor) -> Tensor:
 def mean_loss(model: LlamaForCausalLM, stream_blocks: Tensor) -> float:
     """Cross-entropy in nats a token; each block predicts all its tokens but the first."""
     model.eval()
-    total = sum(
-        model(input_ids=part, labels=part).loss.item() * len(part) for part in stream_blocks.split(16)
-    )
+    total = sum(model(input_ids=part, labels=part).loss.item() * len(part) for part in stream_blocks.split(16))
     return total / len(stream_blocks)
 
 
@@ -142,9 +140,7 @@ def train(model: LlamaForCausalLM, stream: Tensor, steps: int, validation: Tenso
         schedule.step()
         optimizer.zero_grad()
         if step % 500 == 0:
-            print(
-                f"step {step}: {loss.item():.4f}, validation {mean_loss(model, validation):.4f}", flush=True
-            )
+            print(f"step {step}: {loss.item():.4f}, validation {mean_loss(model, validation):.4f}", flush=True)
 
 
 def losses(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
@@ -162,13 +158,9 @@ def losses(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[
     return found
 
 
-def pretrain(out: Path, steps: int) -> None:
-    """Train, save and record under `out`."""
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+def fit(steps: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, Tensor]:
+    """The trained model, its tokenizer and the tokens it saw."""
     torch.manual_seed(SEED)
-    started = time.perf_counter()
-
     documents = texts("english-docs", "train")
     tokenizer = train_tokenizer(documents)
     stream = token_stream(tokenizer, documents)
@@ -176,17 +168,37 @@ def pretrain(out: Path, steps: int) -> None:
     model = new_model(tokenizer)
     print(f"{model.num_parameters()} parameters, {len(stream)} tokens, {len(validation)} validation blocks")
     train(model, stream, steps, validation)
+    return model, tokenizer, stream
 
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """An ordinary Hugging Face folder."""
     tokenizer.save_pretrained(out)
+    # transformers 5 writes a class name that transformers 4 does not know; both read this one.
+    settings = out / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     model.save_pretrained(out)
+    # safetensors makes its file private to its owner.
+    (out / "model.safetensors").chmod(0o644)
+
+
+def pretrain(out: Path, steps: int) -> None:
+    """Train, save and record under `out`."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    started = time.perf_counter()
+    model, tokenizer, stream = fit(steps)
+    seconds = time.perf_counter() - started
+    save(model, tokenizer, out)
     record = {
         "seed": SEED,
         "steps": steps,
         "tokens": steps * BATCH * BLOCK,
         "train_tokens": len(stream),
+        "block": BLOCK,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(seconds, 1),
         "losses": {name: round(loss, 5) for name, loss in losses(model, tokenizer).items()},
     }
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")

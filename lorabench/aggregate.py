@@ -1,0 +1,140 @@
+"""Means over seeds with their intervals, and the number of digits that these allow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pandas as pd
+from scipy import stats
+
+from lorabench.labels import measure
+from lorabench.record import FAILURES, Status
+
+CONFIDENCE = 0.95
+FAILED = (*FAILURES, Status.CORRUPT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One measure over the runs of one cell; percentages times 100.
+
+    `half` is half the width of the interval: None for fewer than two seeds. `statuses` counts the runs that are not
+    done; `num_runs` is all the runs, `n` those behind the mean, `num_seeds` their distinct seeds.
+    """
+
+    mean: float | None
+    half: float | None
+    n: int
+    num_seeds: int
+    num_runs: int
+    statuses: dict[str, int] = field(default_factory=dict)
+    null: float | None = None
+
+    @property
+    def low(self) -> float | None:
+        return None if self.half is None else self.mean - self.half
+
+    @property
+    def high(self) -> float | None:
+        return None if self.half is None else self.mean + self.half
+
+    @property
+    def num_failed(self) -> int:
+        return sum(count for status, count in self.statuses.items() if status in FAILED)
+
+    @property
+    def num_pending(self) -> int:
+        return sum(self.statuses.values()) - self.num_failed
+
+    @property
+    def status_text(self) -> str:
+        """`oom 2/3`; empty where each run is done."""
+        return ", ".join(f"{status} {count}/{self.num_runs}" for status, count in sorted(self.statuses.items()))
+
+
+def cell(runs: pd.DataFrame, name: str) -> Cell:
+    """The mean of a measure over `runs` that are done, and its Student-t interval over seeds.
+
+    Runs of one seed (of several settings) are averaged first, so that the interval is one over seeds.
+    """
+    done = runs[runs["status"] == Status.DONE]
+    others = runs.loc[runs["status"] != Status.DONE, "status"].value_counts()
+    columns = [column for column in (name, f"{name}:null") if column in done]
+    present = done.dropna(subset=[name]) if name in done else done.iloc[:0]
+    by_seed = present.groupby("seed", sort=True)[columns].mean()
+    factor = 100.0 if measure(name).unit == "%" else 1.0
+    mean, half = interval(by_seed[name] * factor) if len(by_seed) else (None, None)
+    null = f"{name}:null" in by_seed and by_seed[f"{name}:null"].notna().any()
+    return Cell(
+        mean=mean,
+        half=half,
+        n=len(present),
+        num_seeds=len(by_seed),
+        num_runs=len(runs),
+        statuses={str(status): int(count) for status, count in others.items()},
+        null=float(by_seed[f"{name}:null"].mean()) if null else None,
+    )
+
+
+def interval(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean and half width of the two-sided 95% Student-t interval; no interval for one value or an infinite one."""
+    values = sorted(values)  # a sum of floats depends on its order
+    mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.inf
+    if len(values) < 2 or not math.isfinite(mean):
+        return mean, None
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    t = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+    return mean, t * math.sqrt(variance / len(values))
+
+
+def places(half: float) -> int:
+    """Decimals that an uncertainty allows: two of its digits up to 35, one above (Particle Data Group, 5.3)."""
+    exponent = math.floor(math.log10(half))
+    leading = round(half / 10.0 ** (exponent - 1))
+    return 1 - exponent if leading <= 35 else -exponent
+
+
+def common_places(cells: Iterable[Cell]) -> int | None:
+    """The median of the decimals that the cells of one measure allow, so that a column reads as one."""
+    allowed = sorted(places(c.half) for c in cells if c.half)
+    return allowed[len(allowed) // 2] if allowed else None
+
+
+def value_text(item: Cell, common: int | None = None) -> str:
+    """`2.31 ± 0.02`: the interval decides the digits; four digits where there is none."""
+    if item.mean is None:
+        return ""
+    if item.half:
+        decimals = _clamp(common, item.half)
+        return f"{number(item.mean, decimals)} ± {number(item.half, decimals)}"
+    if common is None or not math.isfinite(item.mean):
+        return plain(item.mean)
+    return number(item.mean, common)
+
+
+def plain(value: float) -> str:
+    """Four significant digits; whole numbers in full."""
+    if not math.isfinite(value):
+        return "inf" if value > 0 else "−inf" if value < 0 else "nan"
+    if value == round(value) and abs(value) < 1e12:
+        return number(value, 0)
+    if not 1e-4 <= abs(value) < 1e9:
+        return f"{value:.3e}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
+    return number(value, max(0, 3 - math.floor(math.log10(abs(value)))))
+
+
+def number(value: float, decimals: int) -> str:
+    """With `decimals` (negative: tens, hundreds), thousands grouped, a true minus sign, and never `−0`."""
+    rounded = round(value, decimals) + 0.0
+    return f"{rounded:,.{max(0, decimals)}f}".replace("-", "−")
+
+
+def _clamp(common: int | None, half: float) -> int:
+    """Near the column's decimals, but with at least one digit of this interval and not many more than it allows."""
+    own = places(half)
+    if common is None:
+        return own
+    one_digit = -math.floor(math.log10(half))
+    return min(max(common, one_digit), own + 1)

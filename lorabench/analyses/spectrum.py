@@ -1,0 +1,78 @@
+"""How the energy of ΔW spreads over its singular values: ranks, norms, power-law tail, beside a random update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lorabench.analysis import Analysis
+
+if TYPE_CHECKING:
+    from lorabench.layer import LayerSVD
+
+ROUNDING = (math.log(2) / 1.5 / 12) ** 0.5
+"""Root-mean-square rounding error of a number, relative to its own root-mean-square value and to eps: 0.196.
+
+The spacing of floats in [2^e, 2^(e+1)) is eps · 2^e, its error uniform with variance spacing² / 12. With mantissas m
+spread evenly in log over [1, 2), E 4^e / E w² = 1 / E m² = ln 2 / 1.5 = 0.462.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectrum(Analysis):
+    """Rows {metric, value, null}: `null` is the metric of a random update of the same form and Frobenius norm.
+
+    That is i.i.d. Gaussian for a dense ΔW (Marchenko-Pastur law), B A of Gaussian factors for a factored one. It is
+    None for metrics that the form does not fix.
+
+    `noise_floor`² is the share of Σσ² that is rounding alone: a rank_q whose 1 - q it reaches counts noise.
+    """
+
+    needs: ClassVar[Literal["layer", "pair"]] = "layer"
+    metrics: ClassVar[dict[str, str]] = {
+        "rank_50": "fewest singular values with 50% of the sum of squares",
+        "rank_90": "fewest singular values with 90% of the sum of squares",
+        "rank_95": "fewest singular values with 95% of the sum of squares",
+        "rank_99": "fewest singular values with 99% of the sum of squares",
+        "effective_rank_entropy": "exp of the entropy of the singular values over their sum",
+        "stable_rank": "squared Frobenius norm over squared spectral norm",
+        "participation_ratio": "(sum of σ²)² over the sum of σ⁴",
+        "nuclear_norm": "sum of the singular values",
+        "frobenius_norm": "root of the sum of squared singular values",
+        "spectral_norm": "largest singular value",
+        "relative_norm": "Frobenius norm of ΔW over that of the base weight",
+        "powerlaw_alpha": "tail exponent of the eigenvalues of ΔWᵀΔW",
+        "powerlaw_ks": "Kolmogorov-Smirnov distance of the power-law fit",
+        "noise_floor": "dense ΔW: norm of rounding the weights once over that of ΔW; its square is noise's share of Σσ²",
+    }
+
+    def compute(self, *layers: LayerSVD) -> list[dict[str, Any]]:
+        from lorabench.linalg import spectrum_metrics
+        from lorabench.nulls import null_metrics
+
+        (layer,) = layers
+        values = spectrum_metrics(layer.svd.S.numpy(), layer.svd.numerical_rank)
+        nulls = dict(null_metrics(*layer.shape, layer.rank))
+        norm = values["frobenius_norm"]
+        for key in ("nuclear_norm", "spectral_norm"):
+            nulls[key] *= norm  # the null model has norm 1
+        nulls["frobenius_norm"] = None
+        if layer.base_norm:
+            values["relative_norm"] = norm / layer.base_norm
+        if layer.precision and layer.base_norm and norm:
+            values["noise_floor"] = rounding_norm(layer.base_norm, layer.precision) / norm
+        return [{"metric": key, "value": value, "null": nulls.get(key)} for key, value in values.items()]
+
+
+def rounding_norm(norm: float, precision: str) -> float:
+    """Expected Frobenius norm of the error of rounding a matrix of this norm once to `precision`.
+
+    A lower bound of the noise in a trained weight, which is rounded at every step: at most √steps times more.
+    """
+    import torch
+
+    return ROUNDING * torch.finfo(getattr(torch, precision)).eps * norm
+
+
+EXAMPLE = Spectrum()

@@ -1,0 +1,232 @@
+"""Analyses of a sweep's runs: updates on disk -> tidy frames, cached by content.
+
+    results/runs/<run_id>/analyses/<name>.parquet      results/pairs/<run_a>--<run_b>/<name>.parquet
+
+Layers are streamed: memory holds one layer's thin SVD of each run that is compared with another, and each SVD is
+computed once for all analyses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import Progress
+
+from lorabench import formats, plugins
+from lorabench.analysis import Analysis
+from lorabench.decode import InputError
+from lorabench.layer import LayerSVD
+from lorabench.readers._entry import Entry
+from lorabench.pairs import Pair, find_pairs
+from lorabench.record import RunRecord, Status, Store, file_digest
+from lorabench.sweep import Sweep
+from lorabench.tidy import TableWriter, read_table, to_frame, to_table
+
+VERSION = 1
+"""Part of every cache key: raise it when the engine's own columns change."""
+PAIR_AXES = ("method.rank", "seed")
+LAYER_COLUMNS = ["layer", "kind", "depth"]
+PAIR_COLUMNS = ["run_a", "run_b", "axis", "value_a", "value_b"]
+MAX_FILES = 200
+"""Written at a time: beyond, runs are read again rather than the limit of open files passed."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Job:
+    """One analysis of one run or one pair, and the file that keeps it."""
+
+    analysis: Analysis
+    records: tuple[RunRecord, ...]
+    root: Path
+
+    @cached_property
+    def runs(self) -> tuple[str, ...]:
+        return tuple(record.run_id for record in self.records)
+
+    @cached_property
+    def file(self) -> Path:
+        folder = f"pairs/{'--'.join(self.runs)}" if len(self.runs) > 1 else f"runs/{self.runs[0]}/analyses"
+        return self.root / folder / f"{self.analysis.name}.parquet"
+
+    @cached_property
+    def key(self) -> str:
+        """What the numbers depend on: the analysis's version and the content of the updates."""
+        versions = [VERSION, formats.VERSION, self.analysis.version]
+        return json.dumps([self.analysis.name, versions, [updates_of(record) for record in self.records]])
+
+
+def analyze(
+    store: Store,
+    sweep: Sweep,
+    selected: Collection[str] | None = None,
+    *,
+    pair_axes: tuple[str, ...] = PAIR_AXES,
+    note: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> dict[str, pd.DataFrame]:
+    """A frame for every analysis: of each run that is done, and of the pairs that differ in one of `pair_axes`.
+
+    Frames begin with `run_id`, or `run_a, run_b, axis, value_a, value_b`, then `layer, kind, depth`. `selected` are
+    the runs to compare (see `find_pairs`). Runs without updates, and those whose files are not as their record says,
+    are left out, each with a `note`. Cached results are only read.
+    """
+    records = _analyzable(store, sweep, note)
+    pairs = list(find_pairs(sweep, records, pair_axes, selected))
+    analyses = [plugins.example("analyses", name) for name in plugins.names("analyses")]
+    jobs = {(analysis.name, *runs): Job(analysis=analysis, records=tuple(records[r] for r in runs), root=store.root)
+            for analysis in analyses for runs in _subjects(analysis, records, pairs)}  # fmt: skip
+    tables = {name: read_table(job.file, job.key) for name, job in jobs.items()}
+    failed = _compute(store, [job for name, job in jobs.items() if tables[name] is None], note)
+    for name, job in jobs.items():
+        if tables[name] is None and not failed & {*job.runs}:
+            tables[name] = read_table(job.file, job.key)
+    tables = {name: table for name, table in tables.items() if not failed & {*name[1:]}}
+    return {analysis.name: _frame(analysis, tables, pairs) for analysis in analyses}
+
+
+def updates_of(record: RunRecord) -> dict[str, str]:
+    """The digests of the files that hold what a run learned."""
+    return {path: digest for path, digest in sorted(record.files.items()) if path.startswith("updates/")}
+
+
+def _analyzable(store: Store, sweep: Sweep, note: Callable[[str], None]) -> dict[str, RunRecord]:
+    """The records of the runs that are done and have kept updates; one note for each reason to leave runs out."""
+    records, others = {}, defaultdict(list)
+    for state in store.states(list(sweep.runs)):
+        if state.status != Status.DONE or state.record is None:
+            others[str(state.status)].append(state.run_id)
+        elif not updates_of(state.record):
+            others["done, but nothing kept"].append(state.run_id)
+        else:
+            records[state.run_id] = state.record
+    for reason, run_ids in others.items():
+        more = f" and {len(run_ids) - 3} more" if len(run_ids) > 3 else ""
+        note(f"not analyzed ({reason}): {', '.join(run_ids[:3])}{more}")
+    return records
+
+
+def _subjects(analysis: Analysis, records: dict[str, RunRecord], pairs: list[Pair]) -> list[tuple[str, ...]]:
+    if analysis.needs == "layer":
+        return [(run_id,) for run_id in records]
+    return [(pair.run_a, pair.run_b) for pair in pairs]
+
+
+def _frame(analysis: Analysis, tables: dict[tuple[str, ...], pa.Table], pairs: list[Pair]) -> pd.DataFrame:
+    if analysis.needs == "layer":
+        parts = [({"run_id": name[1]}, table) for name, table in tables.items() if name[0] == analysis.name]
+        return to_frame(parts, ["run_id", *LAYER_COLUMNS])
+    named = [(pair, tables.get((analysis.name, pair.run_a, pair.run_b))) for pair in pairs]
+    parts = [({c: getattr(pair, c) for c in PAIR_COLUMNS}, table) for pair, table in named if table is not None]
+    numeric = all(type(before[c]) in (int, float) for before, _ in parts for c in ("value_a", "value_b"))
+    if not numeric:  # one column, one type
+        parts = [(before | {c: str(before[c]) for c in ("value_a", "value_b")}, table) for before, table in parts]
+    return to_frame(parts, [*PAIR_COLUMNS, *LAYER_COLUMNS])
+
+
+def _compute(store: Store, jobs: list[Job], note: Callable[[str], None]) -> set[str]:
+    """Do the jobs and write their files. Returns the runs that could not be read."""
+    failed: dict[str, str] = {}
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (jobs and console.is_terminal)) as progress:
+        task = progress.add_task("analyzing", total=len(jobs))
+        for batch in _batches(jobs):
+            _compute_batch(store, batch, failed, lambda share, n=len(batch): progress.advance(task, share * n))
+    for run_id, reason in failed.items():
+        note(f"not analyzed (corrupt): {run_id}: {reason}")
+    return set(failed)
+
+
+def _compute_batch(
+    store: Store, batch: list[Job], failed: dict[str, str], advance: Callable[[float], None]
+) -> None:
+    """Read each layer of the batch's runs once, and give it to all their analyses."""
+    entries = _open(store, batch, failed)
+    parameters = sorted({parameter for layers in entries.values() for parameter in layers})
+    writers = {job: TableWriter(job.file, job.key) for job in batch}
+    try:
+        for parameter in parameters:
+            layers = _load(parameter, entries, failed)
+            for job, writer in writers.items():
+                _add(job, layers, writer)
+            advance(1 / len(parameters))
+        for job, writer in writers.items():
+            if not failed.keys() & {*job.runs}:
+                writer.commit()
+    finally:
+        for writer in writers.values():
+            writer.abort()
+
+
+def _open(store: Store, batch: list[Job], failed: dict[str, str]) -> dict[str, dict[str, Entry]]:
+    entries = {}
+    for record in {record.run_id: record for job in batch for record in job.records}.values():
+        if record.run_id not in failed:
+            with _noting(record.run_id, failed):
+                _verify(store, record)
+                entries[record.run_id] = formats.open_layers(store.folder(record.run_id) / "updates")
+    return entries
+
+
+def _load(parameter: str, entries: dict[str, dict[str, Entry]], failed: dict[str, str]) -> dict[str, LayerSVD]:
+    layers = {}
+    for run_id, by_parameter in entries.items():
+        if parameter in by_parameter and run_id not in failed:
+            with _noting(run_id, failed):
+                layers[run_id] = formats.load_layer(by_parameter[parameter])
+    return layers
+
+
+def _add(job: Job, layers: dict[str, LayerSVD], writer: TableWriter) -> None:
+    """The job's rows of one layer, if all its runs have it in the same shape."""
+    mine = [layers[run_id] for run_id in job.runs if run_id in layers]
+    if len(mine) < len(job.runs) or len({layer.shape for layer in mine}) > 1:
+        return
+    rows = job.analysis.compute(*mine)
+    if rows:
+        writer.add(to_table(rows, {column: getattr(mine[0], column) for column in LAYER_COLUMNS}))
+
+
+def _verify(store: Store, record: RunRecord) -> None:
+    for path, digest in updates_of(record).items():
+        file = store.folder(record.run_id) / path
+        if not file.is_file():
+            raise InputError(f"{file}: is missing")
+        if file_digest(file) != digest:
+            raise InputError(f"{file}: is not the file that the record describes (its SHA-256 differs)")
+
+
+def _batches(jobs: list[Job]) -> Iterator[list[Job]]:
+    """Jobs that share runs, directly or through others, together; at most MAX_FILES at a time."""
+    root: dict[str, str] = {}
+
+    def find(run_id: str) -> str:
+        while root.setdefault(run_id, run_id) != run_id:
+            root[run_id] = run_id = root[root[run_id]]
+        return run_id
+
+    for job in jobs:
+        for run_id in job.runs:
+            root[find(run_id)] = find(job.runs[0])
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(find(job.runs[0]), []).append(job)
+    for group in groups.values():
+        for start in range(0, len(group), MAX_FILES):
+            yield group[start : start + MAX_FILES]
+
+
+@contextlib.contextmanager
+def _noting(run_id: str, failed: dict[str, str]) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        failed[run_id] = str(error)

@@ -1,0 +1,308 @@
+"""The command line: a thin table of commands. Data goes to stdout, talk to stderr.
+
+Exit codes: 0 all well, 1 some run failed, 2 the input was wrong. Each command imports what it needs when it is
+called, so that `--help` is quick. Flags choose where and how many, never what is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench import plugins
+from lorabench.decode import InputError
+from lorabench.terminal import talk, text_table
+
+if TYPE_CHECKING:
+    from lorabench.record import Status, Store
+    from lorabench.sweep import Sweep
+
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        code = arguments.function(arguments)
+        sys.stdout.flush()
+    except InputError as error:
+        for line in str(error).splitlines():
+            talk(f"error: {line}")
+        return 2
+    except BrokenPipeError:  # `lorabench status | head`: the rest was not wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        talk(f"error: {error.filename}: {error.strerror}")
+        return 2
+    return code
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Show the runs of a sweep, which are done, and what each will take.
+
+    For each run: trainable and total parameters (exact), estimated peak memory and time. `basis` says what an
+    estimate rests on: `measured` (this run is done), `similar runs` (a finished run of the same model on the same
+    kind of device corrects the formula) or `formula`.
+    """
+    from lorabench.plan import make_plan, plan_text
+    from lorabench.record import Store
+    from lorabench.sweep import read_sweep
+
+    sweep = read_sweep(Path(arguments.sweep))
+    result = make_plan(sweep, Store(arguments.results), _device(arguments.device))
+    print(_json(result) if arguments.json else plan_text(sweep, result))
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run what is missing of a sweep.
+
+    Done runs are skipped, also those that another sweep made; interrupted ones go on from their checkpoint; failed
+    ones are left alone unless --retry names them. Ctrl-C stops cleanly: every run writes a checkpoint.
+    """
+    from lorabench.launch import check_writable, launch, summary
+    from lorabench.record import Store, write_bytes
+    from lorabench.sweep import read_sweep
+
+    retry = _retry(arguments.retry)
+    device = _device(arguments.device)
+    sweep = read_sweep(Path(arguments.sweep))
+    store = Store(arguments.results)
+    check_writable(store.root)
+    write_bytes(store.root / sweep.name / "sweep.toml", sweep.text.encode())
+    outcome = launch(sweep, store, _pool(arguments, device, retry, max(spec.threads for spec in sweep.runs)))
+    talk(summary(sweep, outcome))
+    return outcome.exit_code
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Show how every run of a results folder stands, also while runs go on."""
+    from lorabench.status import status_json, status_text
+
+    store = _store(arguments.results)
+    print(_json(status_json(store)) if arguments.json else status_text(store))
+    return 0
+
+
+def analyze(arguments: argparse.Namespace) -> int:
+    """Analyze what the runs have learned and write tables, figures and report.html; prints their paths.
+
+    Without SWEEP, every sweep found in RESULTS. What is up to date is left as it is.
+    """
+    from lorabench.stamp import find_sweeps, read_stamp
+
+    store = _store(arguments.results)
+    for sweep in find_sweeps(store, arguments.sweep):
+        files = read_stamp(store.root / sweep.name, _key(store, sweep))
+        _print_paths(_write(store, sweep) if files is None else files)
+    return 0
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Draw the tables, figures and report.html again; analyses that are up to date are not repeated."""
+    from lorabench.stamp import find_sweeps
+
+    store = _store(arguments.results)
+    for sweep in find_sweeps(store, arguments.sweep):
+        _print_paths(_write(store, sweep))
+    return 0
+
+
+def list_plugins(arguments: argparse.Namespace) -> int:
+    """List the methods, tasks, analyses and figures that a sweep file can name."""
+    folders = [arguments.kind] if arguments.kind else list(plugins.FOLDERS)
+    found = {folder: plugins.describe(folder) for folder in folders}
+    rows = [
+        {"kind": folder, "name": name, "description": text}
+        for folder, entries in found.items()
+        for name, text in entries.items()
+    ]
+    print(_json(found) if arguments.json else text_table(rows, ["kind", "name", "description"]))
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lorabench", description="What did this fine-tuning change in the weights, and what did it cost?"
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (function, arguments) in COMMANDS.items():
+        text = function.__doc__ or ""
+        command = commands.add_parser(
+            name, help=_summary(text), description=_dedent(text), formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        for names, options in arguments:
+            command.add_argument(*names.split(), **options)
+        command.set_defaults(function=function)
+    return parser
+
+
+def _argument(names: str, text: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    return names, options | {"help": text}
+
+
+_JSON = _argument("--json", "print JSON instead of a table", action="store_true")
+_SWEEP = _argument("sweep", "a sweep file (TOML)", metavar="SWEEP")
+_RESULTS = _argument("--results", "where the runs are kept (default: results)", type=Path, default=Path("results"))
+_FOLDER = _argument("results", "a results folder", metavar="RESULTS", type=Path)
+_HERE = _argument(
+    "results", "a results folder (default: results)", metavar="RESULTS", type=Path, nargs="?", default=Path("results")
+)
+_NAMED = _argument("sweep", "a sweep file, or the name of a sweep in RESULTS", metavar="SWEEP", nargs="?")
+_DEVICE = _argument("--device", "auto (default), cpu, cuda or cuda:1", default="auto")
+
+
+def _number(kind: type, low: float) -> Callable[[str], Any]:
+    """An argument of at least `low`."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be a number of at least {low:g}")
+        return value
+
+    return convert
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[tuple[str, dict[str, Any]]]]] = {
+    "plan": (plan, [_SWEEP, _RESULTS, _DEVICE, _JSON]),
+    "run": (
+        run,
+        [
+            _SWEEP,
+            _RESULTS,
+            _argument("--workers", "runs at a time (default: one a GPU, else as many as cores allow)",
+                      type=_number(int, 1), metavar="N"),
+            _DEVICE,
+            _argument("--retry", "repeat what has ended as: failed, oom, timeout, diverged, corrupt or all "
+                      "(several: comma)", default="", metavar="STATUS"),
+            _argument("--timeout-minutes", "end a run as `timeout` after so long", type=_number(float, 0), metavar="M"),
+            _argument("--checkpoint-seconds", "write a checkpoint so often (default: 60)", type=_number(float, 0),
+                      default=60.0, metavar="S"),
+        ],
+    ),
+    "status": (status, [_HERE, _JSON]),
+    "analyze": (analyze, [_FOLDER, _NAMED]),
+    "report": (report, [_FOLDER, _NAMED]),
+    "list": (list_plugins, [_argument("kind", "only these", nargs="?", choices=plugins.FOLDERS), _JSON]),
+}  # fmt: skip
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: list[str], dest: str):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version  # slow to import
+
+        print(f"lorabench {version('lorabench')}")
+        parser.exit()
+
+
+def _summary(text: str) -> str:
+    return text.partition("\n")[0]
+
+
+def _dedent(text: str) -> str:
+    return "\n".join(line.removeprefix("    ") for line in text.strip().splitlines())
+
+
+def _json(table: Any) -> str:
+    return json.dumps(_finite(table), indent=1, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: a diverged run's loss becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _store(root: Path) -> Store:
+    from lorabench.record import Store
+
+    if not root.is_dir():
+        raise InputError(f"RESULTS = {root}: no such folder")
+    return Store(root)
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
+    return name
+
+
+def _retry(text: str) -> frozenset[Status]:
+    from lorabench.launch import REPEATABLE
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    choices = [str(status) for status in REPEATABLE]
+    valid = [*choices, "all"]
+    wrong = [f"--retry {name}: {plugins.unknown('status', name, valid)}" for name in names if name not in valid]
+    if wrong:
+        raise InputError(wrong)
+    return frozenset(status for status in REPEATABLE if str(status) in names or "all" in names)
+
+
+def _pool(arguments: argparse.Namespace, device: str, retry: frozenset[Status], threads: int) -> Any:
+    from lorabench.launch import Pool
+    from lorabench.machine import available_cores, visible_gpus
+    from lorabench.worker import Settings
+
+    gpus = visible_gpus(device)
+    minutes = arguments.timeout_minutes
+    settings = Settings(
+        device="cuda" if gpus else "cpu",
+        checkpoint_seconds=arguments.checkpoint_seconds,
+        timeout_seconds=None if minutes is None else 60 * minutes,
+    )
+    workers = arguments.workers or len(gpus) or max(1, available_cores() // threads)
+    return Pool(workers=workers, gpus=gpus, settings=settings, retry=retry)
+
+
+def _key(store: Store, sweep: Sweep) -> str:
+    from lorabench.stamp import analysis_key
+
+    return analysis_key(store, sweep)
+
+
+def _write(store: Store, sweep: Sweep) -> list[Path]:
+    """Analyze what is new, and write everything that is drawn from the sweep."""
+    from lorabench.analyze import analyze as analyze_runs
+    from lorabench.report import write_report
+    from lorabench.results import load_results
+    from lorabench.stamp import write_stamp
+    from lorabench.terminal import count_statuses
+
+    key, folder = _key(store, sweep), store.root / sweep.name
+    states = list(store.states(list(sweep.runs)))
+    if any(state.status != "done" for state in states):
+        talk(f"{sweep.name}: {count_statuses(states)}; the tables show which cells are lacking")
+    files = write_report(load_results(store, sweep, analyze_runs), folder)
+    write_stamp(folder, key, files)
+    return files
+
+
+def _print_paths(files: list[Path]) -> None:
+    for file in files:
+        print(file)

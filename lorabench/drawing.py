@@ -1,0 +1,177 @@
+"""The look that the figures share: a style, colours with markers, and where labels go. Imports matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg", force=False)
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from lorabench.labels import key_label, value_label
+
+COLUMN_INCHES = 3.3
+PAGE_INCHES = 6.9
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+"""Okabe and Ito 2008, told apart by the colour-blind; yellow left out, which print loses."""
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+DASHES = ["-", "--", "-.", ":"]
+REFERENCE = "#6B6B6B"
+SPEAKING = ("method.name", "quantization", "model", "method.targets", "task.name")
+STYLE: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7.5,
+    "axes.labelsize": 7.5,
+    "axes.titlesize": 7.5,
+    "axes.titleweight": "bold",
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4.5,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 300,
+    "figure.dpi": 150,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "lorabench",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one series is drawn: colour and marker both tell it apart."""
+
+    color: str
+    marker: str
+    dashes: str = "-"
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The style inside, and nothing of the caller's settings."""
+    with plt.rc_context():
+        plt.rcdefaults()
+        plt.rcParams.update(STYLE)
+        yield
+
+
+def looks(series: Iterable[Any]) -> dict[Any, Look]:
+    return {
+        name: Look(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)], DASHES[i // len(COLORS) % len(DASHES)])
+        for i, name in enumerate(series)
+    }
+
+
+def new_figure(rows: int, columns: int, *, height: float = 2.3, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A grid of panels, one print column wide for a single panel and the page wide for more; `height` a row."""
+    width = COLUMN_INCHES if columns == 1 else PAGE_INCHES
+    return plt.subplots(rows, columns, figsize=(width, height * rows), squeeze=False, **options)
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write `stem.pdf` and `stem.png` (300 dpi); the same figure gives the same bytes."""
+    files = [stem.with_suffix(".pdf"), stem.with_suffix(".png")]
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with style():
+        figure.savefig(files[0], metadata={"CreationDate": None, "Creator": "lorabench", "Producer": None})
+        figure.savefig(files[1], metadata={"Software": None})
+    plt.close(figure)
+    return files
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], columns: int | None = None) -> None:
+    """A legend under the panels, where it covers no data."""
+    wide = figure.get_figwidth() > COLUMN_INCHES
+    longest = max(map(len, labels), default=1)
+    fitting = max(1, int((110 if wide else 52) / (longest + 7)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns or min(len(labels), fitting))
+
+
+def powers_of_two(axes: Axes, values: Iterable[float]) -> None:
+    """A log2 axis that is marked at the values that were run, thinned until they fit."""
+    marks = sorted(set(values))
+    while len(marks) > 8:
+        marks = marks[::-2][::-1]
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(marks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def series_label(keys: Sequence[str], values: Sequence[Any], *, full: bool = False) -> str:
+    """`lora, nf4`: keys that speak for themselves are not named, and `none` is silent unless in `full`."""
+    words = []
+    for key, value in zip(keys, values, strict=True):
+        if key == "quantization" and value == "none":
+            words += ["unquantized"] if full else []
+        elif value is not None:
+            words.append(value_label(value) if key in SPEAKING else f"{key_label(key)} {value_label(value)}")
+    return ", ".join(words)
+
+
+def limit_y(axes: Axes, means: Sequence[float], ends: Iterable[float]) -> None:
+    """The range of the data and its intervals, but of wide intervals no more than once the data's own range."""
+    ends = [*ends, *means]
+    low, high = min(means), max(means)
+    room = max(high - low, 1e-3 * max(abs(low), abs(high)))
+    low, high = max(min(ends), low - room), min(max(ends), high + room)
+    axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+
+
+def place_labels(
+    axes: Axes, points: Sequence[tuple[float, float]], halves: Sequence[tuple[float, float]],
+    texts: Sequence[str], colors: Sequence[str],
+) -> None:  # fmt: skip
+    """Write each text beside its point, where it is furthest from other points, their intervals and other texts."""
+    axes.figure.canvas.draw()
+    unit, box = axes.figure.dpi / 72, axes.get_window_extent()
+    taken: list[np.ndarray] = []
+    for (x, y), (dx, dy) in zip(points, halves, strict=True):
+        steps = np.linspace(-1, 1, 25)
+        taken += list(axes.transData.transform([(x + step * dx, y) for step in steps]))
+        taken += list(axes.transData.transform([(x, y + step * dy) for step in steps]))
+    for point, text, color in zip(points, texts, colors, strict=True):
+        spot = axes.transData.transform(point)
+        best = max(_sides(text), key=lambda side, spot=spot: _room(spot + unit * np.array(side), taken, box))
+        taken.append(spot + unit * np.array(best))
+        axes.annotate(
+            text, point, xytext=best, textcoords="offset points", color=color, fontsize=6.5,
+            ha="center", va="center", annotation_clip=False,
+        )  # fmt: skip
+
+
+def _sides(text: str) -> list[tuple[float, float]]:
+    """Offsets of a label's middle from its point, in points: a ring as near as the text's width allows, and a wider."""
+    across = 4.5 + 2.1 * len(text)
+    angles = [math.pi / 8 * k for k in (2, 6, 10, 14, 0, 4, 8, 12)]
+    return [(r * across * math.cos(angle), r * 8 * math.sin(angle)) for r in (1.0, 1.5) for angle in angles]
+
+
+def _room(place: np.ndarray, taken: Sequence[np.ndarray], box: Any) -> float:
+    """Distance to what is nearest, text being wider than high; a place outside the panel is a bad one."""
+    distances = [math.hypot((place[0] - other[0]) / 1.4, place[1] - other[1]) for other in taken]
+    outside = not (box.x0 < place[0] < box.x1 and box.y0 < place[1] < box.y1)
+    return min(min(distances, default=math.inf), 16.0) - 100.0 * outside

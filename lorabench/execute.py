@@ -1,0 +1,289 @@
+"""One run as a worker sees it: claim, load, train, evaluate, save, record; whatever happens, a true status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorabench import claim, environment, model
+from lorabench import meter as meters
+from lorabench.claim import Hold, Lost
+from lorabench.decode import InputError
+from lorabench.examples import Examples, prepare
+from lorabench.record import RunRecord, Status, Store, file_digests
+from lorabench.spec import RunSpec
+from lorabench.steps import StepLog
+from lorabench.train import (
+    Diverged,
+    Stop,
+    Stopped,
+    Training,
+    evaluate,
+    make_optimizer,
+    stop_on_signals,
+    train,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Where and how a run is executed: never what is computed."""
+
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:1`."""
+    checkpoint_seconds: float = 60.0
+    timeout_seconds: float | None = None
+    """End with status `timeout` after so long; the checkpoint stays."""
+    log_to_file: bool = True
+    """Send stdout and stderr to the run's log.txt."""
+
+
+def execute(spec: RunSpec, store: Store, options: Options) -> Status:
+    """One run in this process. Returns its final status; `running` if another worker has it."""
+    folder = store.folder(spec.id)
+    store.write_spec(spec)
+    state = store.state(spec.id)
+    if state.status == Status.DONE:
+        return Status.DONE
+    hold = claim.take(folder)
+    if hold is None:
+        return Status.RUNNING
+    with hold, _log(folder / "log.txt", options.log_to_file):
+        record = store.read(spec.id)
+        if record is not None and record.status == Status.DONE:  # finished between the look and the claim
+            return Status.DONE
+        return _attempt(spec, store, options, hold)
+
+
+def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold) -> Status:
+    record = RunRecord(
+        run_id=spec.id, spec=spec.to_json(), status=Status.RUNNING, started=_now(), attempts=hold.number
+    )  # fmt: skip
+    store.write(record)
+    deadline = time.monotonic() + options.timeout_seconds if options.timeout_seconds else None
+    stop = Stop(deadline=deadline)
+    try:
+        with stop_on_signals(stop):
+            _run(spec, store, options, hold, record, stop)
+        record.status = Status.DONE
+    except Stopped as error:
+        record.status = Status.TIMEOUT if str(error) == "timeout" else Status.CANCELLED
+        limit = f" after {options.timeout_seconds:g} s" if record.status == Status.TIMEOUT else ""
+        record.error = f"stopped by {error}{limit}; run again to resume"
+    except Diverged as error:
+        record.status, record.error = Status.DIVERGED, str(error)
+    except Lost:
+        raise  # the run is another worker's now: leave its record alone
+    except Exception as error:
+        traceback.print_exc()
+        record.status = Status.OOM if _is_out_of_memory(error) else Status.FAILED
+        record.error = _one_line(error)
+    record.finished = _now()
+    hold.check()
+    store.write(record)
+    if record.status == Status.DONE:
+        shutil.rmtree(store.folder(spec.id) / "checkpoint", ignore_errors=True)
+    return record.status
+
+
+def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunRecord, stop: Stop) -> None:
+    """Load, evaluate, train, evaluate, save: fills `record`."""
+    folder, checkpoint = store.folder(spec.id), store.folder(spec.id) / "checkpoint" / "state.pt"
+    device = pick_device(options.device)
+    torch.set_num_threads(spec.threads)
+    hold.progress |= {"phase": "load", "step": 0, "steps": spec.steps}
+    record.environment = environment.describe(device)
+    meter = meters.Meter(device, spec.steps)
+    with meter.clock("load"), meter.phase("load"):
+        tokenizer = model.load_tokenizer(spec)
+        examples = prepare(spec, tokenizer)
+        base = _seeded_base(spec, examples, device)
+    _check_length(spec, base)
+    record.environment |= model.fingerprint(spec, base) | {"data": examples.fingerprints, "data_notes": examples.notes}
+    num_base = _count(base)
+    tuned = spec.method.attach(base)
+    if spec.gradient_checkpointing:
+        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    record.measures |= _counts(tuned, num_base, examples)
+    training = Training(spec, tuned, make_optimizer(spec, tuned), meter)
+    if checkpoint.exists():
+        training.load(checkpoint)
+        record.resumed_from_step = training.step
+    _train_and_evaluate(training, examples, options, stop, hold, folder, checkpoint)
+    hold.progress["phase"] = "save"
+    record.files = _save(training, lambda: _seeded_base(spec, examples, device), folder, hold)
+    _fill(record, training, folder)
+
+
+def _train_and_evaluate(
+    training: Training, examples: Examples, options: Options, stop: Stop, hold: Hold, folder: Path, file: Path
+) -> None:
+    """Everything that a stop can interrupt; the checkpoint is written whenever one does."""
+    meter = training.meter
+
+    def checkpoint() -> None:
+        hold.check()
+        log.flush()
+        training.save(file)
+
+    log = StepLog(folder / "steps.jsonl", training.step, options.checkpoint_seconds)
+    if "base_valid_loss" not in training.metrics:
+        hold.progress["phase"] = "evaluate"
+        with meter.clock("evaluate"):
+            training.metrics["base_valid_loss"] = evaluate(training, examples, "validation", stop)["valid_loss"]
+            before = evaluate(training, examples, "retain", stop)
+        if before:
+            training.metrics["retain_loss_before"] = before["retain_loss"]
+    hold.progress |= {"phase": "train", "step": training.step}
+    meter.start_training()
+    with meter.clock("train"):
+        train(training, examples, log, stop, checkpoint, hold)
+    meter.end_training()
+    hold.progress["phase"] = "evaluate"
+    try:
+        with meter.clock("evaluate"):
+            after = {}
+            for split in ("validation", "test", "retain"):
+                after |= evaluate(training, examples, split, stop)
+    except Stopped:
+        checkpoint()
+        raise
+    if "retain_loss" in after:
+        retained = after["retain_loss"]
+        training.metrics["retain_loss_after"] = retained
+        training.metrics["forgetting"] = retained - training.metrics["retain_loss_before"]
+    training.metrics |= {key: value for key, value in after.items() if not key.startswith("retain_")}
+    last = training.losses[-max(1, len(training.losses) // 10) :]
+    training.metrics["train_loss"] = sum(last) / len(last)
+
+
+def _save(training: Training, load_base: Any, folder: Path, hold: Hold) -> dict[str, str]:
+    """Write what was learned to `updates/`, whole or not at all; its digests."""
+    spec = training.spec
+    if spec.keep == "none":
+        return {}
+    temporary, final = folder / f"updates.{os.getpid()}.tmp", folder / "updates"
+    try:
+        temporary.mkdir()
+        spec.method.save(training.model, load_base, temporary, spec.keep)
+        hold.check()
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return file_digests(final, folder)
+
+
+def _fill(record: RunRecord, training: Training, folder: Path) -> None:
+    """Put all that was measured into the record."""
+    spec, meter = training.spec, training.meter
+    memory, record.provenance["peak_gib"] = meter.memory()
+    throughput = meter.throughput()
+    record.measures |= memory | throughput | training.metrics | meter.wall_time()
+    record.measures["optimizer_state_gib"] = _optimizer_bytes(training.optimizer) / meters.GIB
+    record.measures["updates_bytes"] = sum(
+        file.stat().st_size for file in (folder / "updates").rglob("*") if file.is_file()
+    ) if (folder / "updates").exists() else 0  # fmt: skip
+    energy = meter.energy()
+    if energy:
+        record.measures["energy_joules"], record.provenance["energy_joules"] = energy
+    if throughput:
+        tokens = sum(row[1] for row in meter.step_rows) / len(meter.step_rows)
+        length = sum(row[2] for row in meter.step_rows) / len(meter.step_rows) / spec.batch_size
+        flops = meters.model_flops_per_token(training.model, length) * tokens
+        peak, source = meters.peak_flops(meter.device, spec.dtype)
+        per_second = flops * throughput["tokens_per_second"] / tokens
+        record.measures |= {"flops_per_step": flops, "model_flops_utilization": per_second / peak}
+        record.provenance["model_flops_utilization"] = f"of {peak / 1e12:.3g} TFLOP/s, {source}"
+
+
+def _seeded_base(spec: RunSpec, examples: Examples, device: torch.device) -> nn.Module:
+    """The untouched base: every call gives the same, the random head included."""
+    torch.manual_seed(spec.seed)
+    return model.load_base(spec, device, examples.model_options)
+
+
+def _check_length(spec: RunSpec, base: nn.Module) -> None:
+    longest = model.max_length(base)
+    if longest is not None and spec.seq_len > longest:
+        raise InputError(f"seq_len = {spec.seq_len}: must be at most {longest}, the longest that {spec.model} takes")
+
+
+def _counts(tuned: nn.Module, num_base: int, examples: Examples) -> dict[str, float]:
+    trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    held = sum(t.nbytes for t in [*tuned.parameters(), *tuned.buffers()])
+    return {
+        "num_parameters": _count(tuned),
+        "num_trainable": trainable,
+        "trainable_share": trainable / num_base,
+        "num_train_examples": len(examples.splits["train"]),
+        "model_gib": held / meters.GIB,
+    }
+
+
+def _count(module: nn.Module) -> int:
+    """Parameters; a 4-bit weight packs two into a byte."""
+    packed = lambda p: 2 if type(p).__name__ == "Params4bit" else 1  # noqa: E731
+    return sum(p.numel() * packed(p) for p in module.parameters())
+
+
+def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    words = ("can't allocate memory", "out of memory", "std::bad_alloc")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, InputError):
+        return "; ".join(error.problems)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _log(file: Path, enabled: bool) -> Iterator[None]:
+    """Append everything that is printed, by Python or by a library below it, to the run's log."""
+    if not enabled:
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with open(file, "a", buffering=1) as handle:
+        handle.write(f"--- {_now()} pid {os.getpid()}\n")
+        handle.flush()
+        os.dup2(handle.fileno(), 1)
+        os.dup2(handle.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, number in zip(saved, (1, 2), strict=True):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,90 @@
+"""Memory and throughput against quality: what each setting costs for what it reaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorabench.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+KINDS = ("method.name", "quantization")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostQuality(Figure):
+    """A point a setting; colour and marker tell method and quantization, the number beside it the rank."""
+
+    costs: tuple[str, ...] = ("peak_gib", "tokens_per_second")
+    """The measures of the panels' x axes."""
+    value: str | None = None
+    """The measure of the y axis (None: validation loss or accuracy, whichever the sweep selects by)."""
+
+    def draw(self, results: Any) -> MatplotlibFigure | None:
+        from lorabench import drawing
+        from lorabench.labels import capitalized, measure, with_unit
+        from lorabench.results import selected
+        from lorabench.tables import quality
+
+        runs = selected(results).runs
+        value = self.value or f"valid_{quality(results)}"
+        costs = [cost for cost in self.costs if cost in runs and runs[cost].notna().any()]
+        if not costs or value not in runs or runs[value].isna().all():
+            return None
+        with drawing.style():
+            figure, grid = drawing.new_figure(1, len(costs), sharey=True, height=2.9)
+            handles: dict[str, Any] = {}
+            for axes, cost in zip(grid.flat, costs, strict=True):
+                handles |= _panel(axes, results, runs, (cost, value))
+                better = {True: ", more is better", False: ", less is better"}.get(measure(cost).higher_is_better, "")
+                axes.set_xlabel(capitalized(with_unit(cost)) + better)
+            grid[0, 0].set_ylabel(capitalized(with_unit(value)))
+            drawing.legend_below(figure, list(handles.values()), list(handles))
+        return figure
+
+    def caption(self) -> str:
+        return (
+            "Quality against memory and throughput, one point a setting at its own best learning rate, with 95% "
+            "Student-t intervals over seeds in both directions (hollow: a single seed). The number beside a point is "
+            "its rank."
+        )
+
+
+EXAMPLE = CostQuality()
+
+
+def _panel(axes: Axes, results: Any, runs: Any, names: tuple[str, str]) -> dict[str, Any]:
+    """Points with their intervals; label -> handle."""
+    from lorabench import drawing
+    from lorabench.aggregate import cell
+    from lorabench.labels import value_label
+    from lorabench.results import grouped
+
+    keys = [key for key in results.settings if key in KINDS]
+    others = [key for key in results.settings if key not in KINDS]
+    looks = drawing.looks(values for values, _ in grouped(runs, keys))
+    handles: dict[str, Any] = {}
+    points, halves, texts, colors = [], [], [], []
+    for values, chunk in grouped(runs, results.settings):
+        x, y = (cell(chunk, name) for name in names)
+        if x.mean is None or y.mean is None:
+            continue
+        at = dict(zip(results.settings, values, strict=True))
+        look = looks[tuple(at[key] for key in keys)]
+        handle = axes.errorbar(
+            x.mean, y.mean, xerr=x.half or 0.0, yerr=y.half or 0.0, color=look.color, linestyle="none",
+            marker=look.marker, markerfacecolor="white" if y.half is None else look.color, elinewidth=0.8,
+        )  # fmt: skip
+        handles.setdefault(drawing.series_label(keys, [at[key] for key in keys]), handle)
+        points.append((x.mean, y.mean))
+        halves.append((x.half or 0.0, y.half or 0.0))
+        texts.append(", ".join(value_label(at[key]) for key in others if at[key] is not None))
+        colors.append(look.color)
+    axes.margins(0.1)
+    ends = [y + sign * dy for (_, y), (_, dy) in zip(points, halves, strict=True) for sign in (-1, 1)]
+    drawing.limit_y(axes, [y for _, y in points], ends)
+    drawing.place_labels(axes, points, halves, texts, colors)
+    return handles

@@ -1,0 +1,136 @@
+"""Singular values of ΔW, normalized by the largest, beside those of a random update of the same shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorabench.figure import Figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+RANK = "method.rank"
+NULL_DASHES = (0, (3, 2))
+FLOOR = 1e-6
+"""Ratios below it are rounding of float32, and are not drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectra(Figure):
+    """A panel a method and setting, a colour a rank; methods without a rank stand in black in every panel."""
+
+    kinds: tuple[str, ...] = ()
+    """Kinds of layers to average over, such as `q_proj` (empty: every layer that all these runs have)."""
+
+    def draw(self, results: Any) -> MatplotlibFigure | None:
+        from matplotlib.lines import Line2D
+
+        from lorabench import drawing
+        from lorabench.results import grouped
+
+        values = _values(results, self.kinds)
+        if values.empty:
+            return None
+        keys = [key for key in results.settings if key != RANK]
+        ranked = values[values[RANK].notna()] if RANK in values else values.iloc[:0]
+        level = values[values[RANK].isna()] if RANK in values else values
+        panels = grouped(ranked, keys) if len(ranked) else [((), ranked)]
+        columns = min(3, len(panels))
+        with drawing.style():
+            figure, grid = drawing.new_figure(-(-len(panels) // columns), columns, sharex=True, sharey=True, height=2.6)
+            handles: dict[str, Any] = {}
+            for axes, (place, chunk) in zip(grid.flat, panels, strict=False):
+                handles |= _panel(axes, chunk, _same_base(level, keys, place), keys)
+                axes.set_title(drawing.series_label(keys, place, full=True) if place else "")
+                axes.set_xlabel("Index i")
+            for axes in list(grid.flat)[len(panels) :]:
+                axes.set_visible(False)
+            for axes in grid[:, 0]:
+                axes.set_ylabel("σᵢ / σ₁")
+            drawing.powers_of_two(grid[0, 0], [2**k for k in range(int(values["index"].max()).bit_length())])
+            grid[0, 0].set_yscale("log")
+            grid[0, 0].set_ylim(max(1e-4, 0.5 * float(values["ratio"].quantile(0.01))), 1.4)
+            if values["null_ratio"].notna().any():
+                handles["Gaussian"] = Line2D([], [], color=drawing.REFERENCE, linestyle=NULL_DASHES, linewidth=0.8)
+            drawing.legend_below(figure, list(handles.values()), list(handles))
+        return figure
+
+    def caption(self) -> str:
+        of = f" ({', '.join(self.kinds)})" if self.kinds else ""
+        return (
+            f"Singular values of the update relative to the largest: geometric mean over layers{of} and seeds, band "
+            "from the 10th to the 90th percentile. Dashed: random Gaussian updates of the same shapes and ranks, beside "
+            "which a decay is to be read."
+        )
+
+
+EXAMPLE = Spectra()
+
+
+def _values(results: Any, kinds: tuple[str, ...]) -> pd.DataFrame:
+    """The singular values of the selected runs in the layers that all of them have, with ratios to the first."""
+    import pandas as pd
+
+    from lorabench.results import selected, shared
+
+    frame = results.analyses.get("singular_values", pd.DataFrame())
+    if frame.empty:
+        return frame
+    runs = selected(results).runs
+    frame = frame[frame["run_id"].isin(runs.index)]
+    if kinds:
+        frame = frame[frame["kind"].isin(kinds)]
+    frame = shared(frame).astype({"index": int, "value": float, "null": float})
+    first = frame.groupby(["run_id", "layer"], observed=True)[["value", "null"]].transform("max")
+    frame["ratio"] = frame["value"] / first["value"]
+    frame["null_ratio"] = frame["null"] / first["null"]
+    return frame[frame["ratio"] > FLOOR].join(runs[results.settings], on="run_id")
+
+
+def _same_base(level: pd.DataFrame, keys: list[str], place: tuple[Any, ...]) -> pd.DataFrame:
+    """What has no rank, for a panel: the same in every key that it has, method and quantization apart."""
+    for key, value in zip(keys, place, strict=False):
+        if key not in ("method.name", "quantization"):
+            level = level[[item is None or item == value for item in level[key]]]
+    return level
+
+
+def _panel(axes: Axes, ranked: pd.DataFrame, level: pd.DataFrame, keys: list[str]) -> dict[str, Any]:
+    from matplotlib import colormaps
+
+    from lorabench import drawing
+    from lorabench.results import grouped, ordered
+
+    handles: dict[str, Any] = {}
+    ranks = ordered(ranked[RANK]) if len(ranked) else []
+    for i, rank in enumerate(ranks):
+        color = colormaps["viridis"](0.88 * i / max(1, len(ranks) - 1))
+        look = drawing.Look(color, drawing.MARKERS[i % len(drawing.MARKERS)])
+        handles[f"rank {rank}"] = _curve(axes, ranked[ranked[RANK] == rank], look)
+    looks = drawing.looks(values for values, _ in grouped(level, keys))
+    for values, chunk in grouped(level, keys):
+        look = looks[values] if not ranks else drawing.Look("#000000", "X", looks[values].dashes)
+        handles[drawing.series_label(keys, values)] = _curve(axes, chunk, look)
+    return handles
+
+
+def _curve(axes: Axes, values: pd.DataFrame, look: Any) -> Any:
+    """One series: mean, band and its null; the handle of the mean."""
+    import numpy as np
+
+    logs = np.log(values["ratio"].clip(lower=FLOOR))
+    by_index = logs.groupby(values["index"])
+    mean = np.exp(by_index.mean())
+    marks = [int(np.searchsorted(mean.index, 2**k)) for k in range(12) if 2**k <= mean.index.max()]
+    (line,) = axes.plot(mean.index, mean, color=look.color, marker=look.marker, markersize=3.2, markevery=marks, zorder=3)
+    axes.fill_between(
+        mean.index, np.exp(by_index.quantile(0.1)), np.exp(by_index.quantile(0.9)), color=look.color, alpha=0.15, linewidth=0
+    )
+    null = values.dropna(subset=["null_ratio"])
+    if len(null):
+        null_mean = np.exp(np.log(null["null_ratio"].clip(lower=FLOOR)).groupby(null["index"]).mean())
+        axes.plot(null_mean.index, null_mean, color=look.color, linestyle=NULL_DASHES, linewidth=0.8, zorder=2)
+    return line

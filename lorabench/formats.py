@@ -1,0 +1,82 @@
+"""Updates from files: what lorabench writes, and adapters of others. Nothing is unpickled, no model is built.
+
+Add a format by adding one file to `lorabench/readers/` with `find(folder)`: the entries by parameter, empty where
+the folder's content is not of its format. A folder may hold several (an adapter, and the dense ΔW of a task head).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from lorabench import plugins
+from lorabench.decode import InputError
+from lorabench.layer import LayerSVD
+from lorabench.linalg import ThinSVD, thin_svd
+from lorabench.readers._entry import Entry
+from lorabench.update import Update
+
+VERSION = 1
+"""Part of every analysis's cache key: raise it when the same file reads as other numbers."""
+DENSE_VECTORS = 64
+"""Singular vectors kept of a dense ΔW; of a factored one all r are."""
+_GPU_SIZE = 1024
+
+
+def read_updates(folder: Path) -> Iterator[Update]:
+    """Every ΔW in `folder` by parameter, one at a time, vectors included. InputError where a file is not whole."""
+    for parameter, entry in _find(folder):
+        update = entry.load()
+        if isinstance(update, LayerSVD):
+            raise InputError(f"{folder}: {parameter}: only singular values and vectors of ΔW were kept (svd:K)")
+        yield update
+
+
+def read_layers(folder: Path) -> Iterator[LayerSVD]:
+    """Every matrix ΔW in `folder` as a thin SVD, by parameter, one at a time; vectors (biases, norms) are skipped."""
+    for entry in open_layers(folder).values():
+        yield load_layer(entry)
+
+
+def open_layers(folder: Path) -> dict[str, Entry]:
+    """What `read_layers` would give, by parameter; reads headers only. InputError where tensors do not fit."""
+    return {parameter: entry for parameter, entry in _find(folder) if entry.shape[1] > 1}
+
+
+def load_layer(entry: Entry) -> LayerSVD:
+    update = entry.load()
+    if isinstance(update, LayerSVD):
+        return update
+    return LayerSVD(
+        parameter=update.parameter,
+        svd=_svd(update),
+        rank=None if update.A is None else update.B.shape[1],
+        base_norm=update.base_norm,
+        precision=update.precision,
+        scale_source=update.scale_source,
+    )
+
+
+def _svd(update: Update) -> ThinSVD:
+    try:
+        return _on_best_device(update)
+    except ValueError as error:
+        raise InputError(f"{update.parameter}: {error}") from None
+
+
+def _on_best_device(update: Update) -> ThinSVD:
+    """Only a large dense ΔW is worth its way to the GPU."""
+    if update.A is not None:
+        return thin_svd(update.B, update.A)
+    large = min(update.shape) >= _GPU_SIZE and torch.cuda.is_available()
+    svd = thin_svd(update.B.cuda() if large else update.B, keep=DENSE_VECTORS)
+    return ThinSVD(U=svd.U.cpu(), S=svd.S.cpu(), Vh=svd.Vh.cpu())
+
+
+def _find(folder: Path) -> list[tuple[str, Entry]]:
+    readers = (importlib.import_module(f"lorabench.readers.{name}") for name in plugins.names("readers"))
+    found = {parameter: entry for reader in readers for parameter, entry in reader.find(Path(folder)).items()}
+    return sorted(found.items())

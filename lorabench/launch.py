@@ -1,0 +1,334 @@
+"""Local workers: a sweep's missing runs, each in a fresh process, as many at a time as asked.
+
+What a run computes, and whether it may, is decided in its own process (`lorabench.execute`); here it is only
+started, watched and, if it dies, accounted for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from multiprocessing import connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from lorabench.claim import current_claim, take
+from lorabench.decode import InputError
+from lorabench.machine import count_oom_kills
+from lorabench.record import FAILURES, RunRecord, RunState, Status, Store
+from lorabench.spec import RunSpec, flatten
+from lorabench.sweep import Sweep
+from lorabench.terminal import Display, count_statuses, text_table
+from lorabench.worker import PRELOAD, Settings, Target, child_main, execute_run, start_server
+
+TICK_SECONDS = 0.2
+GRACE_SECONDS = 60.0
+"""A run that is so long past its time limit does not reach its own check any more, and is killed."""
+STARTS_WITHOUT_RECORD = 3
+REPEATABLE = (*FAILURES, Status.CORRUPT)
+"""What `--retry` can name."""
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Where and how many. Worker i sees only the GPU `gpus[i % len(gpus)]`; without any, what there is."""
+
+    workers: int = 1
+    gpus: tuple[str, ...] = ()
+    settings: Settings = field(default_factory=Settings)
+    retry: frozenset[Status] = frozenset()
+    preload: tuple[str, ...] = PRELOAD
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How each run of the sweep stands, in the sweep's order, and the signal that stopped the launch."""
+
+    states: list[RunState]
+    signal: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        if self.signal:
+            return 128 + self.signal
+        return 0 if all(state.status == Status.DONE for state in self.states) else 1
+
+
+def launch(sweep: Sweep, store: Store, pool: Pool, target: Target = execute_run) -> Outcome:
+    """Run what is missing of the sweep; returns when every run is settled or a signal has stopped them.
+
+    Raises InputError, before anything runs, if the results folder cannot be written.
+    """
+    check_writable(store.root)
+    with Display(sweep.name, labels(sweep)) as display:
+        return _Launch(sweep, store, pool, target, display).go()
+
+
+def labels(sweep: Sweep) -> dict[str, str]:
+    """What sets each run apart: run id -> `method.rank=4 seed=1`."""
+    axes = sweep.axes
+    flats = {spec.id: flatten(spec.to_json()) for spec in sweep.runs}
+    return {id: " ".join(f"{key}={flat[key]}" for key in axes if key in flat) for id, flat in flats.items()}
+
+
+def check_writable(root: Path) -> None:
+    """InputError if files cannot be made below `root`."""
+    probe = root / "runs" / f".writable.{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_text("x")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--results {root}: cannot be written: {error.strerror}") from None
+
+
+@dataclass(kw_only=True)
+class _Child:
+    spec: RunSpec
+    slot: int
+    process: ForkServerProcess
+    started: float
+    record_before: int | None
+    """Time stamp of the record that an earlier attempt left."""
+    overdue: bool = False
+
+
+class _Launch:
+    """The state of one `launch`: a run is pending, in a child, elsewhere (another worker's) or settled."""
+
+    def __init__(self, sweep: Sweep, store: Store, pool: Pool, target: Target, display: Display):
+        self.sweep, self.store, self.pool, self.target, self.display = sweep, store, pool, target, display
+        self.pending: list[RunSpec] = []
+        self.children: list[_Child] = []
+        self.elsewhere: list[RunSpec] = []
+        self.settled: dict[str, RunState] = {}
+        self.retrying: set[str] = set()
+        self.starts: dict[str, int] = {}
+        self.oom_kills = count_oom_kills()
+        self.signals: list[int] = []
+        self.obeyed = 0
+
+    def go(self) -> Outcome:
+        self._sort()
+        with self._handlers():
+            if self.pending:
+                self.context = start_server(self.pool.preload)
+            while self.pending or self.children or self.elsewhere:
+                self._obey_signals()
+                self._fill()
+                self._wait()
+                self._reap()
+                self._look_elsewhere()
+                self._kill_overdue()
+                self._show()
+        states = [self.settled.get(spec.id) or self.store.state(spec.id, spec) for spec in self.sweep.runs]
+        return Outcome(states=states, signal=self.signals[0] if self.signals else None)
+
+    def _sort(self) -> None:
+        """Split the sweep into what is settled already and what is to do."""
+        for state, spec in zip(self.store.states(list(self.sweep.runs)), self.sweep.runs, strict=True):
+            if state.status == Status.DONE:
+                self._settle(state, "already")
+            elif state.status == Status.RUNNING:
+                self.elsewhere.append(spec)
+            elif state.status in REPEATABLE and state.status not in self.pool.retry:
+                self._settle(state)
+            else:
+                if state.status in REPEATABLE:
+                    self.retrying.add(spec.id)
+                if state.status == Status.CORRUPT:
+                    shelf = self.store.set_aside(spec.id)
+                    self.display.say(f"{spec.id}: corrupt ({state.error}); moved to {shelf}")
+                self.pending.append(spec)
+        done = sum(state.status == Status.DONE for state in self.settled.values())
+        parts = [f"{done} done already"] * bool(done)
+        parts += [f"{len(self.pending)} to run on {self.pool.workers} workers"] * bool(self.pending)
+        parts += [f"{len(self.elsewhere)} running elsewhere"] * bool(self.elsewhere)
+        self.display.say(f"{self.sweep.name}: {len(self.sweep.runs)} runs: {', '.join(parts) or 'nothing to do'}")
+
+    def _fill(self) -> None:
+        """Start pending runs in the free slots."""
+        busy = {child.slot for child in self.children}
+        free = [slot for slot in range(self.pool.workers) if slot not in busy]
+        while self.pending and free:
+            spec = self.pending.pop(0)
+            state = self.store.state(spec.id, spec)
+            if state.status == Status.RUNNING:
+                self.elsewhere.append(spec)
+            elif state.status == Status.DONE or (state.status in REPEATABLE and spec.id not in self.retrying):
+                self._settle(state)  # another worker was faster
+            else:
+                self._start(spec, free.pop(0))
+
+    def _start(self, spec: RunSpec, slot: int) -> None:
+        gpus = self.pool.gpus
+        gpu = gpus[slot % len(gpus)] if gpus else None
+        try:
+            self.store.write_spec(spec)
+        except OSError as error:
+            self._settle(self._fail(spec, Status.FAILED, f"its folder cannot be written: {error.strerror}"))
+            return
+        arguments = (self.target, spec, str(self.store.root.absolute()), self.pool.settings, gpu)
+        process = self.context.Process(target=child_main, args=arguments, name=spec.id)
+        process.start()
+        before = self._record_stamp(spec)
+        self.starts[spec.id] = self.starts.get(spec.id, 0) + 1
+        child = _Child(spec=spec, slot=slot, process=process, started=time.monotonic(), record_before=before)
+        self.children.append(child)
+
+    def _wait(self) -> None:
+        if self.children:
+            connection.wait([child.process.sentinel for child in self.children], timeout=TICK_SECONDS)
+        elif not self.pending and self.elsewhere:
+            time.sleep(TICK_SECONDS)
+
+    def _reap(self) -> None:
+        for child in [child for child in self.children if not child.process.is_alive()]:
+            child.process.join()
+            self.children.remove(child)
+            self._account(child)
+
+    def _account(self, child: _Child) -> None:
+        """Settle the run of a process that has ended, or find out why it left no result."""
+        spec, code = child.spec, child.process.exitcode
+        state = self.store.state(spec.id, spec)
+        written = self._record_stamp(spec) != child.record_before
+        if state.status == Status.RUNNING:
+            self.elsewhere.append(spec)
+        elif state.status == Status.DONE or (written and state.status in (*REPEATABLE, Status.CANCELLED)):
+            self._settle(state)
+        elif code == 0 and not self.signals and self.starts[spec.id] < STARTS_WITHOUT_RECORD:
+            self.pending.append(spec)  # another worker had it and gave it up
+        else:
+            self._settle(self._fail(spec, *self._cause(child)))
+
+    def _cause(self, child: _Child) -> tuple[Status, str]:
+        """Why a process ended without a final record."""
+        code = child.process.exitcode or 0
+        if child.overdue:
+            return Status.TIMEOUT, f"killed {GRACE_SECONDS:.0f} s after its time limit: it did not answer"
+        if code == -signal.SIGKILL:
+            total = count_oom_kills()
+            if self.oom_kills < total:
+                self.oom_kills += 1
+                return Status.OOM, "killed by the kernel: out of memory"
+        if code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
+            return Status.CANCELLED, f"killed by signal {-code}; run again to resume"
+        ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        if code == 0:
+            ending = "ended without a result"
+        return Status.FAILED, ": ".join(filter(None, [ending, crash_line(self.store.folder(child.spec.id) / "log.txt")]))
+
+    def _fail(self, spec: RunSpec, status: Status, error: str) -> RunState:
+        """Write the record that a run could not write itself, unless another worker has it by now."""
+        record = RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, error=error)
+        try:
+            claim = current_claim(self.store.folder(spec.id))
+            hold = take(self.store.folder(spec.id))
+            if hold is None:
+                return self.store.state(spec.id, spec)
+            with hold:
+                hold.progress |= claim.progress if claim else {}
+                with contextlib.suppress(InputError):
+                    record = replace(self.store.read(spec.id) or record, status=status, error=error)
+                record.finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+                self.store.write(record)
+        except OSError as problem:
+            record.error = f"{error} (and its record could not be written: {problem.strerror})"
+        return RunState(run_id=spec.id, status=status, spec=record.spec, record=record, error=record.error)
+
+    def _look_elsewhere(self) -> None:
+        """Take up what other workers have given up; settle what they have ended."""
+        for spec in list(self.elsewhere):
+            state = self.store.state(spec.id, spec)
+            if state.status == Status.RUNNING:
+                continue
+            self.elsewhere.remove(spec)
+            if state.status == Status.DONE or state.status in REPEATABLE:
+                self._settle(state)
+            else:
+                self.pending.append(spec)
+
+    def _kill_overdue(self) -> None:
+        limit = self.pool.settings.timeout_seconds
+        for child in self.children:
+            if limit is not None and time.monotonic() - child.started > limit + GRACE_SECONDS:
+                child.overdue = True
+                child.process.kill()
+
+    def _obey_signals(self) -> None:
+        """The first signal: no new runs, and the running ones write a checkpoint; the second: kill them."""
+        if len(self.signals) == self.obeyed:
+            return
+        self.obeyed = len(self.signals)
+        self.pending.clear()
+        self.elsewhere.clear()
+        for child in self.children:
+            child.process.kill() if self.obeyed > 1 else child.process.terminate()
+        if self.obeyed == 1 and self.children:
+            self.display.say(f"stopping: {len(self.children)} runs write a checkpoint (again: kill them)")
+
+    @contextlib.contextmanager
+    def _handlers(self) -> Iterator[None]:
+        def note(number: int, _: Any) -> None:
+            self.signals.append(number)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for child in self.children:  # only where the launcher itself has failed
+                child.process.terminate()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _show(self) -> None:
+        progress = {}
+        for spec in [*(child.spec for child in self.children), *self.elsewhere]:
+            claim = current_claim(self.store.folder(spec.id))
+            progress[spec.id] = claim.progress if claim else {}
+        self.display.running(progress)
+
+    def _settle(self, state: RunState, note: str = "") -> None:
+        self.settled[state.run_id] = state
+        self.display.ended(state, note)
+
+    def _record_stamp(self, spec: RunSpec) -> int | None:
+        with contextlib.suppress(OSError):
+            return (self.store.folder(spec.id) / "record.json").stat().st_mtime_ns
+        return None
+
+
+def crash_line(log: Path) -> str:
+    """The line of a log that says best why its process died: where it crashed, else the last line."""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+        text = file.read().decode("utf-8", "replace")
+        crash = re.findall(r"\(most recent call first\):\n\s*(.+)", text)
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return crash[-1] if crash else lines[-1] if lines else ""
+    return ""
+
+
+def summary(sweep: Sweep, outcome: Outcome) -> str:
+    """The counts by status, then a line for each run that did not end well."""
+    names = labels(sweep)
+    bad = [state for state in outcome.states if state.status not in (Status.DONE, Status.MISSING)]
+    rows = [
+        {"run_id": state.run_id, "status": state.status, "swept": names[state.run_id], "error": state.error}
+        for state in bad
+    ]
+    lines = [f"{sweep.name}: {count_statuses(outcome.states)}"]
+    lines += [text_table(rows, ["run_id", "status", "swept", "error"])] if rows else []
+    repeat = [state for state in bad if state.status in REPEATABLE]
+    lines += [f"repeat with --retry {','.join(sorted({str(state.status) for state in repeat}))}"] if repeat else []
+    return "\n".join(lines)

@@ -1,0 +1,61 @@
+"""One layer's ΔW as analyses see it: a thin SVD with its name.
+
+Shapes: M out features, N in features, r rank.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lorabench.linalg import ThinSVD
+
+_BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_SHARED_NAMES = ("dense", "c_proj")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerSVD:
+    """The seam that every analysis consumes: ΔW of one matrix, whatever made it.
+
+    `rank` is the number of columns of the factors, None for a dense ΔW; `base_norm` (‖W0‖_F), `precision` and
+    `scale_source` are as in `Update`.
+    """
+
+    parameter: str
+    svd: ThinSVD
+    rank: int | None = None
+    base_norm: float | None = None
+    precision: str | None = None
+    scale_source: str | None = None
+
+    @property
+    def layer(self) -> str:
+        """Name of the module."""
+        return self.parameter.removesuffix(".weight")
+
+    @property
+    def kind(self) -> str:
+        """Last module name, `q_proj`: what layers of one role share over the blocks."""
+        return layer_kind(self.layer)
+
+    @property
+    def depth(self) -> int | None:
+        """Index of the layer's block; None outside the blocks."""
+        block = _BLOCK.search(self.layer)
+        return int(block[1]) if block else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(M, N)"""
+        return self.svd.U.shape[0], self.svd.Vh.shape[1]
+
+
+def layer_kind(layer: str) -> str:
+    """`model.layers.3.self_attn.q_proj` -> `q_proj`.
+
+    Names that BERT and GPT-2 give to several layers of a block keep their path in it: `attn.c_proj`, `mlp.c_proj`.
+    """
+    last = layer.rpartition(".")[2]
+    block = _BLOCK.search(layer)
+    return layer[block.end() :] if last in _SHARED_NAMES and block else last

@@ -1,0 +1,192 @@
+"""Base models: load and quantize (Hub id, local folder, `builtin:NAME`), and compare weights with the base's."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench.decode import InputError
+from lorabench.update import Update
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from lorabench.spec import RunSpec
+
+BUILTIN = Path(__file__).parent / "builtin"
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+
+
+def resolve(source: str) -> str:
+    """What transformers is given for `source`: a local path or a Hub id. InputError for a missing folder."""
+    if source.startswith("builtin:"):
+        folder = BUILTIN / source.removeprefix("builtin:")
+        if not (folder / "config.json").exists():
+            choices = ", ".join(sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/config.json")))
+            raise InputError(f'model = "{source}": no such built-in model. Choices: {choices}')
+        return str(folder)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise InputError(f'model = "{source}": the folder has no config.json')
+        return str(folder)
+    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise InputError(f'model = "{source}": no such folder')
+    return source
+
+
+def load_tokenizer(spec: RunSpec) -> Any:
+    """The model's tokenizer; where it has no padding token, padding is the end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _pretrained(spec, AutoTokenizer.from_pretrained)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise InputError(f'model = "{spec.model}": its tokenizer has neither a padding nor an end-of-sequence token')
+    return tokenizer
+
+
+def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any]) -> nn.Module:
+    """The untouched base on `device`: in float32 if it is to be trained, else in `spec.dtype`, quantized as asked.
+
+    A new task head takes its random weights from torch's global generator.
+    """
+    import torch
+    import transformers
+
+    auto = getattr(transformers, spec.task.auto_class)
+    dtype = torch.float32 if spec.method.trains_base else getattr(torch, spec.dtype)
+    extra: dict[str, Any] = {}
+    if spec.quantization != "none":
+        extra = {"quantization_config": _quantization(spec, options), "device_map": {"": device}}
+    model = _pretrained(spec, auto.from_pretrained, dtype=dtype, **options, **extra)
+    if spec.quantization == "none":
+        model.to(device)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes 0.50 repacks 4-bit weights at the first evaluation, rounding their scales to bfloat16;
+            # training on afterwards reads the repacked bytes as if they were not, and learns from noise.
+            module.support_avx512bf16_for_cpu = False
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = load_tokenizer(spec).pad_token_id
+    model.config.use_cache = False
+    return model
+
+
+def skeleton(spec: RunSpec, options: dict[str, Any]) -> nn.Module:
+    """The base without weights (meta device), from its config alone: for counting, quick whatever the size."""
+    import torch
+    import transformers
+
+    config = _pretrained(spec, transformers.AutoConfig.from_pretrained, **options)
+    with torch.device("meta"):
+        return getattr(transformers, spec.task.auto_class).from_config(config)
+
+
+def fingerprint(spec: RunSpec, model: nn.Module) -> dict[str, str | None]:
+    """Which weights these are: the Hub's commit, or SHA-256 over a local folder's weight files."""
+    from lorabench.record import file_digest
+
+    source = resolve(spec.model)
+    if not Path(source).is_dir():
+        return {"model_commit": getattr(model.config, "_commit_hash", None)}
+    files = sorted(file for pattern in WEIGHT_FILES for file in Path(source).glob(pattern))
+    return {"model_sha256": ",".join(file_digest(file) for file in files)}
+
+
+def max_length(model: nn.Module) -> int | None:
+    """The longest input that the model's position embeddings allow; None where there is no such limit."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def new_heads(model: nn.Module) -> list[str]:
+    """The head modules that a classification model puts on the pretrained base."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return []
+    prefix = model.base_model_prefix
+    return [name for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, whose weight is stored as (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def weight_changes(model: nn.Module, base: nn.Module, prefix: str = "") -> Iterator[Update]:
+    """ΔW of every parameter, dense, on the CPU, in (out, in) orientation; vectors as (n, 1)."""
+    originals = dict(base.named_parameters())
+    for name, parameter in model.named_parameters():
+        module = model.get_submodule(name.rpartition(".")[0])
+        original = originals[name].detach().to(parameter.device)
+        delta = parameter.detach().float() - original.float()
+        yield Update(
+            parameter=prefix + name,
+            B=_as_matrix(delta, module).cpu(),
+            base_norm=float(original.float().norm()),
+            precision=str(parameter.dtype).removeprefix("torch."),
+        )
+
+
+def save_peft(model: nn.Module, folder: Path) -> None:
+    """Save an adapter in PEFT's format, the same bytes for the same adapter: PEFT writes its sets in any order."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # a model card of placeholders
+    file = folder / "adapter_config.json"
+    config = {k: sorted(v) if isinstance(v, list) else v for k, v in json.loads(file.read_text()).items()}
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def weight_norm(module: nn.Module) -> float:
+    """‖W0‖_F of a linear layer, of its dequantized weight where it is quantized."""
+    return float(dequantized(module).float().norm())
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(module).detach()
+
+
+def _as_matrix(delta: Tensor, module: nn.Module) -> Tensor:
+    if delta.ndim == 1:
+        return delta[:, None]
+    return (delta.T if is_conv1d(module) else delta.flatten(1)).contiguous()
+
+
+def _quantization(spec: RunSpec, options: dict[str, Any]) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    from lorabench.targets import head_modules
+
+    skipped = head_modules(skeleton(spec, options))  # a new head is trained, and a language-model head stays exact
+    if spec.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def _pretrained(spec: RunSpec, load: Any, **arguments: Any) -> Any:
+    source = resolve(spec.model)
+    local = Path(source).is_dir()
+    try:
+        return load(source, revision=None if local else spec.revision, local_files_only=local or _offline(), **arguments)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f'model = "{spec.model}": neither a local folder nor a Hub model that loads: {reason}') from error
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

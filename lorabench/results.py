@@ -1,0 +1,195 @@
+"""A sweep's runs as one data frame, and which of them its tables and figures compare."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from lorabench.record import MEASURES, RunState, Status, Store
+from lorabench.spec import flatten
+from lorabench.sweep import Sweep, known_measures
+
+Analyze = Callable[[Store, Sweep, list[str]], dict[str, pd.DataFrame]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Results:
+    """What a sweep has given so far. `runs` stands in the sweep's order and has one row a run, done or not.
+
+    Its columns are the flattened keys of the specs (None where a run has no such key), `status`, `error`,
+    `attempts`, `finished`, and each measure that any run has (NaN where it is missing).
+    """
+
+    sweep: Sweep
+    runs: pd.DataFrame
+    analyses: dict[str, pd.DataFrame] = field(default_factory=dict)
+    environments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Run id -> its record's `environment`."""
+    provenance: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Run id -> how its measures were made."""
+
+    @property
+    def keys(self) -> list[str]:
+        """The swept keys: those with two values or more among the runs that have them."""
+        return [key for key in self.sweep.axes if self.runs[key].dropna().map(repr).nunique() > 1]
+
+    @property
+    def over(self) -> list[str]:
+        """The keys that the selection chooses: `select.over` and what is zipped with it."""
+        if not self.sweep.select or self.sweep.select.over not in self.sweep.axes:
+            return []
+        over = self.sweep.select.over
+        return [over, *(key for group in self.sweep.zips if over in group for key in group if key != over)]
+
+    @property
+    def settings(self) -> list[str]:
+        """The keys that tell the compared settings apart: `method.name` and the swept ones, less lr and seed."""
+        return list(dict.fromkeys(["method.name", *(k for k in self.keys if k not in ("seed", *self.over))]))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Selection:
+    """The runs that are compared, and the choice made for each setting.
+
+    `choices` has one row a setting: all its keys, each key of `over` with the chosen value, `num_values` tried,
+    `edge` (`largest`, `smallest` or None: where the best numeric value lies at the edge of those tried), and
+    `complete` (whether each seed of the chosen value is done).
+    """
+
+    runs: pd.DataFrame
+    choices: pd.DataFrame
+
+    @property
+    def run_ids(self) -> list[str]:
+        return list(self.runs.index)
+
+
+def load_results(store: Store, sweep: Sweep, analyze: Analyze | None = None) -> Results:
+    """Read every run of `sweep`; `analyze(store, sweep, run_ids)` makes the analyses of the selected runs."""
+    states = list(store.states(list(sweep.runs)))
+    runs = _frame(states, [flatten(spec.to_json()) for spec in sweep.runs])
+    records = {state.run_id: state.record for state in states if state.record}
+    results = Results(
+        sweep=sweep,
+        runs=runs,
+        environments={run_id: record.environment for run_id, record in records.items()},
+        provenance={run_id: record.provenance for run_id, record in records.items()},
+    )
+    if analyze is None:
+        return results
+    return with_analyses(results, analyze(store, sweep, selected(results).run_ids))
+
+
+def with_analyses(results: Results, analyses: dict[str, pd.DataFrame]) -> Results:
+    """The results with their analyses; each layer metric becomes a column of `runs`, its mean over `shared` layers.
+
+    `spectrum.rank_90` is the mean, `spectrum.rank_90:null` that of the null model of the same shapes.
+    """
+    columns = {}
+    for name in known_measures():
+        analysis, _, metric = name.partition(".")
+        frame = analyses.get(analysis)
+        if name in MEASURES or frame is None or "metric" not in frame or frame.empty:
+            continue
+        by_run = shared(frame[frame["metric"] == metric]).groupby("run_id")
+        columns[name] = by_run["value"].mean()
+        if "null" in frame and frame["null"].notna().any():
+            columns[f"{name}:null"] = by_run["null"].mean()
+    joined = results.runs.join(pd.DataFrame(columns, dtype=float)) if columns else results.runs
+    return dataclasses.replace(results, runs=joined, analyses=analyses)
+
+
+def shared(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the layers that every run has, so that runs with other targets compare; all where there is none."""
+    owners = frame.groupby("layer")["run_id"].nunique()
+    everywhere = owners.index[owners == frame["run_id"].nunique()]
+    return frame[frame["layer"].isin(everywhere)] if len(everywhere) else frame
+
+
+def selected(results: Results) -> Selection:
+    """For every setting (all axes but `select.over` and `seed`) the runs at the best value of `over`.
+
+    Best is the mean of `select.by` over the seeds that are done; a value with each seed done beats one with failed
+    or missing seeds; of equal values the smaller wins. Without `[select]` every run is used.
+    """
+    runs, over = results.runs, results.over
+    if not over:
+        return Selection(runs=runs, choices=pd.DataFrame())
+    keys = [key for key in results.sweep.axes if key not in ("seed", *over)]
+    kept, rows = [], []
+    for setting, group in grouped(runs, keys):
+        tried = [(values, chunk) for values, chunk in grouped(group, over)]
+        scored = [(_score(chunk, results.sweep.select.by), ordinal(values[0]), values, chunk) for values, chunk in tried]
+        score, _, values, chunk = min(scored, key=lambda item: item[:2])
+        kept += list(chunk.index)
+        edge = _edge(values[0], [values[0] for values, _ in tried])
+        row = dict(zip(keys, setting, strict=True)) | dict(zip(over, values, strict=True))
+        rows.append(row | {"num_values": len(tried), "edge": edge, "complete": score[0] == 0})
+    chosen = set(kept)
+    choices = pd.DataFrame(rows, columns=[*keys, *over, "num_values", "edge", "complete"], dtype=object)
+    return Selection(runs=runs[[run_id in chosen for run_id in runs.index]], choices=choices)
+
+
+def grouped(frame: pd.DataFrame, keys: list[str]) -> Iterable[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """Groups by the values of `keys`, in order of appearance; a missing key is a value, None, like any other."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for position, values in enumerate(zip(*(frame[key] for key in keys), strict=True) if keys else [()] * len(frame)):
+        groups.setdefault(tuple(values), []).append(position)
+    return [(values, frame.iloc[positions]) for values, positions in groups.items()]
+
+
+def ordered(values: Iterable[Any]) -> list[Any]:
+    """Distinct values: numbers ascending, then the rest in order of appearance, None last."""
+    distinct = list(dict.fromkeys(values))
+    rank = {value: position for position, value in enumerate(distinct)}
+    return sorted(distinct, key=lambda v: (v is None, not is_number(v), v if is_number(v) else rank[v]))
+
+
+def ordinal(value: Any) -> tuple[int, float, str]:
+    """A sort key for values of mixed types: numbers first, None last."""
+    return (0, float(value), "") if is_number(value) else (2 if value is None else 1, 0.0, str(value))
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _frame(states: list[RunState], specs: list[dict[str, Any]]) -> pd.DataFrame:
+    keys = list(dict.fromkeys(key for spec in specs for key in spec))
+    found = {name for state in states if state.record for name in state.record.measures}
+    measures = [name for name in MEASURES if name in found] + sorted(found - set(MEASURES))
+    rows = []
+    for state, spec in zip(states, specs, strict=True):
+        record = state.record
+        row = {key: _hashable(spec.get(key)) for key in keys} | {"status": str(state.status), "error": state.error}
+        row |= {"attempts": record and record.attempts, "finished": record and record.finished}
+        rows.append(row | (dict(record.measures) if record else {}))
+    index = pd.Index([state.run_id for state in states], name="run_id", dtype=object)
+    columns = list(dict.fromkeys([*keys, "status", "error", "attempts", "finished", *measures]))
+    frame = pd.DataFrame(
+        {column: pd.Series([row.get(column) for row in rows], dtype=object) for column in columns}
+    ).set_index(index)
+    return frame.astype(dict.fromkeys(measures, float))
+
+
+def _hashable(value: Any) -> Any:
+    return ", ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _score(runs: pd.DataFrame, by: str) -> tuple[int, float]:
+    """What is smallest for the best value: first whether seeds are lacking, then the mean of `by`."""
+    values = runs.loc[runs["status"] == Status.DONE, by].dropna() if by in runs else pd.Series(dtype=float)
+    if values.empty:
+        return 2, 0.0
+    sign = -1.0 if known_measures()[by].higher_is_better else 1.0
+    return int(len(values) < len(runs)), sign * float(values.mean())
+
+
+def _edge(value: Any, tried: list[Any]) -> str | None:
+    if len(tried) < 2 or not all(is_number(item) for item in tried):
+        return None
+    return "largest" if value == max(tried) else "smallest" if value == min(tried) else None

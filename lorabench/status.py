@@ -1,0 +1,70 @@
+"""How every run of a results folder stands, also while runs go on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lorabench.record import RunState, Status, Store
+from lorabench.spec import flatten
+from lorabench.terminal import count_statuses, duration, text_table
+
+COLUMNS = ["run_id", "status", "step", "tokens/s", "heartbeat", "swept", "error"]
+
+
+def status_json(store: Store) -> dict[str, Any]:
+    """`{"runs": [{"run_id", "status", "spec", "error", "progress", "measures", …}]}`."""
+    return {"runs": [_row(state) for state in store.states()]}
+
+
+def status_text(store: Store) -> str:
+    """One line a run with the keys in which the store's runs differ; the counts come last."""
+    states = list(store.states())
+    flats = [flatten(state.spec) for state in states]
+    swept = _swept(flats)
+    rows = [_columns(_row(state), flat, swept) for state, flat in zip(states, flats, strict=True)]
+    return f"{text_table(rows, COLUMNS)}\n{count_statuses(states)}"
+
+
+def _row(state: RunState) -> dict[str, Any]:
+    claim, record = state.claim, state.record
+    running = state.status == Status.RUNNING and claim is not None
+    return {
+        "run_id": state.run_id,
+        "status": str(state.status),
+        "spec": state.spec,
+        "error": None if running else state.error,
+        "progress": claim.progress if claim else {},
+        "heartbeat_seconds": max(0.0, time.time() - claim.time) if running else None,
+        "host": claim.host if claim else None,
+        "pid": claim.pid if running else None,
+        "attempts": record.attempts if record else 0,
+        "started": record.started if record else None,
+        "finished": record.finished if record else None,
+        "measures": record.measures if record else {},
+    }
+
+
+def _columns(row: dict[str, Any], flat: dict[str, Any], swept: list[str]) -> dict[str, Any]:
+    steps = flat.get("steps")
+    step = steps if row["status"] == Status.DONE else row["progress"].get("step")
+    rate = row["measures"].get("tokens_per_second", row["progress"].get("tokens_per_second"))
+    beat = row["heartbeat_seconds"]
+    return {
+        "run_id": row["run_id"],
+        "status": row["status"],
+        "step": f"{step or 0}/{steps}" if steps else None,
+        "tokens/s": f"{rate:.0f}" if rate else None,
+        "heartbeat": duration(beat) if beat is not None else None,
+        "swept": " ".join(f"{key}={flat[key]}" for key in swept if key in flat),
+        "error": row["error"],
+    }
+
+
+def _swept(flats: list[dict[str, Any]]) -> list[str]:
+    """The keys in which the runs differ, less the method's name, with which each id begins."""
+    values: dict[str, set[str]] = {}
+    for flat in flats:
+        for key, value in flat.items():
+            values.setdefault(key, set()).add(repr(value))
+    return [key for key, found in values.items() if len(found) > 1 and key != "method.name"]

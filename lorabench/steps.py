@@ -1,0 +1,45 @@
+"""`steps.jsonl`: the loss of every step and the metrics of every periodic evaluation."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+
+class StepLog:
+    """Appends rows; a resumed run drops the rows past its checkpoint and goes on."""
+
+    def __init__(self, file: Path, resume_at: int, checkpoint_seconds: float):
+        self._file = file
+        self._rows: list[str] = []
+        self._every = checkpoint_seconds
+        self._last_checkpoint = time.monotonic()
+        kept = []
+        if resume_at and file.exists():
+            for line in file.read_text().splitlines():
+                row = json.loads(line)
+                if row["step"] <= resume_at:
+                    kept.append(line + "\n")
+        file.write_text("".join(kept))
+
+    def step(self, row: dict[str, Any]) -> None:
+        self._rows.append(json.dumps(row) + "\n")
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self._rows.append(json.dumps({"step": step} | metrics) + "\n")
+
+    def flush(self) -> None:
+        """Write what is pending; steps of a checkpoint are always written before it."""
+        if self._rows:
+            with open(self._file, "a") as handle:
+                handle.writelines(self._rows)
+            self._rows.clear()
+
+    def checkpoint_due(self) -> bool:
+        """Whether so many seconds have passed since this was last true."""
+        if time.monotonic() - self._last_checkpoint < self._every:
+            return False
+        self._last_checkpoint = time.monotonic()
+        return True

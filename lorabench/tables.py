@@ -1,0 +1,295 @@
+"""The tables of a sweep: means over seeds with their intervals, what is behind each cell, and what failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lorabench import typeset
+from lorabench.aggregate import Cell, cell, common_places, number, plain, value_text
+from lorabench.labels import capitalized, column_label, key_label, listed, measure, measure_label, value_label, with_unit
+from lorabench.record import Status, write_bytes
+from lorabench.results import Results, Selection, grouped, ordered, ordinal, selected
+from lorabench.sweep import Table
+from lorabench.typeset import Column, Sheet
+
+ARROWS = {"largest": " ↑", "smallest": " ↓"}
+HIDDEN = ("attempts", "finished", "error")
+
+
+def write_tables(results: Results, folder: Path) -> list[Path]:
+    """Write every table as csv, md and tex, with `runs.csv` and, where there is one, `subspace.csv`."""
+    files = {}
+    for sheet in build_tables(results):
+        files[f"{sheet.name}.csv"] = typeset.csv(sheet.tidy)
+        files[f"{sheet.name}.md"] = typeset.markdown(sheet)
+        files[f"{sheet.name}.tex"] = typeset.latex(sheet)
+    files["runs.csv"] = typeset.csv(results.runs.reset_index())
+    subspace = subspace_table(results)
+    if not subspace.empty:
+        files["subspace.csv"] = typeset.csv(subspace)
+    for name, text in files.items():
+        write_bytes(folder / name, text.encode())
+    return [folder / name for name in files]
+
+
+def build_tables(results: Results) -> list[Sheet]:
+    """The summary, then the sweep's own tables; names are made distinct."""
+    selection = selected(results)
+    sheets = [summary(results, selection)]
+    taken = {"summary", "runs", "subspace"}
+    for table in results.sweep.tables:
+        name = next(n for n in (table.title, *(f"{table.title}_{i}" for i in range(2, 999))) if n not in taken)
+        taken.add(name)
+        sheets.append(declared(results, selection, table, name))
+    return sheets
+
+
+def quality(results: Results) -> str:
+    """The measure that tables and figures hold settings against unless told otherwise, without its split."""
+    by = results.sweep.select.by if results.sweep.select else ""
+    if by.startswith(("valid_", "test_")) and by in results.runs:
+        return by.partition("_")[2]
+    return "accuracy" if "valid_accuracy" in results.runs else "loss"
+
+
+def summary(results: Results, selection: Selection) -> Sheet:
+    """One row a setting: what it trains, costs and reaches."""
+    stem = quality(results)
+    names = ["num_trainable", "peak_gib", "tokens_per_second", f"base_valid_{stem}", "valid_majority"]
+    names += [f"valid_{stem}", f"test_{stem}", "forgetting"]
+    names = [name for name in names if name in results.runs and results.runs[name].notna().any()]
+    settings = sorted_groups(selection.runs, results.settings)
+    cells = [[cell(runs, name) for name in names] for _, runs in settings]
+    digits = [common_places(column) for column in zip(*cells, strict=True)] if cells else []
+    rows, tidy = [], []
+    for (values, runs), line in zip(settings, cells, strict=True):
+        texts = [value_text(item, common) or "–" for item, common in zip(line, digits, strict=True)]
+        rows.append([*map(value_label, values), *_chosen(results, selection, runs), *texts, *_standing(runs)])
+        tidy += [
+            dict(zip(results.settings, values, strict=True)) | _numbers(results, selection, runs, name, item)
+            for name, item in zip(names, line, strict=True)
+        ]
+    columns = [Column(label=key_label(key), numeric=False) for key in results.settings]
+    columns += [Column(label=f"best {key_label(key)}") for key in results.over]
+    columns += [Column(label=measure_label(name), unit=measure(name).unit) for name in names]
+    columns += [Column(label="n"), Column(label="status", numeric=False)]
+    notes = ["Mean ± 95% interval (Student t) over seeds; n: runs behind the means." + _single(cells)]
+    return Sheet(
+        name="summary",
+        caption=f"Summary of {results.sweep.name}",
+        columns=columns,
+        rows=rows,
+        notes=[*notes, *_selection_notes(results, selection), *_mixture_notes(results, selection.runs, results.settings)],
+        tidy=pd.DataFrame(tidy),
+    )  # fmt: skip
+
+
+def declared(results: Results, selection: Selection, table: Table, name: str) -> Sheet:
+    """A `[[table]]` of the sweep: rows by columns by values."""
+    runs = selection.runs
+    heads = ordered(runs[table.columns]) if table.columns else [None]
+    settings = sorted_groups(runs, table.rows)
+    keys = [*table.rows, *([table.columns] if table.columns else [])]
+    found: dict[tuple[int, Any, str], Cell] = {}
+    tidy = []
+    for row, (values, group) in enumerate(settings):
+        for head in heads:
+            chunk = group[[item == head for item in group[table.columns]]] if table.columns else group
+            for value in table.values if len(chunk) else []:
+                found[row, head, value] = item = cell(chunk, value)
+                place = dict(zip(keys, (*values, head), strict=False))
+                tidy.append(place | _numbers(results, selection, chunk, value, item))
+    heads_by_value = [(value, head) for value in table.values for head in heads]
+    rows = _declared_rows(table, settings, heads_by_value, found)
+    columns = [Column(label=key_label(key), numeric=False) for key in table.rows]
+    columns += [_column(table, value, head) for value, head in heads_by_value]
+    if not table.columns:
+        columns += [Column(label="n"), Column(label="status", numeric=False)]
+    has_gaps = table.columns is not None and len(found) < len(heads_by_value) * len(rows)
+    return Sheet(
+        name=name,
+        caption=table.caption or _caption(table),
+        columns=columns,
+        rows=rows,
+        notes=_declared_notes(results, selection, table, list(found.values()), has_gaps),
+        tidy=pd.DataFrame(tidy),
+    )  # fmt: skip
+
+
+def subspace_table(results: Results) -> pd.DataFrame:
+    """φ(i, j) for i and j that are powers of two, over the layers of each kind; chance beside it."""
+    frame = results.analyses.get("subspace", pd.DataFrame())
+    if frame.empty:
+        return frame
+    powers = {2**exponent for exponent in range(20)}
+    frame = frame[frame["i"].isin(powers) & frame["j"].isin(powers)]
+    settings = [key for key in results.settings if key in results.runs]
+    frame = frame.join(results.runs[settings], on="run_a")
+    keys = [*settings, "axis", "value_a", "value_b", "side", "kind", "i", "j"]
+    rows = []
+    for values, group in grouped(frame.astype(dict.fromkeys(keys, object)), keys):
+        place = dict(zip(keys, values, strict=True))
+        if place["axis"] in settings:
+            place[place["axis"]] = None
+        phi = group["phi"].astype(float)
+        rows.append(place | {
+            "phi": phi.mean(), "phi_min": phi.min(), "phi_max": phi.max(),
+            "chance": group["chance"].mean(), "chance_std": group["chance_std"].mean(),
+            "num_layers": group["layer"].nunique(), "num_pairs": len(group[["run_a", "run_b"]].drop_duplicates()),
+        })  # fmt: skip
+    rows.sort(key=lambda row: [ordinal(row[key]) for key in keys])
+    return pd.DataFrame(rows)
+
+
+def sorted_groups(runs: pd.DataFrame, keys: list[str]) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """Groups in reading order: each key's numbers ascending, its other values as the sweep has them."""
+    orders = [{value: i for i, value in enumerate(ordered(runs[key]))} for key in keys]
+    groups = grouped(runs, keys)
+    return sorted(groups, key=lambda item: [order[value] for order, value in zip(orders, item[0], strict=True)])
+
+
+def _numbers(results: Results, selection: Selection, runs: pd.DataFrame, name: str, item: Cell) -> dict[str, Any]:
+    """The tidy row of one cell, after its keys."""
+    row = {"measure": name, "unit": measure(name).unit, "mean": item.mean, "half_width": item.half}
+    row |= {"low": item.low, "high": item.high, "null": item.null, "n": item.n, "num_seeds": item.num_seeds}
+    row |= {"num_failed": item.num_failed, "num_pending": item.num_pending, "status": item.status_text or "done"}
+    for key in results.over:
+        values = ordered(runs[key])
+        row[f"best {key}"] = values[0] if len(values) == 1 else " / ".join(map(value_label, values))
+    edges = {choice["edge"] or "" for choice in _choices(results, selection, runs)}
+    return row | ({"edge": " / ".join(sorted(edges - {""}))} if results.over else {})
+
+
+def _choices(results: Results, selection: Selection, runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of `choices` that the runs belong to."""
+    if selection.choices.empty:
+        return []
+    keys = [key for key in selection.choices.columns if key in results.runs]
+    settings = {values for values, _ in grouped(runs, keys)}
+    return [row for row in selection.choices.to_dict("records") if tuple(row[key] for key in keys) in settings]
+
+
+def _chosen(results: Results, selection: Selection, runs: pd.DataFrame) -> list[str]:
+    """The chosen values of a setting, with an arrow where the first lies at the edge of those tried."""
+    choices = _choices(results, selection, runs)
+    texts = []
+    for key in results.over:
+        values = [value_label(choice[key]) + ARROWS.get(choice["edge"], "") * (key == results.over[0]) for choice in choices]
+        texts.append(" / ".join(dict.fromkeys(values)))
+    return texts
+
+
+def _text(item: Cell | None, common: int | None, most: int) -> str:
+    """`2.31 ± 0.02 (n = 2, oom 1/3)`; `oom 3/3` alone where nothing is left."""
+    if item is None:
+        return "–"
+    remarks = [f"n = {item.n}"] if 0 < item.n < most else []
+    remarks += [item.status_text] if item.statuses else []
+    text = value_text(item, common) + _null(item, common)
+    if not text:
+        return item.status_text or "not measured"
+    return f"{text} ({', '.join(remarks)})" if remarks else text
+
+
+def _null(item: Cell, common: int | None) -> str:
+    if item.null is None or item.mean is None:
+        return ""
+    return f" [{plain(item.null) if common is None else number(item.null, common)}]"
+
+
+def _declared_rows(
+    table: Table,
+    settings: list[tuple[tuple[Any, ...], pd.DataFrame]],
+    heads: list[tuple[str, Any]],
+    found: dict[tuple[int, Any, str], Cell],
+) -> list[list[str]]:
+    """Each cell says what it lacks; where a row is one group of runs, its last two columns say it once."""
+    digits = {value: common_places(c for k, c in found.items() if k[2] == value) for value in table.values}
+    most = max((item.n for item in found.values()), default=0)
+    rows = []
+    for row, (values, runs) in enumerate(settings):
+        texts = [_text(found.get((row, head, value)), digits[value], most) for value, head in heads]
+        if not table.columns:
+            texts = [value_text(found[row, None, value], digits[value]) + _null(found[row, None, value], digits[value]) or "–" for value, _ in heads]
+            texts += _standing(runs)
+        rows.append([*map(value_label, values), *texts])
+    return rows
+
+
+def _standing(runs: pd.DataFrame) -> list[str]:
+    """`["2/3", "oom 1/3"]`, or `["3", "done"]`."""
+    done = int((runs["status"] == Status.DONE).sum())
+    return [str(done) if done == len(runs) else f"{done}/{len(runs)}", cell(runs, "").status_text or "done"]
+
+
+def _column(table: Table, value: str, head: Any) -> Column:
+    if not table.columns:
+        return Column(label=measure_label(value), unit=measure(value).unit)
+    key, label = key_label(table.columns), column_label(table.columns, head)
+    flat = label if head is None else f"{key} {label}"
+    if len(table.values) == 1:
+        return Column(label=label, span=key, flat=flat)
+    return Column(label=label, span=f"{with_unit(value)}, {key}", flat=f"{with_unit(value)}, {flat}")
+
+
+def _caption(table: Table) -> str:
+    keys = [*table.rows, *([table.columns] if table.columns else [])]
+    name = with_unit if table.columns and len(table.values) == 1 else measure_label
+    return capitalized(f"{listed(map(name, table.values))} by {listed(map(key_label, keys))}")
+
+
+def _declared_notes(
+    results: Results, selection: Selection, table: Table, cells: list[Cell], has_gaps: bool
+) -> list[str]:
+    keys = [*table.rows, *([table.columns] if table.columns else [])]
+    counts = sorted({item.n for item in cells if item.n})
+    behind = f"n = {counts[-1]} runs behind each cell that does not say otherwise." if counts else ""
+    behind = behind if table.columns else "n: runs behind the means."
+    notes = [f"Mean ± 95% interval (Student t) over seeds. {behind}{_single([cells])}"]
+    if any(item.null is not None for item in cells):
+        notes.append("In brackets: the same metric of random Gaussian updates of the same shapes, ranks and norms.")
+    if any("." in value for value in table.values):
+        notes.append("Metrics of ΔW are means over the layers that all compared runs have.")
+    if has_gaps:
+        notes.append("–: not part of the sweep.")
+    return [*notes, *_selection_notes(results, selection), *_mixture_notes(results, selection.runs, keys)]
+
+
+def _single(cells: Iterable[Iterable[Cell]]) -> str:
+    alone = any(item.num_seeds == 1 for line in cells for item in line)
+    return " A single seed gives no interval." if alone else ""
+
+
+def _selection_notes(results: Results, selection: Selection) -> list[str]:
+    """What was chosen, how, and whether the best lies at the edge of what was tried."""
+    if selection.choices.empty:
+        return []
+    over, by = key_label(results.over[0]), measure_label(results.sweep.select.by)
+    notes = [f"Each setting at its own best {over}, chosen by the mean {by} over seeds."]
+    edges = [choice for choice in selection.choices.to_dict("records") if choice["edge"]]
+    if edges:
+        two = " Only two were tried." if all(choice["num_values"] == 2 for choice in edges) else ""
+        notes.append(
+            f"Best at the edge of the axis in {len(edges)} of {len(selection.choices)} settings (summary: ↑ the "
+            f"largest {over} tried, ↓ the smallest): a better one may lie beyond.{two}"
+        )
+    left_out = results.runs[~results.runs.index.isin(selection.runs.index) & (results.runs["status"] != Status.DONE)]
+    if len(left_out):
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(left_out["status"].value_counts().items()))
+        notes.append(f"Of the runs at another {over}, not done: {counts}.")
+    return notes
+
+
+def _mixture_notes(results: Results, runs: pd.DataFrame, keys: list[str]) -> list[str]:
+    """Which swept keys a cell averages over because the table does not show them."""
+    others = [key for key in results.keys if key not in (*keys, "seed", *results.over)]
+    mixed = [
+        key for key in others if any(chunk[key].map(repr).nunique() > 1 for _, chunk in grouped(runs, keys))
+    ]
+    if not mixed:
+        return []
+    return [f"Cells average over {listed(map(key_label, mixed))}, within each seed first."]

@@ -1,0 +1,252 @@
+"""One run, from spec to record: `execute` is what a worker calls, `train` is the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorabench import meter as meters
+from lorabench.claim import Hold
+from lorabench.examples import Batch, Examples, Order, collate
+from lorabench.spec import RunSpec
+from lorabench.steps import StepLog
+from lorabench.task import Example
+
+FLUSH_EVERY = 10
+"""Steps between two looks at the loss: each makes a GPU wait."""
+
+
+class Stopped(Exception):
+    """Somebody asked the run to stop; its state is in the checkpoint."""
+
+
+class Diverged(Exception):
+    """The loss or the gradient became NaN or infinite."""
+
+
+@dataclass
+class Stop:
+    """Why the run should end at the next step: None to go on."""
+
+    reason: str | None = None
+    deadline: float | None = None
+    """On time.monotonic's clock."""
+
+    def check(self) -> None:
+        if self.deadline is not None and time.monotonic() > self.deadline and self.reason is None:
+            self.reason = "timeout"
+        if self.reason is not None:
+            raise Stopped(self.reason)
+
+
+@dataclass
+class Training:
+    """A run's own state, apart from the base model it rides on: all that a checkpoint holds."""
+
+    spec: RunSpec
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    meter: meters.Meter
+    step: int = 0
+    """Optimizer steps done."""
+    losses: list[float] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def save(self, file: Path) -> None:
+        """Write the checkpoint whole or not at all."""
+        state = {
+            "step": self.step,
+            "model": {name: tensor.cpu() for name, tensor in self.spec.method.trained_state(self.model).items()},
+            "optimizer": self.optimizer.state_dict(),
+            "random": random_state(self.meter.device),
+            "losses": self.losses,
+            "metrics": self.metrics,
+            "meter": self.meter.state,
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".tmp")
+        with open(temporary, "wb") as handle:
+            torch.save(state, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+
+    def load(self, file: Path) -> None:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        targets = self.spec.method.trained_state(self.model)
+        with torch.no_grad():
+            for name, tensor in state["model"].items():
+                targets[name].copy_(tensor)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.meter.restore(state["meter"])
+        self.step, self.losses, self.metrics = state["step"], state["losses"], state["metrics"]
+        set_random_state(state["random"], self.meter.device)
+
+
+def train(
+    training: Training, examples: Examples, log: StepLog, stop: Stop, checkpoint: Callable[[], None], hold: Hold
+) -> None:
+    """Take the run's remaining steps. Raises Stopped (with a checkpoint written) or Diverged."""
+    spec, model, meter = training.spec, training.model, training.meter
+    task, device = spec.task, meter.device
+    parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
+    order = Order(len(examples.splits["train"]), spec.batch_size, spec.seed)
+    micro = spec.micro_batch_size or spec.batch_size
+    model.train()
+    pending: list[tuple[int, torch.Tensor, torch.Tensor, float]] = []
+    while training.step < spec.steps:
+        try:
+            stop.check()
+        except Stopped:
+            checkpoint()
+            raise
+        batch = [examples.splits["train"][i] for i in order.indices(training.step)]
+        parts = [collate(batch[i : i + micro], examples.padding, device) for i in range(0, len(batch), micro)]
+        count = sum(task.count(part) for part in parts)
+        tokens = sum(len(example["input_ids"]) for example in batch)
+        padded = sum(part["input_ids"].numel() for part in parts)
+        lr_share = schedule(spec, training.step)
+        for group in training.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_share
+        with meter.step(tokens, padded, count):
+            loss = torch.zeros((), device=device)
+            with meter.phase("forward_backward"):
+                for part in parts:
+                    with autocast(spec, device):
+                        part_loss = task.loss(forward(model, part), part) / max(count, 1)
+                    part_loss.backward()
+                    loss += part_loss.detach()
+            with meter.phase("optimizer"):
+                limit = math.inf if spec.clip == "none" else spec.clip
+                norm = nn.utils.clip_grad_norm_(parameters, limit)
+                training.optimizer.step()
+                training.optimizer.zero_grad()
+                spec.method.after_step(model, training.step)
+        training.step += 1
+        pending.append((training.step, loss, norm, spec.lr * lr_share))
+        if training.step % FLUSH_EVERY == 0 or training.step == spec.steps:
+            flush(training, pending, log, hold)
+        if spec.eval_every and training.step % spec.eval_every == 0 and training.step < spec.steps:
+            with meter.clock("evaluate"):
+                log.evaluation(training.step, evaluate(training, examples, "validation", stop))
+            model.train()
+        if log.checkpoint_due():
+            flush(training, pending, log, hold)
+            checkpoint()
+
+
+def flush(training: Training, pending: list[Any], log: StepLog, hold: Hold) -> None:
+    """Read the losses of the last steps off the device, log them, and stop if one is not finite."""
+    hold.check()
+    training.meter.flush()
+    for step, loss, norm, lr in pending:
+        row = {"step": step, "loss": float(loss), "grad_norm": float(norm), "lr": lr}
+        log.step(row)
+        if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+            raise Diverged(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}")
+        training.losses.append(row["loss"])
+    if pending:
+        throughput = training.meter.throughput()
+        hold.progress |= {"step": training.step, "loss": training.losses[-1]}
+        hold.progress |= {k: v for k, v in throughput.items() if k == "tokens_per_second"}
+    pending.clear()
+    log.flush()
+
+
+@torch.no_grad()
+def evaluate(training: Training, examples: Examples, split: str, stop: Stop) -> dict[str, float]:
+    """Loss and metrics of a split, by their names in MEASURES; nothing where the split is empty."""
+    spec, task, device = training.spec, training.spec.task, training.meter.device
+    if split == "retain":
+        from lorabench.tasks.text import Text
+
+        task = Text()
+    rows, size = examples.splits.get(split, []), spec.micro_batch_size or spec.batch_size
+    if not rows:
+        return {}
+    training.model.eval()
+    total, count, scores = 0.0, 0, []
+    for start in range(0, len(rows), size):
+        stop.check()
+        batch = collate(rows[start : start + size], examples.padding, device)
+        with autocast(spec, device):
+            logits = forward(training.model, batch)
+        total += float(task.loss(logits, batch))
+        count += task.count(batch)
+        scores.append(task.score(logits, batch))
+    prefix = {"validation": "valid"}.get(split, split)
+    metrics = task.metrics(total / count, scores)
+    return {f"{prefix}_{key}": value for key, value in metrics.items() if value is not None}
+
+
+def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
+
+
+def make_optimizer(spec: RunSpec, model: nn.Module) -> torch.optim.Optimizer:
+    """Fused AdamW over the method's parameter groups; each group's own peak learning rate is kept beside it."""
+    groups = [group | {"peak_lr": group["lr"]} for group in spec.method.param_groups(model, spec.lr)]
+    return torch.optim.AdamW(
+        groups,
+        lr=spec.lr,
+        betas=(spec.beta1, spec.beta2),
+        eps=spec.epsilon,
+        weight_decay=spec.weight_decay,
+        fused=True,
+    )
+
+
+def schedule(spec: RunSpec, step: int) -> float:
+    """The learning rate of a step (0, 1, …) as a share of its peak: linear warm-up, then decay to zero."""
+    warm = math.ceil(spec.warmup * spec.steps)
+    if step < warm:
+        return (step + 1) / warm
+    if spec.schedule == "constant":
+        return 1.0
+    done = (step - warm) / max(1, spec.steps - warm)
+    return 1 - done if spec.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def autocast(spec: RunSpec, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16")
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextlib.contextmanager
+def stop_on_signals(stop: Stop) -> Iterator[None]:
+    """SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 (SLURM's warning) end the run at its next step."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, _frame: object) -> None:
+        stop.reason = stop.reason or signal.Signals(number).name
+
+    kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    before = {kind: signal.signal(kind, handler) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, old in before.items():
+            signal.signal(kind, old)

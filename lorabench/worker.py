@@ -1,0 +1,107 @@
+"""A run's own process: the fork server that it comes from, and the first function that it executes.
+
+Processes are forked from a server that has imported torch, transformers and PEFT but has done nothing with them,
+so a run starts in milliseconds and shares nothing with the run before it.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import forkserver, parent_process, resource_tracker
+from pathlib import Path
+from typing import Any
+
+from lorabench.machine import has_gpu_driver
+from lorabench.record import Store
+from lorabench.spec import RunSpec
+
+PRELOAD = (
+    "torch",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "lorabench.execute",
+)
+"""Imports of the fork server; none may start a thread or a CUDA context, which would not survive the fork."""
+NO_GPU_PRELOAD = ("bitsandbytes",)
+"""bitsandbytes asks a GPU for its capability when imported, so it is left to the runs where there is one."""
+SERVER_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",  # NumPy's BLAS starts its threads when imported
+    "KMP_BLOCKTIME": "0",  # an idle OpenMP thread gives its core to the other workers at once
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # `is_available` without a CUDA context
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run is told about where it runs; nothing here changes its numbers."""
+
+    device: str = "auto"
+    checkpoint_seconds: float = 60
+    timeout_seconds: float | None = None
+
+
+Target = Callable[[RunSpec, Store, Settings], Any]
+
+
+def execute_run(spec: RunSpec, store: Store, settings: Settings) -> Any:
+    """The default target, in the run's own process: the only place here that touches torch."""
+    from lorabench.execute import Options, execute
+
+    return execute(spec, store, Options(**vars(settings)))
+
+
+def start_server(preload: tuple[str, ...] = PRELOAD) -> Any:
+    """The fork server's context. The server is started with the signals that mean "stop" blocked.
+
+    A terminal's Ctrl-C and SLURM's SIGTERM reach every process of the group, but only the launcher decides what to
+    do. A run's process inherits the block and lifts it for SIGTERM, by which the launcher asks it to stop.
+    """
+    context = multiprocessing.get_context("forkserver")
+    extra = () if has_gpu_driver() or preload != PRELOAD else NO_GPU_PRELOAD
+    context.set_forkserver_preload([*preload, *extra])
+    added = {key: value for key, value in SERVER_ENVIRONMENT.items() if key not in os.environ}
+    os.environ.update(added)
+    resource_tracker.ensure_running()  # else the server starts it, and it unblocks SIGINT and SIGTERM
+    stops = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for key in added:
+            del os.environ[key]
+    return context
+
+
+def child_main(target: Target, spec: RunSpec, root: str, settings: Settings, gpu: str | None) -> None:
+    """The first function of a run's process."""
+    store = Store(Path(root))
+    log = os.open(store.folder(spec.id) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.enable(all_threads=False)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    threading.Thread(target=_stop_with_parent, daemon=True, name="watch parent").start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    target(spec, store, settings)
+    sys.stdout.flush()
+
+
+def _stop_with_parent() -> None:
+    """Ask the run to write its checkpoint and stop as soon as the launcher is gone, however it went."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
