@@ -14,7 +14,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -26,8 +26,8 @@ from lorabench import formats, plugins
 from lorabench.analysis import Analysis
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
-from lorabench.readers._entry import Entry
 from lorabench.pairs import Pair, find_pairs
+from lorabench.readers._entry import Entry
 from lorabench.record import RunRecord, Status, Store, file_digest
 from lorabench.sweep import Sweep
 from lorabench.tidy import TableWriter, read_table, to_frame, to_table
@@ -139,7 +139,7 @@ def _compute(store: Store, jobs: list[Job], note: Callable[[str], None]) -> set[
     with Progress(console=console, transient=True, disable=not (jobs and console.is_terminal)) as progress:
         task = progress.add_task("analyzing", total=len(jobs))
         for batch in _batches(jobs):
-            _compute_batch(store, batch, failed, lambda share, n=len(batch): progress.advance(task, share * n))
+            _compute_batch(store, batch, failed, partial(progress.advance, task))
     for run_id, reason in failed.items():
         note(f"not analyzed (corrupt): {run_id}: {reason}")
     return set(failed)
@@ -157,7 +157,7 @@ def _compute_batch(
             layers = _load(parameter, entries, failed)
             for job, writer in writers.items():
                 _add(job, layers, writer)
-            advance(1 / len(parameters))
+            advance(len(batch) / len(parameters))
         for job, writer in writers.items():
             if not failed.keys() & {*job.runs}:
                 writer.commit()

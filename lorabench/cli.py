@@ -58,11 +58,13 @@ def plan(arguments: argparse.Namespace) -> int:
     estimate rests on: `measured` (this run is done), `similar runs` (a finished run of the same model on the same
     kind of device corrects the formula) or `formula`.
     """
-    from lorabench.plan import make_plan, plan_text
     from lorabench.record import Store
     from lorabench.sweep import read_sweep
 
     sweep = read_sweep(Path(arguments.sweep))
+    _hush_libraries()
+    from lorabench.plan import make_plan, plan_text
+
     result = make_plan(sweep, Store(arguments.results), _device(arguments.device))
     print(_json(result) if arguments.json else plan_text(sweep, result))
     return 0
@@ -301,6 +303,15 @@ def _write(store: Store, sweep: Sweep) -> list[Path]:
     files = write_report(load_results(store, sweep, analyze_runs), folder)
     write_stamp(folder, key, files)
     return files
+
+
+def _hush_libraries() -> None:
+    """Leave out what libraries have to say to their own developers."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _print_paths(files: list[Path]) -> None:

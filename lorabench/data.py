@@ -113,7 +113,9 @@ def _read_hub(source: str, revision: str | None) -> Data:
     try:
         import datasets
     except ImportError:
-        raise InputError(f'task.data = "{source}": is no local path, and Hub data needs `pip install datasets`') from None
+        raise InputError(
+            f'task.data = "{source}": is no local path, and Hub data needs `pip install datasets`'
+        ) from None
     name, _, config = source.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None, revision=revision)

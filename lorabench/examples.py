@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lorabench.data import Data, read_data
 from lorabench.decode import InputError
-from lorabench.task import IGNORE, Example
+from lorabench.model import load_tokenizer
+from lorabench.task import IGNORE, Example, Task
+from lorabench.tasks.text import Text
 
 if TYPE_CHECKING:
     from lorabench.spec import RunSpec
 
 Batch = dict[str, torch.Tensor]
+RETAIN = Text()
+"""How a retention set is read and scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,38 +33,36 @@ class Examples:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-def prepare(spec: RunSpec, tokenizer: Any) -> Examples:
-    """Read, tokenize and cut down the data of a run."""
-    task = spec.task
+def prepare(spec: RunSpec) -> Examples:
+    """Read, tokenize and cut down the data of a run; the same object for all runs of a process that share it."""
+    return _prepare(spec.model, spec.revision, spec.task, spec.seq_len)
+
+
+@lru_cache(maxsize=4)
+def _prepare(model: str, revision: str | None, task: Task, seq_len: int) -> Examples:
+    tokenizer = load_tokenizer(model, revision)
     columns = getattr(task, "columns", None)
-    data = {role: read_data(source, _revision(spec, role), columns) for role, source in task.sources().items()}
-    main = data["task"].splits
+    sources = {role: _read(role, source, task, columns) for role, source in task.sources().items()}
+    main = sources["task"].splits
     options = task.model_options(main["train"])
-    make = lambda rows: task.examples(rows, tokenizer, spec.seq_len, options)  # noqa: E731
-    splits = {"train": make(main["train"])[: task.max_train]}
-    splits |= {split: make(main[split])[: task.max_eval] for split in ("validation", "test")}
-    if "retain" in data:
-        splits["retain"] = _retained(spec, data["retain"], tokenizer)
+    limits = {"train": task.max_train, "validation": task.max_eval, "test": task.max_eval}
+    splits = {name: task.examples(main[name], tokenizer, seq_len, options)[:limit] for name, limit in limits.items()}
     if not splits["train"] or not splits["validation"]:
         raise InputError(f'task.data = "{task.data}": gives no training or no validation examples')
+    if "retain" in sources:  # running text whatever the task is, read as `text` reads it
+        retained = sources["retain"].splits["validation"]
+        splits["retain"] = RETAIN.examples(retained, tokenizer, seq_len, {})[: task.max_eval]
     return Examples(
         splits=splits,
         model_options=options,
         padding=tokenizer.pad_token_id,
-        fingerprints={role: item.fingerprint for role, item in data.items()},
-        notes={role: item.note for role, item in data.items() if item.note},
+        fingerprints={role: data.fingerprint for role, data in sources.items()},
+        notes={role: data.note for role, data in sources.items() if data.note},
     )
 
 
-def _revision(spec: RunSpec, role: str) -> str | None:
-    return spec.task.data_revision if role == "task" else None
-
-
-def _retained(spec: RunSpec, data: Data, tokenizer: Any) -> list[Example]:
-    """The retention set is running text whatever the task is: its validation split, as `text` reads it."""
-    from lorabench.tasks.text import Text
-
-    return Text().examples(data.splits["validation"], tokenizer, spec.seq_len, {})[: spec.task.max_eval]
+def _read(role: str, source: str, task: Task, columns: str | None) -> Data:
+    return read_data(source, task.data_revision if role == "task" else None, columns if role == "task" else None)
 
 
 def collate(examples: list[Example], padding: int, device: torch.device) -> Batch:

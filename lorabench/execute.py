@@ -107,8 +107,7 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     record.environment = environment.describe(device)
     meter = meters.Meter(device, spec.steps)
     with meter.clock("load"), meter.phase("load"):
-        tokenizer = model.load_tokenizer(spec)
-        examples = prepare(spec, tokenizer)
+        examples = prepare(spec)
         base = _seeded_base(spec, examples, device)
     _check_length(spec, base)
     record.environment |= model.fingerprint(spec, base) | {"data": examples.fingerprints, "data_notes": examples.notes}

@@ -22,7 +22,7 @@ MEASURE_NAMES = {
     "label_tokens_per_second": "throughput, labels only",
     "retain_loss_before": "retention loss before",
     "retain_loss_after": "retention loss after",
-    "base_valid_loss": "validation loss of the base",
+    "base_valid_loss": "base validation loss",
 }
 PREFIXES = {"valid_": "validation ", "test_": "test ", "train_": "training "}
 WORDS = {"macro f1": "macro-F1", "matthews": "Matthews correlation", "majority": "majority class", "flops": "FLOPs"}

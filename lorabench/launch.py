@@ -24,7 +24,7 @@ from lorabench.claim import current_claim, take
 from lorabench.decode import InputError
 from lorabench.machine import count_oom_kills
 from lorabench.record import FAILURES, RunRecord, RunState, Status, Store
-from lorabench.spec import RunSpec, flatten
+from lorabench.spec import RunSpec, flatten, swept_keys
 from lorabench.sweep import Sweep
 from lorabench.terminal import Display, count_statuses, text_table
 from lorabench.worker import PRELOAD, Settings, Target, child_main, execute_run, start_server
@@ -72,9 +72,9 @@ def launch(sweep: Sweep, store: Store, pool: Pool, target: Target = execute_run)
 
 def labels(sweep: Sweep) -> dict[str, str]:
     """What sets each run apart: run id -> `method.rank=4 seed=1`."""
-    axes = sweep.axes
     flats = {spec.id: flatten(spec.to_json()) for spec in sweep.runs}
-    return {id: " ".join(f"{key}={flat[key]}" for key in axes if key in flat) for id, flat in flats.items()}
+    keys = swept_keys(list(flats.values()))
+    return {id: " ".join(f"{key}={flat[key]}" for key in keys if key in flat) for id, flat in flats.items()}
 
 
 def check_writable(root: Path) -> None:
@@ -111,6 +111,7 @@ class _Launch:
         self.retrying: set[str] = set()
         self.starts: dict[str, int] = {}
         self.oom_kills = count_oom_kills()
+        self.server_log = store.root / "runs" / ".server.log"
         self.signals: list[int] = []
         self.obeyed = 0
 
@@ -118,7 +119,7 @@ class _Launch:
         self._sort()
         with self._handlers():
             if self.pending:
-                self.context = start_server(self.pool.preload)
+                self.context = start_server(self.server_log, self.pool.preload)
             while self.pending or self.children or self.elsewhere:
                 self._obey_signals()
                 self._fill()
@@ -223,7 +224,8 @@ class _Launch:
         ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         if code == 0:
             ending = "ended without a result"
-        return Status.FAILED, ": ".join(filter(None, [ending, crash_line(self.store.folder(child.spec.id) / "log.txt")]))
+        logs = (self.store.folder(child.spec.id) / "log.txt", self.server_log)
+        return Status.FAILED, ": ".join([ending, *filter(None, map(crash_line, logs))][:2])
 
     def _fail(self, spec: RunSpec, status: Status, error: str) -> RunState:
         """Write the record that a run could not write itself, unless another worker has it by now."""

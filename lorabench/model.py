@@ -39,15 +39,16 @@ def resolve(source: str) -> str:
     return source
 
 
-def load_tokenizer(spec: RunSpec) -> Any:
+def load_tokenizer(source: str, revision: str | None = None) -> Any:
     """The model's tokenizer; where it has no padding token, padding is the end-of-sequence token."""
     from transformers import AutoTokenizer
 
-    tokenizer = _pretrained(spec, AutoTokenizer.from_pretrained)
+    tokenizer = _pretrained(source, revision, AutoTokenizer.from_pretrained)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
-        raise InputError(f'model = "{spec.model}": its tokenizer has neither a padding nor an end-of-sequence token')
+        raise InputError(f'model = "{source}": its tokenizer has neither a padding nor an end-of-sequence token')
+    tokenizer.model_max_length = 10**9  # texts are cut to seq_len here, so its warning would mislead
     return tokenizer
 
 
@@ -64,7 +65,7 @@ def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any]) -> n
     extra: dict[str, Any] = {}
     if spec.quantization != "none":
         extra = {"quantization_config": _quantization(spec, options), "device_map": {"": device}}
-    model = _pretrained(spec, auto.from_pretrained, dtype=dtype, **options, **extra)
+    model = _pretrained(spec.model, spec.revision, auto.from_pretrained, dtype=dtype, **options, **extra)
     if spec.quantization == "none":
         model.to(device)
     for module in model.modules():
@@ -73,7 +74,7 @@ def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any]) -> n
             # training on afterwards reads the repacked bytes as if they were not, and learns from noise.
             module.support_avx512bf16_for_cpu = False
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = load_tokenizer(spec).pad_token_id
+        model.config.pad_token_id = load_tokenizer(spec.model, spec.revision).pad_token_id
     model.config.use_cache = False
     return model
 
@@ -83,7 +84,7 @@ def skeleton(spec: RunSpec, options: dict[str, Any]) -> nn.Module:
     import torch
     import transformers
 
-    config = _pretrained(spec, transformers.AutoConfig.from_pretrained, **options)
+    config = _pretrained(spec.model, spec.revision, transformers.AutoConfig.from_pretrained, **options)
     with torch.device("meta"):
         return getattr(transformers, spec.task.auto_class).from_config(config)
 
@@ -109,7 +110,7 @@ def new_heads(model: nn.Module) -> list[str]:
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return []
     prefix = model.base_model_prefix
-    return [name for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())]
+    return [name for name, module in model.named_children() if name != prefix and list(module.parameters())]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -149,9 +150,19 @@ def weight_norm(module: nn.Module) -> float:
 
 
 def dequantized(module: nn.Module) -> Tensor:
-    from peft.utils.integrations import dequantize_module_weight
+    """W0 of a linear layer, out of its 4-bit or 8-bit form where it has one."""
+    weight = module.weight
+    match type(weight).__name__:
+        case "Params4bit":
+            from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_module_weight(module).detach()
+            return dequantize_4bit(weight.data, weight.quant_state)
+        case "Int8Params":  # PEFT's own helper moves the weight, after which the layer's forward pass fails
+            from bitsandbytes.functional import int8_vectorwise_dequant
+
+            scales = module.state.SCB if module.state.SCB is not None else weight.SCB
+            return int8_vectorwise_dequant(weight.data, scales.to(weight.device))
+    return weight.detach()
 
 
 def _as_matrix(delta: Tensor, module: nn.Module) -> Tensor:
@@ -178,14 +189,15 @@ def _quantization(spec: RunSpec, options: dict[str, Any]) -> Any:
     )
 
 
-def _pretrained(spec: RunSpec, load: Any, **arguments: Any) -> Any:
-    source = resolve(spec.model)
-    local = Path(source).is_dir()
+def _pretrained(source: str, revision: str | None, load: Any, **arguments: Any) -> Any:
+    path = resolve(source)
+    local = Path(path).is_dir()
+    place = {"local_files_only": True} if local or _offline() else {"revision": revision}
     try:
-        return load(source, revision=None if local else spec.revision, local_files_only=local or _offline(), **arguments)
+        return load(path, **place, **arguments)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f'model = "{spec.model}": neither a local folder nor a Hub model that loads: {reason}') from error
+        raise InputError(f'model = "{source}": neither a local folder nor a Hub model that loads: {reason}') from error
 
 
 def _offline() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -32,12 +33,12 @@ class Results:
     provenance: dict[str, dict[str, str]] = field(default_factory=dict)
     """Run id -> how its measures were made."""
 
-    @property
+    @cached_property
     def keys(self) -> list[str]:
         """The swept keys: those with two values or more among the runs that have them."""
         return [key for key in self.sweep.axes if self.runs[key].dropna().map(repr).nunique() > 1]
 
-    @property
+    @cached_property
     def over(self) -> list[str]:
         """The keys that the selection chooses: `select.over` and what is zipped with it."""
         if not self.sweep.select or self.sweep.select.over not in self.sweep.axes:
@@ -45,7 +46,7 @@ class Results:
         over = self.sweep.select.over
         return [over, *(key for group in self.sweep.zips if over in group for key in group if key != over)]
 
-    @property
+    @cached_property
     def settings(self) -> list[str]:
         """The keys that tell the compared settings apart: `method.name` and the swept ones, less lr and seed."""
         return list(dict.fromkeys(["method.name", *(k for k in self.keys if k not in ("seed", *self.over))]))
@@ -99,7 +100,8 @@ def with_analyses(results: Results, analyses: dict[str, pd.DataFrame]) -> Result
         columns[name] = by_run["value"].mean()
         if "null" in frame and frame["null"].notna().any():
             columns[f"{name}:null"] = by_run["null"].mean()
-    joined = results.runs.join(pd.DataFrame(columns, dtype=float)) if columns else results.runs
+    joined = results.runs.drop(columns=list(columns), errors="ignore")
+    joined = joined.join(pd.DataFrame(columns, dtype=float)) if columns else joined
     return dataclasses.replace(results, runs=joined, analyses=analyses)
 
 
@@ -150,7 +152,8 @@ def ordered(values: Iterable[Any]) -> list[Any]:
 
 
 def ordinal(value: Any) -> tuple[int, float, str]:
-    """A sort key for values of mixed types: numbers first, None last."""
+    """A sort key for values of mixed types: numbers first, None and NaN last."""
+    value = None if value != value else value
     return (0, float(value), "") if is_number(value) else (2 if value is None else 1, 0.0, str(value))
 
 

@@ -64,9 +64,7 @@ class RunSpec:
     def __post_init__(self) -> None:
         problems = [*self.method.problems(self), *self.task.problems(self)]
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            problems.append(
-                f"micro_batch_size = {self.micro_batch_size}: must divide batch_size = {self.batch_size}"
-            )
+            problems.append(f"micro_batch_size = {self.micro_batch_size}: must divide batch_size = {self.batch_size}")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -103,6 +101,15 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def swept_keys(flats: list[dict[str, Any]]) -> list[str]:
+    """The keys of which the runs that have them have different values, the method's name apart: what labels show."""
+    values: dict[str, set[str]] = {}
+    for flat in flats:
+        for key, value in flat.items():
+            values.setdefault(key, set()).add(repr(value))
+    return [key for key, found in values.items() if len(found) > 1 and key != "method.name"]
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:

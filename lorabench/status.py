@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from lorabench.record import RunState, Status, Store
-from lorabench.spec import flatten
+from lorabench.spec import flatten, swept_keys
 from lorabench.terminal import count_statuses, duration, text_table
 
 COLUMNS = ["run_id", "status", "step", "tokens/s", "heartbeat", "swept", "error"]
@@ -21,7 +21,7 @@ def status_text(store: Store) -> str:
     """One line a run with the keys in which the store's runs differ; the counts come last."""
     states = list(store.states())
     flats = [flatten(state.spec) for state in states]
-    swept = _swept(flats)
+    swept = swept_keys(flats)
     rows = [_columns(_row(state), flat, swept) for state, flat in zip(states, flats, strict=True)]
     return f"{text_table(rows, COLUMNS)}\n{count_statuses(states)}"
 
@@ -59,12 +59,3 @@ def _columns(row: dict[str, Any], flat: dict[str, Any], swept: list[str]) -> dic
         "swept": " ".join(f"{key}={flat[key]}" for key in swept if key in flat),
         "error": row["error"],
     }
-
-
-def _swept(flats: list[dict[str, Any]]) -> list[str]:
-    """The keys in which the runs differ, less the method's name, with which each id begins."""
-    values: dict[str, set[str]] = {}
-    for flat in flats:
-        for key, value in flat.items():
-            values.setdefault(key, set()).add(repr(value))
-    return [key for key, found in values.items() if len(found) > 1 and key != "method.name"]

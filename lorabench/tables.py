@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ ARROWS = {"largest": " ↑", "smallest": " ↓"}
 HIDDEN = ("attempts", "finished", "error")
 
 
-def write_tables(results: Results, folder: Path) -> list[Path]:
+def write_tables(results: Results, sheets: list[Sheet], folder: Path) -> list[Path]:
     """Write every table as csv, md and tex, with `runs.csv` and, where there is one, `subspace.csv`."""
     files = {}
-    for sheet in build_tables(results):
+    for sheet in sheets:
         files[f"{sheet.name}.csv"] = typeset.csv(sheet.tidy)
         files[f"{sheet.name}.md"] = typeset.markdown(sheet)
         files[f"{sheet.name}.tex"] = typeset.latex(sheet)
@@ -42,10 +43,16 @@ def build_tables(results: Results) -> list[Sheet]:
     sheets = [summary(results, selection)]
     taken = {"summary", "runs", "subspace"}
     for table in results.sweep.tables:
-        name = next(n for n in (table.title, *(f"{table.title}_{i}" for i in range(2, 999))) if n not in taken)
+        name = distinct(table.title, taken)
         taken.add(name)
         sheets.append(declared(results, selection, table, name))
     return sheets
+
+
+def distinct(name: str, taken: Container[str]) -> str:
+    """A file name that is not taken: `name`, `name_2`, …"""
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in names if candidate not in taken)
 
 
 def quality(results: Results) -> str:
@@ -74,7 +81,7 @@ def summary(results: Results, selection: Selection) -> Sheet:
             for name, item in zip(names, line, strict=True)
         ]
     columns = [Column(label=key_label(key), numeric=False) for key in results.settings]
-    columns += [Column(label=f"best {key_label(key)}") for key in results.over]
+    columns += [Column(label=f"best {key.rpartition('.')[2]}") for key in results.over]
     columns += [Column(label=measure_label(name), unit=measure(name).unit) for name in names]
     columns += [Column(label="n"), Column(label="status", numeric=False)]
     notes = ["Mean ± 95% interval (Student t) over seeds; n: runs behind the means." + _single(cells)]
@@ -125,24 +132,20 @@ def subspace_table(results: Results) -> pd.DataFrame:
     frame = results.analyses.get("subspace", pd.DataFrame())
     if frame.empty:
         return frame
-    powers = {2**exponent for exponent in range(20)}
+    powers = [2**exponent for exponent in range(20)]
     frame = frame[frame["i"].isin(powers) & frame["j"].isin(powers)]
-    settings = [key for key in results.settings if key in results.runs]
-    frame = frame.join(results.runs[settings], on="run_a")
-    keys = [*settings, "axis", "value_a", "value_b", "side", "kind", "i", "j"]
-    rows = []
-    for values, group in grouped(frame.astype(dict.fromkeys(keys, object)), keys):
-        place = dict(zip(keys, values, strict=True))
-        if place["axis"] in settings:
-            place[place["axis"]] = None
-        phi = group["phi"].astype(float)
-        rows.append(place | {
-            "phi": phi.mean(), "phi_min": phi.min(), "phi_max": phi.max(),
-            "chance": group["chance"].mean(), "chance_std": group["chance_std"].mean(),
-            "num_layers": group["layer"].nunique(), "num_pairs": len(group[["run_a", "run_b"]].drop_duplicates()),
-        })  # fmt: skip
-    rows.sort(key=lambda row: [ordinal(row[key]) for key in keys])
-    return pd.DataFrame(rows)
+    frame = frame.join(results.runs[results.settings], on="run_a")
+    for key in results.settings:  # the compared key differs between the two runs: value_a and value_b tell it
+        frame[key] = frame[key].astype(object).where(frame["axis"] != key, None)
+    keys = [*results.settings, "axis", "value_a", "value_b", "side", "kind", "i", "j"]
+    frame["pair"] = frame["run_a"].astype(str) + frame["run_b"].astype(str)
+    groups = frame.groupby(keys, dropna=False, sort=False, observed=True)
+    table = groups.agg(
+        phi=("phi", "mean"), phi_min=("phi", "min"), phi_max=("phi", "max"), chance=("chance", "mean"),
+        chance_std=("chance_std", "mean"), num_layers=("layer", "nunique"), num_pairs=("pair", "nunique"),
+    ).reset_index()  # fmt: skip
+    order = sorted(range(len(table)), key=lambda row: [ordinal(value) for value in table.loc[row, keys]])
+    return table.iloc[order].reset_index(drop=True)
 
 
 def sorted_groups(runs: pd.DataFrame, keys: list[str]) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:

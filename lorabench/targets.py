@@ -48,7 +48,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 def head_modules(model: nn.Module) -> list[str]:
     """The modules on top of the base model: the language-model head, or the classifier and pooler."""
     prefix = getattr(model, "base_model_prefix", "")
-    tops = [name for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())]
+    tops = [name for name, module in model.named_children() if name != prefix and list(module.parameters())]
     poolers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
     return tops + poolers
 

@@ -50,8 +50,8 @@ class TableWriter:
 
 
 def read_table(file: Path, key: str) -> pa.Table | None:
-    """The table, if there is one that was made with this key; a damaged file counts as none."""
-    with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid), parquet.ParquetFile(file) as handle:
+    """The table, if there is one that was made with this key; one that cannot be read counts as none."""
+    with contextlib.suppress(OSError, pa.ArrowInvalid), parquet.ParquetFile(file) as handle:
         if (handle.schema_arrow.metadata or {}).get(_KEY) == key.encode():
             return handle.read()
     return None

@@ -18,10 +18,9 @@ from torch import nn
 
 from lorabench import meter as meters
 from lorabench.claim import Hold
-from lorabench.examples import Batch, Examples, Order, collate
+from lorabench.examples import RETAIN, Batch, Examples, Order, collate
 from lorabench.spec import RunSpec
 from lorabench.steps import StepLog
-from lorabench.task import Example
 
 FLUSH_EVERY = 10
 """Steps between two looks at the loss: each makes a GPU wait."""
@@ -168,10 +167,7 @@ def flush(training: Training, pending: list[Any], log: StepLog, hold: Hold) -> N
 def evaluate(training: Training, examples: Examples, split: str, stop: Stop) -> dict[str, float]:
     """Loss and metrics of a split, by their names in MEASURES; nothing where the split is empty."""
     spec, task, device = training.spec, training.spec.task, training.meter.device
-    if split == "retain":
-        from lorabench.tasks.text import Text
-
-        task = Text()
+    task = RETAIN if split == "retain" else task
     rows, size = examples.splits.get(split, []), spec.micro_batch_size or spec.batch_size
     if not rows:
         return {}

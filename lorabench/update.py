@@ -63,18 +63,19 @@ def save_deltas(updates: Iterable[Update], folder: Path) -> None:
 
 def save_svds(updates: Iterable[Update], folder: Path, keep: int) -> None:
     """Write every singular value and the top `keep` singular vectors of each ΔW to `svd.safetensors`."""
-    import torch
     from safetensors.torch import save_file
 
-    tensors, norms = {}, {}
+    from lorabench.linalg import thin_svd
+
+    tensors, norms, ranks = {}, {}, {}
     for update in updates:
-        U, S, Vh = torch.linalg.svd(update.dense(), full_matrices=False)
-        tensors[f"{update.parameter}:U"] = U[:, :keep].contiguous()
-        tensors[f"{update.parameter}:S"] = S
-        tensors[f"{update.parameter}:Vh"] = Vh[:keep].contiguous()
+        svd = thin_svd(update.B, update.A, keep=keep)
+        parts = {"U": svd.U, "S": svd.S, "Vh": svd.Vh}
+        tensors |= {f"{update.parameter}:{part}": tensor.contiguous() for part, tensor in parts.items()}
         norms[update.parameter] = update.base_norm
-    metadata = {"format": "lorabench-svd", "keep": str(keep), "base_norms": json.dumps(norms)}
-    save_file(tensors, folder / SVD_FILE, metadata=metadata)
+        ranks[update.parameter] = None if update.A is None else update.B.shape[1]
+    tables = {"base_norms": json.dumps(norms), "ranks": json.dumps(ranks)}
+    save_file(tensors, folder / SVD_FILE, metadata={"format": "lorabench-svd", "keep": str(keep)} | tables)
 
 
 def read_deltas(file: Path) -> Iterator[Update]:

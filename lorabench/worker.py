@@ -23,21 +23,21 @@ from lorabench.record import Store
 from lorabench.spec import RunSpec
 
 PRELOAD = (
+    "pandas",
     "torch",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
-    "peft",
+    "peft.utils.transformers_weight_conversion",
     "lorabench.execute",
 )
 """Imports of the fork server; none may start a thread or a CUDA context, which would not survive the fork."""
-NO_GPU_PRELOAD = ("bitsandbytes",)
+NO_GPU_PRELOAD = ("transformers.integrations.bitsandbytes",)
 """bitsandbytes asks a GPU for its capability when imported, so it is left to the runs where there is one."""
 SERVER_ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # NumPy's BLAS starts its threads when imported
     "KMP_BLOCKTIME": "0",  # an idle OpenMP thread gives its core to the other workers at once
     "OMP_WAIT_POLICY": "PASSIVE",
-    "TOKENIZERS_PARALLELISM": "false",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # `is_available` without a CUDA context
 }
 
@@ -61,11 +61,12 @@ def execute_run(spec: RunSpec, store: Store, settings: Settings) -> Any:
     return execute(spec, store, Options(**vars(settings)))
 
 
-def start_server(preload: tuple[str, ...] = PRELOAD) -> Any:
+def start_server(log: Path, preload: tuple[str, ...] = PRELOAD) -> Any:
     """The fork server's context. The server is started with the signals that mean "stop" blocked.
 
     A terminal's Ctrl-C and SLURM's SIGTERM reach every process of the group, but only the launcher decides what to
-    do. A run's process inherits the block and lifts it for SIGTERM, by which the launcher asks it to stop.
+    do. A run's process inherits the block and lifts it for SIGTERM, by which the launcher asks it to stop. What
+    libraries print while they are imported goes to `log`.
     """
     context = multiprocessing.get_context("forkserver")
     extra = () if has_gpu_driver() or preload != PRELOAD else NO_GPU_PRELOAD
@@ -75,9 +76,13 @@ def start_server(preload: tuple[str, ...] = PRELOAD) -> Any:
     resource_tracker.ensure_running()  # else the server starts it, and it unblocks SIGINT and SIGTERM
     stops = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    terminal = os.dup(2)
     try:
+        _redirect(log, 2)
         forkserver.ensure_running()
     finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for key in added:
             del os.environ[key]
@@ -87,9 +92,7 @@ def start_server(preload: tuple[str, ...] = PRELOAD) -> Any:
 def child_main(target: Target, spec: RunSpec, root: str, settings: Settings, gpu: str | None) -> None:
     """The first function of a run's process."""
     store = Store(Path(root))
-    log = os.open(store.folder(spec.id) / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    _redirect(store.folder(spec.id) / "log.txt", 1, 2)
     faulthandler.enable(all_threads=False)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -97,6 +100,13 @@ def child_main(target: Target, spec: RunSpec, root: str, settings: Settings, gpu
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     target(spec, store, settings)
     sys.stdout.flush()
+
+
+def _redirect(log: Path, *descriptors: int) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for descriptor in descriptors:
+        os.dup2(file, descriptor)
+    os.close(file)
 
 
 def _stop_with_parent() -> None:

@@ -11,11 +11,11 @@ from lorabench.analysis import Analysis
 if TYPE_CHECKING:
     from lorabench.layer import LayerSVD
 
-ROUNDING = (math.log(2) / 1.5 / 12) ** 0.5
-"""Root-mean-square rounding error of a number, relative to its own root-mean-square value and to eps: 0.196.
+ROUNDING = (3 / 4 / math.log(4) / 12) ** 0.5
+"""Root-mean-square error of rounding numbers, relative to their own root-mean-square and to eps: 0.212.
 
-The spacing of floats in [2^e, 2^(e+1)) is eps · 2^e, its error uniform with variance spacing² / 12. With mantissas m
-spread evenly in log over [1, 2), E 4^e / E w² = 1 / E m² = ln 2 / 1.5 = 0.462.
+w = m · 2^e with m in [1, 2) lies between floats eps · 2^e apart, so its error is uniform with variance
+(eps · w / m)² / 12. For weights on no particular scale ln m is uniform: E 1 / m² = (3 / 4) / ln 4 = 0.541.
 """
 
 
@@ -44,7 +44,7 @@ class Spectrum(Analysis):
         "relative_norm": "Frobenius norm of ΔW over that of the base weight",
         "powerlaw_alpha": "tail exponent of the eigenvalues of ΔWᵀΔW",
         "powerlaw_ks": "Kolmogorov-Smirnov distance of the power-law fit",
-        "noise_floor": "dense ΔW: norm of rounding the weights once over that of ΔW; its square is noise's share of Σσ²",
+        "noise_floor": "dense ΔW: norm of rounding W once over that of ΔW; its square is noise's share of Σσ²",
     }
 
     def compute(self, *layers: LayerSVD) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ class Spectrum(Analysis):
 
 
 def rounding_norm(norm: float, precision: str) -> float:
-    """Expected Frobenius norm of the error of rounding a matrix of this norm once to `precision`.
+    """Frobenius norm of the error of rounding a matrix of this norm once to `precision`; within 10%.
 
     A lower bound of the noise in a trained weight, which is rounded at every step: at most √steps times more.
     """

@@ -46,7 +46,9 @@ class Classification(Task):
             return []
         strange = sorted(set(labels) - set(classes))
         if strange:
-            raise InputError(f'task.label = "{self.label}": {strange[0]} is no label of the training split: {list(classes)}')
+            raise InputError(
+                f'task.label = "{self.label}": {strange[0]} is no label of the training split: {list(classes)}'
+            )
         texts = [[str(row[key]) for row in rows] for key in keys]
         encoded = tokenizer(*texts, truncation=True, max_length=seq_len)["input_ids"]
         return [{"input_ids": ids, "labels": classes[y]} for ids, y in zip(encoded, labels, strict=True)]

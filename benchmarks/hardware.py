@@ -1,0 +1,33 @@
+"""What a benchmark's figures were made on, and where its JSON goes."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorabench import environment, execute
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(name: str, device: str, settings: dict[str, Any], figures: dict[str, Any]) -> Path:
+    """Write `results/<name>-<cpu or GPU name>.json`: machine, versions, settings and every figure."""
+    described = environment.describe(execute.pick_device(device))
+    hardware = {key: value for key, value in described["hardware"].items() if key != "host"}
+    kind = re.sub(r"[^a-z0-9]+", "-", hardware.get("gpu", hardware["device"]).lower()).strip("-")
+    content = {
+        "benchmark": name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": hardware | {"threads": torch.get_num_threads()},
+        "packages": described["packages"],
+        "settings": settings,
+    }
+    file = RESULTS / f"{name}-{kind}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content | figures, indent=1) + "\n")
+    return file

@@ -1,0 +1,301 @@
+"""What a sweep will take: exact parameter counts, estimated peak memory and time, and what each estimate rests on."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from lorabench import model as models
+from lorabench import targets
+from lorabench.data import read_data
+from lorabench.decode import InputError
+from lorabench.meter import GIB, model_flops_per_token, peak_flops
+from lorabench.record import RunRecord, RunState, Status, Store
+from lorabench.spec import RunSpec, flatten, swept_keys
+from lorabench.sweep import Sweep
+from lorabench.task import Task
+from lorabench.terminal import duration, size, text_table
+
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
+"""Of a weight; nf4 with an 8-bit scale for each block of 64."""
+EFFICIENCY = 0.4
+"""Share of the matrix product's FLOP rate that training is taken to reach, until a finished run tells."""
+CPU_OVERHEAD_BYTES = 0.2 * GIB
+"""What PyTorch's libraries themselves take in a process on the CPU (measured: tiny-llama, a few MiB of tensors)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a model with its method attached says without weights; equal for runs that differ in other keys."""
+
+    num_parameters: int
+    num_trainable: int
+    weight_bytes: float
+    layers: int
+    width: int
+    inner: int
+    vocabulary: int
+    """Logits of a token; 0 where only one position gives any."""
+    flops_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Of one run: peak memory of training in GiB, and wall time of training and of all else in seconds."""
+
+    peak_gib: float
+    train_seconds: float
+    other_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.train_seconds + self.other_seconds
+
+
+def make_plan(sweep: Sweep, store: Store, device_name: str = "auto") -> dict[str, Any]:
+    """`{"runs": [{"run_id", "spec", "done", "status", "estimate"}], "totals", "assumptions"}`.
+
+    InputError with every problem that shows only when a method meets the model (targets that fit no layer).
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
+    counts = _count_all(sweep)
+    history = History(store, {spec.model for spec in sweep.runs}, device)
+    runs = []
+    for spec, state in zip(sweep.runs, store.states(list(sweep.runs)), strict=True):
+        done = state.status == Status.DONE
+        runs.append(
+            {
+                "run_id": spec.id,
+                "spec": spec.to_json(),
+                "done": done,
+                "status": str(state.status),
+                "estimate": _measured(state) if done else history.estimate(spec, counts[spec.id]),
+            }
+        )
+    return {"runs": runs, "totals": _totals(runs), "assumptions": _assumptions(sweep, runs, device)}
+
+
+def plan_text(sweep: Sweep, plan: dict[str, Any]) -> str:
+    """One line a run, with the swept keys as columns; the totals and the assumptions come last."""
+    flats = [flatten(run["spec"]) for run in plan["runs"]]
+    keys = ["method.name", *swept_keys(flats)]
+    rows = [
+        {
+            "run_id": run["run_id"],
+            "status": run["status"],
+            **{key: flat.get(key) for key in keys},
+            "trainable": f"{run['estimate']['num_trainable']:,}",
+            "of": f"{run['estimate']['num_parameters']:,}",
+            "peak": _approximate(run["done"], size(run["estimate"]["peak_gib"] * GIB)),
+            "time": _approximate(run["done"], duration(run["estimate"]["seconds"])),
+            "basis": run["estimate"]["basis"],
+        }
+        for run, flat in zip(plan["runs"], flats, strict=True)
+    ]
+    totals = plan["totals"]
+    lines = [text_table(rows, ["run_id", "status", *keys, "trainable", "of", "peak", "time", "basis"]), ""]
+    lines.append(f"{sweep.name}: {totals['num_runs']} runs, {totals['num_done']} done, {totals['num_to_run']} to run")
+    if totals["num_to_run"]:
+        at_most, time = size(totals["peak_gib"] * GIB), duration(totals["seconds"])
+        lines.append(f"to run: about {time} one after another, at most about {at_most} each")
+    return "\n".join([*lines, *plan["assumptions"]])
+
+
+def _approximate(known: bool, text: str) -> str:
+    return text if known else f"~{text}"
+
+
+def _count_all(sweep: Sweep) -> dict[str, Counts]:
+    counts, problems = {}, []
+    for spec in sweep.runs:
+        try:
+            counts[spec.id] = count(spec)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(list(dict.fromkeys(problems)), sweep.name)
+    return counts
+
+
+def count(spec: RunSpec) -> Counts:
+    """Exact counts from the model's config; no weight is loaded."""
+    table = spec.to_json()
+    found = _count(json.dumps([table[key] for key in ("model", "revision", "method", "quantization", "task", "dtype")]))
+    if isinstance(found, InputError):
+        raise found
+    longest = found[1]
+    if longest is not None and spec.seq_len > longest:
+        raise InputError(f"seq_len = {spec.seq_len}: must be at most {longest}, the longest that {spec.model} takes")
+    at_length = found[0].flops_per_token + found[2] * spec.seq_len
+    return Counts(**vars(found[0]) | {"flops_per_token": at_length})
+
+
+@cache
+def _count(key: str) -> tuple[Counts, int | None, float] | InputError:
+    """Counts (FLOPs without attention), the model's longest input, and attention's FLOPs per token and position."""
+    names = ("model", "revision", "method", "quantization", "task", "dtype")
+    spec = RunSpec.from_json(dict(zip(names, json.loads(key), strict=True)))
+    try:
+        base = models.skeleton(spec, _model_options(spec.task))
+        weight_bytes = _weight_bytes(spec, base)
+        with torch.device("meta"):
+            tuned = spec.method.attach(base)
+    except InputError as error:
+        return error
+    config = base.config
+    width = config.hidden_size
+    trainable = [p for p in tuned.parameters() if p.requires_grad]
+    added = 0 if spec.method.trains_base else sum(p.numel() * p.element_size() for p in trainable)
+    per_token = model_flops_per_token(tuned, 0)
+    counts = Counts(
+        num_parameters=sum(p.numel() for p in tuned.parameters()),
+        num_trainable=sum(p.numel() for p in trainable),
+        weight_bytes=weight_bytes + added,
+        layers=config.num_hidden_layers,
+        width=width,
+        inner=getattr(config, "intermediate_size", None) or 4 * width,
+        vocabulary=config.vocab_size if "CausalLM" in spec.task.auto_class else 0,
+        flops_per_token=per_token,
+    )
+    return counts, models.max_length(base), model_flops_per_token(tuned, 1) - per_token
+
+
+def _model_options(task: Task) -> dict[str, Any]:
+    if type(task).model_options is Task.model_options:
+        return {}
+    data = read_data(task.data, task.data_revision, getattr(task, "columns", None))
+    return task.model_options(data.splits["train"])
+
+
+def _weight_bytes(spec: RunSpec, base: torch.nn.Module) -> float:
+    exact = BYTES["float32" if spec.method.trains_base else spec.dtype]
+    total = exact * sum(p.numel() for p in base.parameters())
+    if spec.quantization == "none":
+        return total
+    quantized = sum(module.weight.numel() for module in targets.linear_layers(base).values())
+    return total - (exact - BYTES[spec.quantization]) * quantized
+
+
+def formula(spec: RunSpec, counts: Counts, device: torch.device) -> Estimate:
+    """Peak memory and training time from first principles.
+
+    Memory: weights; gradient and AdamW's two moments in float32 for what trains; activations kept for the backward
+    pass, about 10 widths and 4 inner widths a token and layer (only the layers' inputs and one layer's activations
+    with gradient checkpointing); logits, their log-softmax and gradient in float32. Time: model FLOPs at EFFICIENCY
+    of the device's rate; loading and evaluation apart.
+    """
+    tokens = (spec.micro_batch_size or spec.batch_size) * spec.seq_len
+    layer = 10 * counts.width + 4 * counts.inner
+    kept = counts.layers * counts.width + layer if spec.gradient_checkpointing else counts.layers * layer
+    memory = counts.weight_bytes + 12 * counts.num_trainable
+    memory += tokens * (kept * BYTES[spec.dtype] + 3 * 4 * counts.vocabulary)
+    memory += CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
+    flops = counts.flops_per_token * spec.batch_size * spec.seq_len * spec.steps
+    rate, _ = flop_rate(device, spec.dtype, spec.threads)
+    return Estimate(peak_gib=memory / GIB, train_seconds=flops / (EFFICIENCY * rate))
+
+
+@cache
+def flop_rate(device: torch.device, dtype: str, threads: int) -> tuple[float, str]:
+    """FLOP per second of a matrix product on this device with so many threads, and how it is known."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return peak_flops(device, dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
+class History:
+    """What the store's finished runs of the same models on the same kind of device say of the formula."""
+
+    def __init__(self, store: Store, model_names: set[str], device: torch.device):
+        self.device = device
+        self._factors: dict[tuple[str, ...], list[tuple[float, float, float]]] = {}
+        for state in store.states():
+            if state.status == Status.DONE and state.record and state.spec.get("model") in model_names:
+                self._learn(state.record)
+
+    def _learn(self, record: RunRecord) -> None:
+        measures = record.measures
+        needed = ("peak_gib", "train_seconds", "total_seconds")
+        same = record.environment.get("hardware", {}).get("device") == self.device.type
+        if not same or not all(measures.get(key) for key in needed):
+            return
+        try:
+            spec = RunSpec.from_json(record.spec)
+            expected = formula(spec, count(spec), self.device)
+        except InputError:
+            return  # made by another version, or its model or data is gone
+        seen = (
+            measures["peak_gib"] / expected.peak_gib,
+            measures["train_seconds"] / expected.train_seconds,
+            measures["total_seconds"] - measures["train_seconds"],
+        )
+        for key in self._keys(spec):
+            self._factors.setdefault(key, []).append(seen)
+
+    @staticmethod
+    def _keys(spec: RunSpec) -> list[tuple[str, ...]]:
+        """From the most similar runs to the least."""
+        full = (spec.model, spec.task.name, spec.method.name, spec.quantization)
+        return [full, full[:3], full[:1]]
+
+    def estimate(self, spec: RunSpec, counts: Counts) -> dict[str, Any]:
+        expected, basis, num_similar = formula(spec, counts, self.device), "formula", 0
+        seen = next((self._factors[key] for key in self._keys(spec) if key in self._factors), None)
+        if seen:
+            memory, train, other = (statistics.median(column) for column in zip(*seen, strict=True))
+            expected = Estimate(
+                peak_gib=expected.peak_gib * memory,
+                train_seconds=expected.train_seconds * train,
+                other_seconds=other,
+            )
+            basis, num_similar = "similar runs", len(seen)
+        return {
+            "num_parameters": counts.num_parameters,
+            "num_trainable": counts.num_trainable,
+            "peak_gib": expected.peak_gib,
+            "seconds": expected.seconds,
+            "basis": basis,
+            "num_similar": num_similar,
+        }
+
+
+def _measured(state: RunState) -> dict[str, Any]:
+    assert state.record is not None
+    measures = state.record.measures
+    keys = ("num_parameters", "num_trainable", "peak_gib")
+    found = {key: measures.get(key, 0) for key in keys} | {"seconds": measures.get("total_seconds", 0.0)}
+    return found | {"basis": "measured", "num_similar": 0}
+
+
+def _totals(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of what is still to run; `seconds` one after another, `peak_gib` of the largest."""
+    todo = [run["estimate"] for run in runs if not run["done"]]
+    return {
+        "num_runs": len(runs),
+        "num_done": len(runs) - len(todo),
+        "num_to_run": len(todo),
+        "seconds": sum(estimate["seconds"] for estimate in todo),
+        "peak_gib": max((estimate["peak_gib"] for estimate in todo), default=0.0),
+    }
+
+
+def _assumptions(sweep: Sweep, runs: list[dict[str, Any]], device: torch.device) -> list[str]:
+    """What the estimates rest on, one sentence each."""
+    bases = {run["estimate"]["basis"] for run in runs}
+    lines = []
+    if "formula" in bases:
+        kinds = dict.fromkeys((spec.dtype, spec.threads) for spec in sweep.runs)
+        for rate, source in (flop_rate(device, *kind) for kind in kinds):
+            lines.append(f"formula: training at {EFFICIENCY:.0%} of {rate / 1e12:.3g} TFLOP/s ({source})")
+        lines.append("formula: loading and evaluation are not in the time; memory from tensor sizes")
+    if "similar runs" in bases:
+        lines.append("similar runs: the formula times the median ratio that finished runs of this model have shown")
+    return lines

@@ -1,0 +1,157 @@
+"""Everything that is drawn from a sweep: tables, figures and one self-contained page to read."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from lorabench import drawing, plugins
+from lorabench.figure import Figure
+from lorabench.labels import capitalized, key_label, measure, value_label, with_unit
+from lorabench.aggregate import FAILED, plain
+from lorabench.record import Status, write_bytes
+from lorabench.results import Results, selected
+from lorabench.tables import build_tables, distinct, quality, write_tables
+from lorabench.typeset import Sheet
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+HEADINGS = ("Question", "Cost", "Expect")
+DISPLAY_SCALE = 1.45
+"""Inches on the screen per inch in print."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A figure as it stands in the report."""
+
+    name: str
+    caption: str
+    png: str
+    """Base64."""
+    inches: float
+
+
+def write_report(results: Results, folder: Path) -> list[Path]:
+    """Write `tables/`, `figures/`, `sweep.toml` and `report.html` below `folder`; returns the files.
+
+    The same results give the same bytes: nothing tells when or where the report was made.
+    """
+    sheets = build_tables(results)
+    files = write_tables(results, sheets, folder / "tables")
+    drawn, empty = [], []
+    for name, figure in _figures(results).items():
+        canvas = figure.draw(results)
+        if canvas is None:
+            empty.append(name)
+            continue
+        inches = float(canvas.get_figwidth())
+        pdf, png = drawing.save(canvas, folder / "figures" / name)
+        content = base64.b64encode(png.read_bytes()).decode()
+        drawn.append(Drawn(name=name, caption=figure.caption(), png=content, inches=inches * DISPLAY_SCALE))
+        files += [pdf, png]
+    write_bytes(folder / "sweep.toml", results.sweep.text.encode())
+    write_bytes(folder / "report.html", render(results, sheets, drawn, empty).encode())
+    return [*files, folder / "sweep.toml", folder / "report.html"]
+
+
+def render(results: Results, sheets: list[Sheet], figures: list[Drawn], empty: list[str]) -> str:
+    """The page; the first sheet is the summary, `empty` names the figures that had nothing to draw."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(TEMPLATE.read_text("utf-8"))
+    counts = Counter(results.runs["status"])
+    return template.render(
+        sweep=results.sweep,
+        header=read_header(results.sweep.text),
+        counts=[(status, counts[status]) for status in Status if counts[status]],
+        num_runs=len(results.runs),
+        failures=_failures(results),
+        summary=sheets[0],
+        tables=sheets[1:],
+        figures=figures,
+        empty=empty,
+        runs=_run_rows(results),
+        provenance=_provenance(results.environments),
+        made=_provenance(results.provenance),
+        has_dirty=any(item.get("git", {}).get("dirty") for item in results.environments.values()),
+        failed=[str(status) for status in FAILED],
+        is_bad=lambda text: any(re.search(rf"\b{status}\b", str(text)) for status in FAILED),
+    )
+
+
+def read_header(text: str) -> dict[str, str]:
+    """Question, cost and expected result from the comment that opens a sweep file; other words as `About`."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("#").strip())
+    parts = re.split(rf"\b({'|'.join(HEADINGS)}):", " ".join(lines))
+    found = {"About": parts[0].strip()} | {
+        name: " ".join(words.split()) for name, words in zip(parts[1::2], parts[2::2], strict=True)
+    }
+    return {name: words for name, words in found.items() if words}
+
+
+def _figures(results: Results) -> dict[str, Figure]:
+    """File name -> figure: the sweep's own, or every figure as it comes."""
+    figures = results.sweep.figures or tuple(plugins.example("figures", name) for name in plugins.names("figures"))
+    named: dict[str, Figure] = {}
+    for figure in figures:
+        named[distinct(figure.name, named)] = figure
+    return named
+
+
+def _failures(results: Results) -> list[dict[str, Any]]:
+    """What did not end well, one entry a status and message, with the settings that it struck."""
+    runs = results.runs[results.runs["status"].isin(FAILED)]
+    groups: dict[tuple[str, str], list[str]] = {}
+    keys = list(dict.fromkeys(["method.name", *results.keys]))
+    for _, run in runs.iterrows():
+        what = drawing.series_label(keys, [run[key] for key in keys], full=True)
+        groups.setdefault((run["status"], run["error"] or "no message"), []).append(what)
+    return [{"status": status, "error": error, "runs": where} for (status, error), where in groups.items()]
+
+
+def _run_rows(results: Results) -> dict[str, Any]:
+    """The table of single runs: swept keys, status, a few measures, error."""
+    stem = quality(results)
+    names = [f"valid_{stem}", f"test_{stem}", "forgetting", "peak_gib", "tokens_per_second", "total_seconds"]
+    names = [name for name in names if name in results.runs]
+    keys = list(dict.fromkeys(["method.name", *results.keys]))
+    chosen = set(selected(results).run_ids)
+    rows = []
+    for run_id, run in results.runs.iterrows():
+        numbers = [_measured(name, run[name]) for name in names]
+        rows.append({
+            "id": run_id, "status": run["status"], "selected": run_id in chosen, "error": run["error"] or "",
+            "keys": [value_label(run[key]) for key in keys], "numbers": numbers,
+        })  # fmt: skip
+    heads = [capitalized(with_unit(name)) for name in names]
+    return {"keys": [capitalized(key_label(key)) for key in keys], "heads": heads, "rows": rows}
+
+
+def _measured(name: str, value: float) -> str:
+    return "–" if value != value else plain(value * 100 if measure(name).unit == "%" else value)
+
+
+def _provenance(tables: dict[str, dict[str, Any]]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Each entry of the runs' environments with its distinct values and how many runs have them."""
+    found: dict[str, Counter[str]] = {}
+    for table in tables.values():
+        for key, value in table.items():
+            if value not in (None, {}, ""):
+                found.setdefault(key, Counter())[_plain(value)] += 1
+    return [(key.replace("_", " "), counts.most_common()) for key, counts in found.items()]
+
+
+def _plain(value: Any) -> str:
+    """`{"torch": "2.13", "git": None}` -> `torch 2.13`."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_plain(item)}" for key, item in value.items() if item is not None)
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)

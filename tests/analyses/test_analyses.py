@@ -1,0 +1,162 @@
+"""Each analysis on layers whose answer is known; every one in the registry on its smallest input."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lorabench import plugins
+from lorabench.analyses.angles import Angles
+from lorabench.analyses.singular_values import SingularValues
+from lorabench.analyses.spectrum import Spectrum, rounding_norm
+from lorabench.analyses.subspace import MAX_DIRECTIONS, Subspace
+from lorabench.layer import LayerSVD
+from lorabench.linalg import ThinSVD, thin_svd
+from lorabench.tidy import to_table
+
+
+def layer(B, A=None, **options):
+    rank = None if A is None else B.shape[1]
+    return LayerSVD(parameter="model.layers.0.mlp.up_proj.weight", svd=thin_svd(B, A), rank=rank, **options)
+
+
+def random_layer(M, N, r, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return layer(torch.randn(M, r, generator=g, dtype=dtype), torch.randn(r, N, generator=g, dtype=dtype))
+
+
+def frame(analysis, *layers):
+    return to_table(analysis.compute(*layers), {"layer": "l"}).to_pandas()
+
+
+@pytest.mark.parametrize("name", plugins.names("analyses"))
+def test_every_analysis_gives_a_table_and_describes_itself(name):
+    analysis = plugins.example("analyses", name)
+    layers = [random_layer(9, 7, 2, seed) for seed in range(1 if analysis.needs == "layer" else 2)]
+    table = frame(analysis, *layers)
+    assert len(table) > 1 and not table.isna().all().all()
+    assert plugins.describe("analyses")[name].endswith(".")
+    if "metric" in table:
+        assert {*table["metric"]} <= {*analysis.metrics}
+
+
+def test_spectrum_of_a_random_factored_update_is_its_null():
+    rows = pd.concat(frame(Spectrum(), random_layer(60, 50, 64, seed)) for seed in range(8))
+    mean = rows.groupby("metric")[["value", "null"]].mean()
+    for metric in ("rank_50", "rank_90", "effective_rank_entropy", "stable_rank", "nuclear_norm", "spectral_norm"):
+        assert mean.loc[metric, "value"] == pytest.approx(mean.loc[metric, "null"], rel=0.05)
+
+
+def test_spectrum_of_a_random_dense_update_is_its_null():
+    W = torch.randn(200, 150, generator=torch.Generator().manual_seed(0))
+    rows = frame(Spectrum(), layer(W, base_norm=10.0, precision="float32")).set_index("metric")
+    for metric in ("rank_90", "effective_rank_entropy", "stable_rank", "nuclear_norm", "spectral_norm"):
+        assert rows.loc[metric, "value"] == pytest.approx(rows.loc[metric, "null"], rel=0.04)
+    assert rows.loc["relative_norm", "value"] == pytest.approx(W.norm().item() / 10)
+    assert {*Spectrum.metrics} == {*rows.index}
+
+
+def test_a_strong_direction_stands_out_from_the_null():
+    B, A = torch.randn(60, 8) * torch.tensor([10.0] + 7 * [1.0]), torch.randn(8, 50)
+    rows = frame(Spectrum(), layer(B, A)).set_index("metric")
+    assert rows.loc["rank_90", "value"] == 1 < rows.loc["rank_90", "null"]
+    assert "noise_floor" not in rows.index, "factors are exact"
+    assert "relative_norm" not in rows.index, "‖W0‖ is not known"
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32"])
+def test_noise_floor_is_the_norm_of_rounding(precision):
+    """Over the scales of one octave; at a single one it is within 10%."""
+    W = torch.randn(200, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.02
+    scaled = [W * 2 ** (k / 8) for k in range(8)]
+    errors = np.array([((w.to(getattr(torch, precision)).double() - w).norm() / w.norm()).item() for w in scaled])
+    expected = rounding_norm(1.0, precision)
+    assert np.square(errors).mean() ** 0.5 == pytest.approx(expected, rel=0.01)
+    assert errors == pytest.approx(np.full(8, expected), rel=0.1)
+
+
+def test_noise_floor_warns_of_rank_that_is_only_rounding():
+    """A rank-8 change of 1e-3 of the norm, as a difference of bfloat16 weights, reads as a high rank."""
+    g = torch.Generator().manual_seed(0)
+    W, (B, A) = torch.randn(128, 128, generator=g), (torch.randn(128, 8, generator=g), torch.randn(8, 128, generator=g))
+    W = W.bfloat16().float()
+    delta = B @ A * (1e-3 * W.norm() / (B @ A).norm())
+    values = {}
+    for precision in ("bfloat16", "float32"):
+        stored = (W + delta).to(getattr(torch, precision)).float() - W
+        rows = frame(Spectrum(), layer(stored, base_norm=W.norm().item(), precision=precision)).set_index("metric")
+        values[precision] = rows["value"]
+    assert values["float32"]["rank_90"] <= 8 and values["float32"]["noise_floor"] ** 2 < 1e-6
+    assert values["bfloat16"]["rank_90"] > 30 and values["bfloat16"]["noise_floor"] ** 2 > 0.1
+
+
+def test_singular_values_of_a_diagonal():
+    rows = frame(SingularValues(), layer(torch.diag(torch.tensor([2.0, 5.0, 1.0]))))
+    assert list(rows["value"]) == pytest.approx([5, 2, 1]) and list(rows["index"]) == [1, 2, 3]
+    assert np.linalg.norm(rows["null"]) == pytest.approx(30**0.5) and rows["null"].is_monotonic_decreasing
+
+
+def grid(rows, side="input", column="phi"):
+    return rows[rows["side"] == side].pivot(index="i", columns="j", values=column).to_numpy()
+
+
+def test_similarity_with_itself_and_with_orthogonal_directions():
+    one = random_layer(30, 20, 4)
+    assert grid(frame(Subspace(), one, one)).diagonal() == pytest.approx(np.ones(4), abs=1e-5)
+    eye = torch.eye(20)
+    first, second = layer(eye[:, :3], eye[:3]), layer(eye[:, 3:8], eye[5:10])
+    rows = frame(Subspace(), first, second)
+    assert rows["phi"].max() < 1e-10 and grid(rows).shape == (3, 5)
+
+
+def test_sides_are_not_swapped():
+    """Both updates read the same inputs and write to different outputs."""
+    eye = torch.eye(20)
+    a, b = layer(eye[:, :3], eye[:3, :12]), layer(eye[:, 5:8], eye[:3, :12])
+    rows = frame(Subspace(), a, b)
+    assert grid(rows, "input")[-1, -1] == pytest.approx(1) and grid(rows, "output")[-1, -1] == pytest.approx(0)
+    chance = {side: grid(rows, side, "chance")[0, 0] for side in ("input", "output")}
+    assert chance == pytest.approx({"input": 1 / 12, "output": 1 / 20})
+
+
+def test_random_updates_are_as_similar_as_chance():
+    draws = np.array([grid(frame(Subspace(), random_layer(40, 30, 4, s), random_layer(40, 30, 6, 1000 + s)))
+                      for s in range(200)])  # fmt: skip
+    rows = frame(Subspace(), random_layer(40, 30, 4), random_layer(40, 30, 6, 1))
+    error = grid(rows, column="chance_std") / 200**0.5
+    assert (np.abs(draws.mean(0) - grid(rows, column="chance")) < 4.5 * error).all()
+
+
+def test_directions_beyond_the_numerical_rank_are_left_out():
+    B, A = torch.randn(40, 2), torch.randn(2, 30)
+    doubled, zero = layer(torch.cat([B, B], 1), torch.cat([A, A])), layer(torch.zeros(40, 4), torch.randn(4, 30))
+    assert grid(frame(Subspace(), doubled, random_layer(40, 30, 4))).shape == (2, 4)
+    assert {*frame(Angles(), doubled, random_layer(40, 30, 4))["dim_a"]} == {2}
+    assert Subspace().compute(zero, doubled) == Subspace().compute(doubled, zero) == Angles().compute(zero, zero) == []
+
+
+def test_the_grid_is_bounded_by_64_and_by_the_kept_vectors():
+    large = random_layer(100, 90, 80)
+    few = LayerSVD(parameter="w", svd=ThinSVD(U=large.svd.U[:, :3], S=large.svd.S, Vh=large.svd.Vh[:3]))
+    assert grid(frame(Subspace(), large, few)).shape == (MAX_DIRECTIONS, 3)
+
+
+def test_different_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"\(9, 7\) and \(7, 9\)"):
+        Subspace().compute(random_layer(9, 7, 2), random_layer(7, 9, 2))
+
+
+def test_angles_of_identical_and_orthogonal_updates():
+    one = random_layer(30, 20, 4, dtype=torch.float64)
+    same = frame(Angles(), one, one)
+    assert same["angle"].max() < 1e-12 and same["grassmann"].max() < 1e-12 and (same["angle_chance"] > 0.3).all()
+    eye = torch.eye(20)
+    rows = frame(Angles(), layer(eye[:, :3], eye[:3]), layer(eye[:, 3:8], eye[5:10]))
+    assert rows["angle"].to_numpy() == pytest.approx(np.full(6, np.pi / 2))
+    assert rows["grassmann"].to_numpy() == pytest.approx(np.full(6, 3**0.5 * np.pi / 2))
+
+
+def test_angles_of_random_updates_are_as_chance():
+    rows = pd.concat(frame(Angles(), random_layer(40, 30, 3, s), random_layer(40, 30, 5, 1000 + s)) for s in range(60))
+    mean = rows.groupby(["side", "index"])[["angle", "angle_chance"]].mean()
+    assert mean["angle"].to_numpy() == pytest.approx(mean["angle_chance"].to_numpy(), abs=0.08)

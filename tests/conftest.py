@@ -1,0 +1,72 @@
+"""Shared by all tests: no network, tiny random models of three architectures, and the smallest specs."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+
+from lorabench.decode import decode
+from lorabench.spec import RunSpec
+
+
+def make_spec(**changes) -> RunSpec:
+    """A run of a few steps on the built-in model; `changes` are the spec's own keys."""
+    table = {
+        "method": {"name": "lora", "rank": 2},
+        "task": {"name": "text", "max_train": 16, "max_eval": 4},
+        "seq_len": 32,
+        "batch_size": 2,
+        "steps": 6,
+        "lr": 1e-2,
+    }
+    return decode(RunSpec, table | changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_bases(tmp_path_factory) -> dict[str, str]:
+    """Folders of random models, 2 layers of width 64, with the built-in tokenizer: llama, gpt2, bert."""
+    import torch
+    import transformers as t
+
+    from lorabench.model import BUILTIN
+
+    torch.manual_seed(0)
+    common = {"vocab_size": 1024, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+    llama = t.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, **common,
+    )  # fmt: skip
+    gpt2 = t.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **common)
+    bert = t.BertConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128, vocab_size=1024, pad_token_id=2,
+    )  # fmt: skip
+    models = {
+        "llama": t.LlamaForCausalLM(llama),
+        "gpt2": t.GPT2LMHeadModel(gpt2),
+        "bert": t.BertModel(bert),
+    }
+    tokenizer = t.AutoTokenizer.from_pretrained(BUILTIN / "tiny-llama")
+    folders = {}
+    for name, model in models.items():
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        folders[name] = str(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory) -> str:
+    """A folder with a two-class data set that a model can learn: which of two words stands in the text."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for split, rows in {"train": 64, "validation": 16, "test": 16}.items():
+        lines = [f"the {'good' if i % 2 else 'bad'} film number {i}\t{i % 2}\n" for i in range(rows)]
+        Path(folder, f"{split}.tsv").write_text("text\tlabel\n" + "".join(lines))
+    return str(folder)

@@ -1,0 +1,222 @@
+"""A made-up but realistic store: a sweep of LoRA, QLoRA and full fine-tuning, with failures, and its analyses.
+
+Losses follow a rule with seeded noise; singular values and subspaces are those of real (numpy) matrices.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lorabench.record import RunRecord, Status, Store
+from lorabench.results import Results, load_results, selected, with_analyses
+from lorabench.spec import RunSpec, flatten
+from lorabench.sweep import Sweep, parse_sweep
+
+TEXT = """\
+# Question: how do rank and quantization change what LoRA learns, beside full fine-tuning?
+# Cost: about 3 minutes on 2 CPU cores.   Expect: LoRA at its own best lr comes within 0.05 nats of full
+# fine-tuning from rank 16 on.
+
+[base]
+model = "builtin:tiny-llama"
+task.name = "text"
+task.retain = "builtin:english-docs"
+seed = [0, 1, 2]
+
+[[grid]]
+method.name = "lora"
+method.rank = [1, 4, 16, 64]
+quantization = ["none", "nf4"]
+lr = [1e-3, 3e-3]
+
+[[grid]]
+method.name = "full"
+lr = [3e-4, 1e-3]
+
+[select]
+over = "lr"
+by = "valid_loss"
+
+[[table]]
+rows = ["method.name", "quantization"]
+columns = "method.rank"
+value = "valid_loss"
+
+[[table]]
+rows = ["method.name", "quantization", "method.rank"]
+value = ["trainable_share", "valid_token_accuracy", "forgetting", "spectrum.rank_90"]
+name = "learning_and_forgetting"
+"""
+DIM = 96
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj")
+ENVIRONMENT = {
+    "python": "3.11.9",
+    "packages": {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.0", "bitsandbytes": "0.50.1"},
+    "git": {"commit": "77dc5c3a9e10", "dirty": True},
+    "hardware": {"cpu": "AMD EPYC 9B14", "num_cpus": 2, "memory_gib": 15.6, "gpu": None},
+    "model": {"name": "builtin:tiny-llama", "sha256": "5f2b09c3d41e"},
+    "data": {"task": "sha256:1b7c2a90", "retain": "sha256:0d93aa17"},
+}
+
+
+def read(text: str = TEXT) -> Sweep:
+    return parse_sweep(tomllib.loads(text), text, default_name="quickstart")
+
+
+def fill(store: Store, sweep: Sweep) -> Sweep:
+    """Write a record for each run: nf4 at rank 64 runs out of memory in two of three seeds, one seed fails."""
+    for spec in sweep.runs:
+        store.write_spec(spec)
+        store.write(record(spec))
+    return sweep
+
+
+def record(spec: RunSpec) -> RunRecord:
+    status, error = outcome(spec)
+    common = {"run_id": spec.id, "spec": spec.to_json(), "status": status, "error": error, "started": "2026-01-05T10:00:00"}
+    done = status == Status.DONE
+    return RunRecord(
+        **common,
+        finished="2026-01-05T10:01:00",
+        environment=ENVIRONMENT,
+        measures=measures(spec) if done else {"load_peak_gib": 0.031},
+        provenance={"peak_gib": "VmHWM, reset per phase"} if done else {},
+    )
+
+
+def outcome(spec: RunSpec) -> tuple[Status, str | None]:
+    rank, nf4 = getattr(spec.method, "rank", None), spec.quantization == "nf4"
+    if rank == 64 and nf4 and spec.seed > 0:
+        return Status.OOM, "OutOfMemoryError: CUDA out of memory. Tried to allocate 96.00 MiB (<b>GPU</b> 0)"
+    if rank == 4 and not nf4 and spec.seed == 1:
+        return Status.FAILED, "OSError: [Errno 28] No space left on device: 'updates/adapter_model.safetensors'"
+    if rank is None and spec.lr == 1e-3 and spec.seed == 2:
+        return Status.DIVERGED, "loss is NaN at step 61"
+    return Status.DONE, None
+
+
+def measures(spec: RunSpec) -> dict[str, float]:
+    rank, nf4 = getattr(spec.method, "rank", None), spec.quantization == "nf4"
+    noise = np.random.default_rng([spec.seed, rank or 0, nf4, int(spec.lr * 1e5)]).normal
+    base = 3.214 + 0.021 * nf4
+    gain = 1.12 if rank is None else 0.84 + 0.052 * math.log2(rank) - (0.11 if rank == 64 else 0)
+    best = 1e-3 if rank is None else 3e-3 if rank < 64 else 1e-3
+    loss = base - gain + 0.04 * abs(math.log(spec.lr / best)) + noise(0, 0.011)
+    trainable = 1_052_672 if rank is None else 12_288 * rank
+    after = 2.905 + (0.31 if rank is None else 0.05 + 0.012 * math.log2(rank)) + noise(0, 0.01)
+    return {
+        "num_trainable": trainable,
+        "trainable_share": trainable / 1_052_672,
+        "peak_gib": 0.012 + trainable * 16 / 2**30 + (0.018 if not nf4 else 0.009) + abs(noise(0, 0.0003)),
+        "load_peak_gib": 0.031,
+        "tokens_per_second": (8400 if rank else 6100) * (0.62 if nf4 else 1) - 3 * (rank or 0) + noise(0, 120),
+        "base_valid_loss": base,
+        "valid_loss": loss,
+        "valid_token_accuracy": 0.61 - 0.09 * (loss - 2.1) + noise(0, 0.001),
+        "test_loss": loss + 0.031 + noise(0, 0.004),
+        "retain_loss_before": 2.905,
+        "retain_loss_after": after,
+        "forgetting": after - 2.905,
+    }
+
+
+def update(spec: RunSpec, layer: int) -> np.ndarray:
+    """ΔW (DIM, DIM): a strong direction that all runs share, a weaker own subspace, and a tail."""
+    rank = getattr(spec.method, "rank", None) or DIM
+    shared = np.random.default_rng(layer)
+    own = np.random.default_rng([layer, rank, spec.seed, spec.quantization == "nf4"])
+    left, right = shared.normal(size=(DIM, DIM)), shared.normal(size=(DIM, DIM))
+    weights = np.exp(-np.arange(rank) / (0.25 * rank + 1)) * np.where(np.arange(rank) == 0, 2, 0.5)
+    common = np.where(np.arange(rank) < 2, 1.6, 0.35)
+    B = common * left[:, :rank] + own.normal(size=(DIM, rank))
+    A = common[:, None] * right[:rank] + own.normal(size=(rank, DIM))
+    return (B * weights) @ A / DIM
+
+
+def analyses(results: Results) -> dict[str, pd.DataFrame]:
+    """The frames `spectrum`, `singular_values` and `subspace` in the engine's columns, for the runs that are done."""
+    runs = selected(results).runs
+    done = runs.index[runs["status"] == Status.DONE]
+    specs = [spec for spec in results.sweep.runs if spec.id in set(done)]
+    layers = [(f"model.layers.{depth}.self_attn.{kind}", kind, depth) for depth in range(2) for kind in KINDS]
+    svds = {
+        (spec.id, n): np.linalg.svd(update(spec, n), full_matrices=False)[1:]
+        for spec in specs
+        for n in range(len(layers))
+    }
+    spectra = [
+        _spectrum(spec, layer, svds[spec.id, n][0]) for spec in specs for n, layer in enumerate(layers)
+    ]
+    pairs = [
+        row
+        for a, b in itertools.permutations(specs, 2)
+        for axis in [_axis(a, b)]
+        if axis
+        for n, layer in enumerate(layers)
+        for row in _subspace(a, b, axis, layer, svds[a.id, n][1], svds[b.id, n][1])
+    ]
+    return {
+        "spectrum": pd.DataFrame([row for rows in spectra for row in rows[:1]]),
+        "singular_values": pd.DataFrame([row for rows in spectra for row in rows[1:]]),
+        "subspace": pd.DataFrame(pairs),
+    }
+
+
+def make(folder: Path, text: str = TEXT, analyzed: bool = True) -> Results:
+    """The results of the synthetic store in `folder`."""
+    store, sweep = Store(folder), read(text)
+    fill(store, sweep)
+    results = load_results(store, sweep)
+    return with_analyses(results, analyses(results)) if analyzed else results
+
+
+def _rank(spec: RunSpec) -> int:
+    return getattr(spec.method, "rank", DIM)
+
+
+def _spectrum(spec: RunSpec, layer: tuple[str, str, int], S: np.ndarray) -> list[dict]:
+    place = dict(zip(("layer", "kind", "depth"), layer, strict=True)) | {"run_id": spec.id}
+    S = S[: _rank(spec)]
+    own = np.random.default_rng(_rank(spec))
+    null = np.linalg.svd(own.normal(size=(DIM, len(S))) @ own.normal(size=(len(S), DIM)))[1][: len(S)]
+    share = [int(np.searchsorted(np.cumsum(x**2) / np.sum(x**2), 0.9)) + 1 for x in (S, null)]
+    rows = [place | {"metric": "rank_90", "value": share[0], "null": share[1]}]
+    pairs = zip(S / S[0], null / null[0], strict=True)
+    return rows + [
+        place | {"value": float(s * S[0]), "null": float(z * S[0]), "index": i}
+        for i, (s, z) in enumerate(pairs, 1)
+    ]
+
+
+def _axis(a: RunSpec, b: RunSpec) -> str | None:
+    """The one axis, lr apart, in which two runs differ, the first having the smaller value."""
+    flats = [flatten(spec.to_json()) for spec in (a, b)]
+    differ = [key for key in {**flats[0], **flats[1]} if flats[0].get(key) != flats[1].get(key)]
+    differ = [key for key in differ if key != "lr"]
+    if differ in (["method.rank"], ["seed"]) and flats[0][differ[0]] < flats[1][differ[0]]:
+        return differ[0]
+    return None
+
+
+def _subspace(a: RunSpec, b: RunSpec, axis: str, layer: tuple, Vh_a: np.ndarray, Vh_b: np.ndarray) -> list[dict]:
+    place = dict(zip(("layer", "kind", "depth"), layer, strict=True))
+    values = [flatten(spec.to_json())[axis] for spec in (a, b)]
+    place |= {"run_a": a.id, "run_b": b.id, "axis": axis, "value_a": values[0], "value_b": values[1], "side": "input"}
+    gram = np.cumsum(np.cumsum((Vh_a[: _rank(a)] @ Vh_b[: _rank(b)].T) ** 2, axis=0), axis=1)
+    return [
+        place | {
+            "i": i, "j": j, "phi": gram[i - 1, j - 1] / min(i, j), "chance": max(i, j) / DIM, "chance_std": 0.01,
+        }
+        for i, j in itertools.product(_marks(_rank(a)), _marks(_rank(b)))
+    ]  # fmt: skip
+
+
+def _marks(rank: int) -> list[int]:
+    """All indices up to 8, then every fourth: enough for a heat map, and quick."""
+    return [k for k in range(1, rank + 1) if k <= 8 or k % 4 == 0]

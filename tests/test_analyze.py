@@ -1,0 +1,252 @@
+import json
+import tomllib
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lorabench import analyze as engine
+from lorabench import plugins
+from lorabench.analyses.spectrum import Spectrum
+from lorabench.analyze import analyze
+from lorabench.decode import InputError
+from lorabench.linalg import subspace_similarity, thin_svd
+from lorabench.record import RunRecord, Status, Store, file_digests
+from lorabench.sweep import parse_sweep
+from lorabench.update import Update, save_deltas, save_svds
+
+TEXT = """
+[base]
+task.name = "text"
+seed = [0, 1]
+[[grid]]
+method.name = "lora"
+method.rank = [2, 4]
+lr = [1e-3, 3e-3]
+[[grid]]
+method.name = "full"
+"""
+LAYERS = {"model.layers.0.self_attn.q_proj": (12, 10), "model.layers.1.mlp.up_proj": (20, 10)}
+
+
+def factors(spec):
+    g = torch.Generator().manual_seed(spec.seed + 10 * getattr(spec.method, "rank", 0) + int(spec.lr * 1e4))
+    rank = getattr(spec.method, "rank", 10)
+    return {
+        name: (torch.randn(M, rank, generator=g), torch.randn(rank, N, generator=g)) for name, (M, N) in LAYERS.items()
+    }
+
+
+def save_adapter(folder, spec):
+    config = {"peft_type": "LORA", "r": spec.method.rank, "lora_alpha": spec.method.alpha}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = {}
+    for name, (B, A) in factors(spec).items():
+        tensors |= {f"base_model.model.{name}.lora_B.weight": B, f"base_model.model.{name}.lora_A.weight": A}
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def save_dense(folder, spec, keep=None):
+    updates = [Update(parameter=f"{name}.weight", B=B @ A, base_norm=5.0) for name, (B, A) in factors(spec).items()]
+    updates.append(Update(parameter="model.norm.weight", B=torch.ones(10, 1)))
+    save_svds(updates, folder, keep) if keep else save_deltas(updates, folder)
+
+
+def write_run(store, spec, status=Status.DONE):
+    folder = store.folder(spec.id)
+    (folder / "updates").mkdir(parents=True, exist_ok=True)
+    save_adapter(folder / "updates", spec) if spec.method.name == "lora" else save_dense(folder / "updates", spec)
+    store.write_spec(spec)
+    files = file_digests(folder / "updates", folder)
+    store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, files=files))
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    return parse_sweep(tomllib.loads(TEXT), TEXT)
+
+
+@pytest.fixture
+def store(sweep, tmp_path):
+    store = Store(tmp_path)
+    for spec in sweep.runs:
+        write_run(store, spec)
+    return store
+
+
+def delta_of(spec, layer):
+    B, A = factors(spec)[layer]
+    return B @ A * (spec.method.alpha / spec.method.rank if spec.method.name == "lora" else 1)
+
+
+def test_spectra_are_those_of_the_updates(store, sweep, capsys):
+    frames = analyze(store, sweep)
+    spectrum = frames["spectrum"]
+    assert list(spectrum.columns) == ["run_id", "layer", "kind", "depth", "metric", "value", "null"]
+    assert set(spectrum["run_id"]) == {spec.id for spec in sweep.runs} and set(spectrum["kind"]) == {"q_proj", "up_proj"}
+    values = spectrum.set_index(["run_id", "layer", "metric"])["value"]
+    singular = frames["singular_values"].set_index(["run_id", "layer"])
+    for spec in sweep.runs:
+        for layer in LAYERS:
+            S = torch.linalg.svdvals(delta_of(spec, layer).double())
+            assert values[spec.id, layer, "frobenius_norm"] == pytest.approx(S.norm().item(), rel=1e-5)
+            found = singular.loc[[(spec.id, layer)]]
+            assert found["value"].to_numpy() == pytest.approx(S[: len(found)].numpy(), rel=1e-5)
+            assert len(found) == getattr(spec.method, "rank", 10) and list(found["index"]) == [*range(1, len(found) + 1)]
+            assert np.linalg.norm(found["null"]) <= np.linalg.norm(found["value"]) * (1 + 1e-9)
+    assert values[next(s.id for s in sweep.runs if s.method.name == "full"), next(iter(LAYERS)), "relative_norm"] > 0
+    assert capsys.readouterr().err == ""
+
+
+def test_similarities_are_those_of_the_updates(store, sweep):
+    phi = analyze(store, sweep)["subspace"]
+    assert list(phi.columns)[:8] == ["run_a", "run_b", "axis", "value_a", "value_b", "layer", "kind", "depth"]
+    assert len(phi.groupby(["run_a", "run_b"])) == 4 + 4 + 1
+    specs = {spec.id: spec for spec in sweep.runs}
+    for (run_a, run_b, layer), group in phi.groupby(["run_a", "run_b", "layer"]):
+        a, b = (thin_svd(delta_of(specs[run], layer).double()) for run in (run_a, run_b))
+        p, q = (getattr(specs[run].method, "rank", 10) for run in (run_a, run_b))
+        for side, U, V in (("output", a.U, b.U), ("input", a.Vh.mT, b.Vh.mT)):
+            grid = group[group["side"] == side].pivot(index="i", columns="j", values="phi").to_numpy()
+            assert grid == pytest.approx(subspace_similarity(U[:, :p], V[:, :q]).numpy(), abs=1e-4)
+    seeds = phi[phi["axis"] == "seed"]
+    assert set(zip(seeds["value_a"], seeds["value_b"], strict=True)) == {(0, 1)}
+
+
+def test_a_second_time_only_reads(store, sweep, monkeypatch):
+    first = analyze(store, sweep)
+
+    def never(*_):
+        raise AssertionError("computed again")
+
+    for name in ("open_layers", "load_layer"):
+        monkeypatch.setattr(engine.formats, name, never)
+    monkeypatch.setattr(engine, "file_digest", never)
+    second = analyze(store, sweep)
+    assert first.keys() == second.keys() == {*plugins.names("analyses")}
+    for name in first:
+        pd.testing.assert_frame_equal(first[name], second[name])
+
+
+def test_only_what_is_new_is_computed(store, sweep, monkeypatch):
+    analyze(store, sweep)
+    opened, original = [], engine.formats.open_layers
+    monkeypatch.setattr(engine.formats, "open_layers", lambda folder: opened.append(folder.parent.name) or original(folder))
+    changed = sweep.runs[0]
+    B, A = factors(changed)[next(iter(LAYERS))]
+    name = f"base_model.model.{next(iter(LAYERS))}"
+    save_file({f"{name}.lora_B.weight": 2 * B, f"{name}.lora_A.weight": A},
+              store.folder(changed.id) / "updates" / "adapter_model.safetensors")  # fmt: skip
+    folder = store.folder(changed.id)
+    files = file_digests(folder / "updates", folder)
+    store.write(RunRecord(run_id=changed.id, spec=changed.to_json(), status=Status.DONE, files=files))
+    frames = analyze(store, sweep)
+    partners = {spec.id for spec in sweep.runs if spec.method.name == "lora" and spec.lr == changed.lr}
+    assert changed.id in opened and {*opened} < partners and len(opened) == 3
+    assert set(frames["spectrum"].query("run_id == @changed.id")["layer"]) == {next(iter(LAYERS))}
+    opened.clear()
+    monkeypatch.setattr(Spectrum, "version", 2)
+    analyze(store, sweep)
+    assert sorted(opened) == sorted(spec.id for spec in sweep.runs)
+
+
+def test_runs_that_are_not_done_are_noted_and_left_out(store, sweep):
+    failed, kept_nothing, *_, missing = sweep.runs
+    write_run(store, failed, Status.FAILED)
+    store.write(RunRecord(run_id=kept_nothing.id, spec=kept_nothing.to_json(), status=Status.DONE))
+    (store.folder(missing.id) / "record.json").unlink()
+    notes = []
+    frames = analyze(store, sweep, note=notes.append)
+    assert notes == [
+        f"not analyzed (failed): {failed.id}",
+        f"not analyzed (done, but nothing kept): {kept_nothing.id}",
+        f"not analyzed (missing): {missing.id}",
+    ]
+    left_out = {failed.id, kept_nothing.id, missing.id}
+    assert set(frames["spectrum"]["run_id"]) == {spec.id for spec in sweep.runs} - left_out
+    assert not left_out & {*frames["subspace"]["run_a"], *frames["subspace"]["run_b"]}
+
+
+def damage_byte(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def damage_nan(file):
+    """A whole file with a record that fits, but NaN in its last layer."""
+    folder = file.parents[1]
+    save_file({"a.weight": torch.ones(3, 3), "b.weight": torch.full((3, 3), float("nan"))}, file.with_name("delta.safetensors"),
+              metadata={"format": "lorabench-delta"})  # fmt: skip
+    store = Store(file.parents[3])
+    record = store.read(folder.name)
+    record.files = file_digests(folder / "updates", folder)
+    store.write(record)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_byte, "is not the file that the record describes"),
+        (lambda file: file.unlink(), "adapter_model.safetensors: is missing"),
+        (damage_nan, "b.weight: holds NaN or Inf"),
+    ],
+)
+def test_a_corrupt_run_is_noted_and_left_out(store, sweep, damage, message):
+    bad = sweep.runs[0]
+    damage(store.folder(bad.id) / "updates" / "adapter_model.safetensors")
+    notes = []
+    frames = analyze(store, sweep, note=notes.append)
+    assert len(notes) == 1 and f"corrupt): {bad.id}" in notes[0] and message in notes[0]
+    for name, frame in frames.items():
+        runs = {*frame.get("run_id", []), *frame.get("run_a", []), *frame.get("run_b", [])}
+        assert runs == {spec.id for spec in sweep.runs} - {bad.id}, name
+    assert not list(store.root.rglob("*.tmp")) and not (store.folder(bad.id) / "analyses").exists()
+
+
+def test_a_damaged_cache_is_made_again(store, sweep):
+    first = analyze(store, sweep)
+    for file in store.root.rglob("*.parquet"):
+        file.write_bytes(file.read_bytes()[:50])
+    second = analyze(store, sweep)
+    for name in first:
+        pd.testing.assert_frame_equal(first[name], second[name])
+
+
+def test_zero_updates_have_norms_but_no_directions(tmp_path):
+    text = '[base]\ntask.name = "text"\nmethod.name = "full"\nseed = [0, 1]\n'
+    sweep, store = parse_sweep(tomllib.loads(text), text), Store(tmp_path)
+    for spec in sweep.runs:
+        folder = store.folder(spec.id) / "updates"
+        folder.mkdir(parents=True)
+        save_deltas([Update(parameter="lin.weight", B=torch.zeros(4, 3), base_norm=2.0)], folder)
+        record = RunRecord(run_id=spec.id, spec=spec.to_json(), status=Status.DONE)
+        record.files = file_digests(folder, folder.parent)
+        store.write(record)
+    frames = analyze(store, sweep)
+    values = frames["spectrum"].query("run_id == @sweep.runs[0].id").set_index("metric")["value"]
+    assert values["frobenius_norm"] == values["relative_norm"] == 0 and np.isnan(values["rank_90"])
+    assert frames["subspace"].empty and list(frames["subspace"].columns)[:3] == ["run_a", "run_b", "axis"]
+
+
+def test_an_empty_store(sweep, tmp_path):
+    notes = []
+    frames = analyze(Store(tmp_path), sweep, note=notes.append)
+    assert all(frame.empty for frame in frames.values()) and len(notes) == 1 and "and 7 more" in notes[0]
+
+
+def test_batches_bound_the_files_and_change_nothing(store, sweep, monkeypatch):
+    whole = analyze(store, sweep)
+    for file in store.root.rglob("*.parquet"):
+        file.unlink()
+    monkeypatch.setattr(engine, "MAX_FILES", 3)
+    for name, frame in analyze(store, sweep).items():
+        pd.testing.assert_frame_equal(whole[name], frame)
+
+
+def test_a_folder_that_cannot_be_written(store, sweep):
+    (store.root / "pairs").write_text("in the way")
+    with pytest.raises(InputError, match=r"parquet: cannot be written"):
+        analyze(store, sweep)

@@ -1,0 +1,219 @@
+"""The launcher against fakes that end in every way a process can end; signals are sent to a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lorabench.claim import take
+from lorabench.decode import InputError
+from lorabench.launch import Pool, check_writable, crash_line, launch
+from lorabench.record import RunRecord, Status, Store
+from tests import fake_runs
+from tests.fake_runs import DONE, EXITS, HANGS, KILLED, NO_RECORD, OOM, RAISES, SEGFAULT, WAITS
+
+PRELOAD = ("lorabench.worker",)
+
+
+def run(root: Path, *seeds: int, **pool: object) -> dict[int, object]:
+    """Seed -> the state of its run after a launch."""
+    outcome = launch(fake_runs.sweep(*seeds), Store(root), Pool(workers=2, preload=PRELOAD, **pool), fake_runs.run)
+    return {state.spec["seed"]: state for state in outcome.states}
+
+
+def starts(root: Path) -> list[int]:
+    """The seeds of the runs that were started, in order."""
+    file = root / "starts.txt"
+    return [int(line.split()[0]) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_every_ending_gets_its_status_and_stops_no_other_run(tmp_path: Path) -> None:
+    states = run(tmp_path, OOM, RAISES, EXITS, SEGFAULT, KILLED, DONE)
+    assert {seed: str(state.status) for seed, state in states.items()} == {
+        OOM: "oom", RAISES: "failed", EXITS: "failed", SEGFAULT: "failed", KILLED: "cancelled", DONE: "done",
+    }  # fmt: skip
+    assert states[RAISES].error == "ended with exit code 1: ValueError: the fake raises"
+    assert states[EXITS].error == "ended with exit code 3: about to leave"
+    assert states[SEGFAULT].error.startswith("killed by SIGSEGV: File") and "string_at" in states[SEGFAULT].error
+    assert states[KILLED].error == "killed by signal 9; run again to resume"
+    for state in Store(tmp_path).states(list(fake_runs.sweep(*states).runs)):
+        assert (state.status, state.error) == (states[state.spec["seed"]].status, states[state.spec["seed"]].error)
+
+
+def test_a_second_launch_starts_only_what_may_still_succeed(tmp_path: Path) -> None:
+    run(tmp_path, DONE, OOM, RAISES, KILLED)
+    before = starts(tmp_path)
+    assert sorted(before) == [DONE, OOM, RAISES, KILLED]
+    run(tmp_path, DONE, OOM, RAISES, KILLED)
+    assert starts(tmp_path)[4:] == [KILLED]  # cancelled: resumed; failures are left alone
+    run(tmp_path, DONE, OOM, RAISES, retry=frozenset([Status.FAILED]))
+    assert starts(tmp_path)[5:] == [RAISES]
+    run(tmp_path, DONE, OOM, RAISES, retry=frozenset([Status.OOM]))
+    assert starts(tmp_path)[6:] == [OOM]
+
+
+def test_a_failed_retry_does_not_report_the_old_failure(tmp_path: Path) -> None:
+    (spec,) = fake_runs.sweep(NO_RECORD).runs
+    store = Store(tmp_path)
+    store.write_spec(spec)
+    store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), status=Status.FAILED, error="the old one"))
+    states = run(tmp_path, NO_RECORD, retry=frozenset([Status.FAILED]))
+    assert states[NO_RECORD].status == Status.FAILED
+    assert states[NO_RECORD].error == "ended without a result"
+    assert 1 < len(starts(tmp_path)) <= 3
+
+
+def test_a_run_that_another_worker_has_is_waited_for_and_not_computed_twice(tmp_path: Path) -> None:
+    (spec,) = fake_runs.sweep(DONE).runs
+    other = f"""
+import sys, time
+from pathlib import Path
+from lorabench.claim import take
+from lorabench.record import RunRecord, Status, Store
+from tests import fake_runs
+store, (spec,) = Store(Path({str(tmp_path)!r})), fake_runs.sweep({DONE}).runs
+store.write_spec(spec)
+with take(store.folder(spec.id)):
+    print("claimed", flush=True)
+    time.sleep(1)
+    store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), status=Status.DONE, error="by the other"))
+"""
+    with subprocess.Popen([sys.executable, "-c", other], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "claimed\n"
+        states = run(tmp_path, DONE)
+    assert states[DONE].status == Status.DONE and states[DONE].error == "by the other"
+    assert starts(tmp_path) == []
+
+
+def test_a_corrupt_run_is_reported_and_repeated_only_when_asked(tmp_path: Path) -> None:
+    (spec,) = fake_runs.sweep(DONE).runs
+    store = Store(tmp_path)
+    store.write_spec(spec)
+    record = store.folder(spec.id) / "record.json"
+    record.write_text('{"run_id": "lo')
+    assert run(tmp_path, DONE)[DONE].status == Status.CORRUPT
+    assert starts(tmp_path) == [] and record.exists()
+    assert run(tmp_path, DONE, retry=frozenset([Status.CORRUPT]))[DONE].status == Status.DONE
+    assert (tmp_path / "runs" / ".corrupt" / f"{spec.id}.1" / "record.json").read_text() == '{"run_id": "lo'
+
+
+def test_each_worker_gets_its_own_gpu(tmp_path: Path) -> None:
+    run(tmp_path, DONE, 10, 11, 12, gpus=("GPU-a", "GPU-b"))
+    seen = [line.split()[2] for line in (tmp_path / "starts.txt").read_text().splitlines()]
+    assert sorted(set(seen)) == ["GPU-a", "GPU-b"]
+
+
+def test_a_run_that_ignores_its_time_limit_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorabench.worker import Settings
+
+    monkeypatch.setattr("lorabench.launch.GRACE_SECONDS", 0.5)
+    states = run(tmp_path, HANGS, settings=Settings(timeout_seconds=0.5))
+    assert states[HANGS].status == Status.TIMEOUT
+
+
+def test_a_kill_is_out_of_memory_only_if_the_kernel_counted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([7, 8, 8])
+    monkeypatch.setattr("lorabench.launch.count_oom_kills", lambda: next(counts))
+    seeds = (KILLED, DONE)
+    assert run(tmp_path, *seeds)[KILLED].status == Status.OOM
+
+
+def start(root: Path, *seeds: int) -> subprocess.Popen[str]:
+    """A launch in a process group of its own, as a terminal would start it; returns once its runs are running."""
+    command = [sys.executable, "-m", "tests.fake_runs", str(root), *map(str, seeds)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 20
+    while len(list(root.glob("runs/*/record.json"))) < min(2, len(seeds)):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.2)
+    return process
+
+
+def statuses(root: Path, *seeds: int) -> list[str]:
+    return [str(state.status) for state in Store(root).states(list(fake_runs.sweep(*seeds).runs))]
+
+
+def test_ctrl_c_lets_running_runs_write_their_checkpoint_and_starts_no_new_ones(tmp_path: Path) -> None:
+    process = start(tmp_path, WAITS, WAITS + 100, WAITS + 200)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    _, talk = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT
+    assert statuses(tmp_path, WAITS, WAITS + 100, WAITS + 200) == ["cancelled", "cancelled", "missing"]
+    assert "stopped by SIGTERM" in talk and "Traceback" not in talk
+    assert sorted(starts(tmp_path)) == [WAITS, WAITS + 100]
+
+
+def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
+    process = start(tmp_path, HANGS)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.7)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGINT
+    assert statuses(tmp_path, HANGS) == ["cancelled"]
+
+
+def test_runs_stop_by_themselves_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    process = start(tmp_path, WAITS)
+    (pid,) = [int(line.split()[1]) for line in (tmp_path / "starts.txt").read_text().splitlines()]
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while statuses(tmp_path, WAITS) != ["cancelled"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    while os.path.exists(f"/proc/{pid}") and "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1][:3]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_results_that_cannot_be_written_are_one_clear_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--results .*file: cannot be written: (Not a directory|File exists)"):
+        check_writable(tmp_path / "file")
+
+
+def test_the_fork_server_has_one_thread_and_no_cuda_context(tmp_path: Path) -> None:
+    program = """
+import json, os
+from pathlib import Path
+from multiprocessing import forkserver
+from lorabench.worker import start_server
+if __name__ == "__main__":
+    context = start_server(Path('server.log'))
+    process = context.Process(target=print, args=("ready",))
+    process.start(), process.join()
+    pid = forkserver._forkserver._forkserver_pid
+    maps = open(f"/proc/{pid}/maps").read()
+    print(json.dumps({"threads": len(os.listdir(f"/proc/{pid}/task")), "torch": "libtorch" in maps,
+                      "cuda": "libcuda.so" in maps and "/dev/nvidia" in str(os.listdir(f"/proc/{pid}/fd"))}))
+"""
+    (tmp_path / "program.py").write_text(program)
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    printed = subprocess.run(
+        [sys.executable, tmp_path / "program.py"], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
+    ).stdout  # fmt: skip
+    assert json.loads(printed.splitlines()[-1]) == {"threads": 1, "torch": True, "cuda": False}
+
+
+def test_crash_line_prefers_the_place_of_the_crash(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    assert crash_line(log) == ""
+    log.write_text("one\n\ntwo\n  \n")
+    assert crash_line(log) == "two"
+    log.write_text("one\nCurrent thread 0x1 (most recent call first):\n  File a, line 1 in f\n  File b\n")
+    assert crash_line(log) == "File a, line 1 in f"
+
+
+def test_a_claim_is_released_before_the_launcher_speaks_for_a_dead_run(tmp_path: Path) -> None:
+    run(tmp_path, EXITS)
+    (spec,) = fake_runs.sweep(EXITS).runs
+    hold = take(Store(tmp_path).folder(spec.id))
+    assert hold is not None and hold.number == 3  # the run's, the launcher's, and this one
