@@ -31,6 +31,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hardware
 import torch
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from lorabench import claim
 from lorabench import meter as meters
@@ -66,6 +67,8 @@ class Window:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             self.times.append(time.perf_counter())
+        if self.seen == self.skip:  # what loading and the first steps took is no part of the peak
+            reset_peak(self.device)
 
     @property
     def seconds(self) -> float:
@@ -83,7 +86,7 @@ class Race:
     losses: list[Any] = field(default_factory=list)
     """One a step; tensors are read after the clock has stopped."""
     other_peak: int = 0
-    """Bytes of a peak that was reset on the way, by the contender's own measuring."""
+    """Bytes of the peak that the contender's own measuring saw, which resets the counter on the way."""
 
     def model(self) -> nn.Module:
         torch.manual_seed(self.spec.seed)
@@ -266,7 +269,7 @@ def measure_memory(arguments: argparse.Namespace, method: str) -> dict[str, Any]
     options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(arguments).items() if key in ARGUMENTS]
     figures = {}
     for name in CONTENDERS:
-        command = [sys.executable, __file__, *options, "--steps=20", f"--methods={method}", f"--child={name}"]
+        command = [sys.executable, __file__, *options, "--steps=30", f"--methods={method}", f"--child={name}"]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         figures[name] = json.loads(output.splitlines()[-1])
     return figures
@@ -280,17 +283,20 @@ def child(arguments: argparse.Namespace) -> None:
     spec = make_spec(arguments, arguments.methods[0])
     prepare(spec)
     before = _status("VmRSS")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-    race, _ = race_once(arguments.child, spec, device, 1)
+    race, _ = race_once(arguments.child, spec, device, arguments.skip)
     if device.type == "cuda":
         peak = max(torch.cuda.max_memory_allocated(), race.other_peak)
         print(json.dumps({"allocated_peak_mib": peak / 2**20}))
         return
     peak = max(_status("VmHWM"), race.other_peak)
     print(json.dumps({"peak_mib": peak / 2**20, "above_start_mib": (peak - before) / 2**20}))
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _status(key: str) -> int:
@@ -326,6 +332,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
+    disable_progress_bar()
     if arguments.child:
         child(arguments)
         return

@@ -34,11 +34,22 @@ class Cell:
 
     @property
     def low(self) -> float | None:
-        return None if self.half is None else self.mean - self.half
+        return None if self.half is None or self.mean is None else self.mean - self.half
 
     @property
     def high(self) -> float | None:
-        return None if self.half is None else self.mean + self.half
+        return None if self.half is None or self.mean is None else self.mean + self.half
+
+    @property
+    def center(self) -> float:
+        """The mean of a cell that is known to have one."""
+        assert self.mean is not None
+        return self.mean
+
+    @property
+    def ends(self) -> list[float]:
+        """What a panel must have room for."""
+        return [value for value in (self.low, self.high, self.mean) if value is not None]
 
     @property
     def num_failed(self) -> int:

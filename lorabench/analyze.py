@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import cast
 
 import pandas as pd
 import pyarrow as pa
@@ -81,7 +82,7 @@ def analyze(
     """
     records = _analyzable(store, sweep, note)
     pairs = list(find_pairs(sweep, records, pair_axes, selected))
-    analyses = [plugins.example("analyses", name) for name in plugins.names("analyses")]
+    analyses = [cast(Analysis, plugins.example("analyses", name)) for name in plugins.names("analyses")]
     jobs = {(analysis.name, *runs): Job(analysis=analysis, records=tuple(records[r] for r in runs), root=store.root)
             for analysis in analyses for runs in _subjects(analysis, records, pairs)}  # fmt: skip
     tables = {name: read_table(job.file, job.key) for name, job in jobs.items()}
@@ -150,8 +151,10 @@ def _compute_batch(
 ) -> None:
     """Read each layer of the batch's runs once, and give it to all their analyses."""
     entries = _open(store, batch, failed)
+    writers = {job: TableWriter(job.file, job.key) for job in batch if entries.keys() >= {*job.runs}}
+    needed = {run_id for job in writers for run_id in job.runs}
+    entries = {run_id: layers for run_id, layers in entries.items() if run_id in needed}
     parameters = sorted({parameter for layers in entries.values() for parameter in layers})
-    writers = {job: TableWriter(job.file, job.key) for job in batch}
     try:
         for parameter in parameters:
             layers = _load(parameter, entries, failed)

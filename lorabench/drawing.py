@@ -14,11 +14,13 @@ import matplotlib
 matplotlib.use("Agg", force=False)
 
 import numpy as np
+import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from lorabench.aggregate import Cell
 from lorabench.labels import key_label, value_label
 
 COLUMN_INCHES = 3.3
@@ -53,7 +55,7 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4.5,
     "figure.constrained_layout.use": True,
-    "savefig.dpi": 300,
+    "savefig.dpi": 250,
     "figure.dpi": 150,
     "pdf.fonttype": 42,
     "svg.hashsalt": "lorabench",
@@ -74,7 +76,7 @@ def style() -> Iterator[None]:
     """The style inside, and nothing of the caller's settings."""
     with plt.rc_context():
         plt.rcdefaults()
-        plt.rcParams.update(STYLE)
+        plt.rcParams.update(STYLE)  # type: ignore[arg-type]
         yield
 
 
@@ -92,7 +94,7 @@ def new_figure(rows: int, columns: int, *, height: float = 2.3, **options: Any) 
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """Write `stem.pdf` and `stem.png` (300 dpi); the same figure gives the same bytes."""
+    """Write `stem.pdf` and `stem.png` (250 dpi); the same figure gives the same bytes."""
     files = [stem.with_suffix(".pdf"), stem.with_suffix(".png")]
     stem.parent.mkdir(parents=True, exist_ok=True)
     with style():
@@ -132,33 +134,38 @@ def series_label(keys: Sequence[str], values: Sequence[Any], *, full: bool = Fal
     return ", ".join(words)
 
 
-def limit_y(axes: Axes, means: Sequence[float], ends: Iterable[float]) -> None:
-    """The range of the data and its intervals, but of wide intervals no more than once the data's own range."""
-    ends = [*ends, *means]
+def finite(runs: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The runs whose measure can be drawn: there, and not infinite."""
+    return runs[np.isfinite(runs[name])] if name in runs else runs.iloc[:0]
+
+
+def limit_y(axes: Axes, cells: Sequence[Cell]) -> None:
+    """The range of the means and their intervals, but of wide intervals no more than once the means' own range."""
+    means = [cell.mean for cell in cells if cell.mean is not None]
+    ends = [end for cell in cells for end in cell.ends]
     low, high = min(means), max(means)
     room = max(high - low, 1e-3 * max(abs(low), abs(high)))
     low, high = max(min(ends), low - room), min(max(ends), high + room)
-    axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    margin = 0.06 * (high - low) or 1e-9
+    axes.set_ylim(low - margin, high + margin)
 
 
-def place_labels(
-    axes: Axes, points: Sequence[tuple[float, float]], halves: Sequence[tuple[float, float]],
-    texts: Sequence[str], colors: Sequence[str],
-) -> None:  # fmt: skip
+def place_labels(axes: Axes, points: Sequence[tuple[Cell, Cell]], texts: Sequence[str], colors: Sequence[str]) -> None:
     """Write each text beside its point, where it is furthest from other points, their intervals and other texts."""
     axes.figure.canvas.draw()
     unit, box = axes.figure.dpi / 72, axes.get_window_extent()
+    spots = axes.transData.transform([(x.center, y.center) for x, y in points])
     taken: list[np.ndarray] = []
-    for (x, y), (dx, dy) in zip(points, halves, strict=True):
+    for x, y in points:
         steps = np.linspace(-1, 1, 25)
-        taken += list(axes.transData.transform([(x + step * dx, y) for step in steps]))
-        taken += list(axes.transData.transform([(x, y + step * dy) for step in steps]))
-    for point, text, color in zip(points, texts, colors, strict=True):
-        spot = axes.transData.transform(point)
-        best = max(_sides(text), key=lambda side, spot=spot: _room(spot + unit * np.array(side), taken, box))
+        taken += list(axes.transData.transform([(x.center + step * (x.half or 0), y.center) for step in steps]))
+        taken += list(axes.transData.transform([(x.center, y.center + step * (y.half or 0)) for step in steps]))
+    for spot, (x, y), text, color in zip(spots, points, texts, colors, strict=True):
+        rooms = {side: _room(spot + unit * np.array(side), taken, box) for side in _sides(text)}
+        best = max(rooms, key=rooms.__getitem__)
         taken.append(spot + unit * np.array(best))
         axes.annotate(
-            text, point, xytext=best, textcoords="offset points", color=color, fontsize=6.5,
+            text, (x.center, y.center), xytext=best, textcoords="offset points", color=color, fontsize=6.5,
             ha="center", va="center", annotation_clip=False,
         )  # fmt: skip
 

@@ -25,7 +25,12 @@ MEASURE_NAMES = {
     "base_valid_loss": "base validation loss",
 }
 PREFIXES = {"valid_": "validation ", "test_": "test ", "train_": "training "}
-WORDS = {"macro f1": "macro-F1", "matthews": "Matthews correlation", "majority": "majority class", "flops": "FLOPs"}
+WORDS = {
+    "macro f1": "macro-F1",
+    "matthews": "Matthews correlation",
+    "majority": "majority class",
+    "flops": "FLOPs",
+}
 UNIT_SUFFIXES = ("_gib", "_seconds", "_bytes", "_joules")
 
 

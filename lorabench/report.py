@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import matplotlib
+import pandas as pd
 
 from lorabench import drawing, plugins
+from lorabench.aggregate import FAILED, plain
 from lorabench.figure import Figure
 from lorabench.labels import capitalized, key_label, measure, value_label, with_unit
-from lorabench.aggregate import FAILED, plain
-from lorabench.record import Status, write_bytes
+from lorabench.record import Status, write_bytes, write_json
 from lorabench.results import Results, selected
 from lorabench.tables import build_tables, distinct, quality, write_tables
 from lorabench.typeset import Sheet
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
+MANIFEST = ".report.json"
+"""What the files of a report were made of, and their names."""
 HEADINGS = ("Question", "Cost", "Expect")
 DISPLAY_SCALE = 1.45
 """Inches on the screen per inch in print."""
@@ -40,8 +47,23 @@ class Drawn:
 def write_report(results: Results, folder: Path) -> list[Path]:
     """Write `tables/`, `figures/`, `sweep.toml` and `report.html` below `folder`; returns the files.
 
-    The same results give the same bytes: nothing tells when or where the report was made.
+    The same results give the same bytes, since nothing tells when or where the report was made; where the files are
+    there already, made of the same results by the same code, they stay. Files of an earlier report that this one no
+    longer has are deleted.
     """
+    inputs = _digest(results)
+    before = _read_manifest(folder)
+    if before["inputs"] == inputs and all((folder / name).is_file() for name in before["files"]):
+        return [folder / name for name in before["files"]]
+    files = _write(results, folder)
+    names = [str(file.relative_to(folder)) for file in files]
+    for stale in set(before["files"]) - set(names):
+        (folder / stale).unlink(missing_ok=True)
+    write_json(folder / MANIFEST, {"inputs": inputs, "files": names})
+    return files
+
+
+def _write(results: Results, folder: Path) -> list[Path]:
     sheets = build_tables(results)
     files = write_tables(results, sheets, folder / "tables")
     drawn, empty = [], []
@@ -58,6 +80,28 @@ def write_report(results: Results, folder: Path) -> list[Path]:
     write_bytes(folder / "sweep.toml", results.sweep.text.encode())
     write_bytes(folder / "report.html", render(results, sheets, drawn, empty).encode())
     return [*files, folder / "sweep.toml", folder / "report.html"]
+
+
+def _digest(results: Results) -> str:
+    """Of all that a report is made of: results, this package's code, and the library that draws."""
+    digest = hashlib.sha256(f"{matplotlib.__version__} {pd.__version__} {results.sweep.text}".encode())
+    digest.update(results.runs.to_csv().encode())
+    digest.update(json.dumps([results.environments, results.provenance], sort_keys=True, default=str).encode())
+    for name, frame in sorted(results.analyses.items()):
+        digest.update(f"{name} {list(frame.columns)}".encode())
+        digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
+    for file in sorted(TEMPLATE.parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    digest.update(TEMPLATE.read_bytes())
+    return digest.hexdigest()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    try:
+        return json.loads(file.read_text("utf-8")) if file.is_file() else {"inputs": None, "files": []}
+    except json.JSONDecodeError:  # cut short: the report is made again
+        return {"inputs": None, "files": []}
 
 
 def render(results: Results, sheets: list[Sheet], figures: list[Drawn], empty: list[str]) -> str:
@@ -100,7 +144,9 @@ def read_header(text: str) -> dict[str, str]:
 
 def _figures(results: Results) -> dict[str, Figure]:
     """File name -> figure: the sweep's own, or every figure as it comes."""
-    figures = results.sweep.figures or tuple(plugins.example("figures", name) for name in plugins.names("figures"))
+    figures: Iterable[Any] = results.sweep.figures or (
+        plugins.example("figures", name) for name in plugins.names("figures")
+    )
     named: dict[str, Figure] = {}
     for figure in figures:
         named[distinct(figure.name, named)] = figure

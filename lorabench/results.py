@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import pandas as pd
@@ -68,6 +69,11 @@ class Selection:
     def run_ids(self) -> list[str]:
         return list(self.runs.index)
 
+    @property
+    def done(self) -> pd.DataFrame:
+        """Those of the runs that are done: what a figure can draw."""
+        return self.runs[self.runs["status"] == Status.DONE]
+
 
 def load_results(store: Store, sweep: Sweep, analyze: Analyze | None = None) -> Results:
     """Read every run of `sweep`; `analyze(store, sweep, run_ids)` makes the analyses of the selected runs."""
@@ -96,10 +102,10 @@ def with_analyses(results: Results, analyses: dict[str, pd.DataFrame]) -> Result
         frame = analyses.get(analysis)
         if name in MEASURES or frame is None or "metric" not in frame or frame.empty:
             continue
-        by_run = shared(frame[frame["metric"] == metric]).groupby("run_id")
-        columns[name] = by_run["value"].mean()
-        if "null" in frame and frame["null"].notna().any():
-            columns[f"{name}:null"] = by_run["null"].mean()
+        rows = shared(frame[frame["metric"] == metric])
+        for column, source in ((name, "value"), (f"{name}:null", "null")):
+            if source in rows and rows[source].notna().any():
+                columns[column] = rows[source].astype(float).groupby(rows["run_id"].astype(str)).mean()
     joined = results.runs.drop(columns=list(columns), errors="ignore")
     joined = joined.join(pd.DataFrame(columns, dtype=float)) if columns else joined
     return dataclasses.replace(results, runs=joined, analyses=analyses)
@@ -118,14 +124,14 @@ def selected(results: Results) -> Selection:
     Best is the mean of `select.by` over the seeds that are done; a value with each seed done beats one with failed
     or missing seeds; of equal values the smaller wins. Without `[select]` every run is used.
     """
-    runs, over = results.runs, results.over
-    if not over:
+    runs, over, select = results.runs, results.over, results.sweep.select
+    if select is None or not over:
         return Selection(runs=runs, choices=pd.DataFrame())
     keys = [key for key in results.sweep.axes if key not in ("seed", *over)]
     kept, rows = [], []
     for setting, group in grouped(runs, keys):
         tried = [(values, chunk) for values, chunk in grouped(group, over)]
-        scored = [(_score(chunk, results.sweep.select.by), ordinal(values[0]), values, chunk) for values, chunk in tried]
+        scored = [(_score(chunk, select.by), ordinal(values[0]), values, chunk) for values, chunk in tried]
         score, _, values, chunk = min(scored, key=lambda item: item[:2])
         kept += list(chunk.index)
         edge = _edge(values[0], [values[0] for values, _ in tried])
@@ -136,7 +142,7 @@ def selected(results: Results) -> Selection:
     return Selection(runs=runs[[run_id in chosen for run_id in runs.index]], choices=choices)
 
 
-def grouped(frame: pd.DataFrame, keys: list[str]) -> Iterable[tuple[tuple[Any, ...], pd.DataFrame]]:
+def grouped(frame: pd.DataFrame, keys: Sequence[str]) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
     """Groups by the values of `keys`, in order of appearance; a missing key is a value, None, like any other."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for position, values in enumerate(zip(*(frame[key] for key in keys), strict=True) if keys else [()] * len(frame)):
@@ -158,7 +164,7 @@ def ordinal(value: Any) -> tuple[int, float, str]:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _frame(states: list[RunState], specs: list[dict[str, Any]]) -> pd.DataFrame:
@@ -168,7 +174,10 @@ def _frame(states: list[RunState], specs: list[dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for state, spec in zip(states, specs, strict=True):
         record = state.record
-        row = {key: _hashable(spec.get(key)) for key in keys} | {"status": str(state.status), "error": state.error}
+        row = {key: _hashable(spec.get(key)) for key in keys} | {
+            "status": str(state.status),
+            "error": state.error,
+        }
         row |= {"attempts": record and record.attempts, "finished": record and record.finished}
         rows.append(row | (dict(record.measures) if record else {}))
     index = pd.Index([state.run_id for state in states], name="run_id", dtype=object)

@@ -17,6 +17,9 @@ from lorabench.spec import RunSpec, flatten, unflatten
 
 SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure"]
 
+RESERVED = ("runs", "pairs", ".", "..")
+"""Folders of results/ that are no sweep's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Select:
@@ -99,8 +102,8 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
         if key not in SECTIONS
     ]
     name = table.get("name", default_name)
-    if not isinstance(name, str) or not name or name in ("runs", ".", "..") or "/" in name:
-        problems.append(f"name = {show(name)}: must be a folder name other than 'runs'")
+    if not isinstance(name, str) or not name or name in RESERVED or "/" in name:
+        problems.append(f"name = {show(name)}: must be a folder name other than {', '.join(RESERVED)}")
     runs, zips = _expand(table, problems)
     known = _known_keys(runs)
     select = _collect(problems, lambda: decode(Select, table["select"], "select.")) if "select" in table else None
@@ -147,19 +150,27 @@ def _expand(table: dict[str, Any], problems: list[str]) -> tuple[list[RunSpec], 
         return [], []
     specs: dict[str, RunSpec] = {}
     zips: dict[tuple[str, ...], None] = {}
+    keys: dict[str, None] = {}
+    rules = [("", rule) for rule in _excludes(table.get("exclude", []), "", problems)]
     blocks = _blocks(table, "grid", problems) or [{}]
     for number, block in enumerate(blocks, 1):
         where = f"grid {number}: " if len(blocks) > 1 else ""
         block = dict(block)
         groups = _zip_groups(block.pop("zip", []), where, problems)
-        excluded = [*_excludes(block.pop("exclude", []), where, problems), *_excludes(table.get("exclude", []), "", problems)]
+        own = _excludes(block.pop("exclude", []), where, problems)
+        excluded = [*own, *(rule for origin, rule in rules if not origin)]
+        rules += [(where or "grid: ", rule) for rule in own]
         zips |= dict.fromkeys(groups)
         for cell in _cells(flatten(_merge(base, block)), groups, where, problems):
+            keys |= dict.fromkeys(cell)
             if any(_matches(cell, rule) for rule in excluded):
                 continue
             spec = _collect(problems, lambda cell=cell, where=where: decode(RunSpec, unflatten(cell), where))
             if spec:
                 specs.setdefault(spec.id, spec)
+    known = [*keys, *_known_keys(list(specs.values()))]
+    for where, rule in rules if specs else ():  # a misspelt key would exclude nothing, silently
+        problems += _unknown_keys(list(rule), list(dict.fromkeys(known)), f"{where}exclude")
     if not specs and not problems:
         problems.append("exclude: leaves no run")
     return list(specs.values()), list(zips)
@@ -210,7 +221,8 @@ def _cells(
 
 def _zip_groups(value: Any, where: str, problems: list[str]) -> list[tuple[str, ...]]:
     """`zip = ["a", "b"]`, or several groups: `zip = [["a", "b"], ["c", "d"]]`."""
-    groups = [value] if value and all(isinstance(item, str) for item in value) else value
+    flat = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
+    groups = [value] if flat else value
     ok = isinstance(groups, list) and all(
         isinstance(group, list) and len(group) > 1 and all(isinstance(key, str) for key in group) for group in groups
     )

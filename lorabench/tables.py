@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from lorabench import typeset
-from lorabench.aggregate import Cell, cell, common_places, number, plain, value_text
-from lorabench.labels import capitalized, column_label, key_label, listed, measure, measure_label, value_label, with_unit
+from lorabench.aggregate import Cell, cell, common_places, plain, value_text
+from lorabench.labels import (
+    capitalized,
+    column_label,
+    key_label,
+    listed,
+    measure,
+    measure_label,
+    value_label,
+    with_unit,
+)  # fmt: skip
+from lorabench.notes import declared_notes, mixture_notes, selection_notes, single_seed
 from lorabench.record import Status, write_bytes
 from lorabench.results import Results, Selection, grouped, ordered, ordinal, selected
 from lorabench.sweep import Table
 from lorabench.typeset import Column, Sheet
 
 ARROWS = {"largest": " ↑", "smallest": " ↓"}
-HIDDEN = ("attempts", "finished", "error")
 
 
 def write_tables(results: Results, sheets: list[Sheet], folder: Path) -> list[Path]:
@@ -84,14 +93,14 @@ def summary(results: Results, selection: Selection) -> Sheet:
     columns += [Column(label=f"best {key.rpartition('.')[2]}") for key in results.over]
     columns += [Column(label=measure_label(name), unit=measure(name).unit) for name in names]
     columns += [Column(label="n"), Column(label="status", numeric=False)]
-    notes = ["Mean ± 95% interval (Student t) over seeds; n: runs behind the means." + _single(cells)]
+    notes = ["Mean ± 95% interval (Student t) over seeds; n: runs behind the means." + single_seed(cells)]
     return Sheet(
         name="summary",
         caption=f"Summary of {results.sweep.name}",
         columns=columns,
         rows=rows,
-        notes=[*notes, *_selection_notes(results, selection), *_mixture_notes(results, selection.runs, results.settings)],
-        tidy=pd.DataFrame(tidy),
+        notes=[*notes, *selection_notes(results, selection), *mixture_notes(results, selection.runs, results.settings)],
+        tidy=pd.DataFrame(tidy, dtype=object),  # a rank stays whole beside a method that has none
     )  # fmt: skip
 
 
@@ -122,8 +131,8 @@ def declared(results: Results, selection: Selection, table: Table, name: str) ->
         caption=table.caption or _caption(table),
         columns=columns,
         rows=rows,
-        notes=_declared_notes(results, selection, table, list(found.values()), has_gaps),
-        tidy=pd.DataFrame(tidy),
+        notes=declared_notes(results, selection, table, list(found.values()), has_gaps),
+        tidy=pd.DataFrame(tidy, dtype=object),  # a rank stays whole beside a method that has none
     )  # fmt: skip
 
 
@@ -159,7 +168,11 @@ def _numbers(results: Results, selection: Selection, runs: pd.DataFrame, name: s
     """The tidy row of one cell, after its keys."""
     row = {"measure": name, "unit": measure(name).unit, "mean": item.mean, "half_width": item.half}
     row |= {"low": item.low, "high": item.high, "null": item.null, "n": item.n, "num_seeds": item.num_seeds}
-    row |= {"num_failed": item.num_failed, "num_pending": item.num_pending, "status": item.status_text or "done"}
+    row |= {
+        "num_failed": item.num_failed,
+        "num_pending": item.num_pending,
+        "status": item.status_text or "done",
+    }
     for key in results.over:
         values = ordered(runs[key])
         row[f"best {key}"] = values[0] if len(values) == 1 else " / ".join(map(value_label, values))
@@ -181,7 +194,9 @@ def _chosen(results: Results, selection: Selection, runs: pd.DataFrame) -> list[
     choices = _choices(results, selection, runs)
     texts = []
     for key in results.over:
-        values = [value_label(choice[key]) + ARROWS.get(choice["edge"], "") * (key == results.over[0]) for choice in choices]
+        values = [
+            value_label(choice[key]) + ARROWS.get(choice["edge"], "") * (key == results.over[0]) for choice in choices
+        ]
         texts.append(" / ".join(dict.fromkeys(values)))
     return texts
 
@@ -192,16 +207,16 @@ def _text(item: Cell | None, common: int | None, most: int) -> str:
         return "–"
     remarks = [f"n = {item.n}"] if 0 < item.n < most else []
     remarks += [item.status_text] if item.statuses else []
-    text = value_text(item, common) + _null(item, common)
+    text = value_text(item, common) + _null(item)
     if not text:
         return item.status_text or "not measured"
     return f"{text} ({', '.join(remarks)})" if remarks else text
 
 
-def _null(item: Cell, common: int | None) -> str:
+def _null(item: Cell) -> str:
     if item.null is None or item.mean is None:
         return ""
-    return f" [{plain(item.null) if common is None else number(item.null, common)}]"
+    return f" [{plain(item.null)}]"
 
 
 def _declared_rows(
@@ -217,7 +232,10 @@ def _declared_rows(
     for row, (values, runs) in enumerate(settings):
         texts = [_text(found.get((row, head, value)), digits[value], most) for value, head in heads]
         if not table.columns:
-            texts = [value_text(found[row, None, value], digits[value]) + _null(found[row, None, value], digits[value]) or "–" for value, _ in heads]
+            texts = [
+                value_text(found[row, None, value], digits[value]) + _null(found[row, None, value]) or "–"
+                for value, _ in heads
+            ]
             texts += _standing(runs)
         rows.append([*map(value_label, values), *texts])
     return rows
@@ -243,56 +261,3 @@ def _caption(table: Table) -> str:
     keys = [*table.rows, *([table.columns] if table.columns else [])]
     name = with_unit if table.columns and len(table.values) == 1 else measure_label
     return capitalized(f"{listed(map(name, table.values))} by {listed(map(key_label, keys))}")
-
-
-def _declared_notes(
-    results: Results, selection: Selection, table: Table, cells: list[Cell], has_gaps: bool
-) -> list[str]:
-    keys = [*table.rows, *([table.columns] if table.columns else [])]
-    counts = sorted({item.n for item in cells if item.n})
-    behind = f"n = {counts[-1]} runs behind each cell that does not say otherwise." if counts else ""
-    behind = behind if table.columns else "n: runs behind the means."
-    notes = [f"Mean ± 95% interval (Student t) over seeds. {behind}{_single([cells])}"]
-    if any(item.null is not None for item in cells):
-        notes.append("In brackets: the same metric of random Gaussian updates of the same shapes, ranks and norms.")
-    if any("." in value for value in table.values):
-        notes.append("Metrics of ΔW are means over the layers that all compared runs have.")
-    if has_gaps:
-        notes.append("–: not part of the sweep.")
-    return [*notes, *_selection_notes(results, selection), *_mixture_notes(results, selection.runs, keys)]
-
-
-def _single(cells: Iterable[Iterable[Cell]]) -> str:
-    alone = any(item.num_seeds == 1 for line in cells for item in line)
-    return " A single seed gives no interval." if alone else ""
-
-
-def _selection_notes(results: Results, selection: Selection) -> list[str]:
-    """What was chosen, how, and whether the best lies at the edge of what was tried."""
-    if selection.choices.empty:
-        return []
-    over, by = key_label(results.over[0]), measure_label(results.sweep.select.by)
-    notes = [f"Each setting at its own best {over}, chosen by the mean {by} over seeds."]
-    edges = [choice for choice in selection.choices.to_dict("records") if choice["edge"]]
-    if edges:
-        two = " Only two were tried." if all(choice["num_values"] == 2 for choice in edges) else ""
-        notes.append(
-            f"Best at the edge of the axis in {len(edges)} of {len(selection.choices)} settings (summary: ↑ the "
-            f"largest {over} tried, ↓ the smallest): a better one may lie beyond.{two}"
-        )
-    left_out = results.runs[~results.runs.index.isin(selection.runs.index) & (results.runs["status"] != Status.DONE)]
-    if len(left_out):
-        counts = ", ".join(f"{count} {status}" for status, count in sorted(left_out["status"].value_counts().items()))
-        notes.append(f"Of the runs at another {over}, not done: {counts}.")
-    return notes
-
-
-def _mixture_notes(results: Results, runs: pd.DataFrame, keys: list[str]) -> list[str]:
-    """Which swept keys a cell averages over because the table does not show them."""
-    others = [key for key in results.keys if key not in (*keys, "seed", *results.over)]
-    mixed = [
-        key for key in others if any(chunk[key].map(repr).nunique() > 1 for _, chunk in grouped(runs, keys))
-    ]
-    if not mixed:
-        return []
-    return [f"Cells average over {listed(map(key_label, mixed))}, within each seed first."]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ class TableWriter:
     def commit(self) -> None:
         if self._writer is None:
             self.add(to_table([], {}))
+        assert self._writer is not None
         with _clear_errors(self._file):
             self._writer.close()
             os.replace(self._temporary, self._file)
@@ -65,8 +65,7 @@ def to_table(rows: list[dict[str, Any]], before: dict[str, Any]) -> pa.Table:
     sizes = [max((len(v) for v in row.values() if isinstance(v, np.ndarray)), default=1) for row in rows]
     columns = {key: constant(value, sum(sizes)) for key, value in before.items()}
     for key in rows[0] if rows else ():
-        parts = [_repeat(row[key], size) for row, size in zip(rows, sizes, strict=True)]
-        columns[key] = _column(parts)
+        columns[key] = _column([row[key] for row in rows], sizes)
     return pa.table(columns)
 
 
@@ -99,17 +98,14 @@ def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:
     return dict(zip(table.column_names, table.columns, strict=True))
 
 
-def _repeat(value: Any, size: int) -> np.ndarray | list[Any]:
-    return value if isinstance(value, np.ndarray) else [value] * size
-
-
-def _column(parts: list[np.ndarray | list[Any]]) -> pa.Array:
-    if all(isinstance(part, np.ndarray) for part in parts):
-        return pa.array(np.concatenate(parts))
-    values = list(chain.from_iterable(parts))
+def _column(values: list[Any], sizes: list[int]) -> pa.Array:
+    if isinstance(values[0], np.ndarray):
+        return pa.array(np.concatenate(values))
     if isinstance(values[0], str):
-        return pa.array(values).dictionary_encode()
-    return pa.array(values, pa.int32() if all(isinstance(v, int) for v in values) else pa.float64())
+        column = pa.array(values).dictionary_encode()
+    else:
+        column = pa.array(values, pa.int32() if all(isinstance(v, int) for v in values) else pa.float64())
+    return column if sum(sizes) == len(values) else column.take(np.repeat(np.arange(len(values)), sizes))
 
 
 @contextlib.contextmanager

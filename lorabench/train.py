@@ -108,6 +108,7 @@ def train(
         try:
             stop.check()
         except Stopped:
+            flush(training, pending, log, hold)
             checkpoint()
             raise
         batch = [examples.splits["train"][i] for i in order.indices(training.step)]

@@ -67,12 +67,13 @@ def latex(sheet: Sheet) -> str:
     """A `table` float for the preamble's `booktabs` and `graphicx`; shrunk only where it is wider than the line."""
     align = "".join("r" if column.numeric else "l" for column in sheet.columns)
     body = [_tex_row([escape_tex(text) for text in row]) for row in sheet.rows]
-    notes = [rf"\par\smallskip{{\footnotesize {escape_tex(note)}\par}}" for note in sheet.notes]
+    notes = escape_tex(" ".join(sheet.notes))
     lines = [
         r"% needs \usepackage{booktabs,graphicx}",
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{escape_tex(sheet.caption)}}}",
+        r"\smallskip",
         rf"\label{{tab:{sheet.name.replace('_', '-')}}}",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{@{{}}{align}@{{}}}}",
@@ -82,7 +83,7 @@ def latex(sheet: Sheet) -> str:
         *body,
         r"\bottomrule",
         r"\end{tabular}}",
-        *notes,
+        rf"\par\smallskip\parbox{{\linewidth}}{{\footnotesize {notes}}}",
         r"\end{table}",
     ]
     return "\n".join(lines) + "\n"

@@ -6,10 +6,10 @@ Shapes: M out features, N in features, r rank, K kept singular vectors.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +57,8 @@ def save_deltas(updates: Iterable[Update], folder: Path) -> None:
     for update in updates:
         tensors[update.parameter] = update.dense().contiguous()
         norms[update.parameter] = update.base_norm
-    metadata = {"format": "lorabench-delta", "orientation": "out,in", "base_norms": json.dumps(norms)}
-    save_file(tensors, folder / DELTA_FILE, metadata=metadata)
+    about = {"format": "lorabench-delta", "orientation": "out,in", "base_norms": norms}
+    save_file(tensors, folder / DELTA_FILE, metadata=_metadata(about))
 
 
 def save_svds(updates: Iterable[Update], folder: Path, keep: int) -> None:
@@ -74,17 +74,10 @@ def save_svds(updates: Iterable[Update], folder: Path, keep: int) -> None:
         tensors |= {f"{update.parameter}:{part}": tensor.contiguous() for part, tensor in parts.items()}
         norms[update.parameter] = update.base_norm
         ranks[update.parameter] = None if update.A is None else update.B.shape[1]
-    tables = {"base_norms": json.dumps(norms), "ranks": json.dumps(ranks)}
-    save_file(tensors, folder / SVD_FILE, metadata={"format": "lorabench-svd", "keep": str(keep)} | tables)
+    about = {"format": "lorabench-svd", "keep": keep, "base_norms": norms, "ranks": ranks}
+    save_file(tensors, folder / SVD_FILE, metadata=_metadata(about))
 
 
-def read_deltas(file: Path) -> Iterator[Update]:
-    """The updates of a `delta.safetensors`, one at a time (memory: one layer)."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as tensors:
-        norms = json.loads(tensors.metadata()["base_norms"])
-        for name in sorted(tensors.keys()):
-            delta = tensors.get_tensor(name)
-            precision = str(delta.dtype).removeprefix("torch.")
-            yield Update(parameter=name, B=delta, base_norm=norms[name], precision=precision)
+def _metadata(about: dict[str, Any]) -> dict[str, str]:
+    """One key: safetensors writes several in an order of its own, and equal updates should be equal files."""
+    return {"lorabench": json.dumps(about)}

@@ -36,6 +36,7 @@ NO_GPU_PRELOAD = ("transformers.integrations.bitsandbytes",)
 """bitsandbytes asks a GPU for its capability when imported, so it is left to the runs where there is one."""
 SERVER_ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # NumPy's BLAS starts its threads when imported
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # and so does pandas' pyarrow
     "KMP_BLOCKTIME": "0",  # an idle OpenMP thread gives its core to the other workers at once
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # `is_available` without a CUDA context

@@ -79,7 +79,13 @@ def fill(store: Store, sweep: Sweep) -> Sweep:
 
 def record(spec: RunSpec) -> RunRecord:
     status, error = outcome(spec)
-    common = {"run_id": spec.id, "spec": spec.to_json(), "status": status, "error": error, "started": "2026-01-05T10:00:00"}
+    common = {
+        "run_id": spec.id,
+        "spec": spec.to_json(),
+        "status": status,
+        "error": error,
+        "started": "2026-01-05T10:00:00",
+    }
     done = status == Status.DONE
     return RunRecord(
         **common,
@@ -95,7 +101,10 @@ def outcome(spec: RunSpec) -> tuple[Status, str | None]:
     if rank == 64 and nf4 and spec.seed > 0:
         return Status.OOM, "OutOfMemoryError: CUDA out of memory. Tried to allocate 96.00 MiB (<b>GPU</b> 0)"
     if rank == 4 and not nf4 and spec.seed == 1:
-        return Status.FAILED, "OSError: [Errno 28] No space left on device: 'updates/adapter_model.safetensors'"
+        return (
+            Status.FAILED,
+            "OSError: [Errno 28] No space left on device: 'updates/adapter_model.safetensors'",
+        )
     if rank is None and spec.lr == 1e-3 and spec.seed == 2:
         return Status.DIVERGED, "loss is NaN at step 61"
     return Status.DONE, None
@@ -150,9 +159,7 @@ def analyses(results: Results) -> dict[str, pd.DataFrame]:
         for spec in specs
         for n in range(len(layers))
     }
-    spectra = [
-        _spectrum(spec, layer, svds[spec.id, n][0]) for spec in specs for n, layer in enumerate(layers)
-    ]
+    spectra = [_spectrum(spec, layer, svds[spec.id, n][0]) for spec in specs for n, layer in enumerate(layers)]
     pairs = [
         row
         for a, b in itertools.permutations(specs, 2)
@@ -161,11 +168,12 @@ def analyses(results: Results) -> dict[str, pd.DataFrame]:
         for n, layer in enumerate(layers)
         for row in _subspace(a, b, axis, layer, svds[a.id, n][1], svds[b.id, n][1])
     ]
-    return {
-        "spectrum": pd.DataFrame([row for rows in spectra for row in rows[:1]]),
-        "singular_values": pd.DataFrame([row for rows in spectra for row in rows[1:]]),
-        "subspace": pd.DataFrame(pairs),
+    frames = {
+        "spectrum": [row for rows in spectra for row in rows[:1]],
+        "singular_values": [row for rows in spectra for row in rows[1:]],
+        "subspace": pairs,
     }
+    return {name: _with_categories(pd.DataFrame(rows)) for name, rows in frames.items()}
 
 
 def make(folder: Path, text: str = TEXT, analyzed: bool = True) -> Results:
@@ -174,6 +182,11 @@ def make(folder: Path, text: str = TEXT, analyzed: bool = True) -> Results:
     fill(store, sweep)
     results = load_results(store, sweep)
     return with_analyses(results, analyses(results)) if analyzed else results
+
+
+def _with_categories(frame: pd.DataFrame) -> pd.DataFrame:
+    """Strings as categories, as the engine has them."""
+    return frame.astype({name: "category" for name in frame if isinstance(frame[name].iloc[0], str)})
 
 
 def _rank(spec: RunSpec) -> int:
@@ -189,8 +202,7 @@ def _spectrum(spec: RunSpec, layer: tuple[str, str, int], S: np.ndarray) -> list
     rows = [place | {"metric": "rank_90", "value": share[0], "null": share[1]}]
     pairs = zip(S / S[0], null / null[0], strict=True)
     return rows + [
-        place | {"value": float(s * S[0]), "null": float(z * S[0]), "index": i}
-        for i, (s, z) in enumerate(pairs, 1)
+        place | {"value": float(s * S[0]), "null": float(z * S[0]), "index": i} for i, (s, z) in enumerate(pairs, 1)
     ]
 
 
@@ -207,7 +219,14 @@ def _axis(a: RunSpec, b: RunSpec) -> str | None:
 def _subspace(a: RunSpec, b: RunSpec, axis: str, layer: tuple, Vh_a: np.ndarray, Vh_b: np.ndarray) -> list[dict]:
     place = dict(zip(("layer", "kind", "depth"), layer, strict=True))
     values = [flatten(spec.to_json())[axis] for spec in (a, b)]
-    place |= {"run_a": a.id, "run_b": b.id, "axis": axis, "value_a": values[0], "value_b": values[1], "side": "input"}
+    place |= {
+        "run_a": a.id,
+        "run_b": b.id,
+        "axis": axis,
+        "value_a": values[0],
+        "value_b": values[1],
+        "side": "input",
+    }
     gram = np.cumsum(np.cumsum((Vh_a[: _rank(a)] @ Vh_b[: _rank(b)].T) ** 2, axis=0), axis=1)
     return [
         place | {

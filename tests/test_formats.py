@@ -20,14 +20,11 @@ from lorabench.layer import layer_kind
 from lorabench.linalg import thin_svd
 from lorabench.update import Update, save_deltas, save_svds
 
-LLAMA = LlamaConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=30
-)  # fmt: skip
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
+LLAMA = LlamaConfig(**SIZES, num_key_value_heads=1)
 GPT2 = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=8)
-BERT = BertConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=30, num_labels=3
-)  # fmt: skip
-ALPHA, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+BERT = BertConfig(**SIZES, num_labels=3)
+CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Convolution(nn.Module):
@@ -112,13 +109,13 @@ def test_updates_are_what_peft_would_merge(case, tmp_path):
 def test_layers_are_the_svd_of_the_merge_difference(case, tmp_path):
     model = tuned(case)
     model.save_pretrained(tmp_path)
-    names = {parameter: module.get_base_layer().weight.detach().clone() for parameter, module in lora_layers(model).items()}
+    before = {name: module.get_base_layer().weight.detach().clone() for name, module in lora_layers(model).items()}
     conv1d = case == "gpt2-conv1d"
     merged = dict(model.merge_and_unload().named_parameters())
     for layer in formats.read_layers(tmp_path):
-        difference = (merged[layer.parameter] - names[layer.parameter]).detach()
+        difference = (merged[layer.parameter] - before[layer.parameter]).detach()
         exact = torch.linalg.svdvals(difference.double())[: len(layer.svd.S)]
-        assert layer.svd.S == pytest.approx(exact, rel=1e-4, abs=1e-6)
+        assert torch.allclose(layer.svd.S, exact, rtol=1e-4, atol=1e-6)
         assert layer.rank >= len(layer.svd.S) and layer.shape == (difference.T if conv1d else difference).shape
 
 
@@ -129,8 +126,8 @@ def adapter(tmp_path):
 
 
 def edit_config(folder, **changes):
-    config = json.loads((folder / ALPHA).read_text())
-    (folder / ALPHA).write_text(json.dumps(config | changes))
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | changes))
 
 
 def edit_tensors(folder, change):
@@ -231,14 +228,14 @@ def test_shapes_that_do_not_fit(adapter):
 )
 def test_what_cannot_be_read_is_refused(adapter, changes, message):
     edit_config(adapter, **changes)
-    with pytest.raises(InputError, match=f"{ADAPTER}.*{message}" if "fit" in message else f"{ALPHA}: {message}"):
+    with pytest.raises(InputError, match=f"{ADAPTER}.*{message}" if "fit" in message else f"{CONFIG}: {message}"):
         list(formats.read_layers(adapter))
 
 
 def test_a_damaged_configuration(adapter):
-    text = (adapter / ALPHA).read_text()
-    (adapter / ALPHA).write_text(text[: len(text) // 2])
-    with pytest.raises(InputError, match=f"{ALPHA}: not valid JSON"):
+    text = (adapter / CONFIG).read_text()
+    (adapter / CONFIG).write_text(text[: len(text) // 2])
+    with pytest.raises(InputError, match=f"{CONFIG}: not valid JSON"):
         list(formats.read_layers(adapter))
 
 

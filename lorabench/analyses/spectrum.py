@@ -53,16 +53,20 @@ class Spectrum(Analysis):
 
         (layer,) = layers
         values = spectrum_metrics(layer.svd.S.numpy(), layer.svd.numerical_rank)
-        nulls = dict(null_metrics(*layer.shape, layer.rank))
-        norm = values["frobenius_norm"]
-        for key in ("nuclear_norm", "spectral_norm"):
-            nulls[key] *= norm  # the null model has norm 1
-        nulls["frobenius_norm"] = None
+        norm = float(layer.svd.S.norm())
+        nulls = {key: _scaled(key, value, norm) for key, value in null_metrics(*layer.shape, layer.rank).items()}
         if layer.base_norm:
             values["relative_norm"] = norm / layer.base_norm
         if layer.precision and layer.base_norm and norm:
             values["noise_floor"] = rounding_norm(layer.base_norm, layer.precision) / norm
         return [{"metric": key, "value": value, "null": nulls.get(key)} for key, value in values.items()]
+
+
+def _scaled(key: str, null: float | None, norm: float) -> float | None:
+    """The null model's metric at this Frobenius norm; it was made with norm 1."""
+    if key == "frobenius_norm" or null is None:
+        return None
+    return null * norm if key in ("nuclear_norm", "spectral_norm") else null
 
 
 def rounding_norm(norm: float, precision: str) -> float:

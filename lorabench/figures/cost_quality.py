@@ -29,17 +29,18 @@ class CostQuality(Figure):
         from lorabench.results import selected
         from lorabench.tables import quality
 
-        runs = selected(results).runs
         value = self.value or f"valid_{quality(results)}"
-        costs = [cost for cost in self.costs if cost in runs and runs[cost].notna().any()]
-        if not costs or value not in runs or runs[value].isna().all():
+        runs = drawing.finite(selected(results).done, value)
+        costs = [cost for cost in self.costs if len(drawing.finite(runs, cost))]
+        if not costs:
             return None
         with drawing.style():
             figure, grid = drawing.new_figure(1, len(costs), sharey=True, height=2.9)
             handles: dict[str, Any] = {}
             for axes, cost in zip(grid.flat, costs, strict=True):
-                handles |= _panel(axes, results, runs, (cost, value))
-                better = {True: ", more is better", False: ", less is better"}.get(measure(cost).higher_is_better, "")
+                handles |= _panel(axes, results, drawing.finite(runs, cost), (cost, value))
+                more = measure(cost).higher_is_better
+                better = "" if more is None else f", {'more' if more else 'less'} is better"
                 axes.set_xlabel(capitalized(with_unit(cost)) + better)
             grid[0, 0].set_ylabel(capitalized(with_unit(value)))
             drawing.legend_below(figure, list(handles.values()), list(handles))
@@ -67,24 +68,20 @@ def _panel(axes: Axes, results: Any, runs: Any, names: tuple[str, str]) -> dict[
     others = [key for key in results.settings if key not in KINDS]
     looks = drawing.looks(values for values, _ in grouped(runs, keys))
     handles: dict[str, Any] = {}
-    points, halves, texts, colors = [], [], [], []
+    points, texts, colors = [], [], []
     for values, chunk in grouped(runs, results.settings):
         x, y = (cell(chunk, name) for name in names)
-        if x.mean is None or y.mean is None:
-            continue
         at = dict(zip(results.settings, values, strict=True))
         look = looks[tuple(at[key] for key in keys)]
         handle = axes.errorbar(
-            x.mean, y.mean, xerr=x.half or 0.0, yerr=y.half or 0.0, color=look.color, linestyle="none",
+            x.center, y.center, xerr=x.half or 0.0, yerr=y.half or 0.0, color=look.color, linestyle="none",
             marker=look.marker, markerfacecolor="white" if y.half is None else look.color, elinewidth=0.8,
         )  # fmt: skip
         handles.setdefault(drawing.series_label(keys, [at[key] for key in keys]), handle)
-        points.append((x.mean, y.mean))
-        halves.append((x.half or 0.0, y.half or 0.0))
+        points.append((x, y))
         texts.append(", ".join(value_label(at[key]) for key in others if at[key] is not None))
         colors.append(look.color)
     axes.margins(0.1)
-    ends = [y + sign * dy for (_, y), (_, dy) in zip(points, halves, strict=True) for sign in (-1, 1)]
-    drawing.limit_y(axes, [y for _, y in points], ends)
-    drawing.place_labels(axes, points, halves, texts, colors)
+    drawing.limit_y(axes, [y for _, y in points])
+    drawing.place_labels(axes, points, texts, colors)
     return handles

@@ -31,11 +31,11 @@ class RankQuality(Figure):
         from lorabench.results import grouped, selected
         from lorabench.tables import quality
 
-        runs = selected(results).runs
         value = self.value or f"valid_{quality(results)}"
-        if RANK not in results.settings or value not in runs or runs[value].isna().all():
+        runs = drawing.finite(selected(results).done, value)
+        ranked = runs[runs[RANK].notna()] if RANK in results.settings else runs.iloc[:0]
+        if ranked.empty:
             return None
-        ranked = runs[runs[RANK].notna()]
         panel_keys = [key for key in results.settings if key not in (RANK, *IN_PANEL)]
         panels = grouped(ranked, panel_keys)
         columns = min(3, len(panels))
@@ -52,8 +52,7 @@ class RankQuality(Figure):
                 axes.set_title(drawing.series_label(panel_keys, values, full=True))
             for axes in list(grid.flat)[len(panels) :]:
                 axes.set_visible(False)
-            ends = [end for item in drawn if item.half is not None for end in (item.low, item.high)]
-            drawing.limit_y(grid[0, 0], [item.mean for item in drawn], ends)
+            drawing.limit_y(grid[0, 0], drawn)
             for axes, (values, _) in zip(grid.flat, panels, strict=False):
                 handles |= _base(axes, _in_panel(runs, panel_keys, values), value)
                 axes.set_xlabel("Rank")
@@ -93,18 +92,14 @@ def _panel(
     groups = grouped(ranked, IN_PANEL)
     for position, (values, chunk) in enumerate(groups):
         line = [(rank, cell(chunk[chunk[RANK] == rank], value)) for rank in ordered(chunk[RANK])]
-        line = [(rank, item) for rank, item in line if item.mean is not None]
-        if line:
-            apart = 1.05 ** (position - (len(groups) - 1) / 2)  # so that no bar hides another's
-            handles[drawing.series_label(IN_PANEL, values)] = _line(axes, line, apart, looks[values])
-            drawn += [item for _, item in line]
+        apart = 1.05 ** (position - (len(groups) - 1) / 2)  # so that no bar hides another's
+        handles[drawing.series_label(IN_PANEL, values)] = _line(axes, line, apart, looks[values])
+        drawn += [item for _, item in line]
     for values, chunk in grouped(level, IN_PANEL):
         item, look = cell(chunk, value), looks[values]
-        if item.mean is None:
-            continue
         if item.half is not None:
-            axes.axhspan(item.low, item.high, color=look.color, alpha=0.15, linewidth=0)
-        handles[drawing.series_label(IN_PANEL, values)] = axes.axhline(item.mean, color=look.color, zorder=2)
+            axes.axhspan(item.ends[0], item.ends[1], color=look.color, alpha=0.15, linewidth=0)
+        handles[drawing.series_label(IN_PANEL, values)] = axes.axhline(item.center, color=look.color, zorder=2)
         drawn.append(item)
     drawing.powers_of_two(axes, ranked[RANK])
     return handles, drawn
@@ -114,10 +109,10 @@ def _line(axes: Axes, line: list[tuple[int, Cell]], apart: float, look: Any) -> 
     """One method over the ranks; hollow where there is no interval. `apart` shifts the points sideways."""
     xs, items = zip(*((rank * apart, item) for rank, item in line), strict=True)
     handle = axes.errorbar(
-        xs, [item.mean for item in items], yerr=[item.half or 0.0 for item in items], color=look.color,
+        xs, [item.center for item in items], yerr=[item.half or 0.0 for item in items], color=look.color,
         linestyle=look.dashes, marker=look.marker, capsize=2, elinewidth=0.9, zorder=3,
     )  # fmt: skip
-    alone = [(x, item.mean) for x, item in zip(xs, items, strict=True) if item.half is None]
+    alone = [(x, item.center) for x, item in zip(xs, items, strict=True) if item.half is None]
     if alone:
         axes.plot(
             *zip(*alone, strict=True), look.marker, color=look.color, markerfacecolor="white", zorder=4

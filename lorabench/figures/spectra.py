@@ -62,8 +62,8 @@ class Spectra(Figure):
         of = f" ({', '.join(self.kinds)})" if self.kinds else ""
         return (
             f"Singular values of the update relative to the largest: geometric mean over layers{of} and seeds, band "
-            "from the 10th to the 90th percentile. Dashed: random Gaussian updates of the same shapes and ranks, beside "
-            "which a decay is to be read."
+            "from the 10th to the 90th percentile. Dashed: random Gaussian updates of the same shapes and ranks, "
+            "beside which a decay is to be read."
         )
 
 
@@ -79,7 +79,7 @@ def _values(results: Any, kinds: tuple[str, ...]) -> pd.DataFrame:
     frame = results.analyses.get("singular_values", pd.DataFrame())
     if frame.empty:
         return frame
-    runs = selected(results).runs
+    runs = selected(results).done
     frame = frame[frame["run_id"].isin(runs.index)]
     if kinds:
         frame = frame[frame["kind"].isin(kinds)]
@@ -100,6 +100,7 @@ def _same_base(level: pd.DataFrame, keys: list[str], place: tuple[Any, ...]) -> 
 
 def _panel(axes: Axes, ranked: pd.DataFrame, level: pd.DataFrame, keys: list[str]) -> dict[str, Any]:
     from matplotlib import colormaps
+    from matplotlib.colors import to_hex
 
     from lorabench import drawing
     from lorabench.results import grouped, ordered
@@ -107,7 +108,7 @@ def _panel(axes: Axes, ranked: pd.DataFrame, level: pd.DataFrame, keys: list[str
     handles: dict[str, Any] = {}
     ranks = ordered(ranked[RANK]) if len(ranked) else []
     for i, rank in enumerate(ranks):
-        color = colormaps["viridis"](0.88 * i / max(1, len(ranks) - 1))
+        color = to_hex(colormaps["viridis"](0.88 * i / max(1, len(ranks) - 1)))
         look = drawing.Look(color, drawing.MARKERS[i % len(drawing.MARKERS)])
         handles[f"rank {rank}"] = _curve(axes, ranked[ranked[RANK] == rank], look)
     looks = drawing.looks(values for values, _ in grouped(level, keys))
@@ -125,9 +126,16 @@ def _curve(axes: Axes, values: pd.DataFrame, look: Any) -> Any:
     by_index = logs.groupby(values["index"])
     mean = np.exp(by_index.mean())
     marks = [int(np.searchsorted(mean.index, 2**k)) for k in range(12) if 2**k <= mean.index.max()]
-    (line,) = axes.plot(mean.index, mean, color=look.color, marker=look.marker, markersize=3.2, markevery=marks, zorder=3)
+    (line,) = axes.plot(
+        mean.index, mean, color=look.color, marker=look.marker, markersize=3.2, markevery=marks, zorder=3
+    )
     axes.fill_between(
-        mean.index, np.exp(by_index.quantile(0.1)), np.exp(by_index.quantile(0.9)), color=look.color, alpha=0.15, linewidth=0
+        mean.index,
+        np.exp(by_index.quantile(0.1)),
+        np.exp(by_index.quantile(0.9)),
+        color=look.color,
+        alpha=0.15,
+        linewidth=0,
     )
     null = values.dropna(subset=["null_ratio"])
     if len(null):

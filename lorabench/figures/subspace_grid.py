@@ -55,16 +55,20 @@ class SubspaceGrid(Figure):
             for axes in grid[:, 0]:
                 axes.set_ylabel(a)
             side = "input side" if self.side == "input" else "output side"
-            figure.colorbar(grid[0, 0].collections[0], ax=grid, label=f"φ(i, j), {side}", aspect=18 * len(rows), pad=0.01)
+            figure.colorbar(
+                grid[0, 0].collections[0], ax=grid, label=f"φ(i, j), {side}", aspect=18 * len(rows), pad=0.01
+            )
         return figure
 
     def caption(self) -> str:
         where = f"layer {self.depth}" if self.depth is not None else "the mean over layers"
         which = "two ranks of one seed" if self.between == "method.rank" else "two seeds of one rank"
-        vectors = "right singular vectors (input side)" if self.side == "input" else "left singular vectors (output side)"
+        vectors = (
+            "right singular vectors (input side)" if self.side == "input" else "left singular vectors (output side)"
+        )
         return (
-            f"Subspace similarity φ(i, j) of the updates of {which}: the top i {vectors} of the first against the top j "
-            f"of the second, {where} and seeds; 1 is the same subspace, 0 an orthogonal one (Hu et al. 2021, "
+            f"Subspace similarity φ(i, j) of the updates of {which}: the top i {vectors} of the first against the top "
+            f"j of the second, {where} and seeds; 1 is the same subspace, 0 an orthogonal one (Hu et al. 2021, "
             "equation 4). Right: what random subspaces of the same dimension give, max(i, j) / d."
         )
 
@@ -81,7 +85,7 @@ def _pairs(results: Any, figure: SubspaceGrid) -> pd.DataFrame:
     frame = results.analyses.get("subspace", pd.DataFrame())
     if frame.empty:
         return frame
-    runs = selected(results).runs
+    runs = selected(results).done
     frame = frame[(frame["axis"] == figure.between) & (frame["side"] == figure.side)]
     frame = frame[frame["run_a"].isin(runs.index) & frame["run_b"].isin(runs.index)]
     if figure.depth is not None:
@@ -98,7 +102,7 @@ def _pairs(results: Any, figure: SubspaceGrid) -> pd.DataFrame:
     return frame
 
 
-def _nearest_pair(frame: pd.DataFrame) -> tuple[int, int]:
+def _nearest_pair(frame: pd.DataFrame) -> tuple[int, int] | None:
     """Of the pairs of ranks with a smaller first, the one nearest to 8 and 64 (of equal ones the larger)."""
     from math import log2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,28 +25,27 @@ class Entry(Protocol):
         """Read it. InputError where a tensor is missing, or holds NaN or Inf."""
 
 
-@dataclass(frozen=True, eq=False)
 class TensorFile:
     """A safetensors file whose problems are InputErrors that name the file and the tensor. Opening reads the header."""
 
-    file: Path
-
-    def __post_init__(self) -> None:
+    def __init__(self, file: Path):
+        self.file = file
         try:
-            handle = safe_open(self.file, framework="pt")
+            self._handle = safe_open(file, framework="pt")
         except FileNotFoundError:
-            raise InputError(f"{self.file}: no such file") from None
+            raise InputError(f"{file}: no such file") from None
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.file}: not a whole safetensors file (cut short?): {error}") from None
-        object.__setattr__(self, "_handle", handle)
+            raise InputError(f"{file}: not a whole safetensors file (cut short?): {error}") from None
 
     @property
     def names(self) -> list[str]:
         return sorted(self._handle.keys())
 
     @property
-    def metadata(self) -> dict[str, str]:
-        return self._handle.metadata() or {}
+    def about(self) -> dict[str, Any]:
+        """What lorabench says of a file of its own; empty for any other."""
+        text = (self._handle.metadata() or {}).get("lorabench", "{}")
+        return _json_object(text, f"{self.file}: metadata")
 
     def shape(self, name: str) -> tuple[int, ...]:
         try:
@@ -60,10 +58,6 @@ class TensorFile:
         if not tensor.isfinite().all():
             raise InputError(f"{self.file}: {name}: holds NaN or Inf")
         return tensor
-
-    def table(self, key: str) -> dict[str, Any]:
-        """A JSON object in the metadata; empty where there is none."""
-        return _json_object(self.metadata.get(key, "{}"), f"{self.file}: metadata {key}")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def find(folder: Path) -> dict[str, Entry]:
     if not (folder / DELTA_FILE).exists():
         return {}
     tensors = TensorFile(folder / DELTA_FILE)
-    if tensors.metadata.get("format") != "lorabench-delta":
+    if tensors.about.get("format") != "lorabench-delta":
         return {}
-    norms = tensors.table("base_norms")
+    norms = tensors.about["base_norms"]
     return {name: Delta(tensors, name, norms.get(name)) for name in tensors.names}

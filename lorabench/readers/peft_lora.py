@@ -71,7 +71,7 @@ def find(folder: Path) -> dict[str, Entry]:
     _check_readable(config, folder / CONFIG_FILE)
     tensors = TensorFile(folder / ADAPTER_FILE)
     norms = read_json(folder / NORMS_FILE) if (folder / NORMS_FILE).exists() else {}
-    entries = {}
+    entries: dict[str, Entry] = {}
     for name in tensors.names:
         suffix = next((suffix for suffix in FACTORS if name.endswith(f".{suffix}")), None)
         if suffix is None:

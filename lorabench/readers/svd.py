@@ -42,8 +42,8 @@ def find(folder: Path) -> dict[str, Entry]:
     if not (folder / SVD_FILE).exists():
         return {}
     tensors = TensorFile(folder / SVD_FILE)
-    if tensors.metadata.get("format") != "lorabench-svd":
+    if tensors.about.get("format") != "lorabench-svd":
         return {}
-    norms, ranks = tensors.table("base_norms"), tensors.table("ranks")
+    norms, ranks = tensors.about["base_norms"], tensors.about["ranks"]
     parameters = sorted({name.rpartition(":")[0] for name in tensors.names})
     return {name: KeptSVD(tensors, name, norms.get(name), ranks.get(name)) for name in parameters}

@@ -1,0 +1,64 @@
+"""What stands under a table: what its cells rest on, what was chosen, and what to be careful about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from lorabench.aggregate import Cell
+from lorabench.labels import key_label, listed, measure_label
+from lorabench.record import Status
+from lorabench.results import Results, Selection, grouped
+from lorabench.sweep import Table
+
+
+def declared_notes(
+    results: Results, selection: Selection, table: Table, cells: list[Cell], has_gaps: bool
+) -> list[str]:
+    keys = [*table.rows, *([table.columns] if table.columns else [])]
+    counts = sorted({item.n for item in cells if item.n})
+    behind = f"n = {counts[-1]} runs behind each cell that does not say otherwise." if counts else ""
+    behind = behind if table.columns else "n: runs behind the means."
+    notes = [f"Mean ± 95% interval (Student t) over seeds. {behind}{single_seed([cells])}"]
+    if any(item.null is not None for item in cells):
+        notes.append("In brackets: the same metric of random Gaussian updates of the same shapes, ranks and norms.")
+    if any("." in value for value in table.values):
+        notes.append("Metrics of ΔW are means over the layers that all compared runs have.")
+    if has_gaps:
+        notes.append("–: not part of the sweep.")
+    return [*notes, *selection_notes(results, selection), *mixture_notes(results, selection.runs, keys)]
+
+
+def single_seed(cells: Iterable[Iterable[Cell]]) -> str:
+    alone = any(item.num_seeds == 1 for line in cells for item in line)
+    return " A single seed gives no interval." if alone else ""
+
+
+def selection_notes(results: Results, selection: Selection) -> list[str]:
+    """What was chosen, how, and whether the best lies at the edge of what was tried."""
+    if selection.choices.empty or results.sweep.select is None:
+        return []
+    over, by = key_label(results.over[0]), measure_label(results.sweep.select.by)
+    notes = [f"Each setting at its own best {over}, chosen by the mean {by} over seeds."]
+    edges = [choice for choice in selection.choices.to_dict("records") if choice["edge"]]
+    if edges:
+        two = " Only two were tried." if all(choice["num_values"] == 2 for choice in edges) else ""
+        notes.append(
+            f"Best at the edge of the axis in {len(edges)} of {len(selection.choices)} settings (summary: ↑ the "
+            f"largest {over} tried, ↓ the smallest): a better one may lie beyond.{two}"
+        )
+    left_out = results.runs[~results.runs.index.isin(selection.runs.index) & (results.runs["status"] != Status.DONE)]
+    if len(left_out):
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(left_out["status"].value_counts().items()))
+        notes.append(f"Of the runs at another {over}, not done: {counts}.")
+    return notes
+
+
+def mixture_notes(results: Results, runs: pd.DataFrame, keys: list[str]) -> list[str]:
+    """Which swept keys a cell averages over because the table does not show them."""
+    others = [key for key in results.keys if key not in (*keys, "seed", *results.over)]
+    mixed = [key for key in others if any(chunk[key].map(repr).nunique() > 1 for _, chunk in grouped(runs, keys))]
+    if not mixed:
+        return []
+    return [f"Cells average over {listed(map(key_label, mixed))}, within each seed first."]

@@ -1,0 +1,111 @@
+"""Claims: of any number of workers exactly one gets a run, whoever died before."""
+
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from lorabench import claim
+from lorabench.claim import Claim, Lost, current_claim, take
+
+ROUNDS = 60
+
+
+def _race(root: str, barrier: object, results: object) -> None:
+    """Try for the claim of every round at the same moment as the other process; keep what was got."""
+    got, holds = [], []
+    for number in range(ROUNDS):
+        barrier.wait()
+        hold = take(Path(root) / str(number))
+        got.append(hold is not None)
+        holds.append(hold)
+    barrier.wait()  # nobody exits, and so nobody is dead, before all have tried
+    results.put(got)
+
+
+def race(root: Path) -> list[int]:
+    """Winners of each round between three processes."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=_race, args=(str(root), barrier, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    outcomes = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(timeout=10)
+    return [sum(winners) for winners in zip(*outcomes, strict=True)]
+
+
+def write_claim(folder: Path, **fields: object) -> Claim:
+    values = {
+        "number": 1, "host": "h", "machine": claim._machine(), "pid": 2**22 + 1, "process_start": "1", "time": time.time(),
+    } | fields  # fmt: skip
+    (folder / "claims").mkdir(parents=True, exist_ok=True)
+    (folder / "claims" / f"{values['number']:04d}.json").write_text(json.dumps(values))
+    return Claim(**values)
+
+
+def test_of_racing_processes_exactly_one_gets_a_fresh_run(tmp_path: Path) -> None:
+    assert race(tmp_path) == [1] * ROUNDS
+
+
+def test_a_dead_owner_is_followed_by_exactly_one(tmp_path: Path) -> None:
+    for number in range(ROUNDS):
+        write_claim(tmp_path / str(number))
+    assert race(tmp_path) == [1] * ROUNDS
+    assert {current_claim(tmp_path / str(number)).number for number in range(ROUNDS)} == {2}
+
+
+def test_a_live_claim_is_kept_and_a_released_one_is_free(tmp_path: Path) -> None:
+    first = take(tmp_path)
+    with first:
+        assert current_claim(tmp_path).is_alive()
+        assert take(tmp_path) is None
+    assert not current_claim(tmp_path).is_alive()
+    second = take(tmp_path)
+    assert second.number == 2
+    with pytest.raises(Lost):
+        first.check()
+    second.check()
+
+
+@pytest.mark.parametrize(("age", "alive"), [(0, True), (claim.STALE_SECONDS - 5, True), (claim.STALE_SECONDS + 5, False)])
+def test_an_owner_on_another_machine_lives_as_long_as_its_heartbeat(tmp_path: Path, age: float, alive: bool) -> None:
+    write_claim(tmp_path, machine="elsewhere", time=time.time() - age)
+    assert current_claim(tmp_path).is_alive() is alive
+    assert (take(tmp_path) is None) is alive
+
+
+def test_a_later_process_with_the_same_pid_is_not_the_owner(tmp_path: Path) -> None:
+    import os
+
+    write_claim(tmp_path, pid=os.getpid(), process_start="1")
+    assert not current_claim(tmp_path).is_alive()
+    write_claim(tmp_path, pid=os.getpid(), process_start=claim._process_start(os.getpid()))
+    assert current_claim(tmp_path).is_alive()
+
+
+def test_a_claim_that_was_never_written_is_respected_only_while_fresh(tmp_path: Path) -> None:
+    import os
+
+    (tmp_path / "claims").mkdir()
+    file = tmp_path / "claims" / "0001.json"
+    file.write_text("")
+    assert take(tmp_path) is None
+    os.utime(file, (time.time() - claim.STALE_SECONDS - 5,) * 2)
+    assert take(tmp_path).number == 2
+
+
+def test_the_heartbeat_carries_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claim, "BEAT_SECONDS", 0.02)
+    with take(tmp_path) as hold:
+        born = current_claim(tmp_path).time
+        hold.progress |= {"phase": "train", "step": 3}
+        deadline = time.monotonic() + 5
+        while not current_claim(tmp_path).progress:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert current_claim(tmp_path).progress == {"phase": "train", "step": 3}
+        assert current_claim(tmp_path).time > born

@@ -1,0 +1,187 @@
+"""One run from spec to record: whole, reproducible, resumable, and true about how it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from lorabench import execute as module
+from lorabench.decode import encode
+from lorabench.execute import Options, execute
+from lorabench.record import MEASURES, Status, Store
+from lorabench.train import Stop, Stopped, schedule
+from tests.conftest import make_spec
+
+QUIET = Options(log_to_file=False, device="cpu")
+SPECS = {
+    "lora": make_spec(),
+    "dropout": make_spec(method={"name": "lora", "rank": 2, "dropout": 0.2}),
+    "nf4": make_spec(quantization="nf4"),
+    "full": make_spec(method={"name": "full"}, lr=1e-3),
+    "accumulated": make_spec(micro_batch_size=1, schedule="cosine", weight_decay=0.1, gradient_checkpointing=True),
+    "bfloat16": make_spec(dtype="bfloat16"),
+}
+
+
+def stop_after(monkeypatch, checks: int) -> None:
+    """Make the run's own check stop it, as a signal would, the `checks`-th time it looks."""
+    seen = iter(range(10**6))
+
+    def check(self):
+        if next(seen) == checks:
+            raise Stopped("SIGTERM")
+
+    monkeypatch.setattr(Stop, "check", check)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Each spec's uninterrupted record."""
+    store = Store(tmp_path_factory.mktemp("reference"))
+    for spec in SPECS.values():
+        assert execute(spec, store, QUIET) == Status.DONE, store.read(spec.id).error
+    return {name: store.read(spec.id) for name, spec in SPECS.items()}
+
+
+def test_record_is_whole(reference):
+    record = reference["lora"]
+    assert record.status == Status.DONE and record.error is None
+    assert set(record.measures) <= set(MEASURES)
+    expected = {"valid_loss", "test_loss", "valid_token_accuracy", "peak_gib", "tokens_per_second", "total_seconds"}
+    assert expected <= set(record.measures)
+    assert all(math.isfinite(value) for value in record.measures.values())
+    assert record.environment["packages"]["torch"] == torch.__version__
+    assert len(record.environment["model_sha256"]) == 64
+    assert set(record.files) >= {"updates/adapter_config.json", "updates/adapter_model.safetensors"}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_same_spec_gives_the_same_bits(name, reference, tmp_path):
+    store = Store(tmp_path)
+    execute(SPECS[name], store, QUIET)
+    assert store.read(SPECS[name].id).files == reference[name].files
+
+
+@pytest.mark.parametrize("checks", [1, 4, 7, 9, 11])
+@pytest.mark.parametrize("name", SPECS)
+def test_resumed_run_gives_the_same_bits(name, checks, reference, tmp_path, monkeypatch):
+    """Stopped in the first evaluation, while training (three times) and in the last evaluation."""
+    spec, store = SPECS[name], Store(tmp_path)
+    stop_after(monkeypatch, checks)
+    assert execute(spec, store, QUIET) == Status.CANCELLED
+    assert "run again to resume" in store.read(spec.id).error
+    monkeypatch.undo()
+    assert execute(spec, store, QUIET) == Status.DONE
+    record = store.read(spec.id)
+    assert record.files == reference[name].files
+    assert record.attempts == 2
+    assert record.measures["valid_loss"] == reference[name].measures["valid_loss"]
+    assert record.measures["train_loss"] == reference[name].measures["train_loss"]
+    steps = [json.loads(line)["step"] for line in (store.folder(spec.id) / "steps.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, spec.steps + 1))
+
+
+def test_stopping_while_training_keeps_the_steps_done(tmp_path, monkeypatch):
+    spec, store = SPECS["lora"], Store(tmp_path)
+    stop_after(monkeypatch, 6)
+    execute(spec, store, QUIET)
+    monkeypatch.undo()
+    execute(spec, store, QUIET)
+    assert 0 < store.read(spec.id).resumed_from_step < spec.steps
+
+
+def test_accumulated_gradients_are_the_batch_s(tmp_path):
+    store = Store(tmp_path)
+    whole, parts = make_spec(batch_size=4), make_spec(batch_size=4, micro_batch_size=1)
+    for spec in (whole, parts):
+        execute(spec, store, QUIET)
+    a, b = (store.read(spec.id).measures["valid_loss"] for spec in (whole, parts))
+    assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_done_is_not_computed_again(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    execute(SPECS["lora"], store, QUIET)
+    monkeypatch.setattr(module, "_run", lambda *_: pytest.fail("ran again"))
+    assert execute(SPECS["lora"], store, QUIET) == Status.DONE
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), Status.OOM),
+        (MemoryError(), Status.OOM),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), Status.OOM),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), Status.FAILED),
+        (OSError(28, "No space left on device"), Status.FAILED),
+    ],
+)
+def test_an_error_becomes_its_status(error, status, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(module, "train", fail)
+    store = Store(tmp_path)
+    assert execute(SPECS["lora"], store, QUIET) == status
+    record = store.read(SPECS["lora"].id)
+    assert type(error).__name__ in record.error
+
+
+def test_divergence_is_a_finding(tmp_path):
+    spec = make_spec(method={"name": "full"}, lr=1e12, clip="none", warmup=0.0, steps=40)
+    store = Store(tmp_path)
+    assert execute(spec, store, QUIET) == Status.DIVERGED
+    assert store.read(spec.id).error.startswith("step ")
+
+
+def test_time_limit_leaves_a_checkpoint(tmp_path):
+    store, spec = Store(tmp_path), SPECS["lora"]
+    assert execute(spec, store, dataclasses.replace(QUIET, timeout_seconds=1e-6)) == Status.TIMEOUT
+    assert execute(spec, store, QUIET) == Status.DONE
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "builtin:tiny-lama"}, ["tiny-lama", "builtin:tiny-llama"]),
+        ({"model": "./nowhere"}, ["./nowhere", "no such folder"]),
+        ({"task": {"name": "text", "text": "body"}}, ["task.text", "body", "source, text"]),
+        ({"task": {"name": "text", "data": "builtin:java-code"}}, ["java-code", "builtin:python-code"]),
+        ({"seq_len": 1024}, ["seq_len = 1024", "512"]),
+        ({"method": {"name": "lora", "targets": "wq_proj"}}, ["method.targets", "wq_proj", "q_proj"]),
+    ],
+)
+def test_bad_input_fails_with_one_clear_line(changes, words, tmp_path):
+    spec, store = make_spec(**changes), Store(tmp_path)
+    assert execute(spec, store, QUIET) == Status.FAILED
+    error = store.read(spec.id).error
+    assert all(word in error for word in words), error
+    assert "\n" not in error
+
+
+def test_svd_and_nothing_are_kept_as_asked(tmp_path):
+    store = Store(tmp_path)
+    svd = make_spec(method={"name": "full"}, keep="svd:2", lr=1e-3)
+    none = make_spec(keep="none")
+    for spec in (svd, none):
+        assert execute(spec, store, QUIET) == Status.DONE
+    assert list(store.read(svd.id).files) == ["updates/svd.safetensors"]
+    assert store.read(none.id).files == {} and store.read(none.id).measures["updates_bytes"] == 0
+
+
+def test_learning_rate_schedule():
+    spec = make_spec(steps=10, warmup=0.2, schedule="linear")
+    want = [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]
+    assert [schedule(spec, step) for step in range(10)] == pytest.approx(want)
+    assert schedule(make_spec(warmup=0.0, schedule="constant"), 5) == 1.0
+    assert schedule(make_spec(warmup=0.0, schedule="cosine", steps=10), 5) == pytest.approx(0.5)
+
+
+def test_spec_survives_json():
+    for spec in SPECS.values():
+        again = type(spec).from_json(json.loads(json.dumps(encode(spec))))
+        assert again == spec and again.id == spec.id
