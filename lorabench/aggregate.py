@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -70,23 +71,30 @@ def cell(runs: pd.DataFrame, name: str) -> Cell:
 
     Runs of one seed (of several settings) are averaged first, so that the interval is one over seeds.
     """
-    done = runs[runs["status"] == Status.DONE]
-    others = runs.loc[runs["status"] != Status.DONE, "status"].value_counts()
-    columns = [column for column in (name, f"{name}:null") if column in done]
-    present = done.dropna(subset=[name]) if name in done else done.iloc[:0]
-    by_seed = present.groupby("seed", sort=True)[columns].mean()
     factor = 100.0 if measure(name).unit == "%" else 1.0
-    mean, half = interval(by_seed[name] * factor) if len(by_seed) else (None, None)
-    null = f"{name}:null" in by_seed and by_seed[f"{name}:null"].notna().any()
+    values = _by_seed(runs, name)
+    nulls = _by_seed(runs, f"{name}:null")
+    means = {seed: math.fsum(items) / len(items) for seed, items in values.items()}
+    mean, half = interval(factor * value for value in means.values()) if means else (None, None)
     return Cell(
         mean=mean,
         half=half,
-        n=len(present),
-        num_seeds=len(by_seed),
+        n=sum(map(len, values.values())),
+        num_seeds=len(values),
         num_runs=len(runs),
-        statuses={str(status): int(count) for status, count in others.items()},
-        null=float(by_seed[f"{name}:null"].mean()) if null else None,
+        statuses=dict(Counter(str(status) for status in runs["status"] if status != Status.DONE)),
+        null=interval(math.fsum(items) / len(items) for items in nulls.values())[0] if nulls else None,
     )
+
+
+def _by_seed(runs: pd.DataFrame, name: str) -> dict[int, list[float]]:
+    """The values of the runs that are done and have one, by seed."""
+    found: dict[int, list[float]] = {}
+    if name in runs:
+        for seed, status, value in zip(runs["seed"], runs["status"], runs[name], strict=True):
+            if status == Status.DONE and not math.isnan(value):
+                found.setdefault(seed, []).append(float(value))
+    return found
 
 
 def interval(values: Iterable[float]) -> tuple[float, float | None]:
@@ -132,7 +140,8 @@ def plain(value: float) -> str:
     if value == round(value) and abs(value) < 1e12:
         return number(value, 0)
     if not 1e-4 <= abs(value) < 1e9:
-        return f"{value:.3e}".replace("e-0", "e-").replace("e+0", "e").replace("-", "−")
+        mantissa, exponent = f"{value:.3e}".split("e")
+        return f"{mantissa}e{int(exponent)}".replace("-", "−")
     return number(value, max(0, 3 - math.floor(math.log10(abs(value)))))
 
 

@@ -24,4 +24,7 @@ class Analysis(Plugin, ABC):
 
     @abstractmethod
     def compute(self, *layers: LayerSVD) -> list[dict[str, Any]]:
-        """Tidy rows; the engine puts the run's and the layer's columns before them."""
+        """Tidy rows; the engine puts the run's and the layer's columns before them.
+
+        A row may hold one-dimensional arrays of one length, and then stands for that many rows.
+        """

@@ -27,6 +27,7 @@ from lorabench import formats, plugins
 from lorabench.analysis import Analysis
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
+from lorabench.linalg import one_thread
 from lorabench.pairs import Pair, find_pairs
 from lorabench.readers._entry import Entry
 from lorabench.record import RunRecord, Status, Store, file_digest
@@ -193,7 +194,8 @@ def _add(job: Job, layers: dict[str, LayerSVD], writer: TableWriter) -> None:
     mine = [layers[run_id] for run_id in job.runs if run_id in layers]
     if len(mine) < len(job.runs) or len({layer.shape for layer in mine}) > 1:
         return
-    rows = job.analysis.compute(*mine)
+    with one_thread():
+        rows = job.analysis.compute(*mine)
     if rows:
         writer.add(to_table(rows, {column: getattr(mine[0], column) for column in LAYER_COLUMNS}))
 

@@ -52,14 +52,15 @@ def decode(cls: type, table: dict[str, Any], where: str = "") -> Any:
     A field whose type is a plug-in base class (`method: Method`) takes a table with `name` and the plug-in's own
     fields. `where` is put before each key in messages. Raises InputError with all problems.
     """
-    problems: list[str] = []
     values = {}
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     if not isinstance(table, dict):
         raise InputError(f"{where.rstrip('.') or 'the file'} = {show(table)}: must be a table")
-    for key in table:
-        if key not in fields:
-            problems.append(f"{where}{key} = {show(table[key])}: {plugins.unknown('key', key, list(fields))}")
+    problems = [
+        f"{where}{key} = {show(value)}: {plugins.unknown('key', key, list(fields))}"
+        for key, value in table.items()
+        if key not in fields
+    ]
     for key, field in fields.items():
         if key in table:
             try:

@@ -93,6 +93,21 @@ def new_figure(rows: int, columns: int, *, height: float = 2.3, **options: Any) 
     return plt.subplots(rows, columns, figsize=(width, height * rows), squeeze=False, **options)
 
 
+def panel_columns(count: int) -> int:
+    """Four panels stand as two by two, others three in a row at most."""
+    return 2 if count == 4 else min(3, count)
+
+
+def lowest(grid: np.ndarray, count: int) -> list[Axes]:
+    """Hide the places beyond the first `count`; the lowest panel of each column, with its tick labels."""
+    for axes in list(grid.flat)[count:]:
+        axes.set_visible(False)
+    panels = [[axes for axes in column if axes.get_visible()][-1] for column in grid.T]
+    for axes in panels:
+        axes.tick_params(labelbottom=True)
+    return panels
+
+
 def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `stem.pdf` and `stem.png` (250 dpi); the same figure gives the same bytes."""
     files = [stem.with_suffix(".pdf"), stem.with_suffix(".png")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import sys
@@ -23,7 +24,7 @@ from lorabench.claim import Hold, Lost
 from lorabench.decode import InputError
 from lorabench.examples import Examples, prepare
 from lorabench.record import RunRecord, Status, Store, file_digests
-from lorabench.spec import RunSpec
+from lorabench.spec import RunSpec, canonical_json
 from lorabench.steps import StepLog
 from lorabench.train import (
     Diverged,
@@ -112,6 +113,7 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     _check_length(spec, base)
     record.environment |= model.fingerprint(spec, base) | {"data": examples.fingerprints, "data_notes": examples.notes}
     num_base = _count(base)
+    torch.manual_seed(method_seed(spec))
     tuned = spec.method.attach(base)
     if spec.gradient_checkpointing:
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -212,6 +214,16 @@ def _seeded_base(spec: RunSpec, examples: Examples, device: torch.device) -> nn.
     """The untouched base: every call gives the same, the random head included."""
     torch.manual_seed(spec.seed)
     return model.load_base(spec, device, examples.model_options)
+
+
+def method_seed(spec: RunSpec) -> int:
+    """Seed of a method's own initialization and dropout.
+
+    It depends on the method too: from one random stream the A of rank 8 would be the first rows of the A of rank 64,
+    and their subspaces would agree for no other reason.
+    """
+    content = canonical_json({"seed": spec.seed, "method": spec.to_json()["method"]})
+    return int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
 
 
 def _check_length(spec: RunSpec, base: nn.Module) -> None:

@@ -6,6 +6,7 @@ the folder's content is not of its format. A folder may hold several (an adapter
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from lorabench import plugins
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
-from lorabench.linalg import ThinSVD, thin_svd
+from lorabench.linalg import ThinSVD, one_thread, thin_svd
 from lorabench.readers._entry import Entry
 from lorabench.update import Update
 
@@ -23,7 +24,7 @@ VERSION = 1
 """Part of every analysis's cache key: raise it when the same file reads as other numbers."""
 DENSE_VECTORS = 64
 """Singular vectors kept of a dense ΔW; of a factored one all r are."""
-_GPU_SIZE = 1024
+_LARGE = 1024
 
 
 def read_updates(folder: Path) -> Iterator[Update]:
@@ -47,7 +48,9 @@ def open_layers(folder: Path) -> dict[str, Entry]:
 
 
 def load_layer(entry: Entry) -> LayerSVD:
-    update = entry.load()
+    """Read one layer, and decompose it. InputError where it is damaged."""
+    with one_thread():
+        update = entry.load()
     if isinstance(update, LayerSVD):
         return update
     return LayerSVD(
@@ -61,18 +64,14 @@ def load_layer(entry: Entry) -> LayerSVD:
 
 
 def _svd(update: Update) -> ThinSVD:
-    try:
-        return _on_best_device(update)
-    except ValueError as error:
-        raise InputError(f"{update.parameter}: {error}") from None
-
-
-def _on_best_device(update: Update) -> ThinSVD:
-    """Only a large dense ΔW is worth its way to the GPU."""
-    if update.A is not None:
-        return thin_svd(update.B, update.A)
-    large = min(update.shape) >= _GPU_SIZE and torch.cuda.is_available()
-    svd = thin_svd(update.B.cuda() if large else update.B, keep=DENSE_VECTORS)
+    """Only a large dense ΔW is worth several threads, and its way to the GPU."""
+    large = update.A is None and min(update.shape) >= _LARGE
+    with contextlib.nullcontext() if large else one_thread():
+        try:
+            B = update.B.cuda() if large and torch.cuda.is_available() else update.B
+            svd = thin_svd(B, update.A, keep=DENSE_VECTORS if update.A is None else None)
+        except ValueError as error:
+            raise InputError(f"{update.parameter}: {error}") from None
     return ThinSVD(U=svd.U.cpu(), S=svd.S.cpu(), Vh=svd.Vh.cpu())
 
 

@@ -45,7 +45,8 @@ def value_label(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:g}".replace("e-0", "e-").replace("e+0", "e")
+        mantissa, e, exponent = f"{value:g}".partition("e")
+        return f"{mantissa}e{int(exponent)}" if e else mantissa
     return str(value)
 
 

@@ -35,6 +35,8 @@ GRACE_SECONDS = 60.0
 STARTS_WITHOUT_RECORD = 3
 REPEATABLE = (*FAILURES, Status.CORRUPT)
 """What `--retry` can name."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pool:
     """Where and how many. Worker i sees only the GPU `gpus[i % len(gpus)]`; without any, what there is."""
@@ -112,14 +114,13 @@ class _Launch:
         self.starts: dict[str, int] = {}
         self.oom_kills = count_oom_kills()
         self.server_log = store.root / "runs" / ".server.log"
+        self.context: Any = None
         self.signals: list[int] = []
         self.obeyed = 0
 
     def go(self) -> Outcome:
         self._sort()
         with self._handlers():
-            if self.pending:
-                self.context = start_server(self.server_log, self.pool.preload)
             while self.pending or self.children or self.elsewhere:
                 self._obey_signals()
                 self._fill()
@@ -176,6 +177,7 @@ class _Launch:
             self._settle(self._fail(spec, Status.FAILED, f"its folder cannot be written: {error.strerror}"))
             return
         arguments = (self.target, spec, str(self.store.root.absolute()), self.pool.settings, gpu)
+        self.context = self.context or start_server(self.server_log, self.pool.preload)
         process = self.context.Process(target=child_main, args=arguments, name=spec.id)
         process.start()
         before = self._record_stamp(spec)

@@ -165,10 +165,17 @@ def dequantized(module: nn.Module) -> Tensor:
     return weight.detach()
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module stores its weight as (in, out): Conv1D, and an embedding, whose input is a one-hot token."""
+    from torch import nn
+
+    return is_conv1d(module) or isinstance(module, nn.Embedding)
+
+
 def _as_matrix(delta: Tensor, module: nn.Module) -> Tensor:
     if delta.ndim == 1:
         return delta[:, None]
-    return (delta.T if is_conv1d(module) else delta.flatten(1)).contiguous()
+    return (delta.T if is_transposed(module) else delta.flatten(1)).contiguous()
 
 
 def _quantization(spec: RunSpec, options: dict[str, Any]) -> Any:

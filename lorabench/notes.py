@@ -41,7 +41,7 @@ def selection_notes(results: Results, selection: Selection) -> list[str]:
         return []
     over, by = key_label(results.over[0]), measure_label(results.sweep.select.by)
     notes = [f"Each setting at its own best {over}, chosen by the mean {by} over seeds."]
-    edges = [choice for choice in selection.choices.to_dict("records") if choice["edge"]]
+    edges = [choice for choice in selection.rows if choice["edge"]]
     if edges:
         two = " Only two were tried." if all(choice["num_values"] == 2 for choice in edges) else ""
         notes.append(

@@ -147,7 +147,7 @@ def _count(key: str) -> tuple[Counts, int | None, float] | InputError:
             tuned = spec.method.attach(base)
     except InputError as error:
         return error
-    config = base.config
+    config: Any = base.config
     width = config.hidden_size
     trainable = [p for p in tuned.parameters() if p.requires_grad]
     added = 0 if spec.method.trains_base else sum(p.numel() * p.element_size() for p in trainable)
@@ -177,7 +177,7 @@ def _weight_bytes(spec: RunSpec, base: torch.nn.Module) -> float:
     total = exact * sum(p.numel() for p in base.parameters())
     if spec.quantization == "none":
         return total
-    quantized = sum(module.weight.numel() for module in targets.linear_layers(base).values())
+    quantized = sum(next(module.parameters()).numel() for module in targets.linear_layers(base).values())
     return total - (exact - BYTES[spec.quantization]) * quantized
 
 

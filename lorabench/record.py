@@ -67,7 +67,7 @@ MEASURES: dict[str, Measure] = (
     )
     | _measures(
         "memory",
-        ("peak_gib", "GiB", False, "highest of the training phases: CUDA allocated, or CPU above the process's baseline"),
+        ("peak_gib", "GiB", False, "highest of the training phases: CUDA allocated, or CPU above the baseline"),
         ("load_peak_gib", "GiB", False, "peak while the base is loaded and quantized"),
         ("forward_backward_peak_gib", "GiB", False, "peak of forward and backward"),
         ("optimizer_peak_gib", "GiB", False, "peak of the optimizer step"),

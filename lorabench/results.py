@@ -69,7 +69,12 @@ class Selection:
     def run_ids(self) -> list[str]:
         return list(self.runs.index)
 
-    @property
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of `choices`."""
+        return self.choices.to_dict("records")
+
+    @cached_property
     def done(self) -> pd.DataFrame:
         """Those of the runs that are done: what a figure can draw."""
         return self.runs[self.runs["status"] == Status.DONE]

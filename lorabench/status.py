@@ -28,16 +28,16 @@ def status_text(store: Store) -> str:
 
 def _row(state: RunState) -> dict[str, Any]:
     claim, record = state.claim, state.record
-    running = state.status == Status.RUNNING and claim is not None
+    worker = claim if state.status == Status.RUNNING else None
     return {
         "run_id": state.run_id,
         "status": str(state.status),
         "spec": state.spec,
-        "error": None if running else state.error,
+        "error": None if worker else state.error,
         "progress": claim.progress if claim else {},
-        "heartbeat_seconds": max(0.0, time.time() - claim.time) if running else None,
+        "heartbeat_seconds": max(0.0, time.time() - worker.time) if worker else None,
         "host": claim.host if claim else None,
-        "pid": claim.pid if running else None,
+        "pid": worker.pid if worker else None,
         "attempts": record.attempts if record else 0,
         "started": record.started if record else None,
         "finished": record.finished if record else None,

@@ -235,7 +235,7 @@ def _zip_groups(value: Any, where: str, problems: list[str]) -> list[tuple[str, 
 def _excludes(value: Any, where: str, problems: list[str]) -> list[dict[str, Any]]:
     if isinstance(value, list) and all(isinstance(rule, dict) and rule for rule in value):
         return [flatten(rule) for rule in value]
-    problems.append(f"{where}exclude = {show(value)}: must be a list of tables, each with the keys of the cells to drop")
+    problems.append(f"{where}exclude = {show(value)}: must be a list of tables with the keys of the cells to drop")
     return []
 
 
@@ -255,7 +255,7 @@ def _unknown_keys(keys: list[str], known: list[str], where: str) -> list[str]:
 
 
 def known_measures() -> dict[str, Measure]:
-    """What a table can show: the records' measures, and each layer metric (`spectrum.rank_90`), its mean over layers."""
+    """What a table can show: the records' measures, and each layer metric's mean (`spectrum.rank_90`)."""
     measures = dict(MEASURES)
     for name in plugins.names("analyses"):
         analysis = plugins.plugin_class("analyses", name)

@@ -153,7 +153,8 @@ def subspace_table(results: Results) -> pd.DataFrame:
         phi=("phi", "mean"), phi_min=("phi", "min"), phi_max=("phi", "max"), chance=("chance", "mean"),
         chance_std=("chance_std", "mean"), num_layers=("layer", "nunique"), num_pairs=("pair", "nunique"),
     ).reset_index()  # fmt: skip
-    order = sorted(range(len(table)), key=lambda row: [ordinal(value) for value in table.loc[row, keys]])
+    columns = [[ordinal(value) for value in table[key]] for key in keys]
+    order = sorted(range(len(table)), key=list(zip(*columns, strict=True)).__getitem__)
     return table.iloc[order].reset_index(drop=True)
 
 
@@ -186,7 +187,7 @@ def _choices(results: Results, selection: Selection, runs: pd.DataFrame) -> list
         return []
     keys = [key for key in selection.choices.columns if key in results.runs]
     settings = {values for values, _ in grouped(runs, keys)}
-    return [row for row in selection.choices.to_dict("records") if tuple(row[key] for key in keys) in settings]
+    return [row for row in selection.rows if tuple(row[key] for key in keys) in settings]
 
 
 def _chosen(results: Results, selection: Selection, runs: pd.DataFrame) -> list[str]:

@@ -16,6 +16,8 @@ from pyarrow import parquet
 from lorabench.decode import InputError
 
 _KEY = b"lorabench_key"
+_ROW_GROUP = 8192
+"""Rows kept in memory before they are written: one of a layer's would cost more than its analysis."""
 
 
 class TableWriter:
@@ -25,22 +27,32 @@ class TableWriter:
         self._file, self._key = file, key
         self._temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         self._writer: parquet.ParquetWriter | None = None
+        self._waiting: list[pa.Table] = []
 
     def add(self, table: pa.Table) -> None:
+        self._waiting.append(table)
+        if sum(map(len, self._waiting)) >= _ROW_GROUP:
+            self._flush()
+
+    def commit(self) -> None:
+        if self._writer is None and not self._waiting:
+            self.add(to_table([], {}))
+        writer = self._flush()
+        with _clear_errors(self._file):
+            writer.close()
+            os.replace(self._temporary, self._file)
+
+    def _flush(self) -> parquet.ParquetWriter:
         with _clear_errors(self._file):
             if self._writer is None:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-                schema = table.schema.with_metadata({_KEY: self._key.encode()})
+                schema = self._waiting[0].schema.with_metadata({_KEY: self._key.encode()})
                 self._writer = parquet.ParquetWriter(self._temporary, schema)
-            self._writer.write_table(table.cast(self._writer.schema))
-
-    def commit(self) -> None:
-        if self._writer is None:
-            self.add(to_table([], {}))
-        assert self._writer is not None
-        with _clear_errors(self._file):
-            self._writer.close()
-            os.replace(self._temporary, self._file)
+            tables = [table.cast(self._writer.schema) for table in self._waiting]
+            if tables:
+                self._writer.write_table(pa.concat_tables(tables).unify_dictionaries())
+            self._waiting = []
+            return self._writer
 
     def abort(self) -> None:
         with contextlib.suppress(OSError):

@@ -23,6 +23,7 @@ class Update:
     """ΔW of one parameter, in mathematical orientation (out, in): the layer computes x (W0 + ΔW)ᵀ.
 
     `B` (M, r) and `A` (r, N), with the method's scale folded into `B`; `A = None` means that `B` (M, N) is ΔW itself.
+    An embedding counts as a layer whose input is a one-hot token: ΔW is (width, vocabulary), as PEFT's factors have it.
     A vector (bias, norm) is dense with shape (M, 1). `parameter` is its full name in the untouched base model;
     `base_norm` is ‖W0‖_F where known; `precision` names the dtype that a dense ΔW was stored in.
     `scale_source` says where the scale came from: `config`, `file`, `assumed` or `--alpha`; None for a dense ΔW.

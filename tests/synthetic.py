@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import tempfile
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -239,3 +241,10 @@ def _subspace(a: RunSpec, b: RunSpec, axis: str, layer: tuple, Vh_a: np.ndarray,
 def _marks(rank: int) -> list[int]:
     """All indices up to 8, then every fourth: enough for a heat map, and quick."""
     return [k for k in range(1, rank + 1) if k <= 8 or k % 4 == 0]
+
+
+@cache
+def shared() -> Results:
+    """One for all tests that only read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return make(Path(folder))

@@ -2,13 +2,14 @@
 
 import json
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
 import pytest
 
 from lorabench import claim
-from lorabench.claim import Claim, Lost, current_claim, take
+from lorabench.claim import STALE_SECONDS, Claim, Lost, current_claim, take
 
 ROUNDS = 60
 
@@ -40,8 +41,13 @@ def race(root: Path) -> list[int]:
 
 def write_claim(folder: Path, **fields: object) -> Claim:
     values = {
-        "number": 1, "host": "h", "machine": claim._machine(), "pid": 2**22 + 1, "process_start": "1", "time": time.time(),
-    } | fields  # fmt: skip
+        "number": 1,
+        "host": "h",
+        "machine": claim._machine(),
+        "pid": 2**22 + 1,
+        "process_start": "1",
+        "time": time.time(),
+    } | fields
     (folder / "claims").mkdir(parents=True, exist_ok=True)
     (folder / "claims" / f"{values['number']:04d}.json").write_text(json.dumps(values))
     return Claim(**values)
@@ -71,7 +77,7 @@ def test_a_live_claim_is_kept_and_a_released_one_is_free(tmp_path: Path) -> None
     second.check()
 
 
-@pytest.mark.parametrize(("age", "alive"), [(0, True), (claim.STALE_SECONDS - 5, True), (claim.STALE_SECONDS + 5, False)])
+@pytest.mark.parametrize(("age", "alive"), [(0, True), (STALE_SECONDS - 5, True), (STALE_SECONDS + 5, False)])
 def test_an_owner_on_another_machine_lives_as_long_as_its_heartbeat(tmp_path: Path, age: float, alive: bool) -> None:
     write_claim(tmp_path, machine="elsewhere", time=time.time() - age)
     assert current_claim(tmp_path).is_alive() is alive
@@ -79,8 +85,6 @@ def test_an_owner_on_another_machine_lives_as_long_as_its_heartbeat(tmp_path: Pa
 
 
 def test_a_later_process_with_the_same_pid_is_not_the_owner(tmp_path: Path) -> None:
-    import os
-
     write_claim(tmp_path, pid=os.getpid(), process_start="1")
     assert not current_claim(tmp_path).is_alive()
     write_claim(tmp_path, pid=os.getpid(), process_start=claim._process_start(os.getpid()))
@@ -88,13 +92,11 @@ def test_a_later_process_with_the_same_pid_is_not_the_owner(tmp_path: Path) -> N
 
 
 def test_a_claim_that_was_never_written_is_respected_only_while_fresh(tmp_path: Path) -> None:
-    import os
-
     (tmp_path / "claims").mkdir()
     file = tmp_path / "claims" / "0001.json"
     file.write_text("")
     assert take(tmp_path) is None
-    os.utime(file, (time.time() - claim.STALE_SECONDS - 5,) * 2)
+    os.utime(file, (time.time() - STALE_SECONDS - 5,) * 2)
     assert take(tmp_path).number == 2
 
 

@@ -173,6 +173,18 @@ def test_svd_and_nothing_are_kept_as_asked(tmp_path):
     assert store.read(none.id).files == {} and store.read(none.id).measures["updates_bytes"] == 0
 
 
+def test_ranks_of_one_seed_do_not_share_their_initialization(tmp_path):
+    from lorabench.formats import read_updates
+
+    store, factors = Store(tmp_path), {}
+    for rank in (2, 4):
+        spec = make_spec(method={"name": "lora", "rank": rank}, lr=1e-12, steps=1)
+        execute(spec, store, QUIET)
+        factors[rank] = next(iter(read_updates(store.folder(spec.id) / "updates"))).A
+    cosine = torch.cosine_similarity(factors[2][0], factors[4][0], dim=0)
+    assert abs(float(cosine)) < 0.5  # 1 if they came from one random stream; about 1 / sqrt(128) by chance
+
+
 def test_learning_rate_schedule():
     spec = make_spec(steps=10, warmup=0.2, schedule="linear")
     want = [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]

@@ -169,6 +169,14 @@ def test_kept_vectors_have_every_singular_value(tmp_path):
         next(formats.read_updates(tmp_path))
 
 
+def test_kept_vectors_of_factors_know_their_rank(tmp_path):
+    B, A = torch.randn(9, 3), torch.randn(3, 6)
+    save_svds([Update(parameter="lin.weight", B=B, A=A)], tmp_path, keep=2)
+    (layer,) = formats.read_layers(tmp_path)
+    assert (layer.rank, layer.precision, layer.svd.U.shape) == (3, None, (9, 2))
+    assert torch.allclose(layer.svd.S, torch.linalg.svdvals((B @ A).double())[:3], rtol=1e-5)
+
+
 def test_a_dense_layer_keeps_a_bounded_number_of_vectors(tmp_path):
     save_deltas([Update(parameter="lin.weight", B=torch.randn(80, 70))], tmp_path)
     (layer,) = formats.read_layers(tmp_path)

@@ -69,7 +69,6 @@ def test_a_failed_retry_does_not_report_the_old_failure(tmp_path: Path) -> None:
 
 
 def test_a_run_that_another_worker_has_is_waited_for_and_not_computed_twice(tmp_path: Path) -> None:
-    (spec,) = fake_runs.sweep(DONE).runs
     other = f"""
 import sys, time
 from pathlib import Path
@@ -116,7 +115,7 @@ def test_a_run_that_ignores_its_time_limit_is_killed(tmp_path: Path, monkeypatch
     assert states[HANGS].status == Status.TIMEOUT
 
 
-def test_a_kill_is_out_of_memory_only_if_the_kernel_counted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_is_oom_only_if_the_kernel_counted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = iter([7, 8, 8])
     monkeypatch.setattr("lorabench.launch.count_oom_kills", lambda: next(counts))
     seeds = (KILLED, DONE)
@@ -197,9 +196,9 @@ if __name__ == "__main__":
 """
     (tmp_path / "program.py").write_text(program)
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
-    printed = subprocess.run(
-        [sys.executable, tmp_path / "program.py"], capture_output=True, text=True, check=True, env=environment, cwd=tmp_path
-    ).stdout  # fmt: skip
+    command = [sys.executable, tmp_path / "program.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
+    printed = done.stdout
     assert json.loads(printed.splitlines()[-1]) == {"threads": 1, "torch": True, "cuda": False}
 
 

@@ -68,7 +68,7 @@ def add(model, updates):
     for update in updates:
         parameter = parameters[update.parameter]
         delta = update.dense()
-        if models.is_conv1d(model.get_submodule(update.parameter.rpartition(".")[0])):
+        if models.is_transposed(model.get_submodule(update.parameter.rpartition(".")[0])):
             delta = delta.T
         parameter.data += delta.reshape(parameter.shape)
     return model

@@ -36,7 +36,8 @@ def spec(**base: object) -> RunSpec:
 
 def test_lora_trains_rank_times_the_sum_of_both_sides_of_every_layer() -> None:
     config = json.loads((MODEL / "config.json").read_text())
-    h, inner, kv = config["hidden_size"], config["intermediate_size"], config["num_key_value_heads"] * config["head_dim"]
+    h, inner = config["hidden_size"], config["intermediate_size"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
     layer = 2 * (h + h) + 2 * (h + kv) + 3 * (h + inner)  # q and o, k and v, gate and up and down
     counts = count(spec(method={"name": "lora", "rank": 5}))
     assert counts.num_trainable == 5 * layer * config["num_hidden_layers"]
@@ -129,9 +130,7 @@ def test_what_shows_only_at_the_model_is_reported_all_at_once() -> None:
     with pytest.raises(InputError) as error:
         make_plan(wrong, Store(Path("nowhere")), "cpu")
     starts = [line.split(": ")[0] for line in error.value.problems]
-    assert sorted(starts) == sorted(
-        ['method.targets = "zap"', "seq_len = 100000", 'method.targets = "zip("']
-    )
+    assert sorted(starts) == sorted(['method.targets = "zap"', "seq_len = 100000", 'method.targets = "zip("'])
 
 
 def test_a_missing_model_is_one_message() -> None:

@@ -19,7 +19,8 @@ SPEC = RunSpec.from_json({"method": {"name": "lora"}, "task": {"name": "text"}})
 def stored(root: Path, **fields: object) -> Store:
     store = Store(root)
     store.write_spec(SPEC)
-    values = {"run_id": SPEC.id, "spec": SPEC.to_json(), "status": Status.DONE, "measures": {"valid_loss": 2.5}} | fields
+    values = {"run_id": SPEC.id, "spec": SPEC.to_json(), "status": Status.DONE, "measures": {"valid_loss": 2.5}}
+    values |= fields
     store.write(RunRecord(**values))
     return store
 

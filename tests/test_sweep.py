@@ -67,7 +67,13 @@ def test_a_block_with_another_method_drops_the_fields_of_the_bases() -> None:
 
 
 def test_zip_moves_keys_together() -> None:
-    text = '[[grid]]\nzip = ["method.rank", "method.alpha"]\nmethod.rank = [1, 4]\nmethod.alpha = [2, 8]\nseed = [0, 1]\n'
+    text = """
+[[grid]]
+zip = ["method.rank", "method.alpha"]
+method.rank = [1, 4]
+method.alpha = [2, 8]
+seed = [0, 1]
+"""
     found = cells(text, "method.rank", "method.alpha", "seed")
     assert sorted(found) == [(1, 2.0, 0), (1, 2.0, 1), (4, 8.0, 0), (4, 8.0, 1)]
     assert parse(BASE + text).zips == (("method.rank", "method.alpha"),)
@@ -98,7 +104,8 @@ exclude = [{method.rank = [1, 2], quantization = "nf4"}]
 
 def test_a_global_exclude_works_on_every_block_and_may_drop_what_is_no_valid_run() -> None:
     table = tomllib.loads(BASE + '[[grid]]\nmethod.name = ["lora", "full"]\nquantization = ["none", "nf4"]\n')
-    assert "cannot be trained" in str(pytest.raises(InputError, parse_sweep, table).value)
+    with pytest.raises(InputError, match="cannot be trained"):
+        parse_sweep(table)
     table["exclude"] = [{"method": {"name": "full"}, "quantization": "nf4"}]
     assert [run.quantization for run in parse_sweep(table).runs] == ["none", "nf4", "none"]
 
@@ -122,7 +129,9 @@ ONE_PROBLEM = {
     BASE + 'lr = "1e-4"\n': 'lr = "1e-4": must be a valid number',
     BASE + "lr = inf\n": "lr = inf: must be finite",
     BASE + 'keep = "svd"\n': 'keep = "svd": must be "updates", "none" or "svd:K"',
-    BASE + 'quantization = "nf5"\n': "quantization = \"nf5\": unknown value 'nf5'. Did you mean 'nf4'? Choices: none, int8, nf4",
+    BASE + 'quantization = "nf5"\n': (
+        "quantization = \"nf5\": unknown value 'nf5'. Did you mean 'nf4'? Choices: none, int8, nf4"
+    ),
     BASE + "method.rnk = 3\n": "method.rnk = 3: unknown key 'rnk'. Did you mean 'rank'?",
     BASE + "method.rank = 0\n": "method.rank = 0: must be at least 1",
     BASE + "micro_batch_size = 3\n": "micro_batch_size = 3: must divide batch_size = 8",
@@ -143,11 +152,15 @@ ONE_PROBLEM = {
     BASE + "[[grid]]\nexclude = [{seed = 0}]\nseed = 0\n": "exclude: leaves no run",
     BASE + "[[grid]]\nexclude = [{method.rnk = 1}]\n": "grid: exclude = \"method.rnk\": unknown key 'method.rnk'",
     BASE + '[select]\nover = "rl"\n': "select.over = \"rl\": unknown key 'rl'. Choices: method.name",
-    BASE + '[select]\nby = "valid_los"\n': "select.by = \"valid_los\": unknown measure 'valid_los'. Did you mean 'valid_loss'?",
+    BASE + '[select]\nby = "valid_los"\n': (
+        "select.by = \"valid_los\": unknown measure 'valid_los'. Did you mean 'valid_loss'?"
+    ),
     BASE + '[select]\nat = "lr"\n': "select.at = \"lr\": unknown key 'at'",
     BASE + '[[table]]\nrows = ["method.name"]\nvalue = "vl"\n': "table 1: value = \"vl\": unknown measure 'vl'",
     BASE + '[[table]]\nrows = ["rank"]\nvalue = "valid_loss"\n': "table 1: rows = \"rank\": unknown key 'rank'",
-    BASE + '[[table]]\nrows = ["lr"]\nvalue = "valid_loss"\ncolumns = "c"\n': "table 1: columns = \"c\": unknown key 'c'",
+    BASE + '[[table]]\nrows = ["lr"]\nvalue = "valid_loss"\ncolumns = "c"\n': (
+        "table 1: columns = \"c\": unknown key 'c'"
+    ),
     BASE + "[[table]]\nrows = []\n": "table 1: value: is missing",
     BASE + '[[figure]]\nname = "grid"\n': "figure 1: figure.name = \"grid\": unknown figure 'grid'",
 }  # fmt: skip
@@ -184,7 +197,7 @@ by = "loss"
     ("content", "message"),
     [(b"a = ", "not valid TOML"), (b"\xff\xfe", "cannot be read"), (None, "no such sweep file")],
 )
-def test_a_file_that_is_no_sweep_is_one_message_with_its_path(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_a_file_that_is_no_sweep_is_one_message(tmp_path: Path, content: bytes | None, message: str) -> None:
     file = tmp_path / "s.toml"
     if content is not None:
         file.write_bytes(content)
@@ -201,7 +214,8 @@ def test_a_sweep_is_named_by_its_file_unless_it_says_otherwise(tmp_path: Path) -
 
 
 def test_axes_are_the_keys_in_which_runs_differ() -> None:
-    sweep = parse(BASE + '[[grid]]\nlr = [1, 2]\nsteps = 5\nseed = [0, 1]\n[[grid]]\nmethod.name = "full"\nlr = 1\nsteps = 5\n')
+    other = '[[grid]]\nmethod.name = "full"\nlr = 1\nsteps = 5\n'
+    sweep = parse(BASE + "[[grid]]\nlr = [1, 2]\nsteps = 5\nseed = [0, 1]\n" + other)
     assert {"lr", "seed", "method.name"} <= set(sweep.axes) and "steps" not in sweep.axes
     assert swept_keys([flatten(run.to_json()) for run in sweep.runs]) == ["lr", "seed"]
 

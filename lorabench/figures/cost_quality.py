@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MatplotlibFigure
 
-KINDS = ("method.name", "quantization")
+RANK = "method.rank"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostQuality(Figure):
-    """A point a setting; colour and marker tell method and quantization, the number beside it the rank."""
+    """A point a setting; colour and marker tell the method and its other keys, the number beside it the rank."""
 
     costs: tuple[str, ...] = ("peak_gib", "tokens_per_second")
     """The measures of the panels' x axes."""
@@ -64,8 +64,7 @@ def _panel(axes: Axes, results: Any, runs: Any, names: tuple[str, str]) -> dict[
     from lorabench.labels import value_label
     from lorabench.results import grouped
 
-    keys = [key for key in results.settings if key in KINDS]
-    others = [key for key in results.settings if key not in KINDS]
+    keys = [key for key in results.settings if key != RANK]
     looks = drawing.looks(values for values, _ in grouped(runs, keys))
     handles: dict[str, Any] = {}
     points, texts, colors = [], [], []
@@ -79,7 +78,7 @@ def _panel(axes: Axes, results: Any, runs: Any, names: tuple[str, str]) -> dict[
         )  # fmt: skip
         handles.setdefault(drawing.series_label(keys, [at[key] for key in keys]), handle)
         points.append((x, y))
-        texts.append(", ".join(value_label(at[key]) for key in others if at[key] is not None))
+        texts.append("" if at.get(RANK) is None else value_label(at[RANK]))
         colors.append(look.color)
     axes.margins(0.1)
     drawing.limit_y(axes, [y for _, y in points])

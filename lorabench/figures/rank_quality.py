@@ -38,7 +38,7 @@ class RankQuality(Figure):
             return None
         panel_keys = [key for key in results.settings if key not in (RANK, *IN_PANEL)]
         panels = grouped(ranked, panel_keys)
-        columns = min(3, len(panels))
+        columns = drawing.panel_columns(len(panels))
         with drawing.style():
             figure, grid = drawing.new_figure(-(-len(panels) // columns), columns, sharey=True, height=2.6)
             looks = drawing.looks(values for values, _ in grouped(runs, IN_PANEL))
@@ -50,11 +50,10 @@ class RankQuality(Figure):
                 handles |= panel
                 drawn += items
                 axes.set_title(drawing.series_label(panel_keys, values, full=True))
-            for axes in list(grid.flat)[len(panels) :]:
-                axes.set_visible(False)
             drawing.limit_y(grid[0, 0], drawn)
             for axes, (values, _) in zip(grid.flat, panels, strict=False):
                 handles |= _base(axes, _in_panel(runs, panel_keys, values), value)
+            for axes in drawing.lowest(grid, len(panels)):
                 axes.set_xlabel("Rank")
             for axes in grid[:, 0]:
                 axes.set_ylabel(capitalized(with_unit(value)))

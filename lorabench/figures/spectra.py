@@ -38,16 +38,15 @@ class Spectra(Figure):
         ranked = values[values[RANK].notna()] if RANK in values else values.iloc[:0]
         level = values[values[RANK].isna()] if RANK in values else values
         panels = grouped(ranked, keys) if len(ranked) else [((), ranked)]
-        columns = min(3, len(panels))
+        columns = drawing.panel_columns(len(panels))
         with drawing.style():
             figure, grid = drawing.new_figure(-(-len(panels) // columns), columns, sharex=True, sharey=True, height=2.6)
             handles: dict[str, Any] = {}
             for axes, (place, chunk) in zip(grid.flat, panels, strict=False):
                 handles |= _panel(axes, chunk, _same_base(level, keys, place), keys)
                 axes.set_title(drawing.series_label(keys, place, full=True) if place else "")
+            for axes in drawing.lowest(grid, len(panels)):
                 axes.set_xlabel("Index i")
-            for axes in list(grid.flat)[len(panels) :]:
-                axes.set_visible(False)
             for axes in grid[:, 0]:
                 axes.set_ylabel("σᵢ / σ₁")
             drawing.powers_of_two(grid[0, 0], [2**k for k in range(int(values["index"].max()).bit_length())])

@@ -1,0 +1,57 @@
+# make demo    install, run the quickstart sweep, analyze it: tables, figures and a report in some minutes
+# make test    install, then lint, type check and all tests
+# make lint    ruff and mypy alone
+# make bench   speed and memory beside other tools; writes benchmarks/results/*.json
+# make clean   remove the virtual environment and what tools have cached; results stay
+#
+# Set-up is pip in a virtual environment, and repeated only when pyproject.toml or constraints.txt has changed.
+
+PYTHON ?= python3
+VENV ?= .venv
+RESULTS ?= results
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+demo: $(VENV)/.installed
+	$(BIN)/lorabench run sweeps/quickstart.toml --results $(RESULTS)
+	$(BIN)/lorabench analyze $(RESULTS) quickstart
+	@echo
+	@echo "Tables:  $(RESULTS)/quickstart/tables/   (csv, md, tex)"
+	@echo "Figures: $(RESULTS)/quickstart/figures/  (pdf, png)"
+	@echo "Report:  $(RESULTS)/quickstart/report.html"
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/grid.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find lorabench tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Editable, so that what runs is this checkout and its commit goes into every record.
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -e ".[dev]"
+	@touch $@ $(VENV)/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "lorabench needs Python 3.11 or later, and '$(PYTHON)' is not: name another, as in make PYTHON=python3.12" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

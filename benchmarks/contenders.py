@@ -1,0 +1,190 @@
+"""The three training loops that `training.py` holds against each other, and what each is given."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorabench import claim
+from lorabench import meter as meters
+from lorabench.examples import Examples, Order
+from lorabench.model import load_base
+from lorabench.spec import RunSpec
+from lorabench.steps import StepLog
+from lorabench.train import Stop, Training, make_optimizer, train
+
+LOG_EVERY = 10
+"""Steps between two looks at the loss, of each contender: lorabench's own habit, see `train.FLUSH_EVERY`."""
+
+
+@dataclass
+class Window:
+    """The time between the end of step `skip` and the end of step `steps`, waiting for the device at both."""
+
+    skip: int
+    steps: int
+    device: torch.device
+    seen: int = 0
+    times: list[tuple[float, float]] = field(default_factory=list)
+    """Wall time and this process's CPU time."""
+
+    def tick(self) -> None:
+        """Call at the end of each step."""
+        self.seen += 1
+        if self.seen in (self.skip, self.steps):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.times.append((time.perf_counter(), time.process_time()))
+        if self.seen == self.skip:  # what loading and the first steps took is no part of the peak
+            reset_peak(self.device)
+
+    def seconds(self) -> tuple[float, float]:
+        """Wall time and CPU time inside."""
+        (begin, cpu_begin), (end, cpu_end) = self.times
+        return end - begin, cpu_end - cpu_begin
+
+
+@dataclass
+class Race:
+    """What every contender is given, and the losses that it must fill in."""
+
+    spec: RunSpec
+    examples: Examples
+    window: Window
+    losses: list[Any] = field(default_factory=list)
+    """One a step; tensors are read after the clock has stopped."""
+    other_peak: int = 0
+    """Bytes of the peak that the contender's own measuring saw, which resets the counter on the way."""
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(self.spec.seed)
+        base = load_base(self.spec, self.window.device, self.examples.model_options)
+        return self.spec.method.attach(base)
+
+    def rows(self) -> list[dict[str, torch.Tensor]]:
+        """The training examples in the order in which lorabench visits them."""
+        rows = self.examples.splits["train"]
+        order = Order(len(rows), self.spec.batch_size, self.spec.seed)
+        visited = [rows[i] for step in range(self.spec.steps) for i in order.indices(step)]
+        return [{key: torch.tensor(value) for key, value in row.items()} for row in visited]
+
+
+class TickingLog(StepLog):
+    """The run's own step log, which the loop asks at the end of each step whether a checkpoint is due."""
+
+    window: Window
+
+    def checkpoint_due(self) -> bool:
+        self.window.tick()
+        return super().checkpoint_due()
+
+
+def run_lorabench(race: Race) -> None:
+    model, meter = race.model(), meters.Meter(race.window.device, race.spec.steps)
+    training = Training(race.spec, model, make_optimizer(race.spec, model), meter)
+    with tempfile.TemporaryDirectory() as folder:
+        hold = claim.take(Path(folder))
+        assert hold is not None
+        log = TickingLog(Path(folder) / "steps.jsonl", 0, 60.0)
+        log.window = race.window
+        with hold:
+            meter.start_training()
+            train(training, race.examples, log, Stop(), lambda: None, hold)
+            meter.end_training()
+    race.losses = training.losses
+    baseline = 0 if race.window.device.type == "cuda" else meter.baseline_gib
+    race.other_peak = int((meter.memory()[0]["peak_gib"] + baseline) * meters.GIB)
+
+
+def run_plain(race: Race) -> None:
+    """The loop that people write."""
+    from torch.utils.data import DataLoader
+    from transformers import default_data_collator, get_linear_schedule_with_warmup
+
+    spec, device, model = race.spec, race.window.device, race.model()
+    rows: Any = race.rows()
+    loader: Any = DataLoader(rows, batch_size=spec.batch_size, collate_fn=default_data_collator)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, spec.steps)
+    model.train()
+    for step, batch in enumerate(loader, 1):
+        batch = {key: tensor.to(device) for key, tensor in batch.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
+            loss = model(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        race.losses.append(loss.detach())
+        if step % LOG_EVERY == 0:
+            loss.item()
+        race.window.tick()
+
+
+def run_trainer(race: Race) -> None:
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+    spec = race.spec
+
+    class Ticking(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            race.window.tick()
+
+    class Noting(Trainer):
+        def training_step(self, *inputs: Any, **options: Any) -> torch.Tensor:
+            race.losses.append(super().training_step(*inputs, **options))
+            return race.losses[-1]
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=spec.steps,
+            per_device_train_batch_size=spec.batch_size,
+            learning_rate=spec.lr,
+            lr_scheduler_type="linear",
+            weight_decay=spec.weight_decay,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            bf16=spec.dtype == "bfloat16",
+            use_cpu=race.window.device.type == "cpu",
+            train_sampling_strategy="sequential",
+            logging_steps=LOG_EVERY,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        data: dict[str, Any] = {"train_dataset": race.rows(), "data_collator": default_data_collator}
+        trainer = Noting(race.model(), arguments, callbacks=[Ticking()], **data)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+
+
+CONTENDERS: dict[str, Callable[[Race], None]] = {
+    "lorabench": run_lorabench,
+    "plain": run_plain,
+    "trainer": run_trainer,
+}
+
+
+def reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(key: str) -> int:
+    """Bytes, by the name in /proc/self/status: VmRSS, or VmHWM for its peak since the last reset."""
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, f"{key} is not in /proc/self/status"
+    return int(found[1]) * 1024

@@ -1,0 +1,59 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorabench import tidy
+from lorabench.decode import InputError
+from lorabench.tidy import TableWriter, read_table, to_frame, to_table
+
+
+def rows(n, side="input"):
+    return [{"side": side, "i": np.arange(n, dtype=np.int16), "phi": np.linspace(0, 1, n), "size": n, "null": None}]
+
+
+def test_a_row_of_arrays_stands_for_many():
+    scalars = [{"metric": "a", "value": 1, "null": None}, {"metric": "b", "value": 2.5, "null": 3.0}]
+    frame = to_table([*rows(3), *rows(2, "output")], {"layer": "q", "depth": None}).to_pandas()
+    expected = pd.DataFrame({"side": 3 * ["input"] + 2 * ["output"], "i": [0, 1, 2, 0, 1], "size": [3, 3, 3, 2, 2]})
+    for column in expected:
+        assert list(frame[column]) == list(expected[column])
+    assert list(frame["phi"]) == [0, 0.5, 1, 0, 1] and set(frame["layer"]) == {"q"}
+    assert frame[["depth", "null"]].isna().all().all() and list(frame)[:2] == ["layer", "depth"]
+    assert list(to_table(scalars, {}).to_pandas()["value"]) == [1, 2.5]
+
+
+@pytest.mark.parametrize("sizes", [[], [2], [tidy._ROW_GROUP], [5, tidy._ROW_GROUP, 3]])
+def test_what_is_written_is_read_with_the_same_key_only(tmp_path, sizes):
+    file = tmp_path / "deep" / "t.parquet"
+    writer = TableWriter(file, "key 1")
+    for n in sizes:
+        writer.add(to_table(rows(n), {"layer": f"of {n}", "depth": n if n == 5 else None}))
+    assert not file.exists()
+    writer.commit()
+    assert [path.name for path in file.parent.iterdir()] == ["t.parquet"]
+    table = read_table(file, "key 1")
+    assert len(table) == sum(sizes) and read_table(file, "key 2") is None
+    assert read_table(tmp_path / "none.parquet", "key 1") is None
+    frame = to_frame([({"run": "x", "value": 3}, table), ({"run": "y", "value": 4}, table)], ["run", "value"])
+    assert list(frame)[:2] == ["run", "value"] and len(frame) == 2 * sum(sizes)
+    if sizes:
+        assert frame.groupby(["run", "layer"])["i"].count().to_dict() == {
+            (run, f"of {n}"): n for run in "xy" for n in sizes
+        }
+
+
+def test_aborting_leaves_what_was_there(tmp_path):
+    file = tmp_path / "t.parquet"
+    first = TableWriter(file, "1")
+    first.add(to_table(rows(2), {}))
+    first.commit()
+    second = TableWriter(file, "2")
+    second.add(to_table(rows(tidy._ROW_GROUP), {}))
+    second.abort()
+    assert len(read_table(file, "1")) == 2 and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/t\.parquet: cannot be written"):
+        TableWriter(tmp_path / "file" / "t.parquet", "k").commit()
