@@ -146,7 +146,7 @@ def _complete(splits: dict[str, list[dict[str, Any]]], fingerprint: str) -> Data
             splits[split] = train[offset::HELD_OUT]
         splits["train"] = [row for i, row in enumerate(train) if i % HELD_OUT >= len(missing)]
         made = missing
-    if not splits.get("validation"):
+    if not (splits["train"] and splits.get("validation")):
         raise InputError(f"task.data: {len(train)} rows are too few to hold some out for validation")
     note = f"{' and '.join(made)} cut out of train, 1/{HELD_OUT} each" if made else ""
     return Data(splits={split: splits.get(split, []) for split in SPLITS}, fingerprint=fingerprint, note=note)

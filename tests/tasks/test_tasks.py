@@ -1,0 +1,144 @@
+"""Tasks: what is predicted, how the loss is taken, and metrics beside scikit-learn and transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sk
+from transformers import AutoModelForCausalLM
+
+from lorabench import plugins
+from lorabench.decode import InputError
+from lorabench.examples import Order, collate
+from lorabench.model import load_tokenizer, resolve
+from lorabench.task import IGNORE
+from lorabench.tasks.classification import Classification
+from lorabench.tasks.completion import Completion
+from lorabench.tasks.text import Text
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("builtin:tiny-llama")
+
+
+@pytest.mark.parametrize("name", plugins.names("tasks"))
+def test_every_task_has_a_loss_that_falls_on_the_right_answer(name, tokenizer, labelled):
+    task = plugins.example("tasks", name)
+    rows = [{"source": "a", "text": f"text number {i} " * 9, "label": i % 2} for i in range(8)]
+    if name == "classification":
+        task = dataclasses.replace(task, data=labelled)
+    options = task.model_options(rows)
+    batch = collate(task.examples(rows, tokenizer, 16, options), 2, CPU)
+    if name == "classification":
+        right = torch.nn.functional.one_hot(batch["labels"], 2).float()
+    else:
+        following = batch["labels"].roll(-1, 1).clamp(min=0)
+        right = torch.nn.functional.one_hot(following, 1024).float()
+    count = task.count(batch)
+    even = float(task.loss(torch.zeros_like(right), batch)) / count
+    assert even == pytest.approx(math.log(right.shape[-1]), rel=1e-5)
+    assert float(task.loss(50 * right, batch)) / count < 1e-6
+    assert any(value == 1.0 for value in task.metrics(0.0, [task.score(right, batch)]).values())
+
+
+def test_text_blocks_are_the_documents_joined(tokenizer):
+    rows = [{"text": "one document"}, {"text": "and another " * 20}]
+    blocks = Text().examples(rows, tokenizer, 8, {})
+    stream = [token for block in blocks for token in block["input_ids"]]
+    assert tokenizer.decode(stream).startswith("one document<|eos|>and another")
+    assert all(len(block["input_ids"]) == 8 and block["labels"] == block["input_ids"] for block in blocks)
+
+
+def test_language_model_loss_is_the_one_of_transformers(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(resolve("builtin:tiny-llama")).eval()
+    task = Completion(prompt="{q}", response="{a}")
+    rows = [{"q": "def f(x):", "a": " return x"}, {"q": "class A", "a": ": pass  # a longer answer"}]
+    batch = collate(task.examples(rows, tokenizer, 32, {}), tokenizer.pad_token_id, CPU)
+    with torch.no_grad():
+        out = model(**batch)
+    assert float(task.loss(out.logits, batch)) / task.count(batch) == pytest.approx(float(out.loss), rel=1e-5)
+
+
+def test_completion_predicts_the_response_only(tokenizer):
+    example = Completion(prompt="Q: {q}\n", response="{a}").examples(
+        [{"q": "two and two?", "a": "four"}], tokenizer, 64, {}
+    )[0]
+    predicted = [token for token in example["labels"] if token != IGNORE]
+    assert tokenizer.decode(predicted) == "four<|eos|>"
+    assert tokenizer.decode(example["input_ids"]) == "Q: two and two?\nfour<|eos|>"
+
+
+@pytest.mark.parametrize("seq_len", [2, 5, 9])
+def test_completion_keeps_the_response_where_the_prompt_is_long(seq_len, tokenizer):
+    task = Completion(prompt="{q}", response="{a}")
+    example = task.examples([{"q": "long prompt " * 30, "a": "yes"}], tokenizer, seq_len, {})[0]
+    assert len(example["input_ids"]) == len(example["labels"]) == seq_len
+    assert sum(token != IGNORE for token in example["labels"]) >= 1
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_classification_metrics_are_those_of_scikit_learn(classes):
+    rng = np.random.default_rng(classes)
+    true, logits = rng.integers(0, classes, 200), torch.tensor(rng.normal(size=(200, classes)))
+    logits[np.arange(200), true] += 1.0
+    task = Classification(data="x")
+    scores = [
+        task.score(logits[part], {"labels": torch.tensor(true[part])}) for part in (slice(0, 77), slice(77, 200))
+    ]
+    got, predicted = task.metrics(0.5, scores), logits.argmax(-1).numpy()
+    assert got["accuracy"] == pytest.approx(sk.accuracy_score(true, predicted))
+    assert got["macro_f1"] == pytest.approx(sk.f1_score(true, predicted, average="macro"))
+    assert got["matthews"] == pytest.approx(sk.matthews_corrcoef(true, predicted))
+    assert got["majority"] == pytest.approx(np.bincount(true).max() / 200)
+
+
+def test_labels_may_be_words_and_an_unlabelled_split_counts_as_none(tokenizer):
+    task = Classification(data="x", text="a", text_pair="b")
+    rows = [{"a": "one", "b": "two", "label": word} for word in ("yes", "no", "maybe")]
+    options = task.model_options(rows)
+    assert options["label2id"] == {"maybe": 0, "no": 1, "yes": 2}
+    assert [e["labels"] for e in task.examples(rows, tokenizer, 16, options)] == [2, 1, 0]
+    assert task.examples([row | {"label": -1} for row in rows], tokenizer, 16, options) == []
+    with pytest.raises(InputError, match="perhaps"):
+        task.examples([rows[0] | {"label": "perhaps"}], tokenizer, 16, options)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        (Text(text="body"), ["task.text", "body", "label"]),
+        (Completion(prompt="{question}"), ["task.prompt", "question", "label"]),
+        (Classification(data="x", text="sentence"), ["task.text", "sentence", "label"]),
+        (Classification(data="x", label="class"), ["task.label", "class", "label"]),
+    ],
+)
+def test_a_missing_column_is_named_with_the_choices(task, words, tokenizer):
+    rows = [{"text": "some text " * 9, "label": i} for i in range(4)]
+    with pytest.raises(InputError) as error:
+        task.examples(rows, tokenizer, 8, {"label2id": {}})
+    assert all(word in str(error.value) for word in words)
+
+
+def test_padding_is_masked():
+    examples = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    batch = collate(examples, 2, CPU)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 2, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [8, IGNORE, IGNORE]]
+    assert "attention_mask" not in collate(examples[:1], 2, CPU)
+
+
+def test_data_order_sees_every_example_once_an_epoch():
+    order = Order(10, 4, seed=1)
+    seen = [i for step in range(5) for i in order.indices(step)]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+    assert Order(10, 4, seed=1).indices(3) == seen[12:16]  # no memory of the steps before
+    assert Order(10, 4, seed=2).indices(0) != seen[:4]
