@@ -147,9 +147,7 @@ def _compute(store: Store, jobs: list[Job], note: Callable[[str], None]) -> set[
     return set(failed)
 
 
-def _compute_batch(
-    store: Store, batch: list[Job], failed: dict[str, str], advance: Callable[[float], None]
-) -> None:
+def _compute_batch(store: Store, batch: list[Job], failed: dict[str, str], advance: Callable[[float], None]) -> None:
     """Read each layer of the batch's runs once, and give it to all their analyses."""
     entries = _open(store, batch, failed)
     writers = {job: TableWriter(job.file, job.key) for job in batch if entries.keys() >= {*job.runs}}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from lorabench.data import Data, read_data
@@ -53,12 +54,17 @@ def _prepare(model: str, revision: str | None, task: Task, seq_len: int) -> Exam
         retained = sources["retain"].splits["validation"]
         splits["retain"] = RETAIN.examples(retained, tokenizer, seq_len, {})[: task.max_eval]
     return Examples(
-        splits=splits,
+        splits={name: [_compact(example) for example in examples] for name, examples in splits.items()},
         model_options=options,
         padding=tokenizer.pad_token_id,
         fingerprints={role: data.fingerprint for role, data in sources.items()},
         notes={role: data.note for role, data in sources.items() if data.note},
     )
+
+
+def _compact(example: Example) -> Example:
+    """Token lists as arrays: a tenth of the memory, and quick to copy into a batch."""
+    return {key: np.array(v, dtype=np.int32) if isinstance(v, list) else v for key, v in example.items()}
 
 
 def _read(role: str, source: str, task: Task, columns: str | None) -> Data:
@@ -69,15 +75,15 @@ def collate(examples: list[Example], padding: int, device: torch.device) -> Batc
     """Tensors (n, longest) on `device`, padded on the right; no attention mask where nothing is padded."""
     longest = max(len(example["input_ids"]) for example in examples)
     ids = torch.full((len(examples), longest), padding)
-    per_token = isinstance(examples[0]["labels"], list)
+    per_token = not isinstance(examples[0]["labels"], int)
     labels = torch.full((len(examples), longest), IGNORE) if per_token else torch.tensor(
         [example["labels"] for example in examples]
     )  # fmt: skip
     lengths = torch.tensor([len(example["input_ids"]) for example in examples])
     for row, example in enumerate(examples):
-        ids[row, : lengths[row]] = torch.tensor(example["input_ids"])
+        ids[row, : lengths[row]] = torch.as_tensor(example["input_ids"])
         if per_token:
-            labels[row, : lengths[row]] = torch.tensor(example["labels"])
+            labels[row, : lengths[row]] = torch.as_tensor(example["labels"])
     batch = {"input_ids": ids, "labels": labels}
     if (lengths < longest).any():
         batch["attention_mask"] = (torch.arange(longest)[None] < lengths[:, None]).long()

@@ -107,9 +107,11 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     hold.progress |= {"phase": "load", "step": 0, "steps": spec.steps}
     record.environment = environment.describe(device)
     meter = meters.Meter(device, spec.steps)
-    with meter.clock("load"), meter.phase("load"):
+    with meter.clock("load"):
         examples = prepare(spec)
-        base = _seeded_base(spec, examples, device)
+        meter.set_baseline()
+        with meter.phase("load"):
+            base = _seeded_base(spec, examples, device)
     _check_length(spec, base)
     record.environment |= model.fingerprint(spec, base) | {"data": examples.fingerprints, "data_notes": examples.notes}
     num_base = _count(base)

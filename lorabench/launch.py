@@ -177,7 +177,7 @@ class _Launch:
             self._settle(self._fail(spec, Status.FAILED, f"its folder cannot be written: {error.strerror}"))
             return
         arguments = (self.target, spec, str(self.store.root.absolute()), self.pool.settings, gpu)
-        self.context = self.context or start_server(self.server_log, self.pool.preload)
+        self.context = self.context or start_server(self.server_log, self.pool.preload, self.sweep.runs)
         process = self.context.Process(target=child_main, args=arguments, name=spec.id)
         process.start()
         before = self._record_stamp(spec)

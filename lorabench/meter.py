@@ -54,6 +54,12 @@ class Meter:
         self._running, self._since = "other", time.perf_counter()
         self._process = _Process()
         self._energy = EnergyCounter(device)
+        self.baseline_gib = 0.0
+        self.set_baseline()
+
+    def set_baseline(self) -> None:
+        """Count CPU memory from here: what the process and its data hold is not the method's."""
+        release_memory()
         self.baseline_gib = self._process.resident() / GIB
 
     @contextlib.contextmanager
@@ -96,13 +102,11 @@ class Meter:
 
     def start_training(self) -> None:
         """Give memory that loading left behind back to the system, so that it is not taken for training's."""
-        gc.collect()
+        release_memory()
         if self.device.type == "cuda":
             import torch
 
             torch.cuda.empty_cache()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
         self._energy.start()
 
     def end_training(self) -> None:
@@ -200,6 +204,13 @@ class Meter:
         if name != "load":
             peaks["reserved_peak_gib"] = torch.cuda.max_memory_reserved(self.device) / GIB
         return peaks
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, as far as the C library can."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Process:

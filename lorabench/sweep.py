@@ -48,9 +48,7 @@ class Table:
 
     @property
     def title(self) -> str:
-        return self.name or "-".join(
-            [*self.values[:2], *([self.columns] if self.columns else [])]
-        ).replace(".", "_")
+        return self.name or "-".join([*self.values[:2], *([self.columns] if self.columns else [])]).replace(".", "_")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,13 @@ so a run starts in milliseconds and shares nothing with the run before it.
 from __future__ import annotations
 
 import faulthandler
+import json
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, parent_process, resource_tracker
 from pathlib import Path
@@ -30,6 +31,7 @@ PRELOAD = (
     "transformers.models.llama.modeling_llama",
     "peft.utils.transformers_weight_conversion",
     "lorabench.execute",
+    "lorabench.warm",
 )
 """Imports of the fork server; none may start a thread or a CUDA context, which would not survive the fork."""
 NO_GPU_PRELOAD = ("transformers.integrations.bitsandbytes",)
@@ -62,7 +64,17 @@ def execute_run(spec: RunSpec, store: Store, settings: Settings) -> Any:
     return execute(spec, store, Options(**vars(settings)))
 
 
-def start_server(log: Path, preload: tuple[str, ...] = PRELOAD) -> Any:
+WARM_VARIABLE = "LORABENCH_WARM"
+"""Holds the specs that the fork server warms up for, as JSON."""
+
+
+def warm_specs(specs: Sequence[RunSpec]) -> str:
+    """One spec for each model, task and method of a sweep, at most eight, as JSON."""
+    distinct = {(spec.model, spec.revision, spec.task, spec.seq_len, spec.method.name): spec for spec in specs}
+    return json.dumps([spec.to_json() for spec in list(distinct.values())[:8]])
+
+
+def start_server(log: Path, preload: tuple[str, ...] = PRELOAD, specs: Sequence[RunSpec] = ()) -> Any:
     """The fork server's context. The server is started with the signals that mean "stop" blocked.
 
     A terminal's Ctrl-C and SLURM's SIGTERM reach every process of the group, but only the launcher decides what to
@@ -72,7 +84,8 @@ def start_server(log: Path, preload: tuple[str, ...] = PRELOAD) -> Any:
     context = multiprocessing.get_context("forkserver")
     extra = () if has_gpu_driver() or preload != PRELOAD else NO_GPU_PRELOAD
     context.set_forkserver_preload([*preload, *extra])
-    added = {key: value for key, value in SERVER_ENVIRONMENT.items() if key not in os.environ}
+    wanted = SERVER_ENVIRONMENT | {WARM_VARIABLE: warm_specs(specs)}
+    added = {key: value for key, value in wanted.items() if key not in os.environ}
     os.environ.update(added)
     resource_tracker.ensure_running()  # else the server starts it, and it unblocks SIGINT and SIGTERM
     stops = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}

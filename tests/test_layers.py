@@ -24,7 +24,7 @@ LAYERS = [
     {"train", "analyze"},
     {"execute", "report"},
     {"status", "stamp", "plan", "worker"},
-    {"launch"},
+    {"launch", "warm"},
     {"cli"},
     {"__main__"},
 ]

@@ -143,7 +143,9 @@ def test_lora_trains_the_parameters_that_its_paper_counts(tiny_bases, labelled):
     assert got == sum(spec.method.rank * (m + n) for m, n in shapes)
 
 
-@pytest.mark.parametrize(("alpha", "rslora", "want"), [(16.0, False, 8.0), ("2r", False, 2.0), (16.0, True, 16 / 2**0.5)])
+@pytest.mark.parametrize(
+    ("alpha", "rslora", "want"), [(16.0, False, 8.0), ("2r", False, 2.0), (16.0, True, 16 / 2**0.5)]
+)
 def test_lora_scale(alpha, rslora, want, tiny_bases, labelled):
     spec = method_spec("lora", "llama", tiny_bases, labelled)
     method = encode(spec.method) | {"alpha": alpha, "rslora": rslora}

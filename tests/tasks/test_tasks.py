@@ -89,9 +89,7 @@ def test_classification_metrics_are_those_of_scikit_learn(classes):
     true, logits = rng.integers(0, classes, 200), torch.tensor(rng.normal(size=(200, classes)))
     logits[np.arange(200), true] += 1.0
     task = Classification(data="x")
-    scores = [
-        task.score(logits[part], {"labels": torch.tensor(true[part])}) for part in (slice(0, 77), slice(77, 200))
-    ]
+    scores = [task.score(logits[part], {"labels": torch.tensor(true[part])}) for part in (slice(0, 77), slice(77, 200))]
     got, predicted = task.metrics(0.5, scores), logits.argmax(-1).numpy()
     assert got["accuracy"] == pytest.approx(sk.accuracy_score(true, predicted))
     assert got["macro_f1"] == pytest.approx(sk.f1_score(true, predicted, average="macro"))

@@ -1,0 +1,54 @@
+"""Warms the fork server up when it imports this: what the runs of a sweep share is read once, and inherited.
+
+Loading a first model makes transformers and PEFT import and compute a good deal, and tokenizing a data set takes
+longer than many short runs; both are done here, in one thread, for what lies on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lorabench.examples import prepare
+from lorabench.model import load_base, resolve
+from lorabench.spec import RunSpec
+from lorabench.worker import WARM_VARIABLE
+
+LARGEST_BYTES = 200e6
+
+
+def warm(spec: RunSpec) -> None:
+    """Tokenize the run's data, and load its base and attach its method once where that is quick."""
+    if not _is_local(spec):
+        return
+    examples = prepare(spec)
+    folder = Path(resolve(spec.model))
+    if sum(file.stat().st_size for file in folder.glob("*.safetensors")) < LARGEST_BYTES:
+        spec.method.attach(load_base(replace(spec, quantization="none"), torch.device("cpu"), examples.model_options))
+
+
+def _is_local(spec: RunSpec) -> bool:
+    """Whether reading it starts no threads, which a fork would not survive: no Hub, no parquet."""
+    sources = [Path(source) for source in spec.task.sources().values() if not source.startswith("builtin:")]
+    files = [file for path in sources for file in ([path] if path.is_file() else path.glob("*"))]
+    here = all(path.exists() for path in sources) and not any(file.suffix == ".parquet" for file in files)
+    return here and Path(resolve(spec.model)).is_dir()
+
+
+def _main() -> None:
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for table in json.loads(os.environ.pop(WARM_VARIABLE, "[]")):
+        try:
+            warm(RunSpec.from_json(table))
+        except Exception:  # whatever is wrong, the run itself meets it and says so in its record
+            traceback.print_exc()
+    del os.environ["TOKENIZERS_PARALLELISM"]
+
+
+_main()
