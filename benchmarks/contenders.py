@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import tempfile
 import time
@@ -74,7 +76,7 @@ class Race:
         rows = self.examples.splits["train"]
         order = Order(len(rows), self.spec.batch_size, self.spec.seed)
         visited = [rows[i] for step in range(self.spec.steps) for i in order.indices(step)]
-        return [{key: torch.tensor(value) for key, value in row.items()} for row in visited]
+        return [{key: torch.tensor(value).long() for key, value in row.items()} for row in visited]
 
 
 class TickingLog(StepLog):
@@ -181,6 +183,12 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def return_free_memory() -> None:
+    """Give the system back what is free, so that it is not reused unseen."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def memory(key: str) -> int:

@@ -24,7 +24,7 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import hardware
 import torch
-from contenders import CONTENDERS, Race, Window, memory
+from contenders import CONTENDERS, Race, Window, memory, return_free_memory
 from transformers.utils.logging import disable_progress_bar
 
 from lorabench.examples import prepare
@@ -126,6 +126,7 @@ def child(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     spec = make_spec(arguments, arguments.methods[0])
     prepare(spec)
+    return_free_memory()
     before = memory("VmRSS")
     race, _ = race_once(arguments.child, spec, device, arguments.skip)
     if device.type == "cuda":

@@ -153,7 +153,7 @@ def _complete(splits: dict[str, list[dict[str, Any]]], fingerprint: str) -> Data
 
 
 def _cut_text(row: dict[str, Any], missing: list[str]) -> dict[str, list[dict[str, Any]]]:
-    (key,) = [key for key, value in row.items() if isinstance(value, str)] or [None]
+    key = max((key for key in row if isinstance(row[key], str)), key=lambda key: len(row[key]), default=None)
     if key is None:
         return {}
     text, size = row[key], len(row[key]) // HELD_OUT

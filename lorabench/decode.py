@@ -74,10 +74,10 @@ def decode(cls: type, table: dict[str, Any], where: str = "") -> Any:
     try:
         return cls(**values)
     except ValueError as error:
-        raise InputError(f"{where}{line}" for line in str(error).splitlines()) from None
+        raise InputError([f"{where}{line}" for line in str(error).splitlines()]) from None
 
 
-def decode_plugin(base: type, table: Any, where: str) -> Any:
+def decode_plugin(base: type[plugins.Plugin], table: Any, where: str) -> Any:
     """The plug-in that `table["name"]` names, with its own fields from the rest of the table."""
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):
         choices = ", ".join(plugins.names(base.folder))

@@ -40,7 +40,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _packages() -> dict[str, str | None]:
-    found = {}
+    found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -157,7 +157,7 @@ def _train_and_evaluate(
     hold.progress["phase"] = "evaluate"
     try:
         with meter.clock("evaluate"):
-            after = {}
+            after: dict[str, float] = {}
             for split in ("validation", "test", "retain"):
                 after |= evaluate(training, examples, split, stop)
     except Stopped:

@@ -307,8 +307,8 @@ def model_flops_per_token(model: nn.Module, length: float) -> float:
             continue
         total += size * (6 if module.weight.requires_grad else 4)
     config = model.config
-    heads = getattr(config, "num_attention_heads", 0)
-    width = heads * getattr(config, "head_dim", None) if getattr(config, "head_dim", None) else config.hidden_size
+    head_dim = getattr(config, "head_dim", None)
+    width = config.num_attention_heads * head_dim if head_dim else config.hidden_size
     return total + 12 * config.num_hidden_layers * width * length
 
 

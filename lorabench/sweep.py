@@ -197,15 +197,15 @@ def _cells(
             problems.append(f"{where}{key} = []: an axis needs at least one value")
             return
     for group in groups:
-        values = [flat.get(key) for key in group]
-        if not all(isinstance(value, list) for value in values):
+        lists: list[Any] = [flat.get(key) for key in group]
+        if not all(isinstance(item, list) for item in lists):
             problems.append(f"{where}zip = {show(list(group))}: each of these keys must be a list in this grid")
             return
-        if len({len(value) for value in values}) > 1:
+        if len({len(item) for item in lists}) > 1:
             lengths = ", ".join(f"{key} has {len(flat[key])}" for key in group)
             problems.append(f"{where}zip = {show(list(group))}: the lists must be of one length, but {lengths}")
             return
-        axes[group] = list(zip(*values, strict=True))
+        axes[group] = list(zip(*lists, strict=True))
     zipped = {key for group in groups for key in group}
     for key, value in flat.items():
         if isinstance(value, list) and key not in zipped:
@@ -256,7 +256,7 @@ def known_measures() -> dict[str, Measure]:
     """What a table can show: the records' measures, and each layer metric's mean (`spectrum.rank_90`)."""
     measures = dict(MEASURES)
     for name in plugins.names("analyses"):
-        analysis = plugins.plugin_class("analyses", name)
+        analysis: Any = plugins.plugin_class("analyses", name)
         if analysis.needs == "layer":
             measures |= {f"{name}.{key}": Measure("", None, text, name) for key, text in analysis.metrics.items()}
     return measures

@@ -68,7 +68,8 @@ def save_svds(updates: Iterable[Update], folder: Path, keep: int) -> None:
 
     from lorabench.linalg import thin_svd
 
-    tensors, norms, ranks = {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    norms, ranks = {}, {}
     for update in updates:
         svd = thin_svd(update.B, update.A, keep=keep)
         parts = {"U": svd.U, "S": svd.S, "Vh": svd.Vh}

@@ -16,7 +16,7 @@ import tokenize
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
 SPLITS = ("train", "validation", "test")
@@ -64,10 +64,10 @@ def library_modules(root: Path) -> Iterator[Module]:
             yield Module(name, text, long_docstrings(text))
 
 
-def documented_nodes(text: str) -> Iterator[tuple[ast.AST, str]]:
+def documented_nodes(text: str) -> Iterator[tuple[Any, str]]:
     """The module, classes and functions that have a docstring, outer before inner, with it."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    waiting = deque([ast.parse(text)])
+    waiting: deque[ast.AST] = deque([ast.parse(text)])
     while waiting:
         node = waiting.popleft()
         # ast.walk would also visit the expressions, which are most of the tree and hold no docstring.
@@ -96,7 +96,8 @@ def without_docstrings(text: str) -> str:
 
 def prose_families(modules: Iterable[Module]) -> set[str]:
     """The top-level names whose long docstrings reach `PROSE_SHARE` of their text."""
-    size, prose = defaultdict(int), defaultdict(int)
+    size: dict[str, int] = defaultdict(int)
+    prose: dict[str, int] = defaultdict(int)
     for module in modules:
         size[module.family] += len(module.text)
         prose[module.family] += sum(map(len, module.docstrings))
@@ -147,7 +148,8 @@ def split(documents: Iterable[Document]) -> dict[str, list[Document]]:
     Each kind of source (topic, docstrings, code) fills `HELD_OUT_SHARE` of its characters in
     validation, then in test: a hash alone put 73% topics in validation and 3% in test.
     """
-    kinds, parts = defaultdict(list), {name: [] for name in SPLITS}
+    kinds: dict[str, list[Document]] = defaultdict(list)
+    parts: dict[str, list[Document]] = {name: [] for name in SPLITS}
     for document in sorted(documents, key=name_hash):
         kinds[document.source.split(":")[0]].append(document)
     for members in kinds.values():

@@ -29,7 +29,7 @@ class Spectra(Figure):
         from matplotlib.lines import Line2D
 
         from lorabench import drawing
-        from lorabench.results import grouped
+        from lorabench.results import grouped, ordered
 
         values = _values(results, self.kinds)
         if values.empty:
@@ -37,13 +37,14 @@ class Spectra(Figure):
         keys = [key for key in results.settings if key != RANK]
         ranked = values[values[RANK].notna()] if RANK in values else values.iloc[:0]
         level = values[values[RANK].isna()] if RANK in values else values
+        ranks = ordered(ranked[RANK]) if len(ranked) else []
         panels = grouped(ranked, keys) if len(ranked) else [((), ranked)]
         columns = drawing.panel_columns(len(panels))
         with drawing.style():
             figure, grid = drawing.new_figure(-(-len(panels) // columns), columns, sharex=True, sharey=True, height=2.6)
             handles: dict[str, Any] = {}
             for axes, (place, chunk) in zip(grid.flat, panels, strict=False):
-                handles |= _panel(axes, chunk, _same_base(level, keys, place), keys)
+                handles |= _panel(axes, chunk, _same_base(level, keys, place), keys, ranks)
                 axes.set_title(drawing.series_label(keys, place, full=True) if place else "")
             for axes in drawing.lowest(grid, len(panels)):
                 axes.set_xlabel("Index i")
@@ -51,7 +52,7 @@ class Spectra(Figure):
                 axes.set_ylabel("σᵢ / σ₁")
             drawing.powers_of_two(grid[0, 0], [2**k for k in range(int(values["index"].max()).bit_length())])
             grid[0, 0].set_yscale("log")
-            grid[0, 0].set_ylim(max(1e-4, 0.5 * float(values["ratio"].quantile(0.01))), 1.4)
+            grid[0, 0].set_ylim(max(1e-4, grid[0, 0].get_ylim()[0]), 1.4)
             if values["null_ratio"].notna().any():
                 handles["Gaussian"] = Line2D([], [], color=drawing.REFERENCE, linestyle=NULL_DASHES, linewidth=0.8)
             drawing.legend_below(figure, list(handles.values()), list(handles))
@@ -61,7 +62,8 @@ class Spectra(Figure):
         of = f" ({', '.join(self.kinds)})" if self.kinds else ""
         return (
             f"Singular values of the update relative to the largest: geometric mean over layers{of} and seeds, band "
-            "from the 10th to the 90th percentile. Dashed: random Gaussian updates of the same shapes and ranks, "
+            "from the 10th to the 90th percentile, up to the length that all layers have. Dashed: "
+            "random Gaussian updates of the same shapes and ranks, "
             "beside which a decay is to be read."
         )
 
@@ -97,16 +99,17 @@ def _same_base(level: pd.DataFrame, keys: list[str], place: tuple[Any, ...]) -> 
     return level
 
 
-def _panel(axes: Axes, ranked: pd.DataFrame, level: pd.DataFrame, keys: list[str]) -> dict[str, Any]:
+def _panel(axes: Axes, ranked: pd.DataFrame, level: pd.DataFrame, keys: list[str], ranks: list[Any]) -> dict[str, Any]:
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
     from lorabench import drawing
-    from lorabench.results import grouped, ordered
+    from lorabench.results import grouped
 
     handles: dict[str, Any] = {}
-    ranks = ordered(ranked[RANK]) if len(ranked) else []
     for i, rank in enumerate(ranks):
+        if not (ranked[RANK] == rank).any():
+            continue
         color = to_hex(colormaps["viridis"](0.88 * i / max(1, len(ranks) - 1)))
         look = drawing.Look(color, drawing.MARKERS[i % len(drawing.MARKERS)])
         handles[f"rank {rank}"] = _curve(axes, ranked[ranked[RANK] == rank], look)
@@ -117,10 +120,17 @@ def _panel(axes: Axes, ranked: pd.DataFrame, level: pd.DataFrame, keys: list[str
     return handles
 
 
+def _common_length(values: pd.DataFrame) -> int:
+    """Up to where every layer has singular values: past it the mean would be over the larger layers alone."""
+    counts = values.groupby("index").size()
+    return int(counts.index[counts == counts.max()].max())
+
+
 def _curve(axes: Axes, values: pd.DataFrame, look: Any) -> Any:
     """One series: mean, band and its null; the handle of the mean."""
     import numpy as np
 
+    values = values[values["index"] <= _common_length(values)]
     logs = np.log(values["ratio"].clip(lower=FLOOR))
     by_index = logs.groupby(values["index"])
     mean = np.exp(by_index.mean())

@@ -53,7 +53,7 @@ class Lora(Method):
         names, heads = targets.match(model, self.targets), models.new_heads(model)
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha_value,
+            lora_alpha=self.alpha_value,  # type: ignore[arg-type]  # PEFT takes any number
             lora_dropout=self.dropout,
             target_modules=names,
             use_rslora=self.rslora,
