@@ -73,21 +73,21 @@ def _read(role: str, source: str, task: Task, columns: str | None) -> Data:
 
 def collate(examples: list[Example], padding: int, device: torch.device) -> Batch:
     """Tensors (n, longest) on `device`, padded on the right; no attention mask where nothing is padded."""
-    longest = max(len(example["input_ids"]) for example in examples)
-    ids = torch.full((len(examples), longest), padding)
+    lengths = [len(example["input_ids"]) for example in examples]
+    longest = max(lengths)
     per_token = not isinstance(examples[0]["labels"], int)
-    labels = torch.full((len(examples), longest), IGNORE) if per_token else torch.tensor(
-        [example["labels"] for example in examples]
-    )  # fmt: skip
-    lengths = torch.tensor([len(example["input_ids"]) for example in examples])
-    for row, example in enumerate(examples):
-        ids[row, : lengths[row]] = torch.as_tensor(example["input_ids"])
+    arrays = {"input_ids": np.full((len(examples), longest), padding, np.int64)}
+    if per_token:
+        arrays["labels"] = np.full((len(examples), longest), IGNORE, np.int64)
+    else:
+        arrays["labels"] = np.array([example["labels"] for example in examples], np.int64)
+    for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        arrays["input_ids"][row, :length] = example["input_ids"]
         if per_token:
-            labels[row, : lengths[row]] = torch.as_tensor(example["labels"])
-    batch = {"input_ids": ids, "labels": labels}
-    if (lengths < longest).any():
-        batch["attention_mask"] = (torch.arange(longest)[None] < lengths[:, None]).long()
-    return {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+            arrays["labels"][row, :length] = example["labels"]
+    if min(lengths) < longest:
+        arrays["attention_mask"] = (np.arange(longest) < np.array(lengths)[:, None]).astype(np.int64)
+    return {key: torch.from_numpy(array).to(device, non_blocking=True) for key, array in arrays.items()}
 
 
 class Order:
@@ -95,7 +95,7 @@ class Order:
 
     def __init__(self, size: int, batch_size: int, seed: int):
         self.size, self.batch_size, self.seed = size, batch_size, seed
-        self._epoch, self._permutation = -1, torch.empty(0)
+        self._epoch, self._permutation = -1, np.empty(0, np.int64)
 
     def indices(self, step: int) -> list[int]:
         """The examples of step 0, 1, …; a batch may reach into the next epoch."""
@@ -105,5 +105,5 @@ class Order:
     def _at(self, epoch: int, offset: int) -> int:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator)
+            self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator).numpy()
         return int(self._permutation[offset])

@@ -113,7 +113,7 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
         with meter.phase("load"):
             base = _seeded_base(spec, examples, device)
     _check_length(spec, base)
-    record.environment |= model.fingerprint(spec, base) | {"data": examples.fingerprints, "data_notes": examples.notes}
+    record.environment |= model.fingerprint(spec) | {"data": examples.fingerprints, "data_notes": examples.notes}
     num_base = _count(base)
     torch.manual_seed(method_seed(spec))
     tuned = spec.method.attach(base)

@@ -89,20 +89,26 @@ def skeleton(spec: RunSpec, options: dict[str, Any]) -> nn.Module:
         return getattr(transformers, spec.task.auto_class).from_config(config)
 
 
-def fingerprint(spec: RunSpec, model: nn.Module) -> dict[str, str | None]:
-    """Which weights these are: the Hub's commit, or SHA-256 over a local folder's weight files."""
+def fingerprint(spec: RunSpec) -> dict[str, str]:
+    """Which weights these are: the Hub's commit, or SHA-256 of each of a local folder's weight files."""
+    from transformers.utils import cached_file
+
     from lorabench.record import file_digest
 
     source = resolve(spec.model)
-    if not Path(source).is_dir():
-        return {"model_commit": getattr(model.config, "_commit_hash", None)}
+    if not Path(source).is_dir():  # the cache keeps each commit's files in a folder of that name
+        return {"model_commit": Path(cached_file(source, "config.json", revision=spec.revision)).parent.name}
     files = sorted(file for pattern in WEIGHT_FILES for file in Path(source).glob(pattern))
     return {"model_sha256": ",".join(file_digest(file) for file in files)}
 
 
 def max_length(model: nn.Module) -> int | None:
     """The longest input that the model's position embeddings allow; None where there is no such limit."""
-    return getattr(model.config, "max_position_embeddings", None)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1  # RoBERTa counts positions from there
+    return longest
 
 
 def new_heads(model: nn.Module) -> list[str]:

@@ -87,10 +87,11 @@ class LanguageModeling(Task):
         return int((batch["labels"][:, 1:] != IGNORE).sum())
 
     def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        from torch.nn.functional import cross_entropy
+        from torch.nn.functional import cross_entropy, pad
 
-        targets = batch["labels"][:, 1:].flatten()
-        return cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")
+        # The labels are shifted, not the logits: a slice of those is copied, and its gradient padded by a copy more.
+        targets = pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:].flatten()
+        return cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")
 
     def score(self, logits: Tensor, batch: dict[str, Tensor]) -> tuple[int, int]:
         targets = batch["labels"][:, 1:]

@@ -30,7 +30,7 @@ def make_spec(**changes) -> RunSpec:
 
 @pytest.fixture(scope="session")
 def tiny_bases(tmp_path_factory) -> dict[str, str]:
-    """Folders of random models, 2 layers of width 64, with the built-in tokenizer: llama, gpt2, bert."""
+    """Folders of random models, 2 layers of width 64, with the built-in tokenizer: llama, gpt2, bert, roberta."""
     import torch
     import transformers as t
 
@@ -47,10 +47,15 @@ def tiny_bases(tmp_path_factory) -> dict[str, str]:
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=128, vocab_size=1024, pad_token_id=2,
     )  # fmt: skip
+    roberta = t.RobertaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=131, vocab_size=1024, pad_token_id=2, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
     models = {
         "llama": t.LlamaForCausalLM(llama),
         "gpt2": t.GPT2LMHeadModel(gpt2),
         "bert": t.BertModel(bert),
+        "roberta": t.RobertaModel(roberta),
     }
     tokenizer = t.AutoTokenizer.from_pretrained(BUILTIN / "tiny-llama")
     folders = {}

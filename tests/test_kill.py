@@ -86,5 +86,8 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
         assert got.files == want.files
         metrics = ("valid_loss", "test_loss", "train_loss", "retain_loss_after", "base_valid_loss")
         assert {name: got.measures[name] for name in metrics} == {name: want.measures[name] for name in metrics}
-        steps = [(battered.folder(spec.id) / "steps.jsonl").read_text(), (alone.folder(spec.id) / "steps.jsonl").read_text()]
+        steps = [
+            (battered.folder(spec.id) / "steps.jsonl").read_text(),
+            (alone.folder(spec.id) / "steps.jsonl").read_text(),
+        ]
         assert steps[0] == steps[1]

@@ -19,7 +19,7 @@ METHODS = plugins.names("methods")
 
 def method_spec(name: str, base: str, tiny_bases, labelled, **changes):
     task = {"name": "text", "max_train": 16, "max_eval": 4}
-    if base == "bert":
+    if "bert" in base:
         task = {"name": "classification", "data": labelled, "max_train": 16, "max_eval": 4}
     method = encode(plugins.example("methods", name))
     return make_spec(method=method, model=tiny_bases[base], task=task, **changes)
@@ -74,7 +74,7 @@ def add(model, updates):
     return model
 
 
-@pytest.mark.parametrize("base", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("base", ["llama", "gpt2", "bert", "roberta"])
 @pytest.mark.parametrize("name", METHODS)
 def test_base_plus_update_is_the_tuned_model(name, base, tiny_bases, labelled, tmp_path):
     spec = method_spec(name, base, tiny_bases, labelled)
@@ -103,7 +103,7 @@ def test_quantized_base_plus_update_is_the_tuned_model(quantization, tiny_bases,
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("base", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("base", ["llama", "gpt2", "bert", "roberta"])
 @pytest.mark.parametrize("name", METHODS)
 def test_only_what_should_train_changes(name, base, tiny_bases, labelled):
     spec = method_spec(name, base, tiny_bases, labelled)
