@@ -5,7 +5,7 @@ loss curves are checked against each other first. Tokens/s are taken over the sa
 in rounds that take turns, so that a busy machine slows all of them alike. Peak memory is measured apart from the
 timing, each contender in a fresh process.
 
-    python benchmarks/training.py                                  # a minute or two on a CPU
+    python benchmarks/training.py                                  # some minutes on a CPU
     python benchmarks/training.py --device cuda --dtype bfloat16   # on a GPU
 """
 
@@ -143,7 +143,7 @@ ARGUMENTS: dict[str, Any] = {
     "rank": 8,
     "batch_size": 4,
     "seq_len": 64,
-    "steps": 50,
+    "steps": 30,
     "lr": 3e-3,
     "threads": 1,
     "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -155,9 +155,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for key, value in ARGUMENTS.items():
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, type=type(value), help=f"default: {value}")
-    parser.add_argument("--rounds", default=9, type=int, help="default: 9")
+    parser.add_argument("--rounds", default=21, type=int, help="default: 21")
     parser.add_argument("--memory-rounds", default=3, type=int, help="processes a contender (default: 3)")
-    parser.add_argument("--skip", default=10, type=int, help="steps left out of each round's time (default: 10)")
+    parser.add_argument("--skip", default=5, type=int, help="steps left out of each round's time (default: 5)")
     parser.add_argument("--methods", nargs="+", default=["lora", "full"], choices=["lora", "full"])
     parser.add_argument("--child", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     return parser.parse_args()

@@ -97,7 +97,7 @@ def fingerprint(spec: RunSpec) -> dict[str, str]:
 
     source = resolve(spec.model)
     if not Path(source).is_dir():  # the cache keeps each commit's files in a folder of that name
-        return {"model_commit": Path(cached_file(source, "config.json", revision=spec.revision)).parent.name}
+        return {"model_commit": Path(str(cached_file(source, "config.json", revision=spec.revision))).parent.name}
     files = sorted(file for pattern in WEIGHT_FILES for file in Path(source).glob(pattern))
     return {"model_sha256": ",".join(file_digest(file) for file in files)}
 

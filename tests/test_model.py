@@ -62,7 +62,7 @@ def test_a_hub_data_set_that_is_not_there_is_one_clear_line(monkeypatch):
         raise ConnectionError("Couldn't reach 'acme/none' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", missing)
-    with pytest.raises(InputError, match="acme/none.*neither a local path nor a Hub data set"):
+    with pytest.raises(InputError, match=r"acme/none.*neither a local path nor a Hub data set"):
         data_module.read_data("acme/none")
 
 

@@ -31,7 +31,7 @@ class Lora(Method):
     """The scale s is alpha / rank, or alpha / √rank with `rslora`."""
 
     rank: Annotated[int, Ge(1)] = 8
-    alpha: Annotated[float, Ge(0)] | PerRank = 16.0
+    alpha: Annotated[float, Ge(0)] | PerRank = "2r"
     """A number, or a multiple of the rank such as "2r": a fixed alpha and a fixed scale are different experiments."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     targets: str = "all-linear"

@@ -1,0 +1,108 @@
+"""Measuring: peaks by phase, clocks that add up, throughput without warm-up, FLOPs beside torch's own counter."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorabench import meter as meters
+from lorabench import model as models
+from lorabench.meter import Meter
+from tests.conftest import make_spec
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+def touch(mib: int) -> torch.Tensor:
+    return torch.ones(mib * MIB, dtype=torch.uint8)
+
+
+def test_each_phase_has_its_own_peak():
+    meter = Meter(CPU, steps=100)
+    if not meter._process.can_reset:
+        pytest.skip("this kernel does not let a process reset its high-water mark")
+    with meter.phase("forward_backward"):
+        del_me = touch(300)
+        del del_me
+    with meter.phase("optimizer"):
+        kept = touch(50)
+    measures, how = meter.memory()
+    assert measures["forward_backward_peak_gib"] * 1024 == pytest.approx(300, abs=30)
+    assert measures["optimizer_peak_gib"] * 1024 == pytest.approx(50, abs=30)
+    assert measures["peak_gib"] == measures["forward_backward_peak_gib"]
+    assert "VmHWM" in how and kept is not None
+
+
+def test_the_baseline_is_not_counted():
+    held = touch(200)
+    meter = Meter(CPU, steps=100)
+    with meter.phase("forward_backward"):
+        pass
+    assert meter.memory()[0]["peak_gib"] * 1024 < 30
+    assert held is not None
+
+
+def test_clocks_are_exclusive_and_add_up(monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(now)))
+    meter = Meter(CPU, steps=100)  # every look at the clock takes a second
+    with meter.clock("load"):
+        pass
+    with meter.clock("train"), meter.clock("evaluate"):
+        pass
+    wall = meter.wall_time()
+    assert wall["load_seconds"] == 1 and wall["evaluate_seconds"] == 1 and wall["train_seconds"] == 2
+    assert wall["total_seconds"] == next(now) - 1
+
+
+def test_throughput_leaves_the_warm_up_out(monkeypatch):
+    times = itertools.chain(range(5), *([i, i + 0.5] for i in range(5, 25)))  # a warm-up step's end is not looked at
+    monkeypatch.setattr(Meter, "_now", lambda self: next(times))
+    meter = Meter(CPU, steps=50)
+    for _ in range(25):
+        with meter.step(tokens=100, padded=150, labels=10):
+            pass
+    meter.flush()
+    got = meter.throughput()
+    assert len(meter.step_rows) == 20
+    assert got["tokens_per_second"] == 200 and got["padded_tokens_per_second"] == 300
+    assert got["label_tokens_per_second"] == 20 and got["step_seconds_median"] == got["step_seconds_p95"] == 0.5
+
+
+def test_a_resumed_run_keeps_what_was_measured():
+    first, second = Meter(CPU, steps=10), Meter(CPU, steps=10)
+    with first.clock("train"):
+        time.sleep(0.02)
+    first.peaks, first.step_rows = {"optimizer_peak_gib": 5.0}, [(0.5, 100, 100, 100)]
+    second.restore(first.state)
+    assert second.memory()[0]["peak_gib"] == 5.0
+    assert second.throughput()["tokens_per_second"] == 200
+    assert second.wall_time()["train_seconds"] >= 0.02
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [({"name": "full"}, 1e-9), ({"name": "lora", "rank": 8}, 0.05)])
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_flops_are_those_that_torch_counts(base, method, tolerance, tiny_bases):
+    """With a frozen base the lowest layer needs no gradient of its input, which the formula leaves aside."""
+    spec = make_spec(model=tiny_bases[base], method=method)
+    model = spec.method.attach(models.load_base(spec, CPU, {}))
+    model.set_attn_implementation("eager")  # torch's counter does not know the CPU's fused attention
+    ids = torch.randint(3, 1000, (4, 96))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    counted = counter.get_total_flops() / ids.numel()
+    assert meters.model_flops_per_token(model, 96) == pytest.approx(counted, rel=tolerance)
+
+
+def test_measuring_the_device_leaves_the_random_stream_alone():
+    torch.manual_seed(3)
+    want = torch.rand(4)
+    torch.manual_seed(3)
+    flops, source = meters.peak_flops(CPU, "float32")
+    assert torch.equal(torch.rand(4), want)
+    assert flops > 1e9 and "measured" in source
