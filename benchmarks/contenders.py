@@ -178,6 +178,17 @@ CONTENDERS: dict[str, Callable[[Race], None]] = {
 }
 
 
+@torch.no_grad()
+def untrained_losses(race: Race) -> list[float]:
+    """The loss of each step's batch by the model as it was: what training must have brought down."""
+    model, rows, size = race.model().eval(), race.rows(), race.spec.batch_size
+    losses = []
+    for start in range(0, len(rows), size):
+        batch = {key: torch.stack([row[key] for row in rows[start : start + size]]) for key in rows[0]}
+        losses.append(float(model(**{key: tensor.to(race.window.device) for key, tensor in batch.items()}).loss))
+    return losses
+
+
 def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,11 +118,19 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
         problems += _unknown_keys([select.over], known, "select.over")
         problems += _unknown_measures([select.by], MEASURES, "select.by")
     if problems:
-        raise InputError(list(dict.fromkeys(problems)))
+        raise InputError(_once(problems))
     return Sweep(
         name=name, text=text, runs=tuple(runs), zips=tuple(zips), select=select,
         tables=tuple(tables), figures=tuple(figures),
     )  # fmt: skip
+
+
+def _once(problems: list[str]) -> list[str]:
+    """Each problem once; what is wrong in several grid blocks is wrong in [base], and named without the block."""
+    texts = [re.sub(r"^grid \d+: ", "", problem) for problem in dict.fromkeys(problems)]
+    return list(
+        dict.fromkeys(t if texts.count(t) > 1 else p for t, p in zip(texts, dict.fromkeys(problems), strict=True))
+    )
 
 
 def _collect(problems: list[str], make: Any) -> Any:
@@ -272,7 +281,7 @@ def _unknown_measures(values: list[str], known: dict[str, Measure], where: str) 
 
 def _checked(table: Table, known: list[str], where: str) -> Table:
     """The table, once its keys and measures are known to exist."""
-    problems = _unknown_measures(table.values, known_measures(), f"{where}value") if known else []
+    problems = _unknown_measures(table.values, known_measures(), f"{where}value")
     if known:
         problems += _unknown_keys(table.rows, known, f"{where}rows")
         problems += _unknown_keys([table.columns] if table.columns else [], known, f"{where}columns")

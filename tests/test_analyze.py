@@ -40,7 +40,7 @@ def factors(spec):
 
 
 def save_adapter(folder, spec):
-    config = {"peft_type": "LORA", "r": spec.method.rank, "lora_alpha": spec.method.alpha}
+    config = {"peft_type": "LORA", "r": spec.method.rank, "lora_alpha": spec.method.alpha_value}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensors = {}
     for name, (B, A) in factors(spec).items():
@@ -78,7 +78,7 @@ def store(sweep, tmp_path):
 
 def delta_of(spec, layer):
     B, A = factors(spec)[layer]
-    return B @ A * (spec.method.alpha / spec.method.rank if spec.method.name == "lora" else 1)
+    return B @ A * (spec.method.alpha_value / spec.method.rank if spec.method.name == "lora" else 1)
 
 
 def test_spectra_are_those_of_the_updates(store, sweep, capsys):

@@ -189,7 +189,7 @@ by = "loss"
 """
     starts = [line.split(" = ")[0] for line in problems(text)]
     assert starts[0] == "nmae"
-    assert {"grid 1: method.rank", "grid 1: steps", "grid 2: steps", "grid 2: quantization"} <= set(starts)
+    assert {"grid 1: method.rank", "steps", "grid 2: quantization"} <= set(starts)
     assert len(starts) == len(set(problems(text)))
 
 
@@ -306,3 +306,10 @@ def test_every_shipped_sweep_expands_and_its_header_says_why(file: Path) -> None
         assert RunSpec.from_json(json.loads(json.dumps(run.to_json()))) == run
     for word in ("# Question:", "# Cost:", "# Expect:"):
         assert word in sweep.text
+
+
+def test_what_is_wrong_in_the_base_is_said_once() -> None:
+    text = 'steps = 0\n[[grid]]\nmethod.name = "full"\n[[grid]]\nmethod.name = "lora"\nmethod.rank = 0\n'
+    with pytest.raises(InputError) as error:
+        cells(text, "lr")
+    assert error.value.problems == ["steps = 0: must be at least 1", "grid 2: method.rank = 0: must be at least 1"]
