@@ -22,6 +22,7 @@ from lorabench.examples import RETAIN, Batch, Examples, Order, collate
 from lorabench.spec import RunSpec
 from lorabench.steps import StepLog
 
+CPU = torch.device("cpu")  # where batches are made and counted: to count on a GPU would wait for it
 FLUSH_EVERY = 10
 """Steps between two looks at the loss: each makes a GPU wait."""
 
@@ -112,7 +113,7 @@ def train(
             checkpoint()
             raise
         batch = [examples.splits["train"][i] for i in order.indices(training.step)]
-        parts = [collate(batch[i : i + micro], examples.padding, device) for i in range(0, len(batch), micro)]
+        parts = [collate(batch[i : i + micro], examples.padding, CPU) for i in range(0, len(batch), micro)]
         count = sum(task.count(part) for part in parts)
         tokens = sum(len(example["input_ids"]) for example in batch)
         padded = sum(part["input_ids"].numel() for part in parts)
@@ -123,6 +124,7 @@ def train(
             loss = torch.zeros((), device=device)
             with meter.phase("forward_backward"):
                 for part in parts:
+                    part = {key: tensor.to(device, non_blocking=True) for key, tensor in part.items()}
                     with autocast(spec, device):
                         part_loss = task.loss(forward(model, part), part) / max(count, 1)
                     part_loss.backward()
