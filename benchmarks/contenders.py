@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import re
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from relay import Stopwatch
 from torch import nn
 
 from lorabench import claim
@@ -21,37 +22,10 @@ from lorabench.examples import Examples, Order
 from lorabench.model import load_base
 from lorabench.spec import RunSpec
 from lorabench.steps import StepLog
-from lorabench.train import Stop, Training, make_optimizer, train
+from lorabench.train import FLUSH_EVERY, Stop, Training, make_optimizer, train
 
-LOG_EVERY = 10
-"""Steps between two looks at the loss, of each contender: lorabench's own habit, see `train.FLUSH_EVERY`."""
-
-
-@dataclass
-class Window:
-    """The time between the end of step `skip` and the end of step `steps`, waiting for the device at both."""
-
-    skip: int
-    steps: int
-    device: torch.device
-    seen: int = 0
-    times: list[tuple[float, float]] = field(default_factory=list)
-    """Wall time and this process's CPU time."""
-
-    def tick(self) -> None:
-        """Call at the end of each step."""
-        self.seen += 1
-        if self.seen in (self.skip, self.steps):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.times.append((time.perf_counter(), time.process_time()))
-        if self.seen == self.skip:  # what loading and the first steps took is no part of the peak
-            reset_peak(self.device)
-
-    def seconds(self) -> tuple[float, float]:
-        """Wall time and CPU time inside."""
-        (begin, cpu_begin), (end, cpu_end) = self.times
-        return end - begin, cpu_end - cpu_begin
+LOG_EVERY = FLUSH_EVERY
+"""Steps between two looks at the loss, of each contender: lorabench's own habit."""
 
 
 @dataclass
@@ -60,7 +34,7 @@ class Race:
 
     spec: RunSpec
     examples: Examples
-    window: Window
+    watch: Stopwatch
     losses: list[Any] = field(default_factory=list)
     """One a step; tensors are read after the clock has stopped."""
     other_peak: int = 0
@@ -68,7 +42,7 @@ class Race:
 
     def model(self) -> nn.Module:
         torch.manual_seed(self.spec.seed)
-        base = load_base(self.spec, self.window.device, self.examples.model_options)
+        base = load_base(self.spec, self.watch.device, self.examples.model_options)
         return self.spec.method.attach(base)
 
     def rows(self) -> list[dict[str, torch.Tensor]]:
@@ -82,27 +56,27 @@ class Race:
 class TickingLog(StepLog):
     """The run's own step log, which the loop asks at the end of each step whether a checkpoint is due."""
 
-    window: Window
+    watch: Stopwatch
 
     def checkpoint_due(self) -> bool:
-        self.window.tick()
+        self.watch.tick()
         return super().checkpoint_due()
 
 
 def run_lorabench(race: Race) -> None:
-    model, meter = race.model(), meters.Meter(race.window.device, race.spec.steps)
+    model, meter = race.model(), meters.Meter(race.watch.device, race.spec.steps)
     training = Training(race.spec, model, make_optimizer(race.spec, model), meter)
     with tempfile.TemporaryDirectory() as folder:
         hold = claim.take(Path(folder))
         assert hold is not None
-        log = TickingLog(Path(folder) / "steps.jsonl", 0, 60.0)
-        log.window = race.window
+        log = TickingLog(Path(folder) / "steps.jsonl", 0, math.inf)
+        log.watch = race.watch
         with hold:
             meter.start_training()
             train(training, race.examples, log, Stop(), lambda: None, hold)
             meter.end_training()
     race.losses = training.losses
-    baseline = 0 if race.window.device.type == "cuda" else meter.baseline_gib
+    baseline = 0 if race.watch.device.type == "cuda" else meter.baseline_gib
     race.other_peak = int((meter.memory()[0]["peak_gib"] + baseline) * meters.GIB)
 
 
@@ -111,7 +85,7 @@ def run_plain(race: Race) -> None:
     from torch.utils.data import DataLoader
     from transformers import default_data_collator, get_linear_schedule_with_warmup
 
-    spec, device, model = race.spec, race.window.device, race.model()
+    spec, device, model = race.spec, race.watch.device, race.model()
     rows: Any = race.rows()
     loader: Any = DataLoader(rows, batch_size=spec.batch_size, collate_fn=default_data_collator)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -130,7 +104,7 @@ def run_plain(race: Race) -> None:
         race.losses.append(loss.detach())
         if step % LOG_EVERY == 0:
             loss.item()
-        race.window.tick()
+        race.watch.tick()
 
 
 def run_trainer(race: Race) -> None:
@@ -140,7 +114,7 @@ def run_trainer(race: Race) -> None:
 
     class Ticking(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            race.window.tick()
+            race.watch.tick()
 
     class Noting(Trainer):
         def training_step(self, *inputs: Any, **options: Any) -> torch.Tensor:
@@ -158,7 +132,7 @@ def run_trainer(race: Race) -> None:
             max_grad_norm=1.0,
             optim="adamw_torch_fused",
             bf16=spec.dtype == "bfloat16",
-            use_cpu=race.window.device.type == "cpu",
+            use_cpu=race.watch.device.type == "cpu",
             train_sampling_strategy="sequential",
             logging_steps=LOG_EVERY,
             save_strategy="no",
@@ -185,7 +159,7 @@ def untrained_losses(race: Race) -> list[float]:
     losses = []
     for start in range(0, len(rows), size):
         batch = {key: torch.stack([row[key] for row in rows[start : start + size]]) for key in rows[0]}
-        losses.append(float(model(**{key: tensor.to(race.window.device) for key, tensor in batch.items()}).loss))
+        losses.append(float(model(**{key: tensor.to(race.watch.device) for key, tensor in batch.items()}).loss))
     return losses
 
 
@@ -196,14 +170,19 @@ def reset_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def return_free_memory() -> None:
-    """Give the system back what is free, so that it is not reused unseen."""
+def resident_bytes() -> int:
+    """What the process holds, after giving back what is free, so that none of it is reused unseen."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+    return _memory("VmRSS")
 
 
-def memory(key: str) -> int:
-    """Bytes, by the name in /proc/self/status: VmRSS, or VmHWM for its peak since the last reset."""
+def peak_bytes(device: torch.device) -> int:
+    """The highest since the last reset: allocated on CUDA, else resident."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _memory("VmHWM")
+
+
+def _memory(key: str) -> int:
     found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found, f"{key} is not in /proc/self/status"
     return int(found[1]) * 1024

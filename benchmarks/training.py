@@ -1,8 +1,8 @@
 """Speed and memory of lorabench's training loop, all its measuring on, beside a plain PEFT loop and HF Trainer.
 
 All three train the same model from the same initial weights on the same batches with the same optimizer; their
-loss curves are checked against each other first. Tokens/s are taken over the same steps, the first few left out,
-in rounds that take turns, so that a busy machine slows all of them alike. Peak memory is measured apart from the
+loss curves are checked against each other. They take turns, ten steps each, so that a busy machine slows all of
+them alike. Peak memory is measured apart from the
 timing, each contender in a fresh process.
 
     python benchmarks/training.py                                  # some minutes on a CPU
@@ -17,14 +17,17 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import hardware
 import torch
-from contenders import CONTENDERS, Race, Window, memory, return_free_memory, untrained_losses
+from contenders import CONTENDERS, LOG_EVERY, Race, peak_bytes, reset_peak, resident_bytes, untrained_losses
+from relay import Relay, Stopwatch
 from transformers.utils.logging import disable_progress_bar
 
 from lorabench.examples import prepare
@@ -45,17 +48,11 @@ def make_spec(arguments: argparse.Namespace, method: str) -> RunSpec:
         dtype=arguments.dtype,
         seq_len=arguments.seq_len,
         batch_size=arguments.batch_size,
-        steps=arguments.steps,
+        steps=(arguments.rounds + 1) * LOG_EVERY,
         lr=arguments.lr,
         warmup=0.0,
         threads=arguments.threads,
     )
-
-
-def race_once(name: str, spec: RunSpec, device: torch.device, skip: int) -> tuple[Race, list[float]]:
-    race = Race(spec, prepare(spec), Window(skip, spec.steps, device))
-    CONTENDERS[name](race)
-    return race, [float(loss) for loss in race.losses]
 
 
 def check_agreement(curves: dict[str, list[float]], untrained: list[float], tolerance: float) -> float:
@@ -71,37 +68,34 @@ def check_agreement(curves: dict[str, list[float]], untrained: list[float], tole
     return worst
 
 
-def measure_speed(spec: RunSpec, device: torch.device, skip: int, rounds: int) -> dict[str, Any]:
-    """Tokens/s of every round; the first round of all is for warming up."""
-    tokens = (spec.steps - skip) * spec.batch_size * spec.seq_len
-    wall: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    cpu: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    untrained = untrained_losses(Race(spec, prepare(spec), Window(skip, spec.steps, device)))
-    worst = 0.0
-    for number in range(rounds + 1):
-        names = list(CONTENDERS)
-        names = names[number % 3 :] + names[: number % 3]  # nobody always goes first
-        races = {name: race_once(name, spec, device, skip) for name in names}
-        curves = {name: losses for name, (_, losses) in races.items()}
-        worst = max(worst, check_agreement(curves, untrained, TOLERANCE[spec.dtype]))
-        for name, (race, _) in races.items() if number else ():
-            for speeds, seconds in zip((wall, cpu), race.window.seconds(), strict=True):
-                speeds[name].append(tokens / seconds)
+def measure_speed(spec: RunSpec, device: torch.device) -> dict[str, Any]:
+    """Tokens/s of every round: a block of LOG_EVERY steps of each contender in turn."""
+    relay, examples = Relay(), prepare(spec)
+    races = {name: Race(spec, examples, Stopwatch(LOG_EVERY, device, relay)) for name in CONTENDERS}
+    jobs: dict[str, Callable[[], None]] = {name: partial(CONTENDERS[name], race) for name, race in races.items()}
+    relay.run(jobs, spec.threads)
+    curves = {name: [float(loss) for loss in race.losses] for name, race in races.items()}
+    worst = check_agreement(curves, untrained_losses(races["plain"]), TOLERANCE[spec.dtype])
+    tokens = LOG_EVERY * spec.batch_size * spec.seq_len
+    wall = {name: [tokens / seconds for seconds in race.watch.seconds] for name, race in races.items()}
+    cpu = {name: [tokens / seconds for seconds in race.watch.cpu_seconds] for name, race in races.items()}
     return {
         "tokens_per_second": {name: spread(values) for name, values in wall.items()},
-        "tokens_per_cpu_second": {name: spread(values) for name, values in cpu.items()},
         "lorabench": ratios(wall, "") | ratios(cpu, "_by_cpu_time"),
         "largest_loss_difference": worst,
+        "losses": curves["lorabench"],
     }
 
 
 def ratios(speeds: dict[str, list[float]], suffix: str) -> dict[str, Any]:
-    """How many times as fast lorabench was as each peer, round by round."""
-    return {
-        f"over_{peer}{suffix}": spread([a / b for a, b in zip(speeds["lorabench"], speeds[peer], strict=True)])
-        for peer in speeds
-        if peer != "lorabench"
-    }
+    """How many times as fast lorabench was as each peer, round by round, and over all rounds together."""
+    found = {}
+    for peer in speeds:
+        if peer != "lorabench":
+            pairs = list(zip(speeds["lorabench"], speeds[peer], strict=True))
+            overall = sum(1 / theirs for _, theirs in pairs) / sum(1 / ours for ours, _ in pairs)
+            found[f"over_{peer}{suffix}"] = spread([a / b for a, b in pairs]) | {"overall": overall}
+    return found
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -114,7 +108,7 @@ def measure_memory(arguments: argparse.Namespace, method: str) -> dict[str, Any]
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     for _ in range(arguments.memory_rounds):
         for name in CONTENDERS:
-            command = [sys.executable, __file__, *options, "--steps=30", f"--methods={method}", f"--child={name}"]
+            command = [sys.executable, __file__, *options, "--rounds=2", f"--methods={method}", f"--child={name}"]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             rows[name].append(json.loads(output.splitlines()[-1]))
     return {name: {key: spread([row[key] for row in found]) for key in found[0]} for name, found in rows.items()}
@@ -126,16 +120,12 @@ def child(arguments: argparse.Namespace) -> None:
 
     device = torch.device(arguments.device)
     spec = make_spec(arguments, arguments.methods[0])
-    prepare(spec)
-    return_free_memory()
-    before = memory("VmRSS")
-    race, _ = race_once(arguments.child, spec, device, arguments.skip)
-    if device.type == "cuda":
-        peak = max(torch.cuda.max_memory_allocated(), race.other_peak)
-        print(json.dumps({"allocated_peak_mib": peak / 2**20}))
-        return
-    peak = max(memory("VmHWM"), race.other_peak)
-    print(json.dumps({"peak_mib": peak / 2**20, "above_start_mib": (peak - before) / 2**20}))
+    race = Race(spec, prepare(spec), Stopwatch(LOG_EVERY, device, on_warm=partial(reset_peak, device)))
+    before = resident_bytes()
+    CONTENDERS[arguments.child](race)
+    peak = max(peak_bytes(device), race.other_peak)
+    above = {} if device.type == "cuda" else {"above_start_mib": (peak - before) / 2**20}
+    print(json.dumps({"peak_mib": peak / 2**20} | above))
 
 
 ARGUMENTS: dict[str, Any] = {
@@ -144,7 +134,6 @@ ARGUMENTS: dict[str, Any] = {
     "rank": 8,
     "batch_size": 4,
     "seq_len": 64,
-    "steps": 30,
     "lr": 3e-3,
     "threads": 1,
     "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -156,9 +145,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for key, value in ARGUMENTS.items():
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, type=type(value), help=f"default: {value}")
-    parser.add_argument("--rounds", default=21, type=int, help="default: 21")
+    parser.add_argument("--rounds", default=40, type=int, help=f"of {LOG_EVERY} steps each (default: 40)")
     parser.add_argument("--memory-rounds", default=3, type=int, help="processes a contender (default: 3)")
-    parser.add_argument("--skip", default=5, type=int, help="steps left out of each round's time (default: 5)")
     parser.add_argument("--methods", nargs="+", default=["lora", "full"], choices=["lora", "full"])
     parser.add_argument("--child", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -173,8 +161,7 @@ def main() -> None:
         return
     figures = {}
     for method in arguments.methods:
-        spec = make_spec(arguments, method)
-        figures[method] = measure_speed(spec, torch.device(arguments.device), arguments.skip, arguments.rounds)
+        figures[method] = measure_speed(make_spec(arguments, method), torch.device(arguments.device))
         figures[method]["memory"] = measure_memory(arguments, method)
         print_figures(method, figures[method])
     settings = {key: value for key, value in vars(arguments).items() if key not in ("child", "device")}
@@ -193,7 +180,8 @@ def print_figures(method: str, figures: dict[str, Any]) -> None:
         memory = ", ".join(f"{key} {value['median']:.1f}" for key, value in figures["memory"][name].items())
         print(f"{method:5} {name:10} {speed['median']:9.0f} tokens/s   {memory}")
     for peer, ratio in figures["lorabench"].items():
-        print(f"{method:5} lorabench {peer} {ratio['median']:.3f} (min {ratio['min']:.3f}, max {ratio['max']:.3f})")
+        others = ", ".join(f"{key} {ratio[key]:.3f}" for key in ("overall", "min", "max"))
+        print(f"{method:5} lorabench {peer} {ratio['median']:.3f} ({others})")
 
 
 if __name__ == "__main__":

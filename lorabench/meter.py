@@ -92,6 +92,19 @@ class Meter:
         if self._seen > self.warm_up:
             self._pending.append((start, self._now(), tokens, padded, labels))
 
+    @contextlib.contextmanager
+    def live_tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """On the CPU, count the tensors of one step of the warm-up: the second, which has the optimizer's state."""
+        if self.device.type != "cpu" or self._seen != 1 or self.warm_up < 2:
+            yield
+            return
+        from lorabench.live import LiveTensors
+
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        with LiveTensors([*model.parameters(), *model.buffers(), *filter(_is_tensor, states)]) as live:
+            yield
+        self.peaks["tensor_peak_gib"] = live.peak / GIB
+
     def flush(self) -> None:
         """Turn the events of the last steps into seconds; waits for the device once."""
         self._synchronize()
@@ -204,6 +217,12 @@ class Meter:
         if name != "load":
             peaks["reserved_peak_gib"] = torch.cuda.max_memory_reserved(self.device) / GIB
         return peaks
+
+
+def _is_tensor(value: Any) -> bool:
+    import torch
+
+    return torch.is_tensor(value)
 
 
 def release_memory() -> None:

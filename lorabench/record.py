@@ -72,6 +72,7 @@ MEASURES: dict[str, Measure] = (
         ("forward_backward_peak_gib", "GiB", False, "peak of forward and backward"),
         ("optimizer_peak_gib", "GiB", False, "peak of the optimizer step"),
         ("reserved_peak_gib", "GiB", False, "CUDA: peak that the allocator reserved"),
+        ("tensor_peak_gib", "GiB", False, "CPU: most bytes of live tensors in a step, whatever the allocator keeps"),
         ("baseline_gib", "GiB", None, "CPU: resident before the base was loaded; not part of the peaks"),
         ("model_gib", "GiB", False, "bytes of the model's parameters and buffers"),
         ("optimizer_state_gib", "GiB", False, "bytes of the optimizer's state"),

@@ -120,7 +120,7 @@ def train(
         lr_share = schedule(spec, training.step)
         for group in training.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_share
-        with meter.step(tokens, padded, count):
+        with meter.step(tokens, padded, count), meter.live_tensors(model, training.optimizer):
             loss = torch.zeros((), device=device)
             with meter.phase("forward_backward"):
                 for part in parts:

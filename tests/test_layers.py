@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorabench"
 LAYERS = [
-    {"plugins", "claim", "linalg", "typeset", "terminal", "environment", "steps", "meter"},
-    {"decode", "nulls", "update"},
+    {"plugins", "claim", "linalg", "typeset", "terminal", "environment", "steps", "live"},
+    {"decode", "nulls", "update", "meter"},
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
     {"spec"},
     {"record"},

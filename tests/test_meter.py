@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorabench import meter as meters
 from lorabench import model as models
+from lorabench.live import LiveTensors
 from lorabench.meter import Meter
 from tests.conftest import make_spec
 
@@ -106,3 +107,28 @@ def test_measuring_the_device_leaves_the_random_stream_alone():
     flops, source = meters.peak_flops(CPU, "float32")
     assert torch.equal(torch.rand(4), want)
     assert flops > 1e9 and "measured" in source
+
+
+def test_live_tensors_count_what_is_there_at_once():
+    held = torch.ones(MIB)
+    with LiveTensors([held, held.view(2, -1)]) as live:
+        assert live.live == held.nbytes  # a view is no new memory
+        a = held + 1
+        b = a * 2
+        del a
+        c = b.reshape(-1)
+        assert live.live == 2 * held.nbytes and c is not None
+    assert live.peak == 3 * held.nbytes
+
+
+def test_live_tensors_of_a_step_are_weights_gradients_and_optimizer_states():
+    model = torch.nn.Sequential(*[torch.nn.Linear(512, 512, bias=False) for _ in range(4)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    meter = Meter(CPU, steps=100)
+    for _ in range(3):
+        with meter.step(1, 1, 1), meter.live_tensors(model, optimizer):
+            model(torch.ones(1, 512)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = sum(p.nbytes for p in model.parameters())
+    assert meter.memory()[0]["tensor_peak_gib"] * meters.GIB == pytest.approx(4 * weights, rel=0.01)
