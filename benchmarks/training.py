@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -58,10 +59,11 @@ def make_spec(arguments: argparse.Namespace, method: str) -> RunSpec:
 def check_agreement(curves: dict[str, list[float]], untrained: list[float], tolerance: float) -> float:
     """The largest relative difference between the contenders' losses; AssertionError past the tolerance."""
     reference = curves["lorabench"]
-    worst = 0.0
     for name, curve in curves.items():
         assert len(curve) == len(reference), f"{name}: {len(curve)} steps, lorabench: {len(reference)}"
-        worst = max([worst, *(abs(a - b) / abs(b) for a, b in zip(curve, reference, strict=True))])
+        assert all(map(math.isfinite, curve)), f"{name}: a loss is not finite"  # `max` would pass over a NaN
+    pairs = [pair for curve in curves.values() for pair in zip(curve, reference, strict=True)]
+    worst = max(abs(a - b) / abs(b) for a, b in pairs)
     assert worst <= tolerance, f"the loss curves differ by {worst:.2g}: this is not the same work"
     half = len(reference) // 2
     assert sum(reference[half:]) < sum(untrained[half:]), "training has not brought the loss down"

@@ -14,6 +14,7 @@ MEASURE_NAMES = {
     "num_parameters": "parameters",
     "trainable_share": "trainable share",
     "peak_gib": "peak memory",
+    "tensor_peak_gib": "peak of live tensors",
     "load_peak_gib": "peak memory, loading",
     "forward_backward_peak_gib": "peak memory, forward and backward",
     "optimizer_peak_gib": "peak memory, optimizer step",

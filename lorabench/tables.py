@@ -75,8 +75,8 @@ def quality(results: Results) -> str:
 def summary(results: Results, selection: Selection) -> Sheet:
     """One row a setting: what it trains, costs and reaches."""
     stem = quality(results)
-    names = ["num_trainable", "peak_gib", "tokens_per_second", f"base_valid_{stem}", "valid_majority"]
-    names += [f"valid_{stem}", f"test_{stem}", "forgetting"]
+    names = ["num_trainable", "peak_gib", "tensor_peak_gib", "tokens_per_second", f"base_valid_{stem}"]
+    names += ["valid_majority", f"valid_{stem}", f"test_{stem}", "forgetting"]
     names = [name for name in names if name in results.runs and results.runs[name].notna().any()]
     settings = sorted_groups(selection.runs, results.settings)
     cells = [[cell(runs, name) for name in names] for _, runs in settings]
