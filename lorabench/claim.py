@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -117,7 +118,7 @@ def take(folder: Path) -> Hold | None:
 
 def _numbers(folder: Path) -> list[int]:
     with contextlib.suppress(FileNotFoundError):
-        return sorted(int(name[:-5]) for name in os.listdir(folder / "claims") if name.endswith(".json"))
+        return sorted(int(name[:-5]) for name in os.listdir(folder / "claims") if re.fullmatch(r"\d+\.json", name))
     return []
 
 

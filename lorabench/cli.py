@@ -58,10 +58,12 @@ def plan(arguments: argparse.Namespace) -> int:
     estimate rests on: `measured` (this run is done), `similar runs` (a finished run of the same model on the same
     kind of device corrects the formula) or `formula`.
     """
+    from lorabench.machine import visible_gpus
     from lorabench.record import Store
     from lorabench.sweep import read_sweep
 
     sweep = read_sweep(Path(arguments.sweep))
+    visible_gpus(_device(arguments.device))  # says so where there is none
     _hush_libraries()
     from lorabench.plan import make_plan, plan_text
 
@@ -196,7 +198,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[tuple[str, d
             _DEVICE,
             _argument("--retry", "repeat what has ended as: failed, oom, timeout, diverged, corrupt or all "
                       "(several: comma)", default="", metavar="STATUS"),
-            _argument("--timeout-minutes", "end a run as `timeout` after so long", type=_number(float, 0), metavar="M"),
+            _argument("--timeout-minutes", "end a run as `timeout` after so long", type=_number(float, 0.01),
+                      metavar="M"),
             _argument("--checkpoint-seconds", "write a checkpoint so often (default: 60)", type=_number(float, 0),
                       default=60.0, metavar="S"),
         ],

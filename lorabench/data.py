@@ -11,7 +11,11 @@ from lorabench.decode import InputError
 
 BUILTIN = Path(__file__).parent / "builtin"
 SPLITS = ("train", "validation", "test")
-ALIASES = {"train": ["train"], "validation": ["validation", "valid", "val", "dev"], "test": ["test"]}
+ALIASES = {
+    "train": ["train"],
+    "validation": ["validation", "valid", "val", "dev", "validation_matched"],
+    "test": ["test"],
+}
 SUFFIXES = [".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet"]
 HELD_OUT = 20
 """Where a source has no validation (or test) split, every 20th row of `train` becomes one (5% each)."""

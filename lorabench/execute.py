@@ -81,8 +81,9 @@ def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold) -> Statu
         record.status = Status.DONE
     except Stopped as error:
         record.status = Status.TIMEOUT if str(error) == "timeout" else Status.CANCELLED
-        limit = f" after {options.timeout_seconds:g} s" if record.status == Status.TIMEOUT else ""
-        record.error = f"stopped by {error}{limit}; run again to resume"
+        record.error = f"stopped by {error}; run again to resume"
+        if record.status == Status.TIMEOUT:
+            record.error = f"stopped after {options.timeout_seconds:g} s; --retry timeout resumes it"
     except Diverged as error:
         record.status, record.error = Status.DIVERGED, str(error)
     except Lost:
@@ -104,6 +105,8 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     folder, checkpoint = store.folder(spec.id), store.folder(spec.id) / "checkpoint" / "state.pt"
     device = pick_device(options.device)
     torch.set_num_threads(spec.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     hold.progress |= {"phase": "load", "step": 0, "steps": spec.steps}
     record.environment = environment.describe(device)
     meter = meters.Meter(device, spec.steps)
@@ -120,14 +123,27 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     if spec.gradient_checkpointing:
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     record.measures |= _counts(tuned, num_base, examples)
-    training = Training(spec, tuned, make_optimizer(spec, tuned), meter)
+    content: dict[str, Any] = {key: record.environment.get(key) for key in ("model_commit", "model_sha256", "data")}
+    training = Training(spec, tuned, make_optimizer(spec, tuned), meter, content=content)
     if checkpoint.exists():
-        training.load(checkpoint)
-        record.resumed_from_step = training.step
+        record.resumed_from_step = _resume(training, checkpoint)
     _train_and_evaluate(training, examples, options, stop, hold, folder, checkpoint)
+    if not all(tensor.isfinite().all() for tensor in spec.method.trained_state(tuned).values()):
+        raise Diverged(f"step {training.step}: trained weights are not finite")
     hold.progress["phase"] = "save"
     record.files = _save(training, lambda: _seeded_base(spec, examples, device), folder, hold)
     _fill(record, training, folder)
+
+
+def _resume(training: Training, checkpoint: Path) -> int | None:
+    """Load the checkpoint; one that is of no use is set aside, and the run begins anew. The step, None if anew."""
+    try:
+        training.load(checkpoint)
+    except ValueError as error:
+        os.replace(checkpoint, checkpoint.with_suffix(".unusable"))
+        print(f"checkpoint {error}; it is set aside, and the run begins anew")
+        return None
+    return training.step
 
 
 def _train_and_evaluate(
@@ -179,6 +195,7 @@ def _save(training: Training, load_base: Any, folder: Path, hold: Hold) -> dict[
         return {}
     temporary, final = folder / f"updates.{os.getpid()}.tmp", folder / "updates"
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same pid
         temporary.mkdir()
         spec.method.save(training.model, load_base, temporary, spec.keep)
         hold.check()
@@ -263,7 +280,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    words = ("can't allocate memory", "out of memory", "std::bad_alloc")
+    words = ("can't allocate memory", "out of memory", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 

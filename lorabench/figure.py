@@ -16,6 +16,11 @@ class Figure(Plugin, ABC):
 
     folder: ClassVar[str] = "figures"
 
+    @property
+    def measures(self) -> list[str]:
+        """The measures that the sweep file asked it to draw, for the check when a sweep is read."""
+        return []
+
     @abstractmethod
     def draw(self, results: Any) -> MatplotlibFigure | None:
         """The figure from `results` (a `lorabench.results.Results`); None where there is nothing to draw."""

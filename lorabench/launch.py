@@ -179,8 +179,8 @@ class _Launch:
         arguments = (self.target, spec, str(self.store.root.absolute()), self.pool.settings, gpu)
         self.context = self.context or start_server(self.server_log, self.pool.preload, self.sweep.runs)
         process = self.context.Process(target=child_main, args=arguments, name=spec.id)
-        process.start()
         before = self._record_stamp(spec)
+        process.start()
         self.starts[spec.id] = self.starts.get(spec.id, 0) + 1
         child = _Child(spec=spec, slot=slot, process=process, started=time.monotonic(), record_before=before)
         self.children.append(child)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import os
 import re
 import statistics
@@ -124,7 +125,7 @@ class Meter:
 
     def end_training(self) -> None:
         self.flush()
-        self.energy_joules += self._energy.joules()
+        self.energy_joules += self._energy.stop()
 
     @property
     def state(self) -> dict[str, Any]:
@@ -162,7 +163,7 @@ class Meter:
             "padded_tokens_per_second": sum(padded) / total,
             "label_tokens_per_second": sum(labels) / total,
             "step_seconds_median": statistics.median(ordered),
-            "step_seconds_p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+            "step_seconds_p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
         }
 
     def memory(self) -> tuple[dict[str, float], str]:
@@ -279,7 +280,13 @@ class EnergyCounter:
         self._begin = self._read() if self._read else None
 
     def joules(self) -> float:
+        """So far; 0 where it is not running."""
         return self._read() - self._begin if self._read and self._begin is not None else 0.0
+
+    def stop(self) -> float:
+        """The joules since `start()`; counts no more."""
+        joules, self._begin = self.joules(), None
+        return joules
 
     def _open_nvml(self, device: torch.device) -> None:
         try:
@@ -302,7 +309,15 @@ class EnergyCounter:
         files = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]*/energy_uj"))
         files = [file for file in files if file.parent.name.count(":") == 1 and os.access(file, os.R_OK)]
         if files:
-            self._read = lambda: sum(int(file.read_text()) for file in files) / 1e6
+            begin = [int(file.read_text()) for file in files]
+            spans = [int(file.with_name("max_energy_range_uj").read_text()) for file in files]
+            self._read = lambda: (
+                sum(
+                    (int(f.read_text()) - b) % span  # a counter that has wrapped around once
+                    for f, b, span in zip(files, begin, spans, strict=True)
+                )
+                / 1e6
+            )
             self.source = "RAPL package counters of the whole CPU (they wrap around about every hour)"
 
 
@@ -317,7 +332,9 @@ def model_flops_per_token(model: nn.Module, length: float) -> float:
     from transformers.pytorch_utils import Conv1D
 
     total = 0.0
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if "original_module" in name:  # PEFT keeps the untrained head beside the one in use
+            continue
         if isinstance(module, nn.Linear):
             size = module.in_features * module.out_features
         elif isinstance(module, Conv1D):
@@ -325,7 +342,7 @@ def model_flops_per_token(model: nn.Module, length: float) -> float:
         else:
             continue
         total += size * (6 if module.weight.requires_grad else 4)
-    config = model.config
+    config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None)
     width = config.num_attention_heads * head_dim if head_dim else config.hidden_size
     return total + 12 * config.num_hidden_layers * width * length

@@ -73,8 +73,7 @@ def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any]) -> n
             # bitsandbytes 0.50 repacks 4-bit weights at the first evaluation, rounding their scales to bfloat16;
             # training on afterwards reads the repacked bytes as if they were not, and learns from noise.
             module.support_avx512bf16_for_cpu = False
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = load_tokenizer(spec.model, spec.revision).pad_token_id
+    model.config.pad_token_id = load_tokenizer(spec.model, spec.revision).pad_token_id  # a classifier looks for it
     model.config.use_cache = False
     return model
 
@@ -205,7 +204,7 @@ def _quantization(spec: RunSpec, options: dict[str, Any]) -> Any:
 def _pretrained(source: str, revision: str | None, load: Any, **arguments: Any) -> Any:
     path = resolve(source)
     local = Path(path).is_dir()
-    place = {"local_files_only": True} if local or _offline() else {"revision": revision}
+    place = {"local_files_only": local or _offline(), "revision": None if local else revision}
     try:
         return load(path, **place, **arguments)
     except (OSError, ValueError) as error:

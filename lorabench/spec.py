@@ -30,7 +30,7 @@ class RunSpec:
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Of the frozen base, through bitsandbytes; nf4 with double quantization. LoRA on nf4 is QLoRA."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of computation (autocast) and of frozen base weights. What is trained is always held in float32."""
+    """Of computation (autocast) and of frozen base weights. Base weights that are trained are held in float32."""
     seq_len: Annotated[int, Ge(2)] = 128
     """Longest example, in tokens."""
     batch_size: Annotated[int, Ge(1)] = 8
@@ -58,7 +58,7 @@ class RunSpec:
     """What is kept of ΔW: `updates` (adapter, or full ΔW), `svd:K` (its K top singular vectors) or `none`."""
     threads: Annotated[int, Ge(1), Le(1024)] = 1
     """CPU threads of a run. The order of a floating-point sum depends on it, so it is part of the spec."""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     """Of data order, initialization and dropout."""
 
     def __post_init__(self) -> None:

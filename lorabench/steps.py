@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,9 @@ class StepLog:
         self._rows: list[str] = []
         self._every = checkpoint_seconds
         self._last_checkpoint = time.monotonic()
-        kept = []
-        if resume_at and file.exists():
-            for line in file.read_text().splitlines():
-                row = json.loads(line)
-                if row["step"] <= resume_at:
-                    kept.append(line + "\n")
-        file.write_text("".join(kept))
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(_rows_until(file, resume_at)))
+        os.replace(temporary, file)
 
     def step(self, row: dict[str, Any]) -> None:
         self._rows.append(json.dumps(row) + "\n")
@@ -43,3 +40,19 @@ class StepLog:
             return False
         self._last_checkpoint = time.monotonic()
         return True
+
+
+def _rows_until(file: Path, step: int) -> list[str]:
+    """The lines up to a step. What a crash cut short is past the checkpoint: the lines before it were flushed first."""
+    kept: list[str] = []
+    if not step or not file.exists():
+        return kept
+    for line in file.read_text().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] > step:
+            break
+        kept.append(line)
+    return kept

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lorabench import plugins
-from lorabench.decode import InputError, decode, decode_plugin, show
+from lorabench.decode import InputError, Pattern, decode, decode_plugin, show
 from lorabench.figure import Figure
 from lorabench.record import MEASURES, Measure
 from lorabench.spec import RunSpec, flatten, unflatten
@@ -20,6 +20,9 @@ SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure"]
 
 RESERVED = ("runs", "pairs", ".", "..")
 """Folders of results/ that are no sweep's."""
+
+
+FILE_NAME = Pattern(r"[\w+-][\w .,+-]{0,99}", "a file name: letters, digits, and any of _-+., and spaces")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +42,16 @@ class Table:
     rows: list[str]
     value: str | list[str]
     columns: str | None = None
-    name: str | None = None
+    name: Annotated[str, FILE_NAME] | None = None
     """File name of the table (None: made of value and columns)."""
     caption: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = [f"{key} = []: needs at least one" for key in ("rows", "value") if not getattr(self, key)]
+        if self.columns in self.rows:
+            problems.append(f'columns = "{self.columns}": is among rows already')
+        if problems:
+            raise ValueError("\n".join(problems))
 
     @property
     def values(self) -> list[str]:
@@ -101,13 +111,13 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
         if key not in SECTIONS
     ]
     name = table.get("name", default_name)
-    if not isinstance(name, str) or not name or name in RESERVED or "/" in name:
-        problems.append(f"name = {show(name)}: must be a folder name other than {', '.join(RESERVED)}")
+    if not isinstance(name, str) or name in RESERVED or not re.fullmatch(FILE_NAME.regex, name):
+        problems.append(f"name = {show(name)}: must be {FILE_NAME.choices}; not {', '.join(RESERVED)}")
     runs, zips = _expand(table, problems)
-    known = _known_keys(runs)
+    known, measures = _known_keys(runs), known_measures(runs)
     select = _collect(problems, lambda: decode(Select, table["select"], "select.")) if "select" in table else None
     tables = [
-        _collect(problems, lambda t=t, i=i: _checked(decode(Table, t, f"table {i}: "), known, f"table {i}: "))
+        _collect(problems, lambda t=t, i=i: _checked(decode(Table, t, f"table {i}: "), known, measures, f"table {i}: "))
         for i, t in enumerate(_blocks(table, "table", problems), 1)
     ]
     figures = [
@@ -115,8 +125,10 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
         for i, f in enumerate(_blocks(table, "figure", problems), 1)
     ]
     if select and runs:
-        problems += _unknown_keys([select.over], known, "select.over")
-        problems += _unknown_measures([select.by], MEASURES, "select.by")
+        problems += _unknown_keys([select.over], [key for key in known if key != "seed"], "select.over")
+        problems += _unknown_measures([select.by], {m: measures[m] for m in MEASURES if m in measures}, "select.by")
+    for number, figure in enumerate(figures, 1):
+        problems += _unknown_measures(figure.measures if figure else [], measures, f"figure {number}: figure")
     if problems:
         raise InputError(_once(problems))
     return Sweep(
@@ -152,6 +164,10 @@ def _blocks(table: dict[str, Any], key: str, problems: list[str]) -> list[dict[s
 def _expand(table: dict[str, Any], problems: list[str]) -> tuple[list[RunSpec], list[tuple[str, ...]]]:
     """All runs of all grid blocks, each once, and the groups of keys that move together."""
     base = table.get("base", {})
+    for key in ("zip", "exclude"):
+        if isinstance(base, dict) and key in base:
+            problems.append(f"base.{key}: belongs into a [[grid]] block")
+            base = {name: value for name, value in base.items() if name != key}
     if not isinstance(base, dict):
         problems.append("base: must be a table, [base]")
         return [], []
@@ -205,6 +221,10 @@ def _cells(
         if isinstance(value, list) and not value:
             problems.append(f"{where}{key} = []: an axis needs at least one value")
             return
+    often = {key for key in flat if sum(key in group for group in groups) > 1}
+    if often:
+        problems.append(f"{where}zip: {', '.join(sorted(often))}: a key can move with one group only")
+        return
     for group in groups:
         lists: list[Any] = [flat.get(key) for key in group]
         if not all(isinstance(item, list) for item in lists):
@@ -261,9 +281,19 @@ def _unknown_keys(keys: list[str], known: list[str], where: str) -> list[str]:
     return [f"{where} = {show(key)}: {plugins.unknown('key', key, known)}" for key in keys if key not in known]
 
 
-def known_measures() -> dict[str, Measure]:
-    """What a table can show: the records' measures, and each layer metric's mean (`spectrum.rank_90`)."""
-    measures = dict(MEASURES)
+def known_measures(runs: Sequence[RunSpec] = ()) -> dict[str, Measure]:
+    """What a table can show: the measures of records, and each layer metric's mean (`spectrum.rank_90`).
+
+    Of the metrics, only those that the tasks of `runs` report; all of them where no runs are given.
+    """
+    reports = {name for run in runs for name in run.task.reports}
+    if any("retain" in run.task.sources() for run in runs):
+        reports |= {"retain_loss_before", "retain_loss_after", "forgetting"}
+    measures = {
+        name: measure
+        for name, measure in MEASURES.items()
+        if not runs or measure.group != "metrics" or re.sub("^(base_)?(valid|test|train)_", "", name) in reports
+    }
     for name in plugins.names("analyses"):
         analysis: Any = plugins.plugin_class("analyses", name)
         if analysis.needs == "layer":
@@ -279,9 +309,9 @@ def _unknown_measures(values: list[str], known: dict[str, Measure], where: str) 
     ]
 
 
-def _checked(table: Table, known: list[str], where: str) -> Table:
+def _checked(table: Table, known: list[str], measures: dict[str, Measure], where: str) -> Table:
     """The table, once its keys and measures are known to exist."""
-    problems = _unknown_measures(table.values, known_measures(), f"{where}value")
+    problems = _unknown_measures(table.values, measures, f"{where}value")
     if known:
         problems += _unknown_keys(table.rows, known, f"{where}rows")
         problems += _unknown_keys([table.columns] if table.columns else [], known, f"{where}columns")

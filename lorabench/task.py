@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge
 
+from lorabench.decode import InputError
 from lorabench.plugins import Plugin
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Task(Plugin, ABC):
     folder: ClassVar[str] = "tasks"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     """The transformers class that loads the base model."""
+    reports: ClassVar[tuple[str, ...]] = ("loss",)
+    """The names that `metrics` gives, for the sweep file's check."""
 
     data: str = "builtin:python-code"
     """`builtin:NAME`, a local file or folder, or a Hub data set (`name` or `name:config`)."""
@@ -76,8 +79,20 @@ class Task(Plugin, ABC):
         """The field's metrics of a whole split; `loss` is the mean over its predictions."""
 
 
+def check_column(rows: list[dict[str, Any]], key: str, column: str) -> None:
+    """InputError if the rows have no such column, or one of them has nothing in it."""
+    if rows and column not in rows[0]:
+        raise InputError(f'{key} = "{column}": no such column. Choices: {", ".join(map(str, rows[0]))}')
+    for number, row in enumerate(rows, 1):
+        value = row.get(column)
+        if value is None or value != value:  # NaN, as pandas reads a missing value
+            raise InputError(f'{key} = "{column}": row {number} has no value')
+
+
 class LanguageModeling(Task):
     """Next-token prediction: what `text` and `completion` share."""
+
+    reports: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
 
     def sources(self) -> dict[str, str]:
         retain = getattr(self, "retain", None)
@@ -100,5 +115,5 @@ class LanguageModeling(Task):
 
     def metrics(self, loss: float, scores: list[tuple[int, int]]) -> dict[str, float | None]:
         right, total = (sum(column) for column in zip(*scores, strict=True))
-        perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows a float64 past 709
+        perplexity = math.exp(loss) if loss < 700 else None  # exp overflows a float64 past 709
         return {"loss": loss, "perplexity": perplexity, "token_accuracy": right / total}

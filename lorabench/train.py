@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import pickle
 import signal
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -60,13 +62,19 @@ class Training:
     meter: meters.Meter
     step: int = 0
     """Optimizer steps done."""
+    evaluated: int = 0
+    """The step of the last periodic evaluation."""
     losses: list[float] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    content: dict[str, Any] = field(default_factory=dict)
+    """Fingerprints of the base and the data: a checkpoint goes on with the same ones or not at all."""
 
     def save(self, file: Path) -> None:
         """Write the checkpoint whole or not at all."""
         state = {
             "step": self.step,
+            "evaluated": self.evaluated,
+            "content": self.content,
             "model": {name: tensor.cpu() for name, tensor in self.spec.method.trained_state(self.model).items()},
             "optimizer": self.optimizer.state_dict(),
             "random": random_state(self.meter.device),
@@ -83,14 +91,33 @@ class Training:
         os.replace(temporary, file)
 
     def load(self, file: Path) -> None:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        """Go on where the checkpoint was written. ValueError if it is damaged, or of other data or weights."""
         targets = self.spec.method.trained_state(self.model)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            shapes = {name: tensor.shape for name, tensor in state["model"].items()}
+        except (
+            RuntimeError,
+            OSError,
+            EOFError,
+            KeyError,
+            TypeError,
+            ValueError,
+            pickle.PickleError,
+            struct.error,
+        ) as error:
+            raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from error
+        if state.get("content") != self.content:
+            raise ValueError("was made with other data or another base")
+        if shapes != {name: tensor.shape for name, tensor in targets.items()}:
+            raise ValueError("holds other parameters than this version trains")
         with torch.no_grad():
             for name, tensor in state["model"].items():
                 targets[name].copy_(tensor)
         self.optimizer.load_state_dict(state["optimizer"])
         self.meter.restore(state["meter"])
-        self.step, self.losses, self.metrics = state["step"], state["losses"], state["metrics"]
+        self.step, self.evaluated = state["step"], state["evaluated"]
+        self.losses, self.metrics = state["losses"], state["metrics"]
         set_random_state(state["random"], self.meter.device)
 
 
@@ -108,6 +135,12 @@ def train(
     while training.step < spec.steps:
         try:
             stop.check()
+            if evaluation_due(training):
+                flush(training, pending, log, hold)
+                with meter.clock("evaluate"):
+                    log.evaluation(training.step, evaluate(training, examples, "validation", stop))
+                training.evaluated = training.step
+                model.train()
         except Stopped:
             flush(training, pending, log, hold)
             checkpoint()
@@ -139,13 +172,15 @@ def train(
         pending.append((training.step, loss, norm, spec.lr * lr_share))
         if training.step % FLUSH_EVERY == 0 or training.step == spec.steps:
             flush(training, pending, log, hold)
-        if spec.eval_every and training.step % spec.eval_every == 0 and training.step < spec.steps:
-            with meter.clock("evaluate"):
-                log.evaluation(training.step, evaluate(training, examples, "validation", stop))
-            model.train()
         if log.checkpoint_due():
             flush(training, pending, log, hold)
             checkpoint()
+
+
+def evaluation_due(training: Training) -> bool:
+    """Whether the periodic evaluation of this step is still to do; a resumed run does what it was stopped in."""
+    every = training.spec.eval_every
+    return bool(every and training.step % every == 0 and training.step != training.evaluated)
 
 
 def flush(training: Training, pending: list[Any], log: StepLog, hold: Hold) -> None:
@@ -184,6 +219,8 @@ def evaluate(training: Training, examples: Examples, split: str, stop: Stop) -> 
         total += float(task.loss(logits, batch))
         count += task.count(batch)
         scores.append(task.score(logits, batch))
+    if not math.isfinite(total):
+        raise Diverged(f"step {training.step}: {split} loss {total / count}")
     prefix = {"validation": "valid"}.get(split, split)
     metrics = task.metrics(total / count, scores)
     return {f"{prefix}_{key}": value for key, value in metrics.items() if value is not None}
@@ -208,7 +245,7 @@ def make_optimizer(spec: RunSpec, model: nn.Module) -> torch.optim.Optimizer:
 
 def schedule(spec: RunSpec, step: int) -> float:
     """The learning rate of a step (0, 1, …) as a share of its peak: linear warm-up, then decay to zero."""
-    warm = math.ceil(spec.warmup * spec.steps)
+    warm = math.ceil(spec.warmup * spec.steps - 1e-9)  # 0.07 * 100 is a little over 7
     if step < warm:
         return (step + 1) / warm
     if spec.schedule == "constant":

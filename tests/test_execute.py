@@ -19,6 +19,7 @@ from tests.conftest import make_spec
 QUIET = Options(log_to_file=False, device="cpu")
 SPECS = {
     "lora": make_spec(),
+    "evaluated": make_spec(eval_every=2),
     "dropout": make_spec(method={"name": "lora", "rank": 2, "dropout": 0.2}),
     "nf4": make_spec(quantization="nf4"),
     "full": make_spec(method={"name": "full"}, lr=1e-3),
@@ -66,10 +67,10 @@ def test_same_spec_gives_the_same_bits(name, reference, tmp_path):
     assert store.read(SPECS[name].id).files == reference[name].files
 
 
-@pytest.mark.parametrize("checks", [1, 4, 7, 9, 11])
+@pytest.mark.parametrize("checks", [1, 4, 6, 9, 11])
 @pytest.mark.parametrize("name", SPECS)
 def test_resumed_run_gives_the_same_bits(name, checks, reference, tmp_path, monkeypatch):
-    """Stopped in the first evaluation, while training (three times) and in the last evaluation."""
+    """Stopped in the first evaluation, while training and in evaluations between, and in the last one."""
     spec, store = SPECS[name], Store(tmp_path)
     stop_after(monkeypatch, checks)
     assert execute(spec, store, QUIET) == Status.CANCELLED
@@ -81,8 +82,9 @@ def test_resumed_run_gives_the_same_bits(name, checks, reference, tmp_path, monk
     assert record.attempts == 2
     assert record.measures["valid_loss"] == reference[name].measures["valid_loss"]
     assert record.measures["train_loss"] == reference[name].measures["train_loss"]
-    steps = [json.loads(line)["step"] for line in (store.folder(spec.id) / "steps.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, spec.steps + 1))
+    rows = [json.loads(line) for line in (store.folder(spec.id) / "steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, spec.steps + 1))
+    assert [row["step"] for row in rows if "valid_loss" in row] == ([2, 4] if spec.eval_every else [])
 
 
 def test_stopping_while_training_keeps_the_steps_done(tmp_path, monkeypatch):
@@ -95,12 +97,17 @@ def test_stopping_while_training_keeps_the_steps_done(tmp_path, monkeypatch):
 
 
 def test_accumulated_gradients_are_the_batch_s(tmp_path):
-    store = Store(tmp_path)
-    whole, parts = make_spec(batch_size=4), make_spec(batch_size=4, micro_batch_size=1)
-    for spec in (whole, parts):
-        execute(spec, store, QUIET)
-    a, b = (store.read(spec.id).measures["valid_loss"] for spec in (whole, parts))
-    assert a == pytest.approx(b, abs=1e-4)
+    """On responses of unequal lengths, where a mean of the parts' means would be another gradient."""
+    rows = [{"prompt": "a", "response": "b " * (1 + 12 * (i % 3))} for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store, task = Store(tmp_path / "results"), {"name": "completion", "data": str(tmp_path)}
+    norms = []
+    for micro in (None, 1):
+        spec = make_spec(task=task, batch_size=4, micro_batch_size=micro, steps=2)
+        assert execute(spec, store, QUIET) == Status.DONE, store.read(spec.id).error
+        log = (store.folder(spec.id) / "steps.jsonl").read_text().splitlines()
+        norms.append([json.loads(line)["grad_norm"] for line in log])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_done_is_not_computed_again(tmp_path, monkeypatch):
@@ -138,10 +145,64 @@ def test_divergence_is_a_finding(tmp_path):
     assert store.read(spec.id).error.startswith("step ")
 
 
-def test_time_limit_leaves_a_checkpoint(tmp_path):
+def test_time_limit_leaves_a_checkpoint(tmp_path, monkeypatch):
     store, spec = Store(tmp_path), SPECS["lora"]
-    assert execute(spec, store, dataclasses.replace(QUIET, timeout_seconds=1e-6)) == Status.TIMEOUT
+    monkeypatch.setattr(Stop, "check", fire_at(5, Stop.check))
+    assert execute(spec, store, dataclasses.replace(QUIET, timeout_seconds=3600)) == Status.TIMEOUT
+    assert "--retry timeout" in store.read(spec.id).error
+    monkeypatch.undo()
     assert execute(spec, store, QUIET) == Status.DONE
+    assert store.read(spec.id).resumed_from_step > 0
+
+
+def fire_at(count, check):
+    """`Stop.check` whose deadline has passed the `count`-th time it looks."""
+    seen = iter(range(10**6))
+
+    def late(self):
+        if next(seen) == count:
+            self.deadline = 0.0
+        check(self)
+
+    return late
+
+
+@pytest.mark.parametrize("damage", ["junk", "cut short", "other data"])
+def test_a_checkpoint_of_no_use_is_set_aside(damage, reference, tmp_path, monkeypatch):
+    spec, store = SPECS["lora"], Store(tmp_path)
+    stop_after(monkeypatch, 6)
+    execute(spec, store, QUIET)
+    monkeypatch.undo()
+    file = store.folder(spec.id) / "checkpoint" / "state.pt"
+    match damage:
+        case "junk":
+            file.write_bytes(b"junk")
+        case "cut short":
+            file.write_bytes(file.read_bytes()[:-100])
+        case "other data":
+            torch.save(torch.load(file) | {"content": {"data": {"task": "another"}}}, file)
+    assert execute(spec, store, QUIET) == Status.DONE
+    assert store.read(spec.id).files == reference["lora"].files
+    assert store.read(spec.id).resumed_from_step is None
+
+
+def test_a_step_log_that_a_crash_cut_short_is_no_obstacle(reference, tmp_path, monkeypatch):
+    spec, store = SPECS["lora"], Store(tmp_path)
+    stop_after(monkeypatch, 6)
+    execute(spec, store, QUIET)
+    monkeypatch.undo()
+    with open(store.folder(spec.id) / "steps.jsonl", "a") as log:
+        log.write('{"step": 6, "lo')
+    assert execute(spec, store, QUIET) == Status.DONE
+    assert len((store.folder(spec.id) / "steps.jsonl").read_text().splitlines()) == spec.steps
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_weights_that_are_not_finite_are_never_done(method, tmp_path):
+    """The last step's gradient is finite, and its update is not: only a look at what came of it can tell."""
+    spec, store = make_spec(method={"name": method}, steps=1, warmup=0.0, lr=1e38), Store(tmp_path)
+    assert execute(spec, store, QUIET) == Status.DIVERGED
+    assert store.read(spec.id).files == {}
 
 
 @pytest.mark.parametrize(

@@ -17,18 +17,21 @@ from lorabench.decode import InputError
 from lorabench.record import Status, Store
 from tests.conftest import make_spec
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 
 
 def test_a_hub_model_is_loaded_and_its_commit_recorded(tmp_path):
     """The Hub's cache is laid out as a download would, so that the Hub's own code path runs without a network."""
     repository = tmp_path / "hub" / "models--acme--tiny"
     shutil.copytree(models.BUILTIN / "tiny-llama", repository / "snapshots" / COMMIT)
+    shutil.copytree(models.BUILTIN / "tiny-llama", repository / "snapshots" / OTHER)
+    (repository / "snapshots" / OTHER / "model.safetensors").write_bytes(b"not this one")
     (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "refs" / "v2").write_text(COMMIT)
+    (repository / "refs" / "main").write_text(OTHER)
     sweep = tmp_path / "hub.toml"
     sweep.write_text(
-        'base = { model = "acme/tiny", task.name = "text", task.max_eval = 2, seq_len = 32, steps = 2 }\n'
+        'base = { model = "acme/tiny", revision = "v2", task.name = "text", task.max_eval = 2, steps = 2 }\n'
         'grid = [{ method.name = "lora" }]\n'
     )
     command = [sys.executable, "-m", "lorabench", "run", str(sweep), "--results", str(tmp_path / "results")]
@@ -89,3 +92,18 @@ def test_a_frozen_base_is_in_the_spec_s_dtype_and_a_trained_one_in_float32():
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(InputError, match=r"has no config\.json"):
         models.resolve(str(tmp_path))
+
+
+def test_a_classifier_finds_its_padding(tmp_path):
+    """Whatever the config says: the logits of a text do not depend on what it is padded beside."""
+    folder = tmp_path / "model"
+    shutil.copytree(models.BUILTIN / "tiny-llama", folder)
+    config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": 5}
+    (folder / "config.json").write_text(json.dumps(config))
+    spec = make_spec(model=str(folder), task={"name": "classification", "data": "x"})
+    model = models.load_base(spec, torch.device("cpu"), {"num_labels": 2}).eval()
+    with torch.no_grad():
+        alone = model(input_ids=torch.tensor([[7, 8, 9]])).logits
+        mask = torch.tensor([[1, 1, 1, 0, 0]])
+        padded = model(input_ids=torch.tensor([[7, 8, 9, 2, 2]]), attention_mask=mask).logits
+    torch.testing.assert_close(alone, padded, atol=1e-5, rtol=1e-5)

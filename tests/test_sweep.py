@@ -120,8 +120,8 @@ def test_an_alias_of_the_default_is_the_same_run() -> None:
 
 ONE_PROBLEM = {
     "[grids]\n": "grids = {}: unknown section 'grids'. Did you mean 'grid'? Choices: name, base, grid",
-    'name = "runs"\n': 'name = "runs": must be a folder name other than runs',
-    'name = "a/b"\n': 'name = "a/b": must be a folder name',
+    'name = "runs"\n': 'name = "runs": must be a file name',
+    'name = "a/b"\n': 'name = "a/b": must be a file name',
     "grid = 3\n": "grid: must be written [[grid]]",
     BASE + "steps = []\n": "steps = []: an axis needs at least one value",
     BASE + "stepz = 3\n": "stepz = 3: unknown key 'stepz'. Did you mean 'steps'? Choices: method, task, model",
@@ -313,3 +313,21 @@ def test_what_is_wrong_in_the_base_is_said_once() -> None:
     with pytest.raises(InputError) as error:
         cells(text, "lr")
     assert error.value.problems == ["steps = 0: must be at least 1", "grid 2: method.rank = 0: must be at least 1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[select]\nby = "valid_accuracy"\n', ["select.by", "valid_accuracy", "valid_loss"]),
+        ('[select]\nover = "seed"\n', ["select.over", "seed", "lr"]),
+        ('[[table]]\nrows = []\nvalue = "valid_loss"\n', ["rows = []"]),
+        ('[[table]]\nrows = ["lr"]\ncolumns = "lr"\nvalue = "valid_loss"\n', ["columns", "among rows"]),
+        ('[[table]]\nrows = ["lr"]\nvalue = "valid_loss"\nname = "../up"\n', ["name", "../up", "file name"]),
+        ('[[figure]]\nname = "rank_quality"\nvalue = "valid_acuracy"\n', ["figure 1", "valid_acuracy"]),
+        ('[[figure]]\nname = "cost_quality"\ncosts = ["peak_gb"]\n', ["peak_gb", "peak_gib"]),
+        ('[[grid]]\nzip = [["lr", "seed"], ["seed", "steps"]]\nlr = [1, 2]\nseed = [0, 1]\nsteps = [1, 2]\n', ["seed"]),
+    ],
+)  # fmt: skip
+def test_what_would_go_wrong_later_is_said_when_the_sweep_is_read(text: str, words: list[str]) -> None:
+    (problem,) = problems('[base]\ntask.name = "text"\nmethod.name = "lora"\n' + text)
+    assert all(word in problem for word in words), problem

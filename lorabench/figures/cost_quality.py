@@ -23,6 +23,10 @@ class CostQuality(Figure):
     value: str | None = None
     """The measure of the y axis (None: validation loss or accuracy, whichever the sweep selects by)."""
 
+    @property
+    def measures(self) -> list[str]:
+        return [*self.costs, *([self.value] if self.value else [])]
+
     def draw(self, results: Any) -> MatplotlibFigure | None:
         from lorabench import drawing
         from lorabench.labels import capitalized, measure, with_unit

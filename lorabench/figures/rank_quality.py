@@ -25,6 +25,10 @@ class RankQuality(Figure):
     value: str | None = None
     """The measure (None: validation loss or accuracy, whichever the sweep selects by)."""
 
+    @property
+    def measures(self) -> list[str]:
+        return [self.value] if self.value else []
+
     def draw(self, results: Any) -> MatplotlibFigure | None:
         from lorabench import drawing
         from lorabench.labels import capitalized, with_unit

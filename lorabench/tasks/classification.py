@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.decode import InputError
-from lorabench.task import Example, Task
+from lorabench.task import Example, Task, check_column
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ class Classification(Task):
     """
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    reports: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1", "matthews", "majority")
 
     data: str
     text: str = "text"
@@ -51,6 +52,8 @@ class Classification(Task):
             )
         texts = [[str(row[key]) for row in rows] for key in keys]
         encoded = tokenizer(*texts, truncation=True, max_length=seq_len)["input_ids"]
+        if [] in encoded:
+            raise InputError(f'task.text = "{self.text}": row {encoded.index([]) + 1} has no tokens')
         return [{"input_ids": ids, "labels": classes[y]} for ids, y in zip(encoded, labels, strict=True)]
 
     def model_options(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -92,11 +95,12 @@ class Classification(Task):
 
     def _check_columns(self, rows: list[dict[str, Any]], keys: list[str]) -> None:
         fields = {self.text: "text", self.text_pair: "text_pair", self.label: "label"}
-        problems = [
-            f'task.{fields[key]} = "{key}": no such column. Choices: {", ".join(map(str, rows[0]))}'
-            for key in keys
-            if rows and key not in rows[0]
-        ]
+        problems = []
+        for key in keys:
+            try:
+                check_column(rows, f"task.{fields[key]}", key)
+            except InputError as error:
+                problems += error.problems
         if problems:
             raise InputError(problems)
 

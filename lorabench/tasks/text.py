@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorabench.decode import InputError
-from lorabench.task import Example, LanguageModeling
+from lorabench.task import Example, LanguageModeling, check_column
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +21,7 @@ class Text(LanguageModeling):
     def examples(
         self, rows: list[dict[str, Any]], tokenizer: Any, seq_len: int, options: dict[str, Any]
     ) -> list[Example]:
-        if rows and self.text not in rows[0]:
-            raise InputError(f'task.text = "{self.text}": no such column. Choices: {", ".join(rows[0])}')
+        check_column(rows, "task.text", self.text)
         encoded = tokenizer([str(row[self.text]) for row in rows], add_special_tokens=False)["input_ids"]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         stream = [token for ids in encoded for token in [*ids, *end]]
