@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lorabench.plugins import Plugin
 
 if TYPE_CHECKING:
-    from lorabench.formats import LayerSVD
+    from lorabench.layer import LayerSVD
 
 
 class Analysis(Plugin, ABC):
