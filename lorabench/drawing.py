@@ -154,15 +154,26 @@ def finite(runs: pd.DataFrame, name: str) -> pd.DataFrame:
     return runs[np.isfinite(runs[name])] if name in runs else runs.iloc[:0]
 
 
+def limit_x(axes: Axes, cells: Sequence[Cell]) -> None:
+    axes.set_xlim(*_limits(cells))
+
+
 def limit_y(axes: Axes, cells: Sequence[Cell]) -> None:
-    """The range of the means and their intervals, but of wide intervals no more than once the means' own range."""
+    axes.set_ylim(*_limits(cells))
+
+
+def _limits(cells: Sequence[Cell]) -> tuple[float, float]:
+    """The range of the means and their intervals, but of wide intervals no more than once the means' own range.
+
+    What is positive by nature keeps to positive numbers, however wide its interval.
+    """
     means = [cell.mean for cell in cells if cell.mean is not None]
     ends = [end for cell in cells for end in cell.ends]
     low, high = min(means), max(means)
     room = max(high - low, 1e-3 * max(abs(low), abs(high)))
     low, high = max(min(ends), low - room), min(max(ends), high + room)
     margin = 0.06 * (high - low) or 1e-9
-    axes.set_ylim(low - margin, high + margin)
+    return (max(0.0, low - margin) if min(means) > 0 else low - margin), high + margin
 
 
 def place_labels(axes: Axes, points: Sequence[tuple[Cell, Cell]], texts: Sequence[str], colors: Sequence[str]) -> None:

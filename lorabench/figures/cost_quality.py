@@ -85,6 +85,7 @@ def _panel(axes: Axes, results: Any, runs: Any, names: tuple[str, str]) -> dict[
         texts.append("" if at.get(RANK) is None else value_label(at[RANK]))
         colors.append(look.color)
     axes.margins(0.1)
+    drawing.limit_x(axes, [x for x, _ in points])
     drawing.limit_y(axes, [y for _, y in points])
     drawing.place_labels(axes, points, texts, colors)
     return handles
