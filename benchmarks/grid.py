@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hardware
+from hardware import spread, write
 
 from lorabench.machine import available_cores
 from lorabench.record import Store
@@ -146,7 +145,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", default=100, type=int)
     parser.add_argument("--batch-size", default=2, type=int)
     parser.add_argument("--seq-len", default=64, type=int)
-    parser.add_argument("--rounds", default=2, type=int)
+    parser.add_argument("--rounds", default=3, type=int)
     parser.add_argument("--device", default="cuda" if gpu else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--workers", type=int, help="cells at a time (default: cores; 1 on a GPU)")
     arguments = parser.parse_args()
@@ -157,16 +156,16 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     seconds = measure(arguments)
-    best = {name: statistics.median(values) for name, values in seconds.items()}
     ratios: dict[str, Any] = {
-        "over_concurrent_processes": best["concurrent_processes"] / best["lorabench"],
-        "over_sequential_processes": best["sequential_processes"] / best["lorabench"],
+        f"over_{peer}": spread([theirs / ours for theirs, ours in zip(times, seconds["lorabench"], strict=False)])
+        for peer, times in seconds.items()
+        if peer != "lorabench"
     }
     for peer, ratio in ratios.items():
-        print(f"lorabench {peer}: {ratio:.2f} times as fast")
+        print(f"lorabench {peer}: {ratio['median']:.2f} times as fast (min {ratio['min']:.2f}, max {ratio['max']:.2f})")
     figures = {"headline": "over_concurrent_processes", "seconds": seconds, "lorabench": ratios}
     settings = {key: value for key, value in vars(arguments).items() if key != "device"} | {"cells": 16}
-    print(hardware.write("grid", arguments.device, settings, figures))
+    print(write("grid", arguments.device, settings, figures))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import statistics
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,20 @@ import torch
 from lorabench import environment, execute
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median with its 95% bootstrap interval (None for fewer than five rounds), extremes, and every round."""
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(2000))
+    interval = [medians[50], medians[-51]] if len(values) >= 5 else None
+    return {
+        "median": statistics.median(values),
+        "interval": interval,
+        "min": min(values),
+        "max": max(values),
+        "rounds": values,
+    }
 
 
 def write(name: str, device: str, settings: dict[str, Any], figures: dict[str, Any]) -> Path:
@@ -25,6 +41,7 @@ def write(name: str, device: str, settings: dict[str, Any], figures: dict[str, A
         "date": datetime.now(UTC).date().isoformat(),
         "hardware": hardware | {"threads": torch.get_num_threads()},
         "packages": described["packages"],
+        "git": described["git"],
         "settings": settings,
     }
     file = RESULTS / f"{name}-{kind}.json"

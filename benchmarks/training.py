@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,9 +24,9 @@ from typing import Any
 
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 
-import hardware
 import torch
 from contenders import CONTENDERS, LOG_EVERY, Race, peak_bytes, reset_peak, resident_bytes, untrained_losses
+from hardware import spread, write
 from relay import Relay, Stopwatch
 from transformers.utils.logging import disable_progress_bar
 
@@ -100,10 +99,6 @@ def ratios(speeds: dict[str, list[float]], suffix: str) -> dict[str, Any]:
     return found
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "rounds": values}
-
-
 def measure_memory(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     """Each contender in fresh processes of its own."""
     options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(arguments).items() if key in ARGUMENTS]
@@ -169,7 +164,7 @@ def main() -> None:
     settings = {key: value for key, value in vars(arguments).items() if key not in ("child", "device")}
     specs = {method: asdict(make_spec(arguments, method)) for method in arguments.methods}
     settings |= {"optimizer": _optimizer(specs)}
-    print(hardware.write("training", arguments.device, settings, {"methods": figures}))
+    print(write("training", arguments.device, settings, {"methods": figures}))
 
 
 def _optimizer(specs: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +178,8 @@ def print_figures(method: str, figures: dict[str, Any]) -> None:
         print(f"{method:5} {name:10} {speed['median']:9.0f} tokens/s   {memory}")
     for peer, ratio in figures["lorabench"].items():
         others = ", ".join(f"{key} {ratio[key]:.3f}" for key in ("overall", "min", "max"))
-        print(f"{method:5} lorabench {peer} {ratio['median']:.3f} ({others})")
+        interval = " to ".join(f"{end:.3f}" for end in ratio["interval"] or ())
+        print(f"{method:5} lorabench {peer} {ratio['median']:.3f} [{interval}] ({others})")
 
 
 if __name__ == "__main__":
