@@ -45,12 +45,13 @@ def tiny_bases(tmp_path_factory) -> dict[str, str]:
     gpt2 = t.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **common)
     bert = t.BertConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, vocab_size=1024, pad_token_id=2, hidden_dropout_prob=0.0,
+        max_position_embeddings=128, vocab_size=1024, pad_token_id=2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     roberta = t.RobertaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=131, vocab_size=1024, pad_token_id=2, bos_token_id=0, eos_token_id=1,
-        hidden_dropout_prob=0.0,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     models = {
         "llama": t.LlamaForCausalLM(llama),

@@ -22,10 +22,10 @@ def method_spec(name: str, base: str, tiny_bases, labelled, **changes):
     if "bert" in base:
         task = {"name": "classification", "data": labelled, "max_train": 16, "max_eval": 4}
     method = encode(plugins.example("methods", name))
-    return make_spec(method=method, model=tiny_bases[base], task=task, **changes)
+    return make_spec(method=method, model=tiny_bases[base], task=task, **({"lr": 5e-3} | changes))
 
 
-def tuned(spec, steps=3):
+def tuned(spec, steps=15):
     """The model after a few steps, its base, and a batch."""
     examples = prepare(spec)
     torch.manual_seed(spec.seed)

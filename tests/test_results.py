@@ -60,8 +60,8 @@ def test_best_is_the_lowest_mean_over_seeds(tmp_path):
 
 
 def test_best_is_the_highest_where_more_is_better(tmp_path):
-    text = GRID + SELECT.replace("valid_loss", "valid_accuracy")
-    results = load(tmp_path, text, lambda spec: 1 - spec.lr, measure="valid_accuracy")
+    text = GRID + SELECT.replace("valid_loss", "valid_token_accuracy")
+    results = load(tmp_path, text, lambda spec: 1 - spec.lr, measure="valid_token_accuracy")
     assert chosen(results) == {2: (1e-4, "smallest"), 4: (1e-4, "smallest")}
 
 
