@@ -43,7 +43,7 @@ class Race:
     def model(self) -> nn.Module:
         torch.manual_seed(self.spec.seed)
         base = load_base(self.spec, self.watch.device, self.examples.model_options)
-        return self.spec.method.attach(base)
+        return self.spec.method.attach(base, self.spec)
 
     def rows(self) -> list[dict[str, torch.Tensor]]:
         """The training examples in the order in which lorabench visits them."""

@@ -115,11 +115,11 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
         meter.set_baseline()
         with meter.phase("load"):
             base = _seeded_base(spec, examples, device)
-    _check_length(spec, base)
+    model.check_length(spec, model.max_length(base))
     record.environment |= model.fingerprint(spec) | {"data": examples.fingerprints, "data_notes": examples.notes}
     num_base = _count(base)
     torch.manual_seed(method_seed(spec))
-    tuned = spec.method.attach(base)
+    tuned = spec.method.attach(base, spec)
     if spec.gradient_checkpointing:
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     record.measures |= _counts(tuned, num_base, examples)
@@ -245,10 +245,6 @@ def method_seed(spec: RunSpec) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
 
 
-def _check_length(spec: RunSpec, base: nn.Module) -> None:
-    longest = model.max_length(base)
-    if longest is not None and spec.seq_len > longest:
-        raise InputError(f"seq_len = {spec.seq_len}: must be at most {longest}, the longest that {spec.model} takes")
 
 
 def _counts(tuned: nn.Module, num_base: int, examples: Examples) -> dict[str, float]:

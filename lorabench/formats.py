@@ -28,9 +28,14 @@ _LARGE = 1024
 
 
 def read_updates(folder: Path) -> Iterator[Update]:
-    """Every ΔW in `folder` by parameter, one at a time, vectors included. InputError where a file is not whole."""
+    """Every ΔW in `folder` by parameter, one at a time, vectors included. InputError where a file is not whole.
+
+    What is a `part` of one (DoRA's sBA) is left out.
+    """
     for parameter, entry in _find(folder):
         update = entry.load()
+        if isinstance(update, Update) and update.part:
+            continue
         if isinstance(update, LayerSVD):
             raise InputError(f"{folder}: {parameter}: only singular values and vectors of ΔW were kept (svd:K)")
         yield update

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.plugins import Plugin
-from lorabench.update import Update, save_deltas, save_svds
+from lorabench.update import Update, read_deltas, save_svds, save_updates
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lorabench.spec import RunSpec
+
+LoadBase = Callable[[], "nn.Module"]
+"""Gives the untouched base again, the same at each call."""
 
 
 class Method(Plugin, ABC):
@@ -26,6 +29,16 @@ class Method(Plugin, ABC):
     trains_base: ClassVar[bool] = False
     """Whether base weights themselves are trained: they are then held as float32 masters and not quantized."""
 
+    @property
+    def has_update(self) -> bool:
+        """Whether the method is a change of weights; soft prompts and adapters add computation instead."""
+        return True
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that the method takes up in front of each example."""
+        return 0
+
     def problems(self, spec: RunSpec) -> Iterator[str]:
         """Why this method cannot be run as `spec` asks: `key = value: reason`. Checked when a sweep is read."""
         if self.trains_base and spec.quantization != "none":
@@ -35,27 +48,57 @@ class Method(Plugin, ABC):
             )
 
     @abstractmethod
-    def attach(self, model: nn.Module) -> nn.Module:
-        """Make exactly what this method trains require a gradient. Random initialization uses the global RNG."""
+    def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
+        """Make exactly what this method trains require a gradient, a new task head (`model.new_heads`) included.
+
+        Random initialization uses the global generator. InputError where the model has nothing to attach to.
+        """
 
     @abstractmethod
-    def updates(self, model: nn.Module, load_base: Callable[[], nn.Module]) -> Iterator[Update]:
-        """ΔW layer by layer; nothing where the method has none. `load_base()` is the untouched base again."""
+    def updates(self, model: nn.Module, load_base: LoadBase) -> Iterator[Update]:
+        """ΔW layer by layer; of a new task head alone where the method has none."""
 
-    def save(self, model: nn.Module, load_base: Callable[[], nn.Module], folder: Path, keep: str) -> None:
-        """Write what was learned to `folder`: dense ΔW, or its top singular vectors with `keep = "svd:K"`."""
+    def save(self, model: nn.Module, load_base: LoadBase, folder: Path, keep: str) -> None:
+        """Write what was learned to `folder`: what `load` needs, or ΔW's top singular vectors with `keep = "svd:K"`."""
         if keep == "updates":
-            save_deltas(self.updates(model, load_base), folder)
+            save_updates(self.updates(model, load_base), folder)
         else:
             save_svds(self.updates(model, load_base), folder, int(keep.removeprefix("svd:")))
+
+    def load(self, base: nn.Module, folder: Path, spec: RunSpec) -> nn.Module:
+        """The tuned model out of an untouched base and what `save` wrote; nothing of it need require a gradient."""
+        from lorabench.model import add_update
+
+        for update in read_deltas(folder):
+            add_update(base, update)
+        return base
+
+    def merge(self, model: nn.Module) -> nn.Module | None:
+        """The tuned model in the base's own architecture, in place; None where the method cannot be merged."""
+        return model if self.has_update else None
 
     def param_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """Optimizer groups. Default: every trainable parameter at `lr`."""
         return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
 
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """What is added to the training loss (AdaLoRA keeps its factors orthogonal with it)."""
+        return None
+
     def after_step(self, model: nn.Module, step: int) -> None:
-        """Called after each optimizer step (AdaLoRA reallocates its budget here)."""
+        """Called after each optimizer step 0, 1, …, gradients still there (AdaLoRA reallocates its budget here)."""
 
     def trained_state(self, model: nn.Module) -> dict[str, Tensor]:
         """What a checkpoint must hold of the model: the trainable tensors, by name."""
         return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Put back what `trained_state` gave. ValueError where it is of other parameters."""
+        import torch
+
+        targets = self.trained_state(model)
+        if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in targets.items()}:
+            raise ValueError("holds other parameters than this version trains")
+        with torch.no_grad():
+            for name, tensor in state.items():
+                targets[name].copy_(tensor)

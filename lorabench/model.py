@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,12 +110,56 @@ def max_length(model: nn.Module) -> int | None:
     return longest
 
 
+def check_length(spec: RunSpec, longest: int | None) -> None:
+    """InputError where a run's examples, with what its method puts in front of them, are too long for the model."""
+    virtual = spec.method.num_virtual_tokens
+    if longest is not None and spec.seq_len + virtual > longest:
+        also = f", with the method's {virtual} virtual tokens," if virtual else ""
+        raise InputError(f"seq_len = {spec.seq_len}: must{also} be at most {longest}, the longest that {spec.model} takes")
+
+
 def new_heads(model: nn.Module) -> list[str]:
     """The head modules that a classification model puts on the pretrained base."""
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return []
     prefix = model.base_model_prefix
     return [name for name, module in model.named_children() if name != prefix and list(module.parameters())]
+
+
+def untie(model: nn.Module) -> None:
+    """Give an output matrix that is tied to the input embedding a copy of its own."""
+    from torch import nn
+
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is model.get_input_embeddings().weight:
+        output.weight = nn.Parameter(output.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+
+
+def as_linear(model: nn.Module) -> None:
+    """Replace each of GPT-2's Conv1D layers by the linear layer that computes the same."""
+    from torch import nn
+
+    for name, module in list(model.named_modules()):
+        if is_conv1d(module):
+            inputs, outputs = module.weight.shape
+            linear = nn.Linear(inputs, outputs, device="meta")
+            linear.weight = nn.Parameter(module.weight.detach().T.contiguous())
+            linear.bias = module.bias
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, linear)
+
+
+def reads_last_token(model: nn.Module) -> bool:
+    """Whether a classifier's head reads the last token that is no padding, as transformers' decoders have it."""
+    return "score" in new_heads(model)
+
+
+def is_linear_layer(module: nn.Module) -> bool:
+    """A linear layer, quantized or not, or GPT-2's Conv1D."""
+    from torch import nn
+
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -125,19 +169,34 @@ def is_conv1d(module: nn.Module) -> bool:
     return isinstance(module, Conv1D)
 
 
-def weight_changes(model: nn.Module, base: nn.Module, prefix: str = "") -> Iterator[Update]:
-    """ΔW of every parameter, dense, on the CPU, in (out, in) orientation; vectors as (n, 1)."""
-    originals = dict(base.named_parameters())
-    for name, parameter in model.named_parameters():
-        module = model.get_submodule(name.rpartition(".")[0])
-        original = originals[name].detach().to(parameter.device)
-        delta = parameter.detach().float() - original.float()
+def weight_changes(
+    model: nn.Module, base: nn.Module, prefix: str = "", names: Collection[str] | None = None
+) -> Iterator[Update]:
+    """ΔW of every parameter, or of those in `names`: dense, on the CPU, in (out, in) orientation; vectors as (n, 1)."""
+    for name in names if names is not None else [name for name, _ in model.named_parameters()]:
+        parameter, original = model.get_parameter(name), base.get_parameter(name).detach()
+        delta = parameter.detach().float() - original.to(parameter.device).float()
         yield Update(
             parameter=prefix + name,
-            B=_as_matrix(delta, module).cpu(),
+            B=_as_matrix(delta, model.get_submodule(name.rpartition(".")[0])).cpu(),
             base_norm=float(original.float().norm()),
             precision=str(parameter.dtype).removeprefix("torch."),
         )
+
+
+def add_update(model: nn.Module, update: Update) -> None:
+    """W0 + ΔW, in place, on a model whose weights are not quantized."""
+    import torch
+
+    module = model.get_submodule(update.parameter.rpartition(".")[0])
+    if module is model.get_output_embeddings():
+        untie(model)  # its input side has an update of its own, or none
+    parameter = model.get_parameter(update.parameter)
+    delta = update.dense().to(parameter.device)
+    if is_transposed(module) and parameter.ndim > 1:
+        delta = delta.T
+    with torch.no_grad():
+        parameter += delta.reshape(parameter.shape).to(parameter.dtype)
 
 
 def save_peft(model: nn.Module, folder: Path) -> None:

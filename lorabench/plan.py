@@ -128,9 +128,7 @@ def count(spec: RunSpec) -> Counts:
     found = _count(json.dumps([table[key] for key in ("model", "revision", "method", "quantization", "task", "dtype")]))
     if isinstance(found, InputError):
         raise found
-    longest = found[1]
-    if longest is not None and spec.seq_len > longest:
-        raise InputError(f"seq_len = {spec.seq_len}: must be at most {longest}, the longest that {spec.model} takes")
+    models.check_length(spec, found[1])
     at_length = found[0].flops_per_token + found[2] * spec.seq_len
     return Counts(**vars(found[0]) | {"flops_per_token": at_length})
 
@@ -144,7 +142,7 @@ def _count(key: str) -> tuple[Counts, int | None, float] | InputError:
         base = models.skeleton(spec, _model_options(spec.task))
         weight_bytes = _weight_bytes(spec, base)
         with torch.device("meta"):
-            tuned = spec.method.attach(base)
+            tuned = spec.method.attach(base, spec)
     except InputError as error:
         return error
     config: Any = base.config

@@ -23,11 +23,14 @@ _MLP = (
     r"(gate_proj|up_proj|down_proj|gate_up_proj|c_fc|mlp\.c_proj|fc1|fc2|lin1|lin2|w1|w2|w3|"
     r"intermediate\.dense|(?<!attention\.)output\.dense|mlp\.Wi|mlp\.Wo|dense_h_to_4h|dense_4h_to_h)$"
 )
+DOWN = r"(down_proj|mlp\.c_proj|fc2|lin2|w2|(?<!attention\.)output\.dense|mlp\.Wo|dense_4h_to_h)$"
+"""The feed-forward's last matrix: the places of IA3 together with keys and values."""
 PRESETS = {
     "query": [_QUERY],
     "query-value": [_QUERY, _VALUE],
     "attention": [_QUERY, _KEY, _VALUE, _FUSED, _OUTPUT],
     "mlp": [_MLP],
+    "key-value-down": [_KEY, _VALUE, _FUSED, DOWN],
     "all-linear": [r""],
 }
 
@@ -53,11 +56,45 @@ def head_modules(model: nn.Module) -> list[str]:
     return tops + poolers
 
 
-def match(model: nn.Module, targets: str) -> list[str]:
+def parse_layers(text: str) -> set[int]:
+    """`"0-3,11"` -> {0, 1, 2, 3, 11}. InputError where it is not written so."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise InputError(f'method.layers = "{text}": must be numbers and ranges from 0, such as "0-3,11"')
+        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return found
+
+
+def layer_index(name: str) -> int | None:
+    """The number of the block that a module belongs to: 3 for `model.layers.3.mlp.up_proj`."""
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def in_layers(names: list[str], layers: str | None) -> list[str]:
+    """The names whose block is among `layers`. InputError where the model has no such block."""
+    if layers is None:
+        return names
+    wanted, present = parse_layers(layers), {index for name in names if (index := layer_index(name)) is not None}
+    if missing := sorted(wanted - present):
+        raise InputError(
+            f'method.layers = "{layers}": there is no layer {missing[0]}; those with targets are {sorted(present)}'
+        )
+    return [name for name in names if layer_index(name) in wanted]
+
+
+def match(model: nn.Module, targets: str, layers: str | None = None) -> list[str]:
     """Full names of the layers that `targets` (a preset, or a regular expression on full names) means.
 
-    An expression matches as PEFT's does: the whole name, or its end after a dot. InputError if nothing fits.
+    An expression matches as PEFT's does: the whole name, or its end after a dot. `layers` (`"0-3,11"`) keeps only
+    those of some blocks. InputError if nothing fits.
     """
+    return in_layers(_match(model, targets), layers)
+
+
+def _match(model: nn.Module, targets: str) -> list[str]:
     layers = linear_layers(model)
     if targets in PRESETS:
         found = [name for name in layers if any(re.search(rf"(^|\.){p}" if p else "", name) for p in PRESETS[targets])]

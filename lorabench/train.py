@@ -92,10 +92,9 @@ class Training:
 
     def load(self, file: Path) -> None:
         """Go on where the checkpoint was written. ValueError if it is damaged, or of other data or weights."""
-        targets = self.spec.method.trained_state(self.model)
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            shapes = {name: tensor.shape for name, tensor in state["model"].items()}
+            trained = state["model"]
         except (
             RuntimeError,
             OSError,
@@ -109,11 +108,7 @@ class Training:
             raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from error
         if state.get("content") != self.content:
             raise ValueError("was made with other data or another base")
-        if shapes != {name: tensor.shape for name, tensor in targets.items()}:
-            raise ValueError("holds other parameters than this version trains")
-        with torch.no_grad():
-            for name, tensor in state["model"].items():
-                targets[name].copy_(tensor)
+        self.spec.method.restore(self.model, trained)
         self.optimizer.load_state_dict(state["optimizer"])
         self.meter.restore(state["meter"])
         self.step, self.evaluated = state["step"], state["evaluated"]
@@ -162,12 +157,15 @@ def train(
                         part_loss = task.loss(forward(model, part), part) / max(count, 1)
                     part_loss.backward()
                     loss += part_loss.detach()
+                penalty = spec.method.penalty(model)
+                if penalty is not None:
+                    penalty.backward()
             with meter.phase("optimizer"):
                 limit = math.inf if spec.clip == "none" else spec.clip
                 norm = nn.utils.clip_grad_norm_(parameters, limit)
                 training.optimizer.step()
-                training.optimizer.zero_grad()
                 spec.method.after_step(model, training.step)
+                training.optimizer.zero_grad()
         training.step += 1
         pending.append((training.step, loss, norm, spec.lr * lr_share))
         if training.step % FLUSH_EVERY == 0 or training.step == spec.steps:
@@ -227,7 +225,10 @@ def evaluate(training: Training, examples: Examples, split: str, stop: Stop) -> 
 
 
 def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
-    return model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
+    """Logits (n, classes), or (n, t, vocabulary) of the batch's own positions: virtual tokens in front have none."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
+    length = batch["input_ids"].shape[1]
+    return logits[:, -length:] if logits.ndim == 3 and logits.shape[1] > length else logits
 
 
 def make_optimizer(spec: RunSpec, model: nn.Module) -> torch.optim.Optimizer:

@@ -6,7 +6,7 @@ Shapes: M out features, N in features, r rank, K kept singular vectors.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DELTA_FILE = "delta.safetensors"
 SVD_FILE = "svd.safetensors"
+INITIAL_FILE = "initial_factors.safetensors"
+"""Beside a LoRA adapter whose factors did not begin at B A = 0: `LAYER.B` and `LAYER.A` before training."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -26,6 +28,7 @@ class Update:
     An embedding counts as a layer whose input is a one-hot token: ΔW is (width, vocabulary), as PEFT's factors have it.
     A vector (bias, norm) is dense with shape (M, 1). `parameter` is its full name in the untouched base model;
     `base_norm` is ‖W0‖_F where known; `precision` names the dtype that a dense ΔW was stored in.
+    `part` names a share of ΔW that is reported beside the whole (DoRA's `sBA`); None for ΔW itself.
     `scale_source` says where the scale came from: `config`, `file`, `assumed` or `--alpha`; None for a dense ΔW.
     """
 
@@ -35,6 +38,7 @@ class Update:
     base_norm: float | None = None
     precision: str | None = None
     scale_source: str | None = None
+    part: str | None = None
 
     @property
     def layer(self) -> str:
@@ -50,16 +54,31 @@ class Update:
         return self.B if self.A is None else self.B @ self.A
 
 
-def save_deltas(updates: Iterable[Update], folder: Path) -> None:
-    """Write dense ΔW, one tensor a parameter in (out, in) orientation, to `delta.safetensors`."""
+def save_updates(updates: Iterable[Update], folder: Path) -> None:
+    """Write each ΔW to `delta.safetensors`, in (out, in) orientation: `NAME`, or its factors `NAME:B` and `NAME:A`."""
     from safetensors.torch import save_file
 
     tensors, norms = {}, {}
     for update in updates:
-        tensors[update.parameter] = update.dense().contiguous()
+        if update.A is None:
+            tensors[update.parameter] = update.B.contiguous()
+        else:
+            tensors |= {f"{update.parameter}:B": update.B.contiguous(), f"{update.parameter}:A": update.A.contiguous()}
         norms[update.parameter] = update.base_norm
     about = {"format": "lorabench-delta", "orientation": "out,in", "base_norms": norms}
     save_file(tensors, folder / DELTA_FILE, metadata=_metadata(about))
+
+
+def read_deltas(folder: Path) -> Iterator[Update]:
+    """What `save_updates` wrote, one at a time."""
+    from safetensors import safe_open
+
+    with safe_open(folder / DELTA_FILE, framework="pt") as handle:
+        for name in sorted({key.removesuffix(":A").removesuffix(":B") for key in handle.keys()}):
+            if f"{name}:B" in handle.keys():
+                yield Update(parameter=name, B=handle.get_tensor(f"{name}:B"), A=handle.get_tensor(f"{name}:A"))
+            else:
+                yield Update(parameter=name, B=handle.get_tensor(name))
 
 
 def save_svds(updates: Iterable[Update], folder: Path, keep: int) -> None:

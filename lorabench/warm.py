@@ -29,7 +29,8 @@ def warm(spec: RunSpec) -> None:
     examples = prepare(spec)
     folder = Path(resolve(spec.model))
     if sum(file.stat().st_size for file in folder.glob("*.safetensors")) < LARGEST_BYTES:
-        spec.method.attach(load_base(replace(spec, quantization="none"), torch.device("cpu"), examples.model_options))
+        base = load_base(replace(spec, quantization="none"), torch.device("cpu"), examples.model_options)
+        spec.method.attach(base, spec)
 
 
 def _is_local(spec: RunSpec) -> bool:

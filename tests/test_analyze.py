@@ -15,7 +15,7 @@ from lorabench.decode import InputError
 from lorabench.linalg import subspace_similarity, thin_svd
 from lorabench.record import RunRecord, Status, Store, file_digests
 from lorabench.sweep import parse_sweep
-from lorabench.update import Update, save_deltas, save_svds
+from lorabench.update import Update, save_updates, save_svds
 
 TEXT = """
 [base]
@@ -51,7 +51,7 @@ def save_adapter(folder, spec):
 def save_dense(folder, spec, keep=None):
     updates = [Update(parameter=f"{name}.weight", B=B @ A, base_norm=5.0) for name, (B, A) in factors(spec).items()]
     updates.append(Update(parameter="model.norm.weight", B=torch.ones(10, 1)))
-    save_svds(updates, folder, keep) if keep else save_deltas(updates, folder)
+    save_svds(updates, folder, keep) if keep else save_updates(updates, folder)
 
 
 def write_run(store, spec, status=Status.DONE):
@@ -182,7 +182,7 @@ def damage_nan(file):
     """A whole file with a record that fits, but NaN in its last layer."""
     folder = file.parents[1]
     weights = {"a.weight": torch.ones(3, 3), "b.weight": torch.full((3, 3), float("nan"))}
-    save_deltas([Update(parameter=name, B=delta) for name, delta in weights.items()], file.parent)
+    save_updates([Update(parameter=name, B=delta) for name, delta in weights.items()], file.parent)
     store = Store(file.parents[3])
     record = store.read(folder.name)
     record.files = file_digests(folder / "updates", folder)
@@ -224,7 +224,7 @@ def test_zero_updates_have_norms_but_no_directions(tmp_path):
     for spec in sweep.runs:
         folder = store.folder(spec.id) / "updates"
         folder.mkdir(parents=True)
-        save_deltas([Update(parameter="lin.weight", B=torch.zeros(4, 3), base_norm=2.0)], folder)
+        save_updates([Update(parameter="lin.weight", B=torch.zeros(4, 3), base_norm=2.0)], folder)
         record = RunRecord(run_id=spec.id, spec=spec.to_json(), status=Status.DONE)
         record.files = file_digests(folder, folder.parent)
         store.write(record)

@@ -18,7 +18,7 @@ from lorabench import formats
 from lorabench.decode import InputError
 from lorabench.layer import layer_kind
 from lorabench.linalg import thin_svd
-from lorabench.update import Update, save_deltas, save_svds
+from lorabench.update import Update, save_updates, save_svds
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
 LLAMA = LlamaConfig(**SIZES, num_key_value_heads=1)
@@ -138,7 +138,7 @@ def edit_tensors(folder, change):
 
 def test_an_adapter_and_dense_changes_in_one_folder(adapter):
     head = torch.randn(3, 8)
-    save_deltas([Update(parameter="score.weight", B=head, base_norm=2.0)], adapter)
+    save_updates([Update(parameter="score.weight", B=head, base_norm=2.0)], adapter)
     norms = {"model.layers.0.self_attn.q_proj.weight": 1.5}
     (adapter / "base_norms.json").write_text(json.dumps(norms))
     layers = {layer.layer: layer for layer in formats.read_layers(adapter)}
@@ -151,7 +151,7 @@ def test_an_adapter_and_dense_changes_in_one_folder(adapter):
 
 def test_vectors_are_updates_but_not_layers(tmp_path):
     changes = {"norm.weight": torch.randn(6, 1), "head.weight": torch.randn(1, 6), "lin.weight": torch.randn(6, 4)}
-    save_deltas([Update(parameter=name, B=delta) for name, delta in changes.items()], tmp_path)
+    save_updates([Update(parameter=name, B=delta) for name, delta in changes.items()], tmp_path)
     updates = {update.parameter: update.dense() for update in formats.read_updates(tmp_path)}
     assert all(torch.equal(updates[name], delta) for name, delta in changes.items()) and len(updates) == 3
     assert [layer.layer for layer in formats.read_layers(tmp_path)] == ["head", "lin"]
@@ -178,7 +178,7 @@ def test_kept_vectors_of_factors_know_their_rank(tmp_path):
 
 
 def test_a_dense_layer_keeps_a_bounded_number_of_vectors(tmp_path):
-    save_deltas([Update(parameter="lin.weight", B=torch.randn(80, 70))], tmp_path)
+    save_updates([Update(parameter="lin.weight", B=torch.randn(80, 70))], tmp_path)
     (layer,) = formats.read_layers(tmp_path)
     assert layer.svd.U.shape == (80, formats.DENSE_VECTORS) and len(layer.svd.S) == 70
 

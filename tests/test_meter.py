@@ -91,7 +91,7 @@ def test_a_resumed_run_keeps_what_was_measured():
 def test_flops_are_those_that_torch_counts(base, method, tolerance, tiny_bases):
     """With a frozen base the lowest layer needs no gradient of its input, which the formula leaves aside."""
     spec = make_spec(model=tiny_bases[base], method=method)
-    model = spec.method.attach(models.load_base(spec, CPU, {}))
+    model = spec.method.attach(models.load_base(spec, CPU, {}), spec)
     model.set_attn_implementation("eager")  # torch's counter does not know the CPU's fused attention
     ids = torch.randint(3, 1000, (4, 96))
     with FlopCounterMode(display=False) as counter:

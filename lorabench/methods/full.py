@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lorabench.method import Method
-from lorabench.model import weight_changes
-from lorabench.update import Update
+from lorabench.methods._chosen import Chosen
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Full(Method):
+class Full(Chosen):
     """All parameters train. ΔW is the difference of float32 masters, so that no rounding passes for rank."""
 
     trains_base: ClassVar[bool] = True
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        return model.requires_grad_(True)
-
-    def updates(self, model: nn.Module, load_base: Callable[[], nn.Module]) -> Iterator[Update]:
-        return weight_changes(model, load_base())
+    def choose(self, model: nn.Module) -> list[str]:
+        return [name for name, _ in model.named_parameters()]
 
 
 EXAMPLE = Full()

@@ -1,42 +1,62 @@
-"""LoRA: ΔW = s B A with B (out, r), A (r, in); on a quantized base it is QLoRA.
+"""LoRA and its kin: ΔW = s B A with B (out, r), A (r, in); on a quantized base it is QLoRA.
 
-Hu et al. 2021, arXiv 2106.09685; rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; QLoRA: Dettmers et al. 2023,
-arXiv 2305.14314. Attached, saved and loaded by PEFT.
+Hu et al. 2021, arXiv 2106.09685. rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; DoRA: Liu et al. 2024, arXiv 2402.09353;
+LoRA+: Hayou, Ghosh and Yu 2024, arXiv 2402.12354; QLoRA: Dettmers et al. 2023, arXiv 2305.14314. Initializations:
+PiSSA: Meng, Wang and Zhang 2024, arXiv 2404.02948; OLoRA: Büyükakyüz 2024, arXiv 2406.01775; LoftQ: Li et al. 2023,
+arXiv 2310.08659. Attached, saved and loaded by PEFT.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Lt
-from pydantic import StringConstraints
+from annotated_types import Ge, Gt, Lt
 
 from lorabench import model as models
-from lorabench import targets
-from lorabench.method import Method
-from lorabench.update import Update, save_deltas, save_svds
+from lorabench.decode import InputError, Pattern
+from lorabench.method import LoadBase
+from lorabench.methods._peft import ADAPTER, Tuner, head_updates, probe, tuner_layers, write_norms
+from lorabench.update import INITIAL_FILE, Update, save_svds, save_updates
 
 if TYPE_CHECKING:
-    from torch import nn
+    from peft import PeftConfig
+    from torch import Tensor, nn
 
-PerRank = Annotated[str, StringConstraints(pattern=r"^[0-9]*\.?[0-9]+r$")]
+    from lorabench.spec import RunSpec
+
+PerRank = Annotated[str, Pattern(r"[0-9]*\.?[0-9]+r", 'a number or a multiple of the rank such as "2r"')]
+PEFT_INITS: dict[str, Any] = {"kaiming": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora",
+                              "orthogonal": "orthogonal", "loftq": True}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora(Method):
-    """The scale s is alpha / rank, or alpha / √rank with `rslora`."""
+class Lora(Tuner):
+    """r (M + N) parameters for each matrix. The scale s is alpha / rank, or alpha / √rank with `rslora`."""
 
     rank: Annotated[int, Ge(1)] = 8
     alpha: Annotated[float, Ge(0)] | PerRank = "2r"
     """A number, or a multiple of the rank such as "2r": a fixed alpha and a fixed scale are different experiments."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    targets: str = "all-linear"
-    """`query`, `query-value`, `attention`, `mlp`, `all-linear`, or a regular expression on layer names."""
     rslora: bool = False
+    dora: bool = False
+    """Learn the norm of each row of the weight apart from its direction: W = m (W0 + s B A) / ‖W0 + s B A‖."""
+    init: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "loftq"] = "kaiming"
+    """`kaiming`, `gaussian` and `orthogonal` begin at ΔW = 0. `pissa` and `olora` take s B0 A0 out of the base: ΔW is
+    s (B A - B0 A0). `loftq` begins B A at what quantization lost, and ΔW counts from there."""
+    lr_ratio: Annotated[float, Gt(0)] = 1.0
+    """LoRA+: the learning rate of B over that of A."""
+    rank_pattern: dict[str, Annotated[int, Ge(1)]] = field(default_factory=dict)
+    """Ranks of their own for some layers: the end of a layer's name, or a regular expression -> rank, as in PEFT."""
+    alpha_pattern: dict[str, Annotated[float, Ge(0)]] = field(default_factory=dict)
+    embeddings: bool = False
+    """Factors for the input embedding too."""
+    head: bool = False
+    """Factors for a language model's output matrix too."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the trained factors."""
 
@@ -46,60 +66,177 @@ class Lora(Method):
             return float(self.alpha.removesuffix("r")) * self.rank
         return self.alpha
 
-    def attach(self, model: nn.Module) -> nn.Module:
-        import torch
-        from peft import LoraConfig, get_peft_model
+    @property
+    def trained_dtype(self) -> str:
+        return self.adapter_dtype
 
-        names, heads = targets.match(model, self.targets), models.new_heads(model)
-        config = LoraConfig(
+    def problems(self, spec: RunSpec) -> Iterator[str]:
+        yield from super().problems(spec)
+        if self.init in ("pissa", "olora") and spec.quantization != "none":
+            yield (
+                f'method.init = "{self.init}": takes its factors out of the base weights, which a quantized base '
+                f'(quantization = "{spec.quantization}") cannot hold; "loftq" is made for it'
+            )
+        if self.init == "loftq" and spec.quantization == "none":
+            yield 'method.init = "loftq": makes up for quantization; with quantization = "none" there is nothing to'
+        if self.init == "orthogonal" and (self.rank % 2 or any(r % 2 for r in self.rank_pattern.values())):
+            yield f'method.init = "orthogonal": needs even ranks, not method.rank = {self.rank}, {self.rank_pattern}'
+        if self.dora and self.rebased:
+            yield f'method.dora = true: cannot be had with method.init = "{self.init}"'
+
+    @property
+    def rebased(self) -> bool:
+        """Whether the product of the initial factors is not zero."""
+        return self.init in ("pissa", "olora", "loftq")
+
+    def prepare(self, model: nn.Module) -> None:
+        """Conv1D stays as it is: such an adapter loads on the stock GPT-2."""
+        if self.embeddings or self.head:
+            models.untie(model)
+
+    def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
+        from peft import LoraConfig
+
+        names = self.match(model)
+        transposed = models.is_conv1d(model.get_submodule(names[0]))
+        if self.embeddings:
+            names.append(_name_of(model, model.get_input_embeddings(), "embeddings"))  # type: ignore[operator]
+        if self.head:
+            names.append(_name_of(model, model.get_output_embeddings(), "head"))  # type: ignore[operator]
+        return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha_value,  # type: ignore[arg-type]  # PEFT takes any number
             lora_dropout=self.dropout,
             target_modules=names,
             use_rslora=self.rslora,
-            fan_in_fan_out=models.is_conv1d(model.get_submodule(names[0])),
-            task_type="SEQ_CLS" if heads else "CAUSAL_LM",
-            modules_to_save=heads or None,
+            use_dora=self.dora,
+            init_lora_weights=PEFT_INITS[self.init],
+            rank_pattern=dict(self.rank_pattern),
+            alpha_pattern=dict(self.alpha_pattern),
+            fan_in_fan_out=transposed,
         )
-        tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
-        dtype = getattr(torch, self.adapter_dtype)
-        for parameter in tuned.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
+
+    def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
+        tuned: Any = super().attach(model, spec)
+        if self.init == "loftq":
+            _start_at_quantization_error(tuned, spec)
+        if self.rebased:  # a plain attribute: what a checkpoint or an optimizer holds is not changed by it
+            tuned.initial_factors = {name: _factors(module) for name, module in tuner_layers(tuned)}
         return tuned
 
-    def updates(self, model: nn.Module, load_base: Callable[[], nn.Module]) -> Iterator[Update]:
-        from peft.tuners.lora import LoraLayer
+    def layer_update(self, name: str, module: Any) -> Update:
+        B, A = _factors(module)
+        return Update(
+            parameter=f"{name}.weight",
+            B=probe(module) if self.dora else B * module.scaling[ADAPTER],
+            A=None if self.dora else A,
+            base_norm=models.weight_norm(module.get_base_layer()),
+            precision="float32" if self.dora else None,
+            scale_source=None if self.dora else "config",
+        )
 
-        for name, module in model.get_base_model().named_modules():
-            if isinstance(module, LoraLayer) and "default" in module.lora_A:
-                yield Update(
-                    parameter=f"{name}.weight",
-                    B=module.lora_B["default"].weight.detach() * module.scaling["default"],
-                    A=module.lora_A["default"].weight.detach(),
-                    base_norm=models.weight_norm(module.get_base_layer()),
-                    scale_source="config",
-                )
-        yield from self._head_updates(model, load_base)
+    def layer_updates(self, model: Any, load_base: LoadBase) -> Iterator[Update]:
+        initial = getattr(model, "initial_factors", {})
+        for name, module in tuner_layers(model):
+            update = self.layer_update(name, module)
+            yield _since(update, *initial[name], module.scaling[ADAPTER]) if name in initial else update
 
-    def save(self, model: nn.Module, load_base: Callable[[], nn.Module], folder: Path, keep: str) -> None:
+    def save(self, model: Any, load_base: LoadBase, folder: Path, keep: str) -> None:
         if keep != "updates":
             save_svds(self.updates(model, load_base), folder, int(keep.removeprefix("svd:")))
             return
         models.save_peft(model, folder)
-        norms = {update.parameter: update.base_norm for update in self.updates(model, load_base)}
-        (folder / "base_norms.json").write_text(json.dumps(norms, indent=1))
-        heads = list(self._head_updates(model, load_base))
-        if heads:
-            save_deltas(heads, folder)
+        updates = list(self.layer_updates(model, load_base))
+        write_norms(updates, folder)
+        if self.init in ("pissa", "olora"):
+            _save_for_untouched_base(self, updates, folder)
+        elif self.init == "loftq":
+            _save_initial(model.initial_factors, folder)
+        dense = [*(updates if self.dora else []), *head_updates(model)]
+        if dense:
+            save_updates(dense, folder)
 
-    def _head_updates(self, model: nn.Module, load_base: Callable[[], nn.Module]) -> Iterator[Update]:
-        """ΔW of a task head that was trained in full beside the factors."""
-        from peft.utils import ModulesToSaveWrapper
+    def param_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+        if self.lr_ratio == 1:
+            return super().param_groups(model, lr)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        is_B = {name: ".lora_B." in name or ".lora_embedding_B." in name for name in trained}
+        return [
+            {"params": [p for name, p in trained.items() if not is_B[name]], "lr": lr},
+            {"params": [p for name, p in trained.items() if is_B[name]], "lr": lr * self.lr_ratio},
+        ]
 
-        for name, module in model.get_base_model().named_modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                yield from models.weight_changes(module.modules_to_save["default"], module.original_module, f"{name}.")
+
+def _name_of(model: nn.Module, wanted: nn.Module | None, what: str) -> str:
+    for name, module in model.named_modules():
+        if module is wanted:
+            return name
+    raise InputError(f"method.{what} = true: {type(model).__name__} has none")
+
+
+def _factors(module: Any) -> tuple[Tensor, Tensor]:
+    """Copies of B (M, r) and A (r, N), without the scale."""
+    if ADAPTER in module.lora_embedding_A:
+        return (
+            module.lora_embedding_B[ADAPTER].detach().clone(),
+            module.lora_embedding_A[ADAPTER].detach().clone(),
+        )
+    return module.lora_B[ADAPTER].weight.detach().clone(), module.lora_A[ADAPTER].weight.detach().clone()
+
+
+def _since(update: Update, B0: Tensor, A0: Tensor, scale: float) -> Update:
+    """s (B A - B0 A0) as the factors [s B, -s B0] and [A; A0], of rank up to 2 r."""
+    import torch
+
+    assert update.A is not None
+    B = torch.cat([update.B, -scale * B0.to(update.B)], 1)
+    return replace(update, B=B, A=torch.cat([update.A, A0.to(update.A)]))
+
+
+def _save_for_untouched_base(method: Lora, updates: list[Update], folder: Path) -> None:
+    """Rewrite a saved adapter, whose base was changed, as one of rank 2 r for the untouched base."""
+    from safetensors.torch import load_file, save_file
+
+    file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    config = json.loads(config_file.read_text())
+    tensors = {name: tensor for name, tensor in load_file(file).items() if ".lora_" not in name}
+    for update in updates:
+        assert update.A is not None
+        tensors[f"base_model.model.{update.layer}.lora_A.weight"] = update.A.contiguous()
+        tensors[f"base_model.model.{update.layer}.lora_B.weight"] = update.B.contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    ranks = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
+    # The scale is in B already: alpha makes what PEFT multiplies by equal to 1.
+    unit = (lambda rank: math.sqrt(rank)) if method.rslora else float
+    changes = {"r": 2 * method.rank, "lora_alpha": unit(2 * method.rank), "rank_pattern": ranks}
+    changes |= {"alpha_pattern": {name: unit(rank) for name, rank in ranks.items()}, "init_lora_weights": True}
+    config_file.write_text(json.dumps(config | changes, indent=2, sort_keys=True) + "\n")
+
+
+def _save_initial(initial: dict[str, tuple[Tensor, Tensor]], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {f"{name}.{part}": tensor for name, pair in initial.items() for part, tensor in zip("BA", pair, strict=True)}
+    save_file(tensors, folder / INITIAL_FILE)
+
+
+def _start_at_quantization_error(tuned: Any, spec: RunSpec) -> None:
+    """LoftQ with one iteration: s B A is the best approximation of rank r of W - Q(W), split evenly."""
+    import torch
+
+    if next(tuned.parameters()).device.type == "meta":
+        return
+    options = {"num_labels": tuned.config.num_labels} if models.new_heads(tuned.get_base_model()) else {}
+    with torch.random.fork_rng():  # a new head of the exact base draws its weights
+        exact = models.load_base(replace(spec, quantization="none"), torch.device("cpu"), options)
+    for name, module in tuner_layers(tuned):
+        lost = exact.get_submodule(name).weight.detach().float().to(module.weight.device)
+        lost = lost - models.dequantized(module.get_base_layer()).float()
+        U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
+        rank, scale = module.r[ADAPTER], module.scaling[ADAPTER]
+        root = (S[:rank] / scale).sqrt()
+        module.lora_B[ADAPTER].weight.data.copy_(U[:, :rank] * root)
+        module.lora_A[ADAPTER].weight.data.copy_(root[:, None] * Vh[:rank])
 
 
 EXAMPLE = Lora(rank=2)

@@ -1,4 +1,4 @@
-"""lorabench's dense ΔW: `delta.safetensors`, one tensor a parameter (see `lorabench.update`)."""
+"""lorabench's own ΔW: `delta.safetensors`, dense or as two factors a parameter (see `lorabench.update`)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,24 @@ class Delta:
         return Update(parameter=self.name, B=delta, base_norm=self.base_norm, precision=precision)
 
 
+@dataclass(frozen=True, eq=False)
+class Factored:
+    tensors: TensorFile
+    name: str
+    base_norm: float | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        B, A = self.tensors.shape(f"{self.name}:B"), self.tensors.shape(f"{self.name}:A")
+        if not (len(B) == len(A) == 2 and B[1] == A[0]):
+            raise InputError(f"{self.tensors.file}: {self.name}: B {B} and A {A} do not fit each other")
+        return B[0], A[1]
+
+    def load(self) -> Update:
+        B, A = self.tensors.read(f"{self.name}:B"), self.tensors.read(f"{self.name}:A")
+        return Update(parameter=self.name, B=B, A=A, base_norm=self.base_norm, scale_source="file")
+
+
 def find(folder: Path) -> dict[str, Entry]:
     """The entries of `folder` by parameter; empty where it holds no such file."""
     if not (folder / DELTA_FILE).exists():
@@ -37,4 +55,8 @@ def find(folder: Path) -> dict[str, Entry]:
     if tensors.about.get("format") != "lorabench-delta":
         return {}
     norms = tensors.about["base_norms"]
-    return {name: Delta(tensors, name, norms.get(name)) for name in tensors.names}
+    entries: dict[str, Entry] = {}
+    for key in tensors.names:
+        name, _, factor = key.partition(":")
+        entries[name] = (Factored if factor else Delta)(tensors, name, norms.get(name))
+    return entries

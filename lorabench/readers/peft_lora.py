@@ -1,7 +1,9 @@
 """LoRA in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 ΔW = s B A with s = α / r, or α / √r for rsLoRA, by module where there are patterns. `modules_to_save` (trained task
-heads) hold whole weights, not changes, and are left out: lorabench keeps their ΔW beside the adapter.
+heads) hold whole weights, not changes, and are left out: lorabench keeps their ΔW beside the adapter. So it does with
+DoRA's ΔW, which needs W0; the factors give its part s B A. Where initial factors lie beside the adapter, ΔW is
+s (B A - B0 A0).
 Shapes: A (r, in) and B (out, r), also for GPT-2's Conv1D; embeddings A (r, vocabulary) and B (dim, r), so that
 ΔW is (dim, vocabulary); convolutions A (r, in, height, width) and B (out, r, 1, 1), flattened.
 """
@@ -18,11 +20,12 @@ import torch
 
 from lorabench.decode import InputError
 from lorabench.readers._entry import Entry, TensorFile, read_json
-from lorabench.update import Update
+from lorabench.update import DELTA_FILE, INITIAL_FILE, Update
 
 CONFIG_FILE, ADAPTER_FILE, NORMS_FILE = "adapter_config.json", "adapter_model.safetensors", "base_norms.json"
 PREFIX = "base_model.model."
 FACTORS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
+DORA_PART = "sBA"
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations whose first B A is not zero and was taken out of the base: ΔW is what was added to it."""
 
@@ -38,6 +41,8 @@ class Factors:
     scale: float
     rank: int
     base_norm: float | None
+    part: str | None = None
+    initial: tuple[TensorFile, str] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -52,10 +57,16 @@ class Factors:
         M, N = self.shape
         B, A = self.tensors.read(self.B), self.tensors.read(self.A)
         dtype = torch.promote_types(torch.promote_types(B.dtype, A.dtype), torch.float32)
+        B, A = B.to(dtype).reshape(M, self.rank) * self.scale, A.to(dtype).reshape(self.rank, N)
+        if self.initial:
+            file, layer = self.initial
+            B = torch.cat([B, -self.scale * file.read(f"{layer}.B").to(dtype)], 1)
+            A = torch.cat([A, file.read(f"{layer}.A").to(dtype)])
         return Update(
             parameter=self.parameter,
-            B=B.to(dtype).reshape(M, self.rank) * self.scale,
-            A=A.to(dtype).reshape(self.rank, N),
+            part=self.part,
+            B=B,
+            A=A,
             base_norm=self.base_norm,
             scale_source="config",
         )
@@ -68,7 +79,11 @@ def find(folder: Path) -> dict[str, Entry]:
     config = read_json(folder / CONFIG_FILE)
     if "peft_type" not in config:
         return {}
-    _check_readable(config, folder / CONFIG_FILE)
+    own = TensorFile(folder / DELTA_FILE).names if (folder / DELTA_FILE).exists() else []
+    if config["peft_type"] != "LORA" and own:
+        return {}  # lorabench's own ΔW lies beside the adapter
+    _check_readable(config, folder / CONFIG_FILE, own)
+    initial = TensorFile(folder / INITIAL_FILE) if (folder / INITIAL_FILE).exists() else None
     tensors = TensorFile(folder / ADAPTER_FILE)
     norms = read_json(folder / NORMS_FILE) if (folder / NORMS_FILE).exists() else {}
     entries: dict[str, Entry] = {}
@@ -79,14 +94,24 @@ def find(folder: Path) -> dict[str, Entry]:
         module = name.removeprefix(PREFIX).removesuffix(f".{suffix}")
         parameter = f"{module}.weight"
         rank, scale = _rank_and_scale(config, module, folder / CONFIG_FILE)
-        partner = name.removesuffix(suffix) + FACTORS[suffix]
-        entries[parameter] = Factors(tensors, partner, name, parameter, scale, rank, norms.get(parameter))
+        entry = Factors(
+            tensors=tensors,
+            B=name.removesuffix(suffix) + FACTORS[suffix],
+            A=name,
+            parameter=f"{module}[{DORA_PART}].weight" if config.get("use_dora") else parameter,
+            scale=scale,
+            rank=rank,
+            base_norm=norms.get(parameter),
+            part=DORA_PART if config.get("use_dora") else None,
+            initial=(initial, module) if initial else None,
+        )
+        entries[entry.parameter] = entry
     if not entries:
         raise InputError(f"{tensors.file}: holds no LoRA factors (…lora_A.weight)")
     return entries
 
 
-def _check_readable(config: dict[str, Any], file: Path) -> None:
+def _check_readable(config: dict[str, Any], file: Path, own: list[str]) -> None:
     """Refuse what is not ΔW = s B A, rather than give wrong numbers."""
     if config["peft_type"] != "LORA":
         raise InputError(f"{file}: peft_type = {config['peft_type']}: only LORA can be read")
@@ -95,7 +120,7 @@ def _check_readable(config: dict[str, Any], file: Path) -> None:
     if not isinstance(config.get("lora_alpha"), (int, float)):
         raise InputError(f"{file}: lora_alpha = {config.get('lora_alpha')}: must be a number")
     for key in ("use_dora", "target_parameters", "use_bdlora", "use_qalora"):
-        if config.get(key):
+        if config.get(key) and not (key == "use_dora" and own):
             raise InputError(f"{file}: {key} = {config[key]}: its ΔW is not s B A, and cannot be read")
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(REBASED):

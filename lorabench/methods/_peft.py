@@ -1,0 +1,221 @@
+"""What the methods that PEFT implements share: attach, ΔW, save, load, merge.
+
+Shapes: M out features, N in features, r rank.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lorabench import model as models
+from lorabench import targets
+from lorabench.decode import InputError
+from lorabench.method import LoadBase, Method
+from lorabench.update import Update, save_svds, save_updates
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import Tensor, nn
+
+    from lorabench.spec import RunSpec
+
+ADAPTER = "default"
+
+
+class PeftMethod(Method):
+    """`peft_config` gives PEFT's own configuration; PEFT attaches, saves in its format, loads and merges."""
+
+    @abstractmethod
+    def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
+        """PEFT's configuration for this model, but for the task type and the new head, which `attach` sets."""
+
+    def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
+        import torch
+        from peft import get_peft_model
+
+        self.prepare(model)
+        heads = models.new_heads(model)
+        try:
+            config = self.peft_config(model, spec)
+            config.task_type = "SEQ_CLS" if heads else "CAUSAL_LM"  # type: ignore[assignment]
+            if hasattr(config, "modules_to_save"):
+                config.modules_to_save = heads or None
+            tuned = get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+        except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
+            raise InputError(f'method.name = "{self.name}": PEFT refuses it for {spec.model}: {error}') from error
+        dtype = getattr(torch, self.trained_dtype)
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        return tuned
+
+    def prepare(self, model: nn.Module) -> None:
+        """Change the base into what PEFT can attach to."""
+        models.as_linear(model)
+
+    @property
+    def trained_dtype(self) -> str:
+        return "float32"
+
+    def updates(self, model: nn.Module, load_base: LoadBase) -> Iterator[Update]:
+        if self.has_update:
+            yield from self.layer_updates(model, load_base)
+        yield from head_updates(model)
+
+    def layer_updates(self, model: nn.Module, load_base: LoadBase) -> Iterator[Update]:
+        """ΔW of each layer that the method is attached to: `layer_update`, and the change of its bias if there is one."""
+        for name, module in tuner_layers(model):
+            yield self.layer_update(name, module)
+            yield from _bias_update(name, module)
+
+    def layer_update(self, name: str, module: Any) -> Update:
+        """ΔW of one layer; dense, from what the layer computes, unless the method knows better."""
+        return Update(
+            parameter=f"{name}.weight",
+            B=probe(module),
+            base_norm=models.weight_norm(module.get_base_layer()),
+            precision="float32",
+        )
+
+    def save(self, model: nn.Module, load_base: LoadBase, folder: Path, keep: str) -> None:
+        if keep == "updates":
+            models.save_peft(model, folder)
+            save_updates(self.updates(model, load_base), folder)
+        else:
+            save_svds(self.updates(model, load_base), folder, int(keep.removeprefix("svd:")))
+
+    def load(self, base: nn.Module, folder: Path, spec: RunSpec) -> nn.Module:
+        from peft import PeftModel
+
+        self.prepare(base)
+        return PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+
+    def merge(self, model: Any) -> nn.Module | None:
+        return model.merge_and_unload() if self.has_update else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuner(PeftMethod):
+    """A change of the weights of linear layers."""
+
+    targets: str = "all-linear"
+    """`query`, `query-value`, `attention`, `mlp`, `key-value-down`, `all-linear`, or a regular expression on names."""
+    layers: str | None = None
+    """Only these blocks, from 0: `"0-3,11"` (None: all)."""
+
+    def match(self, model: nn.Module) -> list[str]:
+        return targets.match(model, self.targets, self.layers)
+
+
+class SoftPrompt(PeftMethod):
+    """Trained vectors in front of the input or of every layer's keys and values: no weight is changed."""
+
+    prefix: ClassVar[bool] = False
+    """Whether they are keys and values, which PEFT hands over as a cache."""
+
+    @property
+    def has_update(self) -> bool:
+        return False
+
+    def problems(self, spec: RunSpec) -> Iterator[str]:
+        yield from super().problems(spec)
+        if self.prefix and spec.gradient_checkpointing:
+            yield (
+                f'gradient_checkpointing = true: method {self.name} hands its prefix over as a cache of keys and '
+                "values, which checkpointing throws away"
+            )
+
+    def prepare(self, model: nn.Module) -> None:
+        refuse_decoder_classifier(self, model)
+
+
+def refuse_decoder_classifier(method: Method, model: nn.Module) -> None:
+    """InputError for a decoder with a classification head, which must find the last token that is no padding."""
+    if models.reads_last_token(model):
+        raise InputError(
+            f'method.name = "{method.name}": {type(model).__name__} classifies by the last token that is no padding, '
+            "and does not find it behind a soft prompt; use an encoder, or another method"
+        )
+
+
+def tuner_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """Name in the untouched base and module of each layer that a PEFT tuner has replaced."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, module
+
+
+def head_updates(model: Any) -> Iterator[Update]:
+    """ΔW of a task head that was trained in full beside the method's own parameters."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            yield from models.weight_changes(module.modules_to_save[ADAPTER], module.original_module, f"{name}.")
+
+
+def probe(module: Any) -> Tensor:
+    """ΔW (M, N) of a linear layer, by its definition: what the layer adds to the base layer's output, for each input.
+
+    Exact for every method that is linear in the layer's input, quantized base or not, whatever its form; in float32,
+    so with a noise floor of about 1e-7 of the base's weight.
+    """
+    return (outputs(module) - outputs(module.get_base_layer())).T.contiguous().cpu()
+
+
+def outputs(module: Any, inputs: Tensor | None = None) -> Tensor:
+    """(n, M): what a linear layer makes of `inputs` (n, N), or of the N unit vectors, without bias."""
+    import torch
+
+    training, weight = module.training, next(module.parameters())
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    bias = getattr(base, "bias", None)
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32 if bias is None else bias.dtype
+    if inputs is None:
+        inputs = torch.eye(base.in_features)
+    with torch.no_grad():
+        inputs = inputs.to(weight.device, dtype)
+        found = module.eval()(inputs) - module(torch.zeros_like(inputs[:1]))
+    module.train(training)
+    return found.float()
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a layer's output is linear in its input: tried on a few random ones."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 4, module.get_base_layer().in_features, generator=generator)
+    both, apart = outputs(module, x + y), outputs(module, x) + outputs(module, y)
+    return torch.allclose(both, apart, rtol=1e-2, atol=1e-3 * float(both.abs().max()))
+
+
+def _bias_update(name: str, module: Any) -> Iterator[Update]:
+    """The change of a layer's bias, where the method makes one (IA3 scales it with the output)."""
+    import torch
+
+    base = module.get_base_layer()
+    if getattr(base, "bias", None) is None:
+        return
+    training = module.training
+    with torch.no_grad():
+        zero = torch.zeros(1, base.in_features, device=base.bias.device, dtype=base.bias.dtype)
+        change = (module.eval()(zero) - base(zero)).float().T.contiguous().cpu()
+    module.train(training)
+    if change.any():
+        yield Update(
+            parameter=f"{name}.bias", B=change, base_norm=float(base.bias.float().norm()), precision="float32"
+        )
+
+
+def write_norms(updates: list[Update], folder: Path) -> None:
+    """‖W0‖ of each layer, beside an adapter that is read in PEFT's format."""
+    norms = {update.parameter: update.base_norm for update in updates}
+    (folder / "base_norms.json").write_text(json.dumps(norms, indent=1))

@@ -1,0 +1,225 @@
+"""Bottleneck adapters: a small trained network in each block, the model itself frozen.
+
+Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2021, arXiv 2005.00247; He et al. 2022, arXiv 2110.04366.
+
+A(v) = s (U f(D v + b) + c) with D (m, d) and U (d, m): d the model's width, m = d // reduction, so 2 d m + d + m
+parameters. With h what the attention or the feed-forward gives after the model's own dropout, and x the residual that
+is added to it next:
+
+    houlsby    h + A(h)           after the attention and after the feed-forward
+    pfeiffer   h + A(LN(h + x))   after the feed-forward; where the norm comes first (GPT-2, Llama): h + A(h + x)
+    parallel   h + A(z)           beside the feed-forward, z being its input
+
+That is AdapterHub's `adapters` (DoubleSeqBnConfig, SeqBnConfig, ParBnConfig), the dropout on A's output included, but:
+
+- U and the biases start at zero and D at N(0, 0.02²), so that the model starts as the base exactly. AdapterHub starts
+  U, too, at N(0, 0.02²), Houlsby et al. both at 0.01; He et al. start U at zero and D uniformly in ±1/√d, which is as
+  wide at d = 768.
+- z is the feed-forward's own input also where a norm stands before it, as in He et al.'s code; AdapterHub takes the
+  residual stream there.
+- The norms stay frozen, as in AdapterHub; Houlsby et al. train them as well.
+- Nonlinearity and reduction are the same for all three by default; AdapterHub's houlsby has SiLU, its parallel m = d/2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+from lorabench import targets
+from lorabench.decode import InputError, encode, show
+from lorabench.method import LoadBase, Method
+from lorabench.model import new_heads, weight_changes
+from lorabench.update import Update
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lorabench.spec import RunSpec
+
+ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+
+def _after(module: nn.Module, args: Any, output: Any, scale: float) -> Any:
+    """Forward hook: v + A(v) of the module's output, or of the first of its outputs."""
+    if isinstance(output, tuple):
+        return (_after(module, args, output[0], scale), *output[1:])
+    return output + _added(module, output, scale)
+
+
+def _beside(module: nn.Module, args: Any, output: Tensor, scale: float) -> Tensor:
+    """Forward hook: the module's output + A of its input."""
+    return output + _added(module, args[0], scale)
+
+
+def _around_norm(module: nn.Module, args: Any, output: Tensor, scale: float) -> Tensor:
+    """Forward hook of a norm: LN(u + A(LN(u))), u being its input h + x."""
+    return module.forward(args[0] + _added(module, output, scale))
+
+
+def _into_residual(module: nn.Module, args: Any, scale: float) -> Any:
+    """Forward pre-hook of a module that is given (its input, the residual x): x + A(x) in place of x."""
+    inner, residual = args
+    return inner, residual + _added(module, residual, scale)
+
+
+def _added(module: nn.Module, x: Tensor, scale: float) -> Tensor:
+    """A(x), by the adapter of the module that a hook is given: in a copied model, the copy's."""
+    adapter = module.bottleneck
+    return (adapter(x.to(adapter.down.weight.dtype)) * scale).to(x.dtype)
+
+
+LAYOUTS: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
+    "Llama": {
+        "houlsby": {"self_attn.o_proj": _after, "mlp.down_proj": _after},
+        "pfeiffer": {"": _after},
+        "parallel": {"mlp": _beside},
+    },
+    "GPT-2": {
+        "houlsby": {"attn.resid_dropout": _after, "mlp.dropout": _after},
+        "pfeiffer": {"": _after},
+        "parallel": {"mlp": _beside},
+    },
+    "BERT": {
+        "houlsby": {"attention.output.dropout": _after, "output.dropout": _after},
+        "pfeiffer": {"output.LayerNorm": _around_norm},
+        "parallel": {"output": _into_residual},
+    },
+    "DistilBERT": {
+        "houlsby": {"attention.out_lin": _after, "ffn": _after},
+        "pfeiffer": {"output_layer_norm": _around_norm},
+        "parallel": {"ffn": _beside},
+    },
+}
+"""Where each placement hooks into a block, the block itself being "": by what the modules are called.
+
+A pre-norm block's own output is h + x, so pfeiffer's h + x + A(h + x) is `_after` the block.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Method):
+    """Two adapters a block with `houlsby`, else one; a new task head is trained too."""
+
+    placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
+    reduction: Annotated[int, Ge(1)] = 16
+    """The model's width over the bottleneck's."""
+    nonlinearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"
+    scale: Annotated[float, Gt(0)] | None = None
+    """s (None: the papers', 4 for parallel and 1 for the others)."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Of what the adapter adds."""
+    layers: str | None = None
+    """Only these blocks, from 0: `"0-3,11"` (None: all)."""
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the adapters' weights."""
+
+    @property
+    def has_update(self) -> bool:
+        return False
+
+    def problems(self, spec: RunSpec) -> Iterator[str]:
+        yield from super().problems(spec)
+        if self.layers is not None:
+            try:
+                targets.parse_layers(self.layers)
+            except InputError as error:
+                yield from error.problems
+
+    def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
+        layout, blocks = _find_blocks(model)
+        scale = self.scale or (4.0 if self.placement == "parallel" else 1.0)
+        width = model.config.get_text_config().hidden_size
+        model.requires_grad_(False)
+        for head in new_heads(model):
+            model.get_submodule(head).float().requires_grad_(True)
+        for block in targets.in_layers([f"{name}." for name in blocks], self.layers):
+            device = next(model.get_submodule(block.rstrip(".")).parameters()).device
+            for path, hook in layout[self.placement].items():
+                module = model.get_submodule((block + path).rstrip("."))
+                module.bottleneck = self._bottleneck(width).to(device)
+                pre = hook is _into_residual
+                register = module.register_forward_pre_hook if pre else module.register_forward_hook
+                register(partial(hook, scale=scale))
+        return model
+
+    def _bottleneck(self, width: int) -> nn.Module:
+        """U f(D v + b) + c, and dropout of it."""
+        import torch
+        from torch import nn
+
+        size = width // self.reduction
+        if size < 1:
+            raise InputError(f"method.reduction = {self.reduction}: must be at most {width}, the model's width")
+        kinds = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
+        adapter = nn.Sequential()
+        adapter.add_module("down", nn.Linear(width, size))
+        adapter.add_module("nonlinearity", kinds[self.nonlinearity]())
+        adapter.add_module("up", nn.Linear(size, width))
+        adapter.add_module("dropout", nn.Dropout(self.dropout))
+        for parameter in adapter.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.normal_(adapter.down.weight, std=0.02)
+        return adapter.to(getattr(torch, self.adapter_dtype))
+
+    def updates(self, model: nn.Module, load_base: LoadBase) -> Iterator[Update]:
+        """Of a new task head alone: an adapter changes no weight."""
+        names = [f"{head}.{name}" for head in new_heads(model) for name, _ in
+                 model.get_submodule(head).named_parameters()]  # fmt: skip
+        return weight_changes(model, load_base(), names=names) if names else iter(())
+
+    def save(self, model: nn.Module, load_base: LoadBase, folder: Path, keep: str) -> None:
+        """The adapters, and a new head's weights, whatever `keep` is; of that head's ΔW what `keep` says."""
+        from safetensors.torch import save_file
+
+        save_file({name: t.contiguous() for name, t in self.trained_state(model).items()}, folder / ADAPTER_FILE)
+        (folder / CONFIG_FILE).write_text(json.dumps(self._config, indent=2, sort_keys=True) + "\n")
+        if new_heads(model):
+            super().save(model, load_base, folder, keep)
+
+    def load(self, base: nn.Module, folder: Path, spec: RunSpec) -> nn.Module:
+        """InputError where the folder's adapters are of other hyperparameters, or of another base."""
+        from lorabench.readers._entry import TensorFile, read_json
+
+        found = read_json(folder / CONFIG_FILE)
+        other = [key for key in sorted(self._config | found) if found.get(key) != self._config.get(key)]
+        if other:
+            pairs = (f"{key} = {show(found.get(key))} and not {show(self._config.get(key))}" for key in other)
+            raise InputError(f"{folder / CONFIG_FILE}: is of another method: {', '.join(pairs)}")
+        tensors, model = TensorFile(folder / ADAPTER_FILE), self.attach(base, spec)
+        try:
+            self.restore(model, {name: tensors.read(name) for name in tensors.names})
+        except ValueError as error:
+            raise InputError(f"{tensors.file}: does not fit {spec.model}: {error}") from None
+        return model
+
+    @property
+    def _config(self) -> dict[str, Any]:
+        """The method's fields; without PEFT's key `peft_type`, so that nobody takes it for PEFT's."""
+        return {"lorabench_method": self.name} | {k: v for k, v in encode(self).items() if k != "name"}
+
+
+def _find_blocks(model: nn.Module) -> tuple[dict[str, dict[str, Callable[..., Any]]], list[str]]:
+    """The layout of the model's blocks, and their names. InputError where they are of no known layout."""
+    from torch import nn
+
+    for name, stack in model.named_modules():
+        if not isinstance(stack, nn.ModuleList) or not len(stack):
+            continue
+        for layout in LAYOUTS.values():
+            places = {path for hooks in layout.values() for path in hooks}
+            if all(places <= {path for path, _ in block.named_modules()} for block in stack):
+                return layout, [f"{name}.{index}" for index in range(len(stack))]
+    raise InputError(
+        f'method.name = "adapter": the blocks of {type(model).__name__} are built in no way that is known here. '
+        f"Supported: models with blocks like those of {', '.join(LAYOUTS)}"
+    )
+
+
+EXAMPLE = Adapter(reduction=8)

@@ -1,0 +1,42 @@
+"""IA3: a learned vector scales keys, values and the feed-forward's hidden activations.
+
+Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper", arXiv 2205.05638. By PEFT.
+ΔW = diag(l - 1) W0 where outputs are scaled, W0 diag(l - 1) where inputs are; biases of scaled outputs change too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lorabench import targets
+from lorabench.methods._peft import Tuner
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+    from lorabench.spec import RunSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ia3(Tuner):
+    """The paper's places are keys, values and, on its input, the feed-forward's last matrix."""
+
+    targets: str = "key-value-down"
+    feedforward: str = "down"
+    """Those of the targets whose input is scaled: `down` (the feed-forward's last matrix), or a regular expression."""
+
+    def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
+        from peft import IA3Config
+
+        names = self.match(model)
+        if self.feedforward == "down":
+            inputs = [name for name in names if re.search(targets.DOWN, name)]
+        else:
+            inputs = [name for name in names if re.fullmatch(rf"(.*\.)?({self.feedforward})", name)]
+        return IA3Config(target_modules=names, feedforward_modules=inputs)
+
+
+EXAMPLE = Ia3()

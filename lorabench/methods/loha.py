@@ -1,0 +1,57 @@
+"""LoHa: ΔW = s (B1 A1) ⊙ (B2 A2), the elementwise product of two low-rank matrices, of rank up to r².
+
+Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098; LyCORIS: Yeh et al. 2023, arXiv 2309.14859. By PEFT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Lt
+
+from lorabench import model as models
+from lorabench.methods._peft import ADAPTER, Tuner
+from lorabench.update import Update
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+    from lorabench.spec import RunSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loha(Tuner):
+    """2 r (M + N) parameters for each matrix. The scale s is alpha / rank."""
+
+    rank: Annotated[int, Ge(1)] = 8
+    alpha: Annotated[float, Ge(0)] = 8.0
+    rank_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Probability that a row of ΔW is left out in a training step."""
+
+    def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
+        from peft import LoHaConfig
+
+        return LoHaConfig(
+            r=self.rank,
+            alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes any number
+            rank_dropout=self.rank_dropout,
+            target_modules=self.match(model),
+        )
+
+    def layer_update(self, name: str, module: Any) -> Update:
+        """Factored where r² is small: row i of B is the product of all pairs of row i of B1 and of B2."""
+        B1, A1 = module.hada_w1_a[ADAPTER].detach(), module.hada_w1_b[ADAPTER].detach()
+        B2, A2 = module.hada_w2_a[ADAPTER].detach(), module.hada_w2_b[ADAPTER].detach()
+        scale = module.scaling[ADAPTER]
+        norm = models.weight_norm(module.get_base_layer())
+        if self.rank**2 >= min(B1.shape[0], A1.shape[1]):
+            delta = scale * (B1 @ A1) * (B2 @ A2)
+            return Update(parameter=f"{name}.weight", B=delta.cpu(), base_norm=norm, precision="float32")
+        B = (B1[:, :, None] * B2[:, None, :]).flatten(1)
+        A = (A1[:, None, :] * A2[None, :, :]).flatten(0, 1)
+        return Update(parameter=f"{name}.weight", B=scale * B, A=A, base_norm=norm, scale_source="config")
+
+
+EXAMPLE = Loha(rank=2)

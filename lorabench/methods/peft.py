@@ -1,0 +1,114 @@
+"""The bridge to any other PEFT tuner: its type and its configuration's own fields, checked by PEFT.
+
+ΔW is what the tuned layer computes beyond the untouched base's, whatever the tuner; soft prompts have none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lorabench import model as models
+from lorabench import plugins
+from lorabench.decode import InputError, show
+from lorabench.method import LoadBase
+from lorabench.methods._peft import Tuner, is_linear, outputs, refuse_decoder_classifier, tuner_layers
+from lorabench.update import Update
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+    from lorabench.spec import RunSpec
+
+OWN = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type",
+       "inference_mode", "target_modules", "modules_to_save")  # fmt: skip
+"""Fields that lorabench or PEFT itself sets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peft(Tuner):
+    """`method.type = "FOURIERFT"`, `method.config.n_frequency = [100, 1000]`. A list in a list is one value."""
+
+    type: str
+    """A value of PEFT's PeftType: `BOFT`, `HRA`, `FOURIERFT`, `RANDLORA`, `C3A`, `MISS`, `ROAD`, `CPT` …"""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Fields of PEFT's configuration class of that type; its own defaults stand for the rest."""
+
+    @property
+    def is_prompt(self) -> bool:
+        from peft.config import PromptLearningConfig
+
+        return issubclass(self._class(), PromptLearningConfig)
+
+    @property
+    def has_update(self) -> bool:
+        return not self.is_prompt
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return int(self.config.get("num_virtual_tokens", 0)) if self.is_prompt else 0
+
+    def problems(self, spec: RunSpec) -> Iterator[str]:
+        """What PEFT's configuration class says; it is not tried on the model before the plan."""
+        yield from super().problems(spec)
+        choices = _classes()
+        if self.type not in choices:
+            yield f"method.type = {show(self.type)}: {plugins.unknown('PEFT type', self.type, sorted(choices))}"
+            return
+        names = [f.name for f in dataclasses.fields(self._class()) if f.init and f.name not in OWN]
+        unknown = [key for key in self.config if key not in names]
+        yield from (f"method.config.{key}: {plugins.unknown('field', key, names)}" for key in unknown)
+        if not unknown:
+            try:
+                self._class()(**self.config)
+            except (ValueError, TypeError) as error:
+                yield f"method.config = {show(self.config)}: {self._class().__name__} refuses it: {error}"
+
+    def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
+        names = {f.name for f in dataclasses.fields(self._class())}
+        chosen: dict[str, Any] = {"target_modules": self.match(model)} if "target_modules" in names else {}
+        return self._class()(**chosen, **self.config)
+
+    def prepare(self, model: nn.Module) -> None:
+        super().prepare(model)
+        if self.is_prompt:
+            refuse_decoder_classifier(self, model)
+
+    def layer_updates(self, model: nn.Module, load_base: LoadBase) -> Iterator[Update]:
+        """Against the untouched base: some tuners change the base's weights when they are attached."""
+        base: Any = None
+        for name, module in tuner_layers(model):
+            if not models.is_linear_layer(module.get_base_layer()) or not is_linear(module):
+                raise InputError(
+                    f'method.type = "{self.type}": {name} is not linear in its input: there is no ΔW; keep = "none"'
+                )
+            if base is None:
+                base = load_base()
+                models.as_linear(base)
+            original = base.get_submodule(name)
+            yield Update(
+                parameter=f"{name}.weight",
+                B=(outputs(module) - outputs(original)).T.contiguous().cpu(),
+                base_norm=models.weight_norm(original),
+                precision="float32",
+            )
+
+    def merge(self, model: Any) -> nn.Module | None:
+        if not self.has_update or not any(hasattr(module, "merge") for _, module in tuner_layers(model)):
+            return None
+        return model.merge_and_unload()
+
+    def _class(self) -> Any:
+        return _classes()[self.type]
+
+
+def _classes() -> dict[str, Any]:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+EXAMPLE = Peft(type="HRA", config={"r": 2})
