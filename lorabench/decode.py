@@ -11,7 +11,7 @@ import json
 import math
 import re
 from functools import cache
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from lorabench import plugins
 
@@ -50,7 +50,7 @@ def decode(cls: type, table: dict[str, Any], where: str = "") -> Any:
     """An instance of dataclass `cls` from `table`.
 
     A field whose type is a plug-in base class (`method: Method`) takes a table with `name` and the plug-in's own
-    fields. `where` is put before each key in messages. Raises InputError with all problems.
+    fields; `tasks: tuple[Task, ...]` a list of such tables. `where` is put before each key in messages. Raises InputError with all problems.
     """
     values = {}
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
@@ -121,6 +121,9 @@ def _adapter(hint: Any) -> TypeAdapter:
 def _decode_value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and issubclass(hint, plugins.Plugin):
         return decode_plugin(hint, value, where)
+    plugin = _plugin_of(hint)
+    if plugin is not None:
+        return _decode_plugins(plugin, value, where)
     from pydantic import ValidationError
 
     if isinstance(value, float) and not math.isfinite(value):
@@ -130,6 +133,26 @@ def _decode_value(hint: Any, value: Any, where: str) -> Any:
     except ValidationError as error:
         messages = list(dict.fromkeys(_message(item, value) for item in error.errors()))
         raise InputError(f"{where} = {show(value)}: {' or '.join(messages)}") from None
+
+
+def _plugin_of(hint: Any) -> type[plugins.Plugin] | None:
+    """`Task` of the hint `tuple[Task, ...]`; None of any other."""
+    first = next(iter(get_args(hint)), None) if get_origin(hint) is tuple else None
+    return first if isinstance(first, type) and issubclass(first, plugins.Plugin) else None
+
+
+def _decode_plugins(base: type[plugins.Plugin], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list):
+        raise InputError(f"{where} = {show(value)}: must be a list of tables, each with its name")
+    found, problems = [], []
+    for number, table in enumerate(value, 1):
+        try:
+            found.append(decode_plugin(base, table, f"{where} {number}: {base.folder.removesuffix('s')}"))
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return tuple(found)
 
 
 def _message(error: Any, value: Any) -> str:

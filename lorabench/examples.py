@@ -12,6 +12,7 @@ import torch
 from lorabench.data import Data, read_data
 from lorabench.decode import InputError
 from lorabench.model import load_tokenizer
+from lorabench.spec import in_stage
 from lorabench.task import IGNORE, Example, Task
 from lorabench.tasks.text import Text
 
@@ -25,8 +26,9 @@ RETAIN = Text()
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Tokenized splits of one run (`train`, `validation`, `test`, `retain`) and where they come from."""
+    """Tokenized splits of one task (`train`, `validation`, `test`, `retain`) and where they come from."""
 
+    task: Task
     splits: dict[str, list[Example]]
     model_options: dict[str, Any]
     padding: int
@@ -39,7 +41,28 @@ def prepare(spec: RunSpec) -> Examples:
     return _prepare(spec.model, spec.revision, spec.task, spec.seq_len)
 
 
-@lru_cache(maxsize=4)
+def prepare_stages(spec: RunSpec) -> list[Examples]:
+    """The data of each of the run's tasks, in order. InputError where they cannot share one model."""
+    stages = []
+    for number, task in enumerate(spec.stages, 1):
+        try:
+            stages.append(_prepare(spec.model, spec.revision, task, spec.seq_len))
+        except InputError as error:
+            raise InputError([in_stage(problem, number, spec.tasks) for problem in error.problems]) from error
+    shared_options([examples.model_options for examples in stages])
+    return stages
+
+
+def shared_options(options: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a model that does all tasks of a sequence is loaded with. InputError where their heads differ in size."""
+    sizes = [each.get("num_labels") for each in options]
+    if len(set(sizes)) > 1:
+        counts = ", ".join(map(str, sizes))
+        raise InputError(f"tasks: one head serves them all, so they need the same number of classes, and have {counts}")
+    return options[0]
+
+
+@lru_cache(maxsize=16)
 def _prepare(model: str, revision: str | None, task: Task, seq_len: int) -> Examples:
     tokenizer = load_tokenizer(model, revision)
     columns = getattr(task, "columns", None)
@@ -54,6 +77,7 @@ def _prepare(model: str, revision: str | None, task: Task, seq_len: int) -> Exam
         retained = sources["retain"].splits["validation"]
         splits["retain"] = RETAIN.examples(retained, tokenizer, seq_len, {})[: task.max_eval]
     return Examples(
+        task=task,
         splits={name: [_compact(example) for example in examples] for name, examples in splits.items()},
         model_options=options,
         padding=tokenizer.pad_token_id,
@@ -91,10 +115,10 @@ def collate(examples: list[Example], padding: int, device: torch.device) -> Batc
 
 
 class Order:
-    """Which examples a step sees: epoch after epoch, each shuffled by a generator of (seed, epoch) alone."""
+    """Which examples a step of a stage sees: each epoch is shuffled by a generator of (seed, stage, epoch) alone."""
 
-    def __init__(self, size: int, batch_size: int, seed: int):
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+    def __init__(self, size: int, batch_size: int, seed: int, stage: int = 0):
+        self.size, self.batch_size, self.first_seed = size, batch_size, seed * 1_000_003 + stage * 10_007
         self._epoch, self._permutation = -1, np.empty(0, np.int64)
 
     def indices(self, step: int) -> list[int]:
@@ -104,6 +128,6 @@ class Order:
 
     def _at(self, epoch: int, offset: int) -> int:
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(self.first_seed + epoch)
             self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator).numpy()
         return int(self._permutation[offset])

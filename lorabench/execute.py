@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorabench import claim, environment, model
+from lorabench import claim, environment, model, sequence
 from lorabench import meter as meters
 from lorabench.claim import Hold, Lost
-from lorabench.decode import InputError
-from lorabench.examples import Examples, prepare
+from lorabench.decode import InputError, encode
+from lorabench.examples import Examples, prepare_stages
 from lorabench.record import RunRecord, Status, Store, file_digests
-from lorabench.spec import RunSpec, canonical_json
+from lorabench.spec import RunSpec, canonical_json, task_names
 from lorabench.steps import StepLog
 from lorabench.train import (
     Diverged,
@@ -107,27 +107,28 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     torch.set_num_threads(spec.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    hold.progress |= {"phase": "load", "step": 0, "steps": spec.steps}
+    hold.progress |= {"phase": "load", "step": 0, "steps": spec.total_steps}
     record.environment = environment.describe(device)
-    meter = meters.Meter(device, spec.steps)
+    meter = meters.Meter(device, spec.total_steps)
     with meter.clock("load"):
-        examples = prepare(spec)
+        stages = prepare_stages(spec)
+        examples = stages[0]
         meter.set_baseline()
         with meter.phase("load"):
             base = _seeded_base(spec, examples, device)
     model.check_length(spec, model.max_length(base))
-    record.environment |= model.fingerprint(spec) | {"data": examples.fingerprints, "data_notes": examples.notes}
+    record.environment |= model.fingerprint(spec) | _data(stages)
     num_base = _count(base)
     torch.manual_seed(method_seed(spec))
     tuned = spec.method.attach(base, spec)
     if spec.gradient_checkpointing:
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    record.measures |= _counts(tuned, num_base, examples)
+    record.measures |= _counts(tuned, num_base, stages)
     content: dict[str, Any] = {key: record.environment.get(key) for key in ("model_commit", "model_sha256", "data")}
     training = Training(spec, tuned, make_optimizer(spec, tuned), meter, content=content)
     if checkpoint.exists():
         record.resumed_from_step = _resume(training, checkpoint)
-    _train_and_evaluate(training, examples, options, stop, hold, folder, checkpoint)
+    _train_and_evaluate(training, stages, options, stop, hold, folder, checkpoint)
     if not all(tensor.isfinite().all() for tensor in spec.method.trained_state(tuned).values()):
         raise Diverged(f"step {training.step}: trained weights are not finite")
     hold.progress["phase"] = "save"
@@ -147,9 +148,9 @@ def _resume(training: Training, checkpoint: Path) -> int | None:
 
 
 def _train_and_evaluate(
-    training: Training, examples: Examples, options: Options, stop: Stop, hold: Hold, folder: Path, file: Path
+    training: Training, stages: list[Examples], options: Options, stop: Stop, hold: Hold, folder: Path, file: Path
 ) -> None:
-    """Everything that a stop can interrupt; the checkpoint is written whenever one does."""
+    """Everything that a stop can interrupt, task after task; the checkpoint is written whenever one does."""
     meter = training.meter
 
     def checkpoint() -> None:
@@ -157,34 +158,64 @@ def _train_and_evaluate(
         log.flush()
         training.save(file)
 
-    log = StepLog(folder / "steps.jsonl", training.step, options.checkpoint_seconds)
-    if "base_valid_loss" not in training.metrics:
+    @contextlib.contextmanager
+    def evaluating() -> Iterator[None]:
         hold.progress["phase"] = "evaluate"
-        with meter.clock("evaluate"):
-            training.metrics["base_valid_loss"] = evaluate(training, examples, "validation", stop)["valid_loss"]
-            before = evaluate(training, examples, "retain", stop)
-        if before:
-            training.metrics["retain_loss_before"] = before["retain_loss"]
-    hold.progress |= {"phase": "train", "step": training.step}
-    meter.start_training()
-    with meter.clock("train"):
-        train(training, examples, log, stop, checkpoint, hold)
-    meter.end_training()
-    hold.progress["phase"] = "evaluate"
-    try:
-        with meter.clock("evaluate"):
-            after: dict[str, float] = {}
-            for split in ("validation", "test", "retain"):
-                after |= evaluate(training, examples, split, stop)
-    except Stopped:
-        checkpoint()
-        raise
-    if "retain_loss" in after:
-        retained = after["retain_loss"]
-        training.metrics["retain_loss_after"] = retained
-        training.metrics["forgetting"] = retained - training.metrics["retain_loss_before"]
-    training.metrics |= {key: value for key, value in after.items() if not key.startswith("retain_")}
-    last = training.losses[-max(1, len(training.losses) // 10) :]
+        try:
+            with meter.clock("evaluate"):
+                yield
+        except Stopped:
+            checkpoint()
+            raise
+
+    log = StepLog(folder / "steps.jsonl", training.step, options.checkpoint_seconds)
+    if not training.rows:
+        with evaluating():
+            before = _evaluate(training, stages, ["validation", "retain"], stop)
+        _note_before(training, before)
+    for stage in range(training.stage, len(stages)):
+        if stage > training.stage:
+            training.next_task()
+        hold.progress |= {"phase": "train", "step": training.step}
+        meter.start_training()
+        with meter.clock("train"):
+            train(training, stages[stage], log, stop, checkpoint, hold)
+        meter.end_training()
+        with evaluating():
+            is_last = stage == len(stages) - 1
+            after = _evaluate(training, stages, ["validation", *(["test", "retain"] if is_last else [])], stop)
+        training.rows.append(after["validation"])
+    _note_after(training, after)
+
+
+def _evaluate(
+    training: Training, stages: list[Examples], splits: list[str], stop: Stop
+) -> dict[str, list[dict[str, float]]]:
+    """Split -> its metrics on every task for `validation`, on the last task that has the split for the others."""
+    found = {}
+    for split in splits:
+        having = [examples for examples in stages if examples.splits.get(split)]
+        found[split] = [
+            evaluate(training, examples, split, stop) for examples in (having if split == "validation" else having[-1:])
+        ]
+    return found
+
+
+def _note_before(training: Training, before: dict[str, list[dict[str, float]]]) -> None:
+    training.rows.append(before["validation"])
+    training.metrics["base_valid_loss"] = before["validation"][-1]["valid_loss"]
+    for retained in before["retain"]:
+        training.metrics["retain_loss_before"] = retained["retain_loss"]
+
+
+def _note_after(training: Training, after: dict[str, list[dict[str, float]]]) -> None:
+    training.metrics |= after["validation"][-1]
+    for tested in after["test"]:
+        training.metrics |= tested
+    for retained in after["retain"]:
+        training.metrics["retain_loss_after"] = retained["retain_loss"]
+        training.metrics["forgetting"] = retained["retain_loss"] - training.metrics["retain_loss_before"]
+    last = training.losses[-max(1, training.spec.steps // 10) :]
     training.metrics["train_loss"] = sum(last) / len(last)
 
 
@@ -216,6 +247,10 @@ def _fill(record: RunRecord, training: Training, folder: Path) -> None:
     record.measures["updates_bytes"] = sum(
         file.stat().st_size for file in (folder / "updates").rglob("*") if file.is_file()
     ) if (folder / "updates").exists() else 0  # fmt: skip
+    if spec.tasks:
+        found = sequence.matrices(training.rows)
+        record.sequence = {"tasks": task_names([encode(task) for task in spec.tasks]), "matrices": found}
+        record.measures |= sequence.measures(found)
     energy = meter.energy()
     if energy:
         record.measures["energy_joules"], record.provenance["energy_joules"] = energy
@@ -247,14 +282,23 @@ def method_seed(spec: RunSpec) -> int:
 
 
 
-def _counts(tuned: nn.Module, num_base: int, examples: Examples) -> dict[str, float]:
+def _data(stages: list[Examples]) -> dict[str, Any]:
+    """Fingerprints and notes by role: `task` and `retain`, with the task's number where there are several."""
+    numbered = [(f" {number}" if len(stages) > 1 else "", examples) for number, examples in enumerate(stages, 1)]
+    return {
+        "data": {role + number: value for number, each in numbered for role, value in each.fingerprints.items()},
+        "data_notes": {role + number: value for number, each in numbered for role, value in each.notes.items()},
+    }
+
+
+def _counts(tuned: nn.Module, num_base: int, stages: list[Examples]) -> dict[str, float]:
     trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     held = sum(t.nbytes for t in [*tuned.parameters(), *tuned.buffers()])
     return {
         "num_parameters": _count(tuned),
         "num_trainable": trainable,
         "trainable_share": trainable / num_base,
-        "num_train_examples": len(examples.splits["train"]),
+        "num_train_examples": sum(len(examples.splits["train"]) for examples in stages),
         "model_gib": held / meters.GIB,
     }
 

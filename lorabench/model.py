@@ -52,8 +52,10 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
-def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any]) -> nn.Module:
+def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any], exact: bool = False) -> nn.Module:
     """The untouched base on `device`: in float32 if it is to be trained, else in `spec.dtype`, quantized as asked.
+
+    With `exact` it is not quantized, whatever the spec says.
 
     A new task head takes its random weights from torch's global generator.
     """
@@ -63,10 +65,11 @@ def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any]) -> n
     auto = getattr(transformers, spec.task.auto_class)
     dtype = torch.float32 if spec.method.trains_base else getattr(torch, spec.dtype)
     extra: dict[str, Any] = {}
-    if spec.quantization != "none":
+    quantized = spec.quantization != "none" and not exact
+    if quantized:
         extra = {"quantization_config": _quantization(spec, options), "device_map": {"": device}}
     model = _pretrained(spec.model, spec.revision, auto.from_pretrained, dtype=dtype, **options, **extra)
-    if spec.quantization == "none":
+    if not quantized:
         model.to(device)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -115,7 +118,8 @@ def check_length(spec: RunSpec, longest: int | None) -> None:
     virtual = spec.method.num_virtual_tokens
     if longest is not None and spec.seq_len + virtual > longest:
         also = f", with the method's {virtual} virtual tokens," if virtual else ""
-        raise InputError(f"seq_len = {spec.seq_len}: must{also} be at most {longest}, the longest that {spec.model} takes")
+        limit = f"at most {longest}, the longest that {spec.model} takes"
+        raise InputError(f"seq_len = {spec.seq_len}: must{also} be {limit}")
 
 
 def new_heads(model: nn.Module) -> list[str]:

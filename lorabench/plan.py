@@ -14,9 +14,10 @@ from lorabench import model as models
 from lorabench import targets
 from lorabench.data import read_data
 from lorabench.decode import InputError
+from lorabench.examples import shared_options
 from lorabench.meter import GIB, model_flops_per_token, peak_flops
 from lorabench.record import RunRecord, RunState, Status, Store
-from lorabench.spec import RunSpec, flatten, swept_keys
+from lorabench.spec import RunSpec, brief, flatten, swept_keys
 from lorabench.sweep import Sweep
 from lorabench.task import Task
 from lorabench.terminal import duration, size, text_table
@@ -88,7 +89,7 @@ def plan_text(sweep: Sweep, plan: dict[str, Any]) -> str:
         {
             "run_id": run["run_id"],
             "status": run["status"],
-            **{key: flat.get(key) for key in keys},
+            **{key: brief(flat.get(key)) for key in keys},
             "trainable": f"{run['estimate']['num_trainable']:,}",
             "of": f"{run['estimate']['num_parameters']:,}",
             "peak": _approximate(run["done"], size(run["estimate"]["peak_gib"] * GIB)),
@@ -125,7 +126,8 @@ def _count_all(sweep: Sweep) -> dict[str, Counts]:
 def count(spec: RunSpec) -> Counts:
     """Exact counts from the model's config; no weight is loaded."""
     table = spec.to_json()
-    found = _count(json.dumps([table[key] for key in ("model", "revision", "method", "quantization", "task", "dtype")]))
+    keys = ("model", "revision", "method", "quantization", "task", "tasks", "dtype")
+    found = _count(json.dumps({key: table[key] for key in keys if key in table}))
     if isinstance(found, InputError):
         raise found
     models.check_length(spec, found[1])
@@ -136,10 +138,9 @@ def count(spec: RunSpec) -> Counts:
 @cache
 def _count(key: str) -> tuple[Counts, int | None, float] | InputError:
     """Counts (FLOPs without attention), the model's longest input, and attention's FLOPs per token and position."""
-    names = ("model", "revision", "method", "quantization", "task", "dtype")
-    spec = RunSpec.from_json(dict(zip(names, json.loads(key), strict=True)))
+    spec = RunSpec.from_json(json.loads(key))
     try:
-        base = models.skeleton(spec, _model_options(spec.task))
+        base = models.skeleton(spec, shared_options([_model_options(task) for task in spec.stages]))
         weight_bytes = _weight_bytes(spec, base)
         with torch.device("meta"):
             tuned = spec.method.attach(base, spec)
@@ -193,7 +194,7 @@ def formula(spec: RunSpec, counts: Counts, device: torch.device) -> Estimate:
     memory = counts.weight_bytes + 12 * counts.num_trainable
     memory += tokens * (kept * BYTES[spec.dtype] + 3 * 4 * counts.vocabulary)
     memory += CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
-    flops = counts.flops_per_token * spec.batch_size * spec.seq_len * spec.steps
+    flops = counts.flops_per_token * spec.batch_size * spec.seq_len * spec.total_steps
     rate, _ = flop_rate(device, spec.dtype, spec.threads)
     return Estimate(peak_gib=memory / GIB, train_seconds=flops / (EFFICIENCY * rate))
 

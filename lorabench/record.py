@@ -121,6 +121,13 @@ MEASURES: dict[str, Measure] = (
         ("retain_loss_after", "nats", False, "loss on the retention set after training"),
         ("forgetting", "nats", False, "retain_loss_after - retain_loss_before"),
     )
+    | _measures(  # R[i][j]: accuracy on task j, or share of its tokens predicted right, after training on i of T tasks
+        "sequence",
+        ("average_final", "%", True, "mean over the tasks j of R[T][j], validation"),
+        ("backward_transfer", "%", True, "mean over j < T of R[T][j] - R[j][j] (Lopez-Paz and Ranzato 2017)"),
+        ("forward_transfer", "%", True, "mean over j > 1 of R[j-1][j] - R[0][j], 0 being the untouched base"),
+        ("sequence_forgetting", "%", False, "mean over j < T of max R[l][j] (1 <= l < T) - R[T][j] (Chaudhry 2018)"),
+    )
 )
 """Every number that a record can hold. Percentages are kept as shares in [0, 1] and printed times 100."""
 
@@ -142,6 +149,8 @@ class RunRecord:
     environment: dict[str, Any] = field(default_factory=dict)
     """Package versions, git commit and dirty flag, hardware, model and data fingerprints."""
     measures: dict[str, float] = field(default_factory=dict)
+    sequence: dict[str, Any] = field(default_factory=dict)
+    """Of a run over several tasks: `tasks`, their names, and `matrices`, metric -> [after i tasks][on task j]."""
     provenance: dict[str, str] = field(default_factory=dict)
     """How a measure was made where that can differ: `peak_gib: VmHWM, reset per phase`."""
     files: dict[str, str] = field(default_factory=dict)
@@ -182,6 +191,7 @@ _RECORD_TYPES: dict[str, tuple[type, ...]] = {
     "resumed_from_step": (int, type(None)),
     "environment": (dict,),
     "measures": (dict,),
+    "sequence": (dict,),
     "provenance": (dict,),
     "files": (dict,),
 }

@@ -33,6 +33,8 @@ class Results:
     """Run id -> its record's `environment`."""
     provenance: dict[str, dict[str, str]] = field(default_factory=dict)
     """Run id -> how its measures were made."""
+    sequences: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Run id -> its record's `sequence`, where it has one."""
 
     @cached_property
     def keys(self) -> list[str]:
@@ -90,6 +92,7 @@ def load_results(store: Store, sweep: Sweep, analyze: Analyze | None = None) -> 
         runs=runs,
         environments={run_id: record.environment for run_id, record in records.items()},
         provenance={run_id: record.provenance for run_id, record in records.items()},
+        sequences={run_id: record.sequence for run_id, record in records.items() if record.sequence},
     )
     if analyze is None:
         return results
@@ -194,6 +197,8 @@ def _frame(states: list[RunState], specs: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _hashable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} = {item}" for key, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -22,7 +23,9 @@ class RunSpec:
     """A run. Its id is the content hash of these fields: the same cell is never computed twice."""
 
     method: Method
-    task: Task
+    task: Task = None  # type: ignore[assignment]  # the first of `tasks` where those are given instead
+    tasks: tuple[Task, ...] = ()
+    """Instead of `task`: tasks that are trained one after another, each for `steps` steps, weights carrying over."""
     model: str = "builtin:tiny-llama"
     """Hub id, local folder, or `builtin:NAME`."""
     revision: str | None = None
@@ -38,7 +41,7 @@ class RunSpec:
     micro_batch_size: Annotated[int, Ge(1)] | None = None
     """Examples per forward pass; gradients are accumulated up to `batch_size` (None: all at once)."""
     steps: Annotated[int, Ge(1)] = 200
-    """Optimizer steps."""
+    """Optimizer steps, of each task."""
     lr: Annotated[float, Gt(0)] = 1e-3
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -62,11 +65,34 @@ class RunSpec:
     """Of data order, initialization and dropout."""
 
     def __post_init__(self) -> None:
-        problems = [*self.method.problems(self), *self.task.problems(self)]
+        if self.tasks and self.task not in (None, self.tasks[0]):
+            raise ValueError("tasks: stand instead of task, not beside it")
+        if not self.stages:
+            raise ValueError("task: is missing")
+        object.__setattr__(self, "task", self.stages[0])
+        problems = [*self.method.problems(self), *self._task_problems()]
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             problems.append(f"micro_batch_size = {self.micro_batch_size}: must divide batch_size = {self.batch_size}")
         if problems:
             raise ValueError("\n".join(problems))
+
+    @property
+    def stages(self) -> tuple[Task, ...]:
+        """What is trained one after another: `tasks`, or the one `task`."""
+        return self.tasks or ((self.task,) if self.task is not None else ())
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps over all tasks."""
+        return self.steps * len(self.stages)
+
+    def _task_problems(self) -> Iterator[str]:
+        for number, task in enumerate(self.stages, 1):
+            yield from (in_stage(problem, number, self.tasks) for problem in task.problems(self))
+        kinds = dict.fromkeys(task.auto_class for task in self.stages)
+        if len(kinds) > 1:
+            names = ", ".join(task.name for task in self.stages)
+            yield f"tasks = {names}: one model cannot do them all, for they need {' and '.join(kinds)}"
 
     @cached_property
     def id(self) -> str:
@@ -74,12 +100,19 @@ class RunSpec:
         return spec_id(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        return encode(self)
+        """Holds `task` or `tasks`, never both."""
+        left_out = "task" if self.tasks else "tasks"
+        return {key: value for key, value in encode(self).items() if key != left_out}
 
     @classmethod
     def from_json(cls, table: dict[str, Any]) -> RunSpec:
         """Raises InputError with every problem of the table."""
         return decode(cls, table)
+
+
+def in_stage(problem: str, number: int, tasks: tuple[Task, ...]) -> str:
+    """`tasks 2: task.data = ...`: which task of a sequence has the problem; as it is where there is no sequence."""
+    return f"tasks {number}: {problem}" if tasks else problem
 
 
 def spec_id(table: dict[str, Any]) -> str:
@@ -93,10 +126,13 @@ def canonical_json(table: dict[str, Any]) -> bytes:
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"method": {"rank": 4}}` -> `{"method.rank": 4}`: the keys of sweep files and the columns of tables."""
+    """`{"method": {"rank": 4}}` -> `{"method.rank": 4}`: the keys of sweep files and the columns of tables.
+
+    A table with keys that are no plain words (a LoRA `rank_pattern` of regular expressions) is a value.
+    """
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and all(map(str.isidentifier, value)):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
@@ -110,6 +146,28 @@ def swept_keys(flats: list[dict[str, Any]]) -> list[str]:
         for key, value in flat.items():
             values.setdefault(key, set()).add(repr(value))
     return [key for key, found in values.items() if len(found) > 1 and key != "method.name"]
+
+
+def is_tables(value: Any) -> bool:
+    """Whether a value is a list of tables (`tasks`): one value, where every other list of a sweep file is an axis."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def task_names(tables: list[dict[str, Any]]) -> list[str]:
+    """What each task of a list is called: its data, and where that is shared, the fields in which they differ."""
+    names = [str(table.get("data", table["name"])).rstrip("/").split("/")[-1].split(":")[-1] for table in tables]
+    alike = {name: [table for table, own in zip(tables, names, strict=True) if own == name] for name in names}
+    texts = []
+    for name, table in zip(names, tables, strict=True):
+        differing = [key for key in table if any(other.get(key) != table[key] for other in alike[name])]
+        extra = ", ".join(f"{key} {table[key]}" for key in differing)
+        texts.append(f"{name} ({extra})" if extra else name)
+    return texts
+
+
+def brief(value: Any) -> Any:
+    """A value of a flattened spec as one line shows it: a list of tasks by their names."""
+    return " > ".join(task_names(value)) if is_tables(value) and all("name" in table for table in value) else value
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from lorabench.record import RunState, Status, Store
-from lorabench.spec import flatten, swept_keys
+from lorabench.spec import brief, flatten, swept_keys
 from lorabench.terminal import count_statuses, duration, text_table
 
 COLUMNS = ["run_id", "status", "step", "tokens/s", "heartbeat", "swept", "error"]
@@ -46,7 +46,7 @@ def _row(state: RunState) -> dict[str, Any]:
 
 
 def _columns(row: dict[str, Any], flat: dict[str, Any], swept: list[str]) -> dict[str, Any]:
-    steps = flat.get("steps")
+    steps = flat.get("steps", 0) * len(flat.get("tasks", [0]))
     step = steps if row["status"] == Status.DONE else row["progress"].get("step")
     rate = row["measures"].get("tokens_per_second", row["progress"].get("tokens_per_second"))
     beat = row["heartbeat_seconds"]
@@ -56,6 +56,6 @@ def _columns(row: dict[str, Any], flat: dict[str, Any], swept: list[str]) -> dic
         "step": f"{step or 0}/{steps}" if steps else None,
         "tokens/s": f"{rate:.0f}" if rate else None,
         "heartbeat": duration(beat) if beat is not None else None,
-        "swept": " ".join(f"{key}={flat[key]}" for key in swept if key in flat),
+        "swept": " ".join(f"{key}={brief(flat[key])}" for key in swept if key in flat),
         "error": row["error"],
     }

@@ -14,7 +14,7 @@ from lorabench import plugins
 from lorabench.decode import InputError, Pattern, decode, decode_plugin, show
 from lorabench.figure import Figure
 from lorabench.record import MEASURES, Measure
-from lorabench.spec import RunSpec, flatten, unflatten
+from lorabench.spec import RunSpec, flatten, is_tables, unflatten
 
 SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure"]
 
@@ -201,7 +201,8 @@ def _expand(table: dict[str, Any], problems: list[str]) -> tuple[list[RunSpec], 
 
 def _merge(base: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
     """`block` over `base`. A block that names another method or task drops the base's fields of the first."""
-    merged = dict(base)
+    replaced = {"task": "tasks", "tasks": "task"}
+    merged = {key: value for key, value in base.items() if key in block or replaced.get(key) not in block}
     for key, value in block.items():
         below = merged.get(key)
         if isinstance(value, dict) and isinstance(below, dict):
@@ -215,7 +216,7 @@ def _merge(base: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
 def _cells(
     flat: dict[str, Any], groups: list[tuple[str, ...]], where: str, problems: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Every cell of the grid: lists are axes, the keys of a zip group move together."""
+    """Every cell of the grid: lists are axes (of tables: one value), the keys of a zip group move together."""
     axes: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
     for key, value in flat.items():
         if isinstance(value, list) and not value:
@@ -227,7 +228,7 @@ def _cells(
         return
     for group in groups:
         lists: list[Any] = [flat.get(key) for key in group]
-        if not all(isinstance(item, list) for item in lists):
+        if not all(_is_axis(item) for item in lists):
             problems.append(f"{where}zip = {show(list(group))}: each of these keys must be a list in this grid")
             return
         if len({len(item) for item in lists}) > 1:
@@ -237,13 +238,17 @@ def _cells(
         axes[group] = list(zip(*lists, strict=True))
     zipped = {key for group in groups for key in group}
     for key, value in flat.items():
-        if isinstance(value, list) and key not in zipped:
+        if _is_axis(value) and key not in zipped:
             axes[(key,)] = [(item,) for item in value]
     for choice in itertools.product(*axes.values()):
         cell = dict(flat)
         for keys, values in zip(axes, choice, strict=True):
             cell |= dict(zip(keys, values, strict=True))
         yield cell
+
+
+def _is_axis(value: Any) -> bool:
+    return isinstance(value, list) and not is_tables(value)
 
 
 def _zip_groups(value: Any, where: str, problems: list[str]) -> list[tuple[str, ...]]:
@@ -269,7 +274,7 @@ def _excludes(value: Any, where: str, problems: list[str]) -> list[dict[str, Any
 def _matches(cell: dict[str, Any], rule: dict[str, Any]) -> bool:
     """Whether a cell has every value of a rule; a list in a rule means any of its values."""
     return all(
-        key in cell and cell[key] in (value if isinstance(value, list) else [value]) for key, value in rule.items()
+        key in cell and cell[key] in (value if _is_axis(value) else [value]) for key, value in rule.items()
     )
 
 
@@ -284,15 +289,18 @@ def _unknown_keys(keys: list[str], known: list[str], where: str) -> list[str]:
 def known_measures(runs: Sequence[RunSpec] = ()) -> dict[str, Measure]:
     """What a table can show: the measures of records, and each layer metric's mean (`spectrum.rank_90`).
 
-    Of the metrics, only those that the tasks of `runs` report; all of them where no runs are given.
+    Of the metrics, only those that the tasks of `runs` report, those of sequences only where there is one; all of
+    them where no runs are given.
     """
-    reports = {name for run in runs for name in run.task.reports}
-    if any("retain" in run.task.sources() for run in runs):
+    absent = {"sequence"} if runs and not any(run.tasks for run in runs) else set()
+    reports = {name for run in runs for name in run.stages[-1].reports}
+    if any("retain" in task.sources() for run in runs for task in run.stages):
         reports |= {"retain_loss_before", "retain_loss_after", "forgetting"}
     measures = {
         name: measure
         for name, measure in MEASURES.items()
         if not runs or measure.group != "metrics" or re.sub("^(base_)?(valid|test|train)_", "", name) in reports
+        if measure.group not in absent
     }
     for name in plugins.names("analyses"):
         analysis: Any = plugins.plugin_class("analyses", name)

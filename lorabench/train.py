@@ -60,18 +60,34 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     meter: meters.Meter
+    stage: int = 0
+    """Which of the run's tasks is being trained: 0, 1, …"""
     step: int = 0
-    """Optimizer steps done."""
+    """Optimizer steps done, over all tasks."""
     evaluated: int = 0
     """The step of the last periodic evaluation."""
     losses: list[float] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    rows: list[list[dict[str, float]]] = field(default_factory=list)
+    """Validation metrics of every task: before training, and after each task that is done."""
     content: dict[str, Any] = field(default_factory=dict)
     """Fingerprints of the base and the data: a checkpoint goes on with the same ones or not at all."""
+
+    @property
+    def task_step(self) -> int:
+        """Optimizer steps done on the task being trained."""
+        return self.step - self.stage * self.spec.steps
+
+    def next_task(self) -> None:
+        """Go on to the next task with the weights as they are and a fresh optimizer."""
+        self.stage += 1
+        self.evaluated = self.step
+        self.optimizer = make_optimizer(self.spec, self.model)
 
     def save(self, file: Path) -> None:
         """Write the checkpoint whole or not at all."""
         state = {
+            "stage": self.stage,
             "step": self.step,
             "evaluated": self.evaluated,
             "content": self.content,
@@ -80,6 +96,7 @@ class Training:
             "random": random_state(self.meter.device),
             "losses": self.losses,
             "metrics": self.metrics,
+            "rows": self.rows,
             "meter": self.meter.state,
         }
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -111,23 +128,23 @@ class Training:
         self.spec.method.restore(self.model, trained)
         self.optimizer.load_state_dict(state["optimizer"])
         self.meter.restore(state["meter"])
-        self.step, self.evaluated = state["step"], state["evaluated"]
-        self.losses, self.metrics = state["losses"], state["metrics"]
+        self.stage, self.step, self.evaluated = state["stage"], state["step"], state["evaluated"]
+        self.losses, self.metrics, self.rows = state["losses"], state["metrics"], state["rows"]
         set_random_state(state["random"], self.meter.device)
 
 
 def train(
     training: Training, examples: Examples, log: StepLog, stop: Stop, checkpoint: Callable[[], None], hold: Hold
 ) -> None:
-    """Take the run's remaining steps. Raises Stopped (with a checkpoint written) or Diverged."""
+    """Take the remaining steps of the task being trained. Raises Stopped (with a checkpoint written) or Diverged."""
     spec, model, meter = training.spec, training.model, training.meter
-    task, device = spec.task, meter.device
+    task, device = examples.task, meter.device
     parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
-    order = Order(len(examples.splits["train"]), spec.batch_size, spec.seed)
+    order = Order(len(examples.splits["train"]), spec.batch_size, spec.seed, training.stage)
     micro = spec.micro_batch_size or spec.batch_size
     model.train()
     pending: list[tuple[int, torch.Tensor, torch.Tensor, float]] = []
-    while training.step < spec.steps:
+    while training.task_step < spec.steps:
         try:
             stop.check()
             if evaluation_due(training):
@@ -140,12 +157,12 @@ def train(
             flush(training, pending, log, hold)
             checkpoint()
             raise
-        batch = [examples.splits["train"][i] for i in order.indices(training.step)]
+        batch = [examples.splits["train"][i] for i in order.indices(training.task_step)]
         parts = [collate(batch[i : i + micro], examples.padding, CPU) for i in range(0, len(batch), micro)]
         count = sum(task.count(part) for part in parts)
         tokens = sum(len(example["input_ids"]) for example in batch)
         padded = sum(part["input_ids"].numel() for part in parts)
-        lr_share = schedule(spec, training.step)
+        lr_share = schedule(spec, training.task_step)
         for group in training.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_share
         with meter.step(tokens, padded, count), meter.live_tensors(model, training.optimizer):
@@ -168,7 +185,7 @@ def train(
                 training.optimizer.zero_grad()
         training.step += 1
         pending.append((training.step, loss, norm, spec.lr * lr_share))
-        if training.step % FLUSH_EVERY == 0 or training.step == spec.steps:
+        if training.step % FLUSH_EVERY == 0 or training.task_step == spec.steps:
             flush(training, pending, log, hold)
         if log.checkpoint_due():
             flush(training, pending, log, hold)
@@ -178,7 +195,7 @@ def train(
 def evaluation_due(training: Training) -> bool:
     """Whether the periodic evaluation of this step is still to do; a resumed run does what it was stopped in."""
     every = training.spec.eval_every
-    return bool(every and training.step % every == 0 and training.step != training.evaluated)
+    return bool(every and training.task_step % every == 0 and training.step != training.evaluated)
 
 
 def flush(training: Training, pending: list[Any], log: StepLog, hold: Hold) -> None:
@@ -202,8 +219,8 @@ def flush(training: Training, pending: list[Any], log: StepLog, hold: Hold) -> N
 @torch.no_grad()
 def evaluate(training: Training, examples: Examples, split: str, stop: Stop) -> dict[str, float]:
     """Loss and metrics of a split, by their names in MEASURES; nothing where the split is empty."""
-    spec, task, device = training.spec, training.spec.task, training.meter.device
-    task = RETAIN if split == "retain" else task
+    spec, device = training.spec, training.meter.device
+    task = RETAIN if split == "retain" else examples.task
     rows, size = examples.splits.get(split, []), spec.micro_batch_size or spec.batch_size
     if not rows:
         return {}
@@ -245,7 +262,7 @@ def make_optimizer(spec: RunSpec, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def schedule(spec: RunSpec, step: int) -> float:
-    """The learning rate of a step (0, 1, …) as a share of its peak: linear warm-up, then decay to zero."""
+    """The learning rate of a task's step (0, 1, …) as a share of its peak: linear warm-up, then decay to zero."""
     warm = math.ceil(spec.warmup * spec.steps - 1e-9)  # 0.07 * 100 is a little over 7
     if step < warm:
         return (step + 1) / warm

@@ -74,8 +74,9 @@ def read_deltas(folder: Path) -> Iterator[Update]:
     from safetensors import safe_open
 
     with safe_open(folder / DELTA_FILE, framework="pt") as handle:
-        for name in sorted({key.removesuffix(":A").removesuffix(":B") for key in handle.keys()}):
-            if f"{name}:B" in handle.keys():
+        keys = set(handle.keys())
+        for name in sorted({key.removesuffix(":A").removesuffix(":B") for key in keys}):
+            if f"{name}:B" in keys:
                 yield Update(parameter=name, B=handle.get_tensor(f"{name}:B"), A=handle.get_tensor(f"{name}:A"))
             else:
                 yield Update(parameter=name, B=handle.get_tensor(name))

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from lorabench.examples import prepare
+from lorabench.examples import prepare_stages
 from lorabench.model import load_base, resolve
 from lorabench.spec import RunSpec
 from lorabench.worker import WARM_VARIABLE
@@ -26,16 +25,17 @@ def warm(spec: RunSpec) -> None:
     """Tokenize the run's data, and load its base and attach its method once where that is quick."""
     if not _is_local(spec):
         return
-    examples = prepare(spec)
+    examples = prepare_stages(spec)[0]
     folder = Path(resolve(spec.model))
     if sum(file.stat().st_size for file in folder.glob("*.safetensors")) < LARGEST_BYTES:
-        base = load_base(replace(spec, quantization="none"), torch.device("cpu"), examples.model_options)
+        base = load_base(spec, torch.device("cpu"), examples.model_options, exact=True)
         spec.method.attach(base, spec)
 
 
 def _is_local(spec: RunSpec) -> bool:
     """Whether reading it starts no threads, which a fork would not survive: no Hub, no parquet."""
-    sources = [Path(source) for source in spec.task.sources().values() if not source.startswith("builtin:")]
+    named = [source for task in spec.stages for source in task.sources().values()]
+    sources = [Path(source) for source in named if not source.startswith("builtin:")]
     files = [file for path in sources for file in ([path] if path.is_file() else path.glob("*"))]
     here = all(path.exists() for path in sources) and not any(file.suffix == ".parquet" for file in files)
     return here and Path(resolve(spec.model)).is_dir()

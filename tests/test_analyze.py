@@ -15,7 +15,7 @@ from lorabench.decode import InputError
 from lorabench.linalg import subspace_similarity, thin_svd
 from lorabench.record import RunRecord, Status, Store, file_digests
 from lorabench.sweep import parse_sweep
-from lorabench.update import Update, save_updates, save_svds
+from lorabench.update import Update, save_svds, save_updates
 
 TEXT = """
 [base]

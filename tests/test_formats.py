@@ -18,7 +18,7 @@ from lorabench import formats
 from lorabench.decode import InputError
 from lorabench.layer import layer_kind
 from lorabench.linalg import thin_svd
-from lorabench.update import Update, save_updates, save_svds
+from lorabench.update import Update, save_svds, save_updates
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
 LLAMA = LlamaConfig(**SIZES, num_key_value_heads=1)

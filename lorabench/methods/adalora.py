@@ -54,14 +54,15 @@ class AdaLora(Tuner):
     def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
         from peft import AdaLoraConfig
 
+        steps = spec.total_steps
         return AdaLoraConfig(
             target_r=self.rank,
             init_r=self.start_rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes any number
             lora_dropout=self.dropout,
-            total_step=spec.steps,
-            tinit=int(self.begin * spec.steps),
-            tfinal=spec.steps - max(int(self.end * spec.steps), int(self.begin * spec.steps) + 1),
+            total_step=steps,
+            tinit=int(self.begin * steps),
+            tfinal=steps - max(int(self.end * steps), int(self.begin * steps) + 1),
             deltaT=self.every,
             beta1=self.beta1,
             beta2=self.beta2,

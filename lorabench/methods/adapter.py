@@ -46,44 +46,57 @@ if TYPE_CHECKING:
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
-def _after(module: nn.Module, args: Any, output: Any, scale: float) -> Any:
-    """Forward hook: v + A(v) of the module's output, or of the first of its outputs."""
-    if isinstance(output, tuple):
-        return (_after(module, args, output[0], scale), *output[1:])
-    return output + _added(module, output, scale)
+def _plus(y: Tensor, module: nn.Module, x: Tensor, scale: float) -> Tensor:
+    """y + A(x), by the adapter of the module that a hook is given: in a copied model, the copy's."""
+    adapter = module.bottleneck
+    return y.add(adapter(x.to(adapter.down.weight.dtype)).to(y.dtype), alpha=scale)
+
+
+def _after(module: nn.Module, args: Any, output: Tensor, scale: float) -> Tensor:
+    """Forward hook: v + A(v) of the module's output."""
+    return _plus(output, module, output, scale)
 
 
 def _beside(module: nn.Module, args: Any, output: Tensor, scale: float) -> Tensor:
     """Forward hook: the module's output + A of its input."""
-    return output + _added(module, args[0], scale)
+    return _plus(output, module, args[0], scale)
 
 
 def _around_norm(module: nn.Module, args: Any, output: Tensor, scale: float) -> Tensor:
     """Forward hook of a norm: LN(u + A(LN(u))), u being its input h + x."""
-    return module.forward(args[0] + _added(module, output, scale))
+    return module.forward(_plus(args[0], module, output, scale))
 
 
 def _into_residual(module: nn.Module, args: Any, scale: float) -> Any:
     """Forward pre-hook of a module that is given (its input, the residual x): x + A(x) in place of x."""
     inner, residual = args
-    return inner, residual + _added(module, residual, scale)
+    return inner, _plus(residual, module, residual, scale)
 
 
-def _added(module: nn.Module, x: Tensor, scale: float) -> Tensor:
-    """A(x), by the adapter of the module that a hook is given: in a copied model, the copy's."""
-    adapter = module.bottleneck
-    return (adapter(x.to(adapter.down.weight.dtype)) * scale).to(x.dtype)
+def _extended(block: type, scale: float) -> type:
+    """The class of a block that gives v + A(v) of its output, or of the first of its outputs.
+
+    As part of its forward pass that is recomputed under gradient checkpointing; a hook of the block stands outside.
+    """
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = block.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        if isinstance(output, tuple):
+            return (_after(self, args, output[0], scale), *output[1:])
+        return _after(self, args, output, scale)
+
+    return type(block.__name__, (block,), {"forward": forward})
 
 
 LAYOUTS: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
     "Llama": {
         "houlsby": {"self_attn.o_proj": _after, "mlp.down_proj": _after},
-        "pfeiffer": {"": _after},
+        "pfeiffer": {"": _extended},
         "parallel": {"mlp": _beside},
     },
     "GPT-2": {
         "houlsby": {"attn.resid_dropout": _after, "mlp.dropout": _after},
-        "pfeiffer": {"": _after},
+        "pfeiffer": {"": _extended},
         "parallel": {"mlp": _beside},
     },
     "BERT": {
@@ -99,7 +112,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
 }
 """Where each placement hooks into a block, the block itself being "": by what the modules are called.
 
-A pre-norm block's own output is h + x, so pfeiffer's h + x + A(h + x) is `_after` the block.
+A pre-norm block's own output is h + x, so pfeiffer's h + A(h + x), with x added, is that block's, extended.
 """
 
 
@@ -144,9 +157,12 @@ class Adapter(Method):
             for path, hook in layout[self.placement].items():
                 module = model.get_submodule((block + path).rstrip("."))
                 module.bottleneck = self._bottleneck(width).to(device)
-                pre = hook is _into_residual
-                register = module.register_forward_pre_hook if pre else module.register_forward_hook
-                register(partial(hook, scale=scale))
+                if hook is _extended:
+                    module.__class__ = _extended(type(module), scale)
+                elif hook is _into_residual:
+                    module.register_forward_pre_hook(partial(hook, scale=scale))
+                else:
+                    module.register_forward_hook(partial(hook, scale=scale))
         return model
 
     def _bottleneck(self, width: int) -> nn.Module:

@@ -6,7 +6,7 @@ Hyeon-Woo et al. 2022 (FedPara), arXiv 2108.06098; LyCORIS: Yeh et al. 2023, arX
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge, Lt
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Loha(Tuner):
     """2 r (M + N) parameters for each matrix. The scale s is alpha / rank."""
+
+    without: ClassVar[tuple[str, ...]] = ("nf4",)
 
     rank: Annotated[int, Ge(1)] = 8
     alpha: Annotated[float, Ge(0)] = 8.0

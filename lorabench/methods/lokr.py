@@ -6,7 +6,7 @@ KronA: Edalati et al. 2022, arXiv 2212.10650; LyCORIS: Yeh et al. 2023, arXiv 23
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge, Lt
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Lokr(Tuner):
     """W1 is (a, c), the second factor (M / a, N / c). The scale s is alpha / rank."""
+
+    without: ClassVar[tuple[str, ...]] = ("nf4",)
 
     rank: Annotated[int, Ge(1)] = 8
     """Of the second factor; at half of its longer side or more it is a full matrix."""

@@ -90,7 +90,9 @@ class Lora(Tuner):
         return self.init in ("pissa", "olora", "loftq")
 
     def prepare(self, model: nn.Module) -> None:
-        """Conv1D stays as it is: such an adapter loads on the stock GPT-2."""
+        """Conv1D stays as it is where PEFT can have it so."""
+        if self.init == "olora":
+            models.as_linear(model)
         if self.embeddings or self.head:
             models.untie(model)
 
@@ -100,9 +102,9 @@ class Lora(Tuner):
         names = self.match(model)
         transposed = models.is_conv1d(model.get_submodule(names[0]))
         if self.embeddings:
-            names.append(_name_of(model, model.get_input_embeddings(), "embeddings"))  # type: ignore[operator]
+            names.append(_name_of(model, model.get_input_embeddings(), "embeddings"))
         if self.head:
-            names.append(_name_of(model, model.get_output_embeddings(), "head"))  # type: ignore[operator]
+            names.append(_name_of(model, model.get_output_embeddings(), "head"))
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha_value,  # type: ignore[arg-type]  # PEFT takes any number
@@ -136,10 +138,10 @@ class Lora(Tuner):
         )
 
     def layer_updates(self, model: Any, load_base: LoadBase) -> Iterator[Update]:
-        initial = getattr(model, "initial_factors", {})
+        initial: dict[str, tuple[Tensor, Tensor]] = getattr(model, "initial_factors", {})
         for name, module in tuner_layers(model):
             update = self.layer_update(name, module)
-            yield _since(update, *initial[name], module.scaling[ADAPTER]) if name in initial else update
+            yield _since(update, initial[name], module.scaling[ADAPTER]) if name in initial else update
 
     def save(self, model: Any, load_base: LoadBase, folder: Path, keep: str) -> None:
         if keep != "updates":
@@ -184,11 +186,12 @@ def _factors(module: Any) -> tuple[Tensor, Tensor]:
     return module.lora_B[ADAPTER].weight.detach().clone(), module.lora_A[ADAPTER].weight.detach().clone()
 
 
-def _since(update: Update, B0: Tensor, A0: Tensor, scale: float) -> Update:
+def _since(update: Update, initial: tuple[Tensor, Tensor], scale: float) -> Update:
     """s (B A - B0 A0) as the factors [s B, -s B0] and [A; A0], of rank up to 2 r."""
     import torch
 
     assert update.A is not None
+    B0, A0 = initial
     B = torch.cat([update.B, -scale * B0.to(update.B)], 1)
     return replace(update, B=B, A=torch.cat([update.A, A0.to(update.A)]))
 
@@ -216,7 +219,9 @@ def _save_for_untouched_base(method: Lora, updates: list[Update], folder: Path) 
 def _save_initial(initial: dict[str, tuple[Tensor, Tensor]], folder: Path) -> None:
     from safetensors.torch import save_file
 
-    tensors = {f"{name}.{part}": tensor for name, pair in initial.items() for part, tensor in zip("BA", pair, strict=True)}
+    tensors = {
+        f"{name}.{part}": tensor for name, pair in initial.items() for part, tensor in zip("BA", pair, strict=True)
+    }
     save_file(tensors, folder / INITIAL_FILE)
 
 
@@ -228,7 +233,7 @@ def _start_at_quantization_error(tuned: Any, spec: RunSpec) -> None:
         return
     options = {"num_labels": tuned.config.num_labels} if models.new_heads(tuned.get_base_model()) else {}
     with torch.random.fork_rng():  # a new head of the exact base draws its weights
-        exact = models.load_base(replace(spec, quantization="none"), torch.device("cpu"), options)
+        exact = models.load_base(spec, torch.device("cpu"), options, exact=True)
     for name, module in tuner_layers(tuned):
         lost = exact.get_submodule(name).weight.detach().float().to(module.weight.device)
         lost = lost - models.dequantized(module.get_base_layer()).float()

@@ -14,7 +14,7 @@ from lorabench import model as models
 from lorabench import plugins
 from lorabench.decode import InputError, show
 from lorabench.method import LoadBase
-from lorabench.methods._peft import Tuner, is_linear, outputs, refuse_decoder_classifier, tuner_layers
+from lorabench.methods._peft import Tuner, is_linear, merged, outputs, refuse_decoder_classifier, tuner_layers
 from lorabench.update import Update
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Peft(Tuner):
     def merge(self, model: Any) -> nn.Module | None:
         if not self.has_update or not any(hasattr(module, "merge") for _, module in tuner_layers(model)):
             return None
-        return model.merge_and_unload()
+        return merged(model)
 
     def _class(self) -> Any:
         return _classes()[self.type]

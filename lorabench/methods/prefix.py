@@ -45,11 +45,11 @@ class Prefix(SoftPrompt):
     def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
         from peft import PrefixTuningConfig
 
-        width = self.projection_width or model.config.hidden_size  # type: ignore[union-attr]
+        width = self.projection_width or model.config.hidden_size
         return PrefixTuningConfig(
             num_virtual_tokens=self.num_tokens,
             prefix_projection=self.projection,
-            encoder_hidden_size=width if self.projection else None,  # type: ignore[arg-type]
+            encoder_hidden_size=width if self.projection else None,
         )
 
 

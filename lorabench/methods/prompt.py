@@ -47,7 +47,7 @@ class Prompt(SoftPrompt):
         text = {"prompt_tuning_init_text": self.text, "tokenizer_name_or_path": models.resolve(spec.model)}
         return PromptTuningConfig(
             num_virtual_tokens=self.num_tokens,
-            prompt_tuning_init=start,  # type: ignore[arg-type]
+            prompt_tuning_init=start,
             **(text if self.start == "text" else {}),  # type: ignore[arg-type]
         )
 

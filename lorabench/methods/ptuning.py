@@ -42,8 +42,8 @@ class PTuning(SoftPrompt):
 
         return PromptEncoderConfig(
             num_virtual_tokens=self.num_tokens,
-            encoder_reparameterization_type=self.network.upper(),  # type: ignore[arg-type]
-            encoder_hidden_size=self.hidden_width or model.config.hidden_size,  # type: ignore[union-attr]
+            encoder_reparameterization_type=self.network.upper(),
+            encoder_hidden_size=self.hidden_width or model.config.hidden_size,
             encoder_num_layers=self.network_layers,
             encoder_dropout=self.dropout,
         )

@@ -1,0 +1,185 @@
+"""Inference as a user would have it: what the tuned and the merged model take beside the base, and whether they agree.
+
+Shapes: n rows in a batch, t tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
+
+from lorabench.examples import Batch, Examples, collate
+from lorabench.model import max_length
+from lorabench.record import BATCH_SIZES
+from lorabench.spec import RunSpec
+from lorabench.train import forward
+
+NEW_TOKENS = 16
+"""Generated in one call; the first of them counts as prefill."""
+MIN_ROUNDS, MAX_ROUNDS, SECONDS = 3, 100, 0.15
+"""A race goes on for so many rounds at least, at most, and for so long between the two."""
+CHECKED_TOKENS = 512
+"""About how many positions merged and unmerged logits are compared at."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
+"""Of `merge_error`, by dtype: bfloat16 rounds W0 + ΔW to 8 bits. None holds on a quantized base, for it rounds more."""
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy that shares all frozen tensors with the model: to take its adapter off, or to put one on, costs no memory.
+
+    What was trained is copied, so that full fine-tuning does cost its weights again: no more than its optimizer held.
+    """
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    return copy.deepcopy(model, {id(t): t for t in _tensors(model) if id(t) not in trained})
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and what bitsandbytes keeps beside them."""
+    for module in model.modules():
+        state = vars(getattr(module, "state", None)) if type(module).__name__ == "Linear8bitLt" else {}
+        for value in (*module._parameters.values(), *module._buffers.values(), *state.values()):
+            if isinstance(value, Tensor):
+                yield value
+
+
+def as_served(model: nn.Module, dtype: str) -> nn.Module:
+    """The model in evaluation mode with every parameter in the dtype of computation: serving needs no masters."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    return model.eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Prompts of the run's own data, all of one length, so that nothing is padded."""
+
+    ids: Tensor
+    """(largest batch size, t)."""
+    options: dict[str, Any]
+    """For a forward pass over a prompt: of a decoder it makes the cache, and the logits of the last token alone."""
+    generates: bool
+
+    def calls(self) -> dict[str, Callable[[nn.Module, Tensor], float]]:
+        """Each takes a model and prompts (n, t), and tells the seconds: of all prompts, and of one step of n tokens."""
+        return {"prefill": self.prefill} | ({"decode": decode} if self.generates else {})
+
+    def prefill(self, model: nn.Module, ids: Tensor) -> float:
+        return seconds(lambda: model(input_ids=ids, **self.options), ids.device)
+
+
+def workload(spec: RunSpec, examples: Examples, base: nn.Module, device: torch.device) -> Workload:
+    """Validation examples, joined and cut to the length of the longest, less where the model takes no more."""
+    rows = [example["input_ids"] for example in examples.splits["validation"]]
+    generates, length = hasattr(base, "generate") and base.can_generate(), max(map(len, rows))  # type: ignore[operator]
+    limit = max_length(base)
+    if limit is not None:
+        length = min(length, limit - spec.method.num_virtual_tokens - (NEW_TOKENS if generates else 0))
+    options: dict[str, Any] = {}
+    if generates:
+        options["use_cache"] = True
+        options |= {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    ids = np.resize(np.concatenate(rows), (max(BATCH_SIZES), max(length, 1))).astype(np.int64)
+    return Workload(ids=torch.from_numpy(ids).to(device), options=options, generates=generates)
+
+
+@torch.no_grad()
+def compare(base: nn.Module, model: nn.Module, name: str, work: Workload) -> dict[str, float]:
+    """Latency and throughput of both, and what the model called `name` adds, by their names in MEASURES."""
+    measures = {}
+    for size in BATCH_SIZES:
+        ids = work.ids[:size]
+        for part, call in work.calls().items():
+            rows = race([lambda call=call: call(base, ids), lambda call=call: call(model, ids)])  # type: ignore[misc]
+            tokens = ids.numel() if part == "prefill" else size
+            for which, column in zip(("base", name), zip(*rows, strict=True), strict=True):
+                median = statistics.median(column)
+                measures[f"{part}_{which}_batch_{size}_seconds"] = median
+                measures[f"{part}_{which}_batch_{size}_tokens_per_second"] = tokens / median
+            measures[f"added_{part}_{name}_batch_{size}"] = statistics.median(b / a for a, b in rows) - 1
+    return measures
+
+
+def race(calls: Sequence[Callable[[], float]]) -> list[tuple[float, ...]]:
+    """What the calls return, a row a round: in turn, every other round backwards, so that no drift of the machine favours one.
+
+    The first round warms up and is left out.
+    """
+    rows: list[tuple[float, ...]] = []
+    end = float("inf")
+    while len(rows) < MIN_ROUNDS + 1 or (time.perf_counter() < end and len(rows) <= MAX_ROUNDS):
+        found = [call() for call in calls[:: 1 - 2 * (len(rows) % 2)]]
+        rows.append(tuple(found[:: 1 - 2 * (len(rows) % 2)]))
+        if len(rows) == 1:
+            end = time.perf_counter() + SECONDS
+    return rows[1:]
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of a call, the device's work included."""
+    _wait(device)
+    begin = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - begin
+
+
+def decode(model: Any, ids: Tensor) -> float:
+    """Seconds from one generated token to the next, with the cache of keys and values; prefill is not in it."""
+    clock = _Clock()
+    mask = torch.ones_like(ids)
+    model.generate(
+        input_ids=ids, attention_mask=mask, streamer=clock, do_sample=False, use_cache=True,
+        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=model.config.pad_token_id,
+    )  # fmt: skip
+    _, first, *_, last = clock.times
+    return (last - first) / (NEW_TOKENS - 1)
+
+
+class _Clock(BaseStreamer):
+    """When `generate` handed over the prompt and each new token; it waits for the device to do so."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def checked_batch(examples: Examples, device: torch.device) -> Batch:
+    """The first validation examples, of about CHECKED_TOKENS tokens in all, one at least."""
+    rows = examples.splits["validation"]
+    longest = max(len(row["input_ids"]) for row in rows)
+    return collate(rows[: max(1, min(max(BATCH_SIZES), CHECKED_TOKENS // longest))], examples.padding, device)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of a batch on the CPU, without those of padding: (positions, vocabulary), or (n, classes)."""
+    found = forward(model, batch)
+    if found.ndim == 3 and "attention_mask" in batch:
+        found = found[batch["attention_mask"].bool()]
+    return found.float().cpu()
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """The largest absolute difference over the standard deviation of what was wanted."""
+    return float((found - wanted).abs().max() / wanted.std())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
