@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from lorabench.record import MEASURES, RunState, Status, Store
-from lorabench.spec import flatten
+from lorabench.spec import flatten, is_tables, task_names
 from lorabench.sweep import Sweep, known_measures
 
 Analyze = Callable[[Store, Sweep, list[str]], dict[str, pd.DataFrame]]
@@ -179,10 +179,11 @@ def _frame(states: list[RunState], specs: list[dict[str, Any]]) -> pd.DataFrame:
     keys = list(dict.fromkeys(key for spec in specs for key in spec))
     found = {name for state in states if state.record for name in state.record.measures}
     measures = [name for name in MEASURES if name in found] + sorted(found - set(MEASURES))
+    named = _named_tables(specs)
     rows = []
     for state, spec in zip(states, specs, strict=True):
         record = state.record
-        row = {key: _hashable(spec.get(key)) for key in keys} | {
+        row = {key: _hashable(spec.get(key), named) for key in keys} | {
             "status": str(state.status),
             "error": state.error,
         }
@@ -196,7 +197,16 @@ def _frame(states: list[RunState], specs: list[dict[str, Any]]) -> pd.DataFrame:
     return frame.astype(dict.fromkeys(measures, float))
 
 
-def _hashable(value: Any) -> Any:
+def _named_tables(specs: list[dict[str, Any]]) -> dict[str, str]:
+    """What the tables in lists (the tasks of a sequence) are called, a name for each, by their repr."""
+    lists = [value for spec in specs for value in spec.values() if is_tables(value)]
+    distinct = {repr(table): table for tables in lists for table in tables}
+    return dict(zip(distinct, task_names(list(distinct.values())), strict=True))
+
+
+def _hashable(value: Any, named: dict[str, str]) -> Any:
+    if is_tables(value):
+        return " > ".join(named[repr(table)] for table in value)
     if isinstance(value, dict):
         return ", ".join(f"{key} = {item}" for key, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else value

@@ -23,12 +23,14 @@ def measures(found: dict[str, Matrix]) -> dict[str, float]:
     R = next((found[name] for name in METRICS[:2] if name in found), None)
     if R is None:
         return {}
-    transfer = {
+    if len(R[0]) < 2:
+        return {"average_final": _mean(R[-1])}
+    return {
+        "average_final": _mean(R[-1]),
         "backward_transfer": backward_transfer(R),
         "forward_transfer": forward_transfer(R),
         "sequence_forgetting": forgetting(R),
     }
-    return {"average_final": _mean(R[-1])} | (transfer if len(R[0]) > 1 else {})
 
 
 def backward_transfer(R: Matrix) -> float:

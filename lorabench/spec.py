@@ -155,7 +155,7 @@ def is_tables(value: Any) -> bool:
 
 def task_names(tables: list[dict[str, Any]]) -> list[str]:
     """What each task of a list is called: its data, and where that is shared, the fields in which they differ."""
-    names = [str(table.get("data", table["name"])).rstrip("/").split("/")[-1].split(":")[-1] for table in tables]
+    names = [str(table.get("data") or table.get("name")).rstrip("/").split("/")[-1].split(":")[-1] for table in tables]
     alike = {name: [table for table, own in zip(tables, names, strict=True) if own == name] for name in names}
     texts = []
     for name, table in zip(names, tables, strict=True):
@@ -167,7 +167,7 @@ def task_names(tables: list[dict[str, Any]]) -> list[str]:
 
 def brief(value: Any) -> Any:
     """A value of a flattened spec as one line shows it: a list of tasks by their names."""
-    return " > ".join(task_names(value)) if is_tables(value) and all("name" in table for table in value) else value
+    return " > ".join(task_names(value)) if is_tables(value) else value
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:

@@ -224,7 +224,11 @@ def test_it_computes_what_the_papers_say(base, placement, spec_of):
 
 @pytest.mark.parametrize("nonlinearity", ACTIVATIONS)
 def test_nonlinearity_and_scale(nonlinearity, spec_of):
-    check_reference("llama", spec_of("llama", {"nonlinearity": nonlinearity, "scale": 2.5}), scale=2.5)
+    spec = spec_of("llama", {"nonlinearity": nonlinearity, "scale": 2.5})
+    check_reference("llama", spec, scale=2.5)
+    with torch.no_grad():
+        adapter, v = adapters(randomized(spec))[0], torch.linspace(-4, 4, 100)
+        torch.testing.assert_close(adapter.nonlinearity(v), ACTIVATIONS[nonlinearity](v))
 
 
 @pytest.mark.parametrize(("base", "placement"), product([*BASES, "roberta"], PLACEMENTS))

@@ -13,8 +13,8 @@ is added to it next:
 That is AdapterHub's `adapters` (DoubleSeqBnConfig, SeqBnConfig, ParBnConfig), the dropout on A's output included, but:
 
 - U and the biases start at zero and D at N(0, 0.02²), so that the model starts as the base exactly. AdapterHub starts
-  U, too, at N(0, 0.02²), Houlsby et al. both at 0.01; He et al. start U at zero and D uniformly in ±1/√d, which is as
-  wide at d = 768.
+  U, too, at N(0, 0.02²), Houlsby et al. both at N(0, 0.01²); He et al., and with them AdapterHub's parallel, start U at
+  zero and D uniformly in ±1/√d, which is as wide at d = 768.
 - z is the feed-forward's own input also where a norm stands before it, as in He et al.'s code; AdapterHub takes the
   residual stream there.
 - The norms stay frozen, as in AdapterHub; Houlsby et al. train them as well.

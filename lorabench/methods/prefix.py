@@ -49,7 +49,7 @@ class Prefix(SoftPrompt):
         return PrefixTuningConfig(
             num_virtual_tokens=self.num_tokens,
             prefix_projection=self.projection,
-            encoder_hidden_size=width if self.projection else None,
+            encoder_hidden_size=width if self.projection else None,  # type: ignore[arg-type]
         )
 
 
