@@ -11,7 +11,8 @@ import json
 import math
 import re
 from functools import cache
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from lorabench import plugins
 
@@ -124,6 +125,9 @@ def _decode_value(hint: Any, value: Any, where: str) -> Any:
     plugin = _plugin_of(hint)
     if plugin is not None:
         return _decode_plugins(plugin, value, where)
+    part = _part_of(hint)
+    if part is not None:
+        return None if value is None else _decode_part(part, value, where)
     from pydantic import ValidationError
 
     if isinstance(value, float) and not math.isfinite(value):
@@ -139,6 +143,21 @@ def _plugin_of(hint: Any) -> type[plugins.Plugin] | None:
     """`Task` of the hint `tuple[Task, ...]`; None of any other."""
     first = next(iter(get_args(hint)), None) if get_origin(hint) is tuple else None
     return first if isinstance(first, type) and issubclass(first, plugins.Plugin) else None
+
+
+def _part_of(hint: Any) -> type[plugins.Plugin] | None:
+    """`Lora` of the hint `Lora | None`: a plug-in inside another."""
+    kinds = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, plugins.Plugin)]
+    return kinds[0] if kinds and get_origin(hint) in (Union, UnionType) else None
+
+
+def _decode_part(cls: type[plugins.Plugin], value: Any, where: str) -> Any:
+    name = plugins.plugin_name(cls)
+    if not isinstance(value, dict):
+        raise InputError(f"{where} = {show(value)}: must be a table with the fields of {name}")
+    if value.get("name", name) != name:
+        raise InputError(f"{where}.name = {show(value['name'])}: can only be {name}")
+    return decode(cls, {key: item for key, item in value.items() if key != "name"}, where + ".")
 
 
 def _decode_plugins(base: type[plugins.Plugin], value: Any, where: str) -> tuple[Any, ...]:

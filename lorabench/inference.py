@@ -46,7 +46,7 @@ def twin(model: nn.Module) -> nn.Module:
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers, and what bitsandbytes keeps beside them."""
     for module in model.modules():
-        state = vars(getattr(module, "state", None)) if type(module).__name__ == "Linear8bitLt" else {}
+        state = vars(module.state) if type(getattr(module, "state", None)).__name__ == "MatmulLtState" else {}
         for value in (*module._parameters.values(), *module._buffers.values(), *state.values()):
             if isinstance(value, Tensor):
                 yield value
@@ -142,8 +142,7 @@ def decode(model: Any, ids: Tensor) -> float:
         input_ids=ids, attention_mask=mask, streamer=clock, do_sample=False, use_cache=True,
         max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=model.config.pad_token_id,
     )  # fmt: skip
-    _, first, *_, last = clock.times
-    return (last - first) / (NEW_TOKENS - 1)
+    return statistics.median(np.diff(clock.times[1:]))
 
 
 class _Clock(BaseStreamer):

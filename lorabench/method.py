@@ -31,8 +31,13 @@ class Method(Plugin, ABC):
 
     @property
     def has_update(self) -> bool:
-        """Whether the method is a change of weights; soft prompts and adapters add computation instead."""
+        """Whether the method has a ΔW; soft prompts and adapters add computation instead."""
         return True
+
+    @property
+    def adds_computation(self) -> bool:
+        """Whether something is computed that no ΔW stands for; such a model cannot be merged."""
+        return not self.has_update
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -67,7 +72,7 @@ class Method(Plugin, ABC):
 
     def load(self, base: nn.Module, folder: Path, spec: RunSpec) -> nn.Module:
         """The tuned model out of an untouched base and what `save` wrote; nothing of it need require a gradient."""
-        from lorabench.model import add_update
+        from lorabench.weights import add_update
 
         for update in read_deltas(folder):
             add_update(base, update)
@@ -75,7 +80,7 @@ class Method(Plugin, ABC):
 
     def merge(self, model: nn.Module) -> nn.Module | None:
         """The tuned model in the base's own architecture, in place; None where the method cannot be merged."""
-        return model if self.has_update else None
+        return None if self.adds_computation else model
 
     def param_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """Optimizer groups. Default: every trainable parameter at `lr`."""

@@ -83,7 +83,7 @@ def test_a_plugin_needs_its_name(table: object) -> None:
         method: "Method"
 
     Holder.__annotations__["method"] = Method
-    with pytest.raises(InputError, match=r"method\.name: is missing\. Choices: full, lora"):
+    with pytest.raises(InputError, match=r"method\.name: is missing\. Choices: adalora, adapter, bitfit"):
         decode(Holder, {"method": table})
 
 

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "lorabench"
 LAYERS = [
     {"plugins", "claim", "linalg", "typeset", "terminal", "environment", "steps", "live", "sequence"},
     {"decode", "nulls", "update", "meter"},
+    {"weights"},
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
     {"spec"},
     {"record"},
@@ -20,6 +21,7 @@ LAYERS = [
     {"tables"},
     {"analyses/subspace"},  # its cross-Gram matrix also gives the angles
     {"methods/*", "tasks/*", "analyses/*", "figures/*"},
+    {"methods/hybrid"},  # of methods
     {"examples"},
     {"train", "analyze"},
     {"execute", "report"},

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lorabench import model as models
+from lorabench import weights
 from lorabench.decode import InputError, encode
 from lorabench.examples import collate, prepare
 from lorabench.formats import open_layers, read_updates
@@ -141,7 +142,7 @@ def test_loftq_begins_nearer_to_the_exact_weights_and_counts_from_there(quantiza
     model = attach(spec, examples)
     name = "model.layers.0.mlp.up_proj"
     layer = model.get_submodule(f"base_model.model.{name}")
-    Q = models.dequantized(layer.get_base_layer()).float()
+    Q = weights.dequantized(layer.get_base_layer()).float()
     W = load_base(make_spec(model=spec.model), examples).get_parameter(f"{name}.weight").detach()
     start = Q + layer.get_delta_weight("default").detach()
     U, S, Vh = torch.linalg.svd(W - Q)

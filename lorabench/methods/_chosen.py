@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from lorabench.decode import InputError
 from lorabench.method import LoadBase, Method
-from lorabench.model import new_heads, weight_changes
+from lorabench.model import new_heads
 from lorabench.update import Update
+from lorabench.weights import weight_changes
 
 if TYPE_CHECKING:
     from torch import nn

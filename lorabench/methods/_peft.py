@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench import model as models
-from lorabench import targets
+from lorabench import targets, weights
 from lorabench.decode import InputError
 from lorabench.method import LoadBase, Method
 from lorabench.update import Update, save_svds, save_updates
@@ -56,7 +56,7 @@ class PeftMethod(Method):
 
     def prepare(self, model: nn.Module) -> None:
         """Change the base into what PEFT can attach to."""
-        models.as_linear(model)
+        weights.as_linear(model)
 
     @property
     def trained_dtype(self) -> str:
@@ -78,7 +78,7 @@ class PeftMethod(Method):
         return Update(
             parameter=f"{name}.weight",
             B=probe(module),
-            base_norm=models.weight_norm(module.get_base_layer()),
+            base_norm=weights.weight_norm(module.get_base_layer()),
             precision="float32",
         )
 
@@ -155,7 +155,8 @@ def tuner_layers(model: Any) -> Iterator[tuple[str, Any]]:
     """Name in the untouched base and module of each layer that a PEFT tuner has replaced."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, module in model.get_base_model().named_modules():
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, module in base.named_modules():
         if isinstance(module, BaseTunerLayer):
             yield name, module
 
@@ -166,7 +167,7 @@ def head_updates(model: Any) -> Iterator[Update]:
 
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, ModulesToSaveWrapper):
-            yield from models.weight_changes(module.modules_to_save[ADAPTER], module.original_module, f"{name}.")
+            yield from weights.weight_changes(module.modules_to_save[ADAPTER], module.original_module, f"{name}.")
 
 
 def merged(model: Any) -> nn.Module:
@@ -199,7 +200,7 @@ def outputs(module: Any, inputs: Tensor | None = None) -> Tensor:
     bias = getattr(base, "bias", None)
     dtype = weight.dtype if weight.is_floating_point() else torch.float32 if bias is None else bias.dtype
     if inputs is None:
-        inputs = torch.eye(base.weight.shape[0] if models.is_conv1d(base) else base.in_features)
+        inputs = torch.eye(base.weight.shape[0] if weights.is_conv1d(base) else base.in_features)
     with torch.no_grad():
         inputs = inputs.to(weight.device, dtype)
         found = module.eval()(inputs) - module(torch.zeros_like(inputs[:1]))
@@ -227,7 +228,7 @@ def _bias_update(name: str, module: Any) -> Iterator[Update]:
         return
     training = module.training
     with torch.no_grad():
-        width = base.weight.shape[0] if models.is_conv1d(base) else base.in_features
+        width = base.weight.shape[0] if weights.is_conv1d(base) else base.in_features
         zero = torch.zeros(1, width, device=base.bias.device, dtype=base.bias.dtype)
         change = (module.eval()(zero) - base(zero)).float().T.contiguous().cpu()
     module.train(training)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from lorabench import model as models
+from lorabench import weights
 from lorabench.methods._peft import ADAPTER, Tuner, tuner_layers
 from lorabench.update import Update
 
@@ -79,7 +79,7 @@ class AdaLora(Tuner):
             parameter=f"{name}.weight",
             B=module.lora_B[ADAPTER].detach()[:, left] * scale,
             A=(module.lora_A[ADAPTER].detach() * e)[left],
-            base_norm=models.weight_norm(module.get_base_layer()),
+            base_norm=weights.weight_norm(module.get_base_layer()),
             scale_source="config",
         )
 

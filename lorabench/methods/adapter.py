@@ -35,8 +35,9 @@ from annotated_types import Ge, Gt, Lt
 from lorabench import targets
 from lorabench.decode import InputError, encode, show
 from lorabench.method import LoadBase, Method
-from lorabench.model import new_heads, weight_changes
+from lorabench.model import new_heads
 from lorabench.update import Update
+from lorabench.weights import weight_changes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

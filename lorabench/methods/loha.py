@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge, Lt
 
-from lorabench import model as models
+from lorabench import weights
 from lorabench.methods._peft import ADAPTER, Tuner
 from lorabench.update import Update
 
@@ -47,7 +47,7 @@ class Loha(Tuner):
         B1, A1 = module.hada_w1_a[ADAPTER].detach(), module.hada_w1_b[ADAPTER].detach()
         B2, A2 = module.hada_w2_a[ADAPTER].detach(), module.hada_w2_b[ADAPTER].detach()
         scale = module.scaling[ADAPTER]
-        norm = models.weight_norm(module.get_base_layer())
+        norm = weights.weight_norm(module.get_base_layer())
         if self.rank**2 >= min(B1.shape[0], A1.shape[1]):
             delta = scale * (B1 @ A1) * (B2 @ A2)
             return Update(parameter=f"{name}.weight", B=delta.cpu(), base_norm=norm, precision="float32")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge, Lt
 
-from lorabench import model as models
+from lorabench import weights
 from lorabench.methods._peft import ADAPTER, Tuner
 from lorabench.update import Update
 
@@ -53,7 +53,7 @@ class Lokr(Tuner):
         """Factored where that is smaller: W1 ⊗ (B A) = (U1 ⊗ B)(V1 ⊗ A), with W1 = U1 V1 by its smaller side."""
         import torch
 
-        parameter, norm = f"{name}.weight", models.weight_norm(module.get_base_layer())
+        parameter, norm = f"{name}.weight", weights.weight_norm(module.get_base_layer())
         scale, pair = module.scaling[ADAPTER], None
         W1 = module.lokr_w1[ADAPTER].detach() if ADAPTER in module.lokr_w1 else None
         if W1 is None:

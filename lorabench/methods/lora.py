@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt
 
 from lorabench import model as models
+from lorabench import weights
 from lorabench.decode import InputError, Pattern
 from lorabench.method import LoadBase
 from lorabench.methods._peft import ADAPTER, Tuner, head_updates, probe, tuner_layers, write_norms
@@ -92,15 +93,15 @@ class Lora(Tuner):
     def prepare(self, model: nn.Module) -> None:
         """Conv1D stays as it is where PEFT can have it so."""
         if self.init == "olora":
-            models.as_linear(model)
+            weights.as_linear(model)
         if self.embeddings or self.head:
-            models.untie(model)
+            weights.untie(model)
 
     def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
         from peft import LoraConfig
 
         names = self.match(model)
-        transposed = models.is_conv1d(model.get_submodule(names[0]))
+        transposed = weights.is_conv1d(model.get_submodule(names[0]))
         if self.embeddings:
             names.append(_name_of(model, model.get_input_embeddings(), "embeddings"))
         if self.head:
@@ -132,7 +133,7 @@ class Lora(Tuner):
             parameter=f"{name}.weight",
             B=probe(module) if self.dora else B * module.scaling[ADAPTER],
             A=None if self.dora else A,
-            base_norm=models.weight_norm(module.get_base_layer()),
+            base_norm=weights.weight_norm(module.get_base_layer()),
             precision="float32" if self.dora else None,
             scale_source=None if self.dora else "config",
         )
@@ -236,7 +237,7 @@ def _start_at_quantization_error(tuned: Any, spec: RunSpec) -> None:
         exact = models.load_base(spec, torch.device("cpu"), options, exact=True)
     for name, module in tuner_layers(tuned):
         lost = exact.get_submodule(name).weight.detach().float().to(module.weight.device)
-        lost = lost - models.dequantized(module.get_base_layer()).float()
+        lost = lost - weights.dequantized(module.get_base_layer()).float()
         U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
         rank, scale = module.r[ADAPTER], module.scaling[ADAPTER]
         root = (S[:rank] / scale).sqrt()

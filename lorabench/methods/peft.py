@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lorabench import model as models
-from lorabench import plugins
+from lorabench import plugins, weights
 from lorabench.decode import InputError, show
 from lorabench.method import LoadBase
 from lorabench.methods._peft import Tuner, is_linear, merged, outputs, refuse_decoder_classifier, tuner_layers
@@ -32,7 +31,7 @@ OWN = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "
 class Peft(Tuner):
     """`method.type = "FOURIERFT"`, `method.config.n_frequency = [100, 1000]`. A list in a list is one value."""
 
-    type: str
+    type: str = "FOURIERFT"
     """A value of PEFT's PeftType: `BOFT`, `HRA`, `FOURIERFT`, `RANDLORA`, `C3A`, `MISS`, `ROAD`, `CPT` …"""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of PEFT's configuration class of that type; its own defaults stand for the rest."""
@@ -81,18 +80,18 @@ class Peft(Tuner):
         """Against the untouched base: some tuners change the base's weights when they are attached."""
         base: Any = None
         for name, module in tuner_layers(model):
-            if not models.is_linear_layer(module.get_base_layer()) or not is_linear(module):
+            if not weights.is_linear_layer(module.get_base_layer()) or not is_linear(module):
                 raise InputError(
                     f'method.type = "{self.type}": {name} is not linear in its input: there is no ΔW; keep = "none"'
                 )
             if base is None:
                 base = load_base()
-                models.as_linear(base)
+                weights.as_linear(base)
             original = base.get_submodule(name)
             yield Update(
                 parameter=f"{name}.weight",
                 B=(outputs(module) - outputs(original)).T.contiguous().cpu(),
-                base_norm=models.weight_norm(original),
+                base_norm=weights.weight_norm(original),
                 precision="float32",
             )
 

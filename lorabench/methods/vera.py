@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
 
-from lorabench import model as models
+from lorabench import weights
 from lorabench.methods._peft import ADAPTER, Tuner
 from lorabench.update import Update
 
@@ -49,7 +49,7 @@ class Vera(Tuner):
         b, d = module.vera_lambda_b[ADAPTER].detach(), module.vera_lambda_d[ADAPTER].detach()
         B = module.vera_B[ADAPTER][: base.out_features].to(b)
         A = module.vera_A[ADAPTER][:, : base.in_features].to(d)
-        norm, parameter = models.weight_norm(base), f"{name}.weight"
+        norm, parameter = weights.weight_norm(base), f"{name}.weight"
         if B.shape[1] >= min(B.shape[0], A.shape[1]):
             delta = (b[:, None] * B) @ (d[:, None] * A)
             return Update(parameter=parameter, B=delta.cpu(), base_norm=norm, precision="float32")

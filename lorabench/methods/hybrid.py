@@ -1,0 +1,145 @@
+"""Hybrid: several methods in one model, in the sense of MAM and UniPELT.
+
+He et al. 2022 (Mix-And-Match: prefix tuning on the attention, parallel adapters at the feed-forward), arXiv 2110.04366;
+Mao et al. 2022 (UniPELT: LoRA, prefix and adapters; here without its gates), arXiv 2110.07577.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench import model as models
+from lorabench import weights
+from lorabench.decode import InputError, encode, show
+from lorabench.method import LoadBase, Method
+from lorabench.methods._peft import head_updates
+from lorabench.methods.adapter import Adapter
+from lorabench.methods.lora import Lora
+from lorabench.methods.prefix import Prefix
+from lorabench.methods.prompt import Prompt
+from lorabench.update import Update, save_svds, save_updates
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorabench.spec import RunSpec
+
+ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hybrid(Method):
+    """Two parts or more: `method.lora.rank = 8`, `method.lora.targets = "attention"`, `method.adapter.reduction = 16`.
+
+    ΔW is that of the LoRA part, what the others compute beside it apart; such a model cannot be merged.
+    """
+
+    lora: Lora | None = None
+    adapter: Adapter | None = None
+    prefix: Prefix | None = None
+    prompt: Prompt | None = None
+
+    @property
+    def parts(self) -> list[Method]:
+        """In the order in which they are attached: a soft prompt wraps the model that the others have changed."""
+        return [part for part in (self.lora, self.adapter, self.prefix or self.prompt) if part is not None]
+
+    @property
+    def has_update(self) -> bool:
+        return self.lora is not None
+
+    @property
+    def adds_computation(self) -> bool:
+        return True
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        return sum(part.num_virtual_tokens for part in self.parts)
+
+    def problems(self, spec: RunSpec) -> Iterator[str]:
+        for part in self.parts:
+            yield from (text.replace("method.", f"method.{part.name}.", 1) for text in part.problems(spec))
+        if self.prefix and self.prompt:
+            yield "method.prompt: cannot be had together with method.prefix: both stand in front of the input"
+        if len(self.parts) < 2:
+            yield "method: a hybrid needs at least two of the parts lora, adapter, prefix, prompt"
+        if self.lora and (self.lora.rebased or self.lora.lr_ratio != 1):
+            yield (
+                f'method.lora: init = "{self.lora.init}", lr_ratio = {self.lora.lr_ratio}: in a hybrid, init must be '
+                "kaiming, gaussian or orthogonal, and lr_ratio 1"
+            )
+
+    def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
+        from peft import inject_adapter_in_model
+
+        tuned = model
+        trained: list[nn.Parameter] = []
+        if self.lora:
+            self.lora.prepare(model)
+            config = self.lora.peft_config(model, spec)
+            inject_adapter_in_model(config, model)
+            trained += [p.requires_grad_() for name, p in model.named_parameters() if ".lora_" in name]
+        if self.adapter:
+            self.adapter.attach(model, spec)
+            trained += [p for name, p in model.named_parameters() if ".bottleneck." in name]
+        soft = self.prefix or self.prompt
+        if soft:
+            tuned = soft.attach(model, spec)
+        else:
+            model.requires_grad_(False)
+            for head in models.new_heads(model):
+                model.get_submodule(head).float().requires_grad_(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        return tuned
+
+    def updates(self, model: Any, load_base: LoadBase) -> Iterator[Update]:
+        if self.lora:
+            yield from self.lora.layer_updates(model, load_base)
+        if hasattr(model, "get_base_model"):
+            yield from head_updates(model)
+        else:
+            heads = tuple(models.new_heads(model))
+            names = [
+                name for name, p in model.named_parameters() if heads and name.startswith(heads) and p.requires_grad
+            ]
+            if names:
+                yield from weights.weight_changes(model, load_base(), names=names)
+
+    def save(self, model: nn.Module, load_base: LoadBase, folder: Path, keep: str) -> None:
+        """All that is trained in one file; ΔW beside it."""
+        from safetensors.torch import save_file
+
+        save_file({name: t.contiguous() for name, t in self.trained_state(model).items()}, folder / ADAPTER_FILE)
+        config = {"lorabench_method": encode(self)}
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        updates = list(self.updates(model, load_base))
+        if updates and keep == "updates":
+            save_updates(updates, folder)
+        elif updates:
+            save_svds(updates, folder, int(keep.removeprefix("svd:")))
+
+    def load(self, base: nn.Module, folder: Path, spec: RunSpec) -> nn.Module:
+        """InputError where the folder holds another method, or one for another base."""
+        from lorabench.readers._entry import TensorFile, read_json
+
+        found = read_json(folder / CONFIG_FILE).get("lorabench_method")
+        if found != encode(self):
+            raise InputError(f"{folder / CONFIG_FILE}: is of another method: {show(found)}")
+        tensors, model = TensorFile(folder / ADAPTER_FILE), self.attach(base, spec)
+        try:
+            self.restore(model, {name: tensors.read(name) for name in tensors.names})
+        except ValueError as error:
+            raise InputError(f"{tensors.file}: does not fit {spec.model}: {error}") from None
+        return model
+
+    def merge(self, model: nn.Module) -> nn.Module | None:
+        return None
+
+
+EXAMPLE = Hybrid(lora=Lora(rank=2, targets="attention"), adapter=Adapter(reduction=8, placement="parallel"))
+"""LoRA on the attention, and an adapter at the feed-forward."""

@@ -1,0 +1,113 @@
+"""The weights of a loaded model: what they are under quantization, what has become of them, and ΔW put on top."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING
+
+from lorabench.update import Update
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def weight_changes(
+    model: nn.Module, base: nn.Module, prefix: str = "", names: Collection[str] | None = None
+) -> Iterator[Update]:
+    """ΔW of every parameter, or of those in `names`: dense, on the CPU, in (out, in) orientation; vectors as (n, 1)."""
+    for name in names if names is not None else [name for name, _ in model.named_parameters()]:
+        parameter, original = model.get_parameter(name), base.get_parameter(name).detach()
+        delta = parameter.detach().float() - original.to(parameter.device).float()
+        yield Update(
+            parameter=prefix + name,
+            B=_as_matrix(delta, model.get_submodule(name.rpartition(".")[0])).cpu(),
+            base_norm=float(original.float().norm()),
+            precision=str(parameter.dtype).removeprefix("torch."),
+        )
+
+
+def _as_matrix(delta: Tensor, module: nn.Module) -> Tensor:
+    if delta.ndim == 1:
+        return delta[:, None]
+    return (delta.T if is_transposed(module) else delta.flatten(1)).contiguous()
+
+
+def add_update(model: nn.Module, update: Update) -> None:
+    """W0 + ΔW, in place, on a model whose weights are not quantized."""
+    import torch
+
+    module = model.get_submodule(update.parameter.rpartition(".")[0])
+    if module is model.get_output_embeddings():
+        untie(model)  # its input side has an update of its own, or none
+    parameter = model.get_parameter(update.parameter)
+    delta = update.dense().to(parameter.device)
+    if is_transposed(module) and parameter.ndim > 1:
+        delta = delta.T
+    with torch.no_grad():
+        parameter += delta.reshape(parameter.shape).to(parameter.dtype)
+
+
+def weight_norm(module: nn.Module) -> float:
+    """‖W0‖_F of a linear layer, of its dequantized weight where it is quantized."""
+    return float(dequantized(module).float().norm())
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """W0 of a linear layer, out of its 4-bit or 8-bit form where it has one."""
+    weight = module.weight
+    match type(weight).__name__:
+        case "Params4bit":
+            from bitsandbytes.functional import dequantize_4bit
+
+            return dequantize_4bit(weight.data, weight.quant_state)
+        case "Int8Params":  # PEFT's own helper moves the weight, after which the layer's forward pass fails
+            from bitsandbytes.functional import int8_vectorwise_dequant
+
+            scales = module.state.SCB if module.state.SCB is not None else weight.SCB
+            return int8_vectorwise_dequant(weight.data, scales.to(weight.device))
+    return weight.detach()
+
+
+def is_linear_layer(module: nn.Module) -> bool:
+    """A linear layer, quantized or not, or GPT-2's Conv1D."""
+    from torch import nn
+
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, whose weight is stored as (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module stores its weight as (in, out): Conv1D, and an embedding, whose input is a one-hot token."""
+    from torch import nn
+
+    return is_conv1d(module) or isinstance(module, nn.Embedding)
+
+
+def as_linear(model: nn.Module) -> None:
+    """Replace each of GPT-2's Conv1D layers by the linear layer that computes the same."""
+    from torch import nn
+
+    for name, module in list(model.named_modules()):
+        if is_conv1d(module):
+            inputs, outputs = module.weight.shape
+            linear = nn.Linear(inputs, outputs, device="meta")
+            linear.weight = nn.Parameter(module.weight.detach().T.contiguous())
+            linear.bias = module.bias
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, linear)
+
+
+def untie(model: nn.Module) -> None:
+    """Give an output matrix that is tied to the input embedding a copy of its own."""
+    from torch import nn
+
+    output = model.get_output_embeddings()
+    if output is not None and output.weight is model.get_input_embeddings().weight:
+        output.weight = nn.Parameter(output.weight.detach().clone())
+        model.config.tie_word_embeddings = False
