@@ -51,7 +51,8 @@ def decode(cls: type, table: dict[str, Any], where: str = "") -> Any:
     """An instance of dataclass `cls` from `table`.
 
     A field whose type is a plug-in base class (`method: Method`) takes a table with `name` and the plug-in's own
-    fields; `tasks: tuple[Task, ...]` a list of such tables. `where` is put before each key in messages. Raises InputError with all problems.
+    fields; one like `tasks: tuple[Task, ...]` a list of such tables. `where` is put before each key in messages.
+    Raises InputError with all problems.
     """
     values = {}
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}

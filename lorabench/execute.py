@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorabench import claim, environment, model, sequence
+from lorabench import claim, environment, model, sequence, serving
 from lorabench import meter as meters
 from lorabench.claim import Hold, Lost
 from lorabench.decode import InputError, encode
@@ -134,6 +134,11 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     hold.progress["phase"] = "save"
     record.files = _save(training, lambda: _seeded_base(spec, examples, device), folder, hold)
     _fill(record, training, folder)
+    if spec.serving:
+        hold.progress["phase"] = "serve"
+        with meter.clock("serve"):
+            _serve(record, training, stages[-1], folder, stop)
+        record.measures |= meter.wall_time()
 
 
 def _resume(training: Training, checkpoint: Path) -> int | None:
@@ -235,6 +240,25 @@ def _save(training: Training, load_base: Any, folder: Path, hold: Hold) -> dict[
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return file_digests(final, folder)
+
+
+def _serve(record: RunRecord, training: Training, examples: Examples, folder: Path, stop: Stop) -> None:
+    """What using the model takes, measured when all else is saved: the run is done even if this fails."""
+    spec, device = training.spec, training.meter.device
+    training.model.zero_grad(set_to_none=True)
+    del training.optimizer
+    meters.release_memory()
+    subject = serving.Subject(
+        spec=spec,
+        model=training.model,
+        load_base=lambda: _seeded_base(spec, examples, device),
+        examples=examples,
+        folder=folder / "updates",
+        device=device,
+    )
+    measures, notes = serving.measure(subject, stop.check)
+    record.measures |= measures
+    record.provenance |= notes
 
 
 def _fill(record: RunRecord, training: Training, folder: Path) -> None:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,16 +41,15 @@ def twin(model: nn.Module) -> nn.Module:
     What was trained is copied, so that full fine-tuning does cost its weights again: no more than its optimizer held.
     """
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    return copy.deepcopy(model, {id(t): t for t in _tensors(model) if id(t) not in trained})
+    return copy.deepcopy(model, {id(held): held for held in _held(model) if id(held) not in trained})
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and what bitsandbytes keeps beside them."""
+def _held(model: nn.Module) -> Iterator[Any]:
+    """Parameters, buffers, and what bitsandbytes keeps beside them: the scales of 4-bit and 8-bit weights."""
     for module in model.modules():
         state = vars(module.state) if type(getattr(module, "state", None)).__name__ == "MatmulLtState" else {}
-        for value in (*module._parameters.values(), *module._buffers.values(), *state.values()):
-            if isinstance(value, Tensor):
-                yield value
+        yield from (getattr(module, "quant_state", None), *module._parameters.values(), *module._buffers.values())
+        yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
 def as_served(model: nn.Module, dtype: str) -> nn.Module:
@@ -81,7 +81,7 @@ class Workload:
 def workload(spec: RunSpec, examples: Examples, base: nn.Module, device: torch.device) -> Workload:
     """Validation examples, joined and cut to the length of the longest, less where the model takes no more."""
     rows = [example["input_ids"] for example in examples.splits["validation"]]
-    generates, length = hasattr(base, "generate") and base.can_generate(), max(map(len, rows))  # type: ignore[operator]
+    generates, length = hasattr(base, "generate") and base.can_generate(), max(map(len, rows))
     limit = max_length(base)
     if limit is not None:
         length = min(length, limit - spec.method.num_virtual_tokens - (NEW_TOKENS if generates else 0))
@@ -100,7 +100,7 @@ def compare(base: nn.Module, model: nn.Module, name: str, work: Workload) -> dic
     for size in BATCH_SIZES:
         ids = work.ids[:size]
         for part, call in work.calls().items():
-            rows = race([lambda call=call: call(base, ids), lambda call=call: call(model, ids)])  # type: ignore[misc]
+            rows = race([partial(call, base, ids), partial(call, model, ids)])
             tokens = ids.numel() if part == "prefill" else size
             for which, column in zip(("base", name), zip(*rows, strict=True), strict=True):
                 median = statistics.median(column)
@@ -111,7 +111,7 @@ def compare(base: nn.Module, model: nn.Module, name: str, work: Workload) -> dic
 
 
 def race(calls: Sequence[Callable[[], float]]) -> list[tuple[float, ...]]:
-    """What the calls return, a row a round: in turn, every other round backwards, so that no drift of the machine favours one.
+    """What the calls return, a row a round: in turn, every other round backwards, so that no drift favours one.
 
     The first round warms up and is left out.
     """

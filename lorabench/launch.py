@@ -27,7 +27,7 @@ from lorabench.record import FAILURES, RunRecord, RunState, Status, Store
 from lorabench.spec import RunSpec, brief, flatten, swept_keys
 from lorabench.sweep import Sweep
 from lorabench.terminal import Display, count_statuses, text_table
-from lorabench.worker import PRELOAD, Settings, Target, child_main, execute_run, start_server
+from lorabench.worker import PRELOAD, Settings, Target, check_main, child_main, execute_run, start_server
 
 TICK_SECONDS = 0.2
 GRACE_SECONDS = 60.0
@@ -65,7 +65,7 @@ class Outcome:
 def launch(sweep: Sweep, store: Store, pool: Pool, target: Target = execute_run) -> Outcome:
     """Run what is missing of the sweep; returns when every run is settled or a signal has stopped them.
 
-    Raises InputError, before anything runs, if the results folder cannot be written.
+    Raises InputError, before anything runs, if the results folder cannot be written or a method does not fit.
     """
     check_writable(store.root)
     with Display(sweep.name, labels(sweep)) as display:
@@ -120,6 +120,8 @@ class _Launch:
 
     def go(self) -> Outcome:
         self._sort()
+        if self.pending and self.target is execute_run:
+            self._check()
         with self._handlers():
             while self.pending or self.children or self.elsewhere:
                 self._obey_signals()
@@ -154,6 +156,22 @@ class _Launch:
         parts += [f"{len(self.elsewhere)} running elsewhere"] * bool(self.elsewhere)
         self.display.say(f"{self.sweep.name}: {len(self.sweep.runs)} runs: {', '.join(parts) or 'nothing to do'}")
 
+    def _check(self) -> None:
+        """InputError, before anything runs, if some method does not fit its model."""
+        self._start_server()
+        here, there = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=check_main, args=(self.pending, there, self.server_log))
+        process.start()
+        there.close()
+        with contextlib.suppress(EOFError):  # it died: whatever is wrong, the runs meet it and say so
+            problems = here.recv()
+            if problems:
+                raise InputError(problems, self.sweep.name)
+        process.join()
+
+    def _start_server(self) -> None:
+        self.context = self.context or start_server(self.server_log, self.pool.preload, self.sweep.runs)
+
     def _fill(self) -> None:
         """Start pending runs in the free slots."""
         busy = {child.slot for child in self.children}
@@ -177,7 +195,7 @@ class _Launch:
             self._settle(self._fail(spec, Status.FAILED, f"its folder cannot be written: {error.strerror}"))
             return
         arguments = (self.target, spec, str(self.store.root.absolute()), self.pool.settings, gpu)
-        self.context = self.context or start_server(self.server_log, self.pool.preload, self.sweep.runs)
+        self._start_server()
         process = self.context.Process(target=child_main, args=arguments, name=spec.id)
         before = self._record_stamp(spec)
         process.start()

@@ -28,6 +28,10 @@ class Method(Plugin, ABC):
     folder: ClassVar[str] = "methods"
     trains_base: ClassVar[bool] = False
     """Whether base weights themselves are trained: they are then held as float32 masters and not quantized."""
+    holds_several: ClassVar[bool] = False
+    """Whether a loaded model can hold the adapters of several tasks: `load_another`, `activate`."""
+    mixes_adapters: ClassVar[bool] = False
+    """Whether such a model also takes `adapter_names`, the adapter of each row of a batch, as PEFT has it."""
 
     @property
     def has_update(self) -> bool:
@@ -81,6 +85,21 @@ class Method(Plugin, ABC):
     def merge(self, model: nn.Module) -> nn.Module | None:
         """The tuned model in the base's own architecture, in place; None where the method cannot be merged."""
         return None if self.adds_computation else model
+
+    def unload(self, model: nn.Module) -> nn.Module | None:
+        """The model in the base's own architecture without what was put on it, in place; None: load the base anew.
+
+        To time the base without its weights a second time; their values need not be the untouched base's.
+        """
+        return None
+
+    def load_another(self, model: nn.Module, folder: Path, name: str) -> None:
+        """Load one more task's adapter beside that of `load`, which is called "default". Where `holds_several`."""
+        raise NotImplementedError
+
+    def activate(self, model: nn.Module, name: str) -> None:
+        """Compute with the adapter of that name from now on. Where `holds_several`."""
+        raise NotImplementedError
 
     def param_groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """Optimizer groups. Default: every trainable parameter at `lr`."""

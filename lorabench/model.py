@@ -79,13 +79,16 @@ def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any], exac
     return model
 
 
-def skeleton(spec: RunSpec, options: dict[str, Any]) -> nn.Module:
-    """The base without weights (meta device), from its config alone: for counting, quick whatever the size."""
+def skeleton(spec: RunSpec, options: dict[str, Any], device: torch.device | None = None) -> nn.Module:
+    """The base without weights (meta device), from its config alone: for counting, quick whatever the size.
+
+    On any other `device` its weights are random.
+    """
     import torch
     import transformers
 
     config = _pretrained(spec.model, spec.revision, transformers.AutoConfig.from_pretrained, **options)
-    with torch.device("meta"):
+    with device or torch.device("meta"):
         return getattr(transformers, spec.task.auto_class).from_config(config)
 
 

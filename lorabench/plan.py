@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,6 +27,8 @@ BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
 """Of a weight; nf4 with an 8-bit scale for each block of 64."""
 EFFICIENCY = 0.4
 """Share of the matrix product's FLOP rate that training is taken to reach, until a finished run tells."""
+LARGEST_RANDOM = 500e6
+"""Parameters of the largest model that is made of random weights to attach a method to it."""
 CPU_OVERHEAD_BYTES = 0.2 * GIB
 """What PyTorch's libraries themselves take in a process on the CPU (measured: tiny-llama, a few MiB of tensors)."""
 
@@ -112,15 +115,21 @@ def _approximate(known: bool, text: str) -> str:
 
 
 def _count_all(sweep: Sweep) -> dict[str, Counts]:
-    counts, problems = {}, []
-    for spec in sweep.runs:
+    problems = refusals(sweep.runs)
+    if problems:
+        raise InputError(problems, sweep.name)
+    return {spec.id: count(spec) for spec in sweep.runs}
+
+
+def refusals(specs: Sequence[RunSpec]) -> list[str]:
+    """Every problem that shows only when a method meets the model or the data, each once."""
+    problems = []
+    for spec in specs:
         try:
-            counts[spec.id] = count(spec)
+            count(spec)
         except InputError as error:
             problems += error.problems
-    if problems:
-        raise InputError(list(dict.fromkeys(problems)), sweep.name)
-    return counts
+    return list(dict.fromkeys(problems))
 
 
 def count(spec: RunSpec) -> Counts:
@@ -140,10 +149,10 @@ def _count(key: str) -> tuple[Counts, int | None, float] | InputError:
     """Counts (FLOPs without attention), the model's longest input, and attention's FLOPs per token and position."""
     spec = RunSpec.from_json(json.loads(key))
     try:
-        base = models.skeleton(spec, shared_options([_model_options(task) for task in spec.stages]))
+        options = shared_options([_model_options(task) for task in spec.stages])
+        base = models.skeleton(spec, options)
         weight_bytes = _weight_bytes(spec, base)
-        with torch.device("meta"):
-            tuned = spec.method.attach(base, spec)
+        tuned = _attach(spec, base, options)
     except InputError as error:
         return error
     config: Any = base.config
@@ -162,6 +171,20 @@ def _count(key: str) -> tuple[Counts, int | None, float] | InputError:
         flops_per_token=per_token,
     )
     return counts, models.max_length(base), model_flops_per_token(tuned, 1) - per_token
+
+
+def _attach(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:
+    """The method on a model without weights; where it computes on them as it is attached, on random ones."""
+    try:
+        with torch.device("meta"):
+            return spec.method.attach(base, spec)
+    except (RuntimeError, NotImplementedError) as error:
+        if sum(p.numel() for p in base.parameters()) > LARGEST_RANDOM:
+            key = f'method.name = "{spec.method.name}"'
+            raise InputError(f"{key}: cannot be counted on so large a model without its weights: {error}") from None
+        with torch.random.fork_rng():
+            random = models.skeleton(spec, options, torch.device("cpu"))
+            return spec.method.attach(random, spec)
 
 
 def _model_options(task: Task) -> dict[str, Any]:

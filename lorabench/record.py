@@ -53,8 +53,29 @@ class Measure:
     group: str
 
 
+BATCH_SIZES = (1, 8)
+"""At which inference is measured."""
+NUM_RESIDENT = 4
+"""Adapters that a model holds at once where mixed batches and swaps are measured."""
+
+
 def _measures(group: str, *rows: tuple[str, str, bool | None, str]) -> dict[str, Measure]:
     return {name: Measure(unit, better, text, group) for name, unit, better, text in rows}
+
+
+def _inference() -> Iterator[tuple[str, str, bool | None, str]]:
+    """Latency and throughput of base, unmerged and merged model, and what the latter two add to the base's latency."""
+    parts = {"prefill": "to process the prompts of a batch", "decode": "from one generated token to the next"}
+    for size in BATCH_SIZES:
+        batch = f"{size} at a time" if size > 1 else "one at a time"
+        for part, what in parts.items():
+            for model in ("base", "unmerged", "merged"):
+                key, who = f"{part}_{model}_batch_{size}", f"{model} model, {batch}"
+                yield f"{key}_seconds", "s", False, f"median time {what}: {who}"
+                yield f"{key}_tokens_per_second", "tokens/s", True, f"tokens per second of {part}: {who}"
+                if model != "base":
+                    text = f"{part} time over the base's, less 1: {who}; median over pairs of calls"
+                    yield f"added_{key}", "%", False, text
 
 
 MEASURES: dict[str, Measure] = (
@@ -97,7 +118,19 @@ MEASURES: dict[str, Measure] = (
         ("load_seconds", "s", False, "wall time to load the base and the data"),
         ("train_seconds", "s", False, "wall time of the training steps"),
         ("evaluate_seconds", "s", False, "wall time of evaluation"),
+        ("serve_seconds", "s", False, "wall time of measuring inference, merging, loading and swapping"),
         ("total_seconds", "s", False, "wall time of the run"),
+    )
+    | _measures(
+        "serving",
+        *_inference(),
+        ("merge_error", "", False, "largest difference of a merged and an unmerged logit over the logits' deviation"),
+        ("storage_bytes", "bytes", False, "files that one more task needs: the adapter, or all of ΔW"),
+        ("adapter_load_seconds", "s", False, "time from disk onto the resident base"),
+        ("adapter_swap_seconds", "s", False, "time to switch the resident base from one task to another"),
+        ("resident_adapter_gib", "GiB", False, "memory for each further task on the resident base"),
+        ("mixed_batch_seconds", "s", False, f"a batch of 8 prompts for {NUM_RESIDENT} adapters in one pass"),
+        ("swapped_batch_seconds", "s", False, "the same batch adapter by adapter, with a swap before each"),
     )
     | _measures(
         "metrics",

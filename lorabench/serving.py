@@ -10,8 +10,8 @@ import statistics
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -33,9 +33,10 @@ from lorabench.inference import (
 )
 from lorabench.meter import GIB
 from lorabench.method import LoadBase
-from lorabench.record import BATCH_SIZES, NUM_RESIDENT
+from lorabench.record import NUM_RESIDENT
 from lorabench.spec import RunSpec
 from lorabench.train import Stopped
+from lorabench.update import DELTA_FILE
 
 FIRST = "default"
 """PEFT's name for the adapter that `Method.load` loads."""
@@ -90,7 +91,7 @@ class _Bench:
         self.notes: dict[str, str] = {}
 
     def prepare(self) -> None:
-        """The base: out of the tuned model, whose frozen weights it shares, else loaded anew, which takes its memory."""
+        """The base: out of the tuned model, sharing its frozen weights, else loaded anew, which takes its memory."""
         model, spec = as_served(self.subject.model, self.spec.dtype), self.spec
         base = self.method.unload(twin(model))
         source = "shares the tuned model's frozen weights"
@@ -110,7 +111,7 @@ class _Bench:
         if self.spec.keep != "updates":
             return
         folder = self.subject.folder
-        self.measures["storage_bytes"] = sum(file.stat().st_size for file in self.method.stored_files(folder))
+        self.measures["storage_bytes"] = sum(file.stat().st_size for file in stored_files(folder))
         self.measures["adapter_load_seconds"] = statistics.median(row[0] for row in race([self._load_once]))
 
     def _load_once(self) -> float:
@@ -127,7 +128,7 @@ class _Bench:
     def _copying(self) -> None:
         model, device = self.subject.model, self.subject.device
         other = {name: tensor.clone() for name, tensor in self.method.trained_state(model).items()}
-        rows = race([lambda: seconds(lambda: self.method.restore(model, other), device)])
+        rows = race([partial(seconds, partial(self.method.restore, model, other), device)])
         self._swap(rows, sum(tensor.nbytes for tensor in other.values()))
         self.notes["adapter_swap_seconds"] = "the other task's trained tensors, on the device, are copied over"
 
@@ -138,7 +139,7 @@ class _Bench:
         for name in names[1:]:
             self.method.load_another(model, folder, name)
         held = held_bytes(as_served(model, spec.dtype)) - before
-        rows = race([lambda name=name: seconds(lambda: self.method.activate(model, name), device) for name in names])
+        rows = race([partial(seconds, partial(self.method.activate, model, name), device) for name in names])
         self._swap(rows, held / len(names[1:]))
         self.notes["adapter_swap_seconds"] = f"PEFT's set_adapter among {len(names)} adapters on the device"
         if self.method.mixes_adapters:
@@ -159,15 +160,13 @@ class _Bench:
                 self.method.activate(model, name)
                 model(input_ids=group, **options)
 
-        rows = race([
-            lambda: seconds(lambda: model(input_ids=ids, adapter_names=each, **options), device),
-            lambda: seconds(swapped, device),
-        ])  # fmt: skip
+        in_one_pass = partial(model, input_ids=ids, adapter_names=each, **options)
+        rows = race([partial(seconds, in_one_pass, device), partial(seconds, swapped, device)])
         mixed, one_by_one = (statistics.median(column) for column in zip(*rows, strict=True))
         self.measures |= {"mixed_batch_seconds": mixed, "swapped_batch_seconds": one_by_one}
 
     def merging(self) -> None:
-        """Last, for it changes the model in place, and often the weights that the base shares: its values, not its speed."""
+        """Last, for it changes the model in place, and the weights that the base shares: its values, not its speed."""
         model, spec = self.subject.model, self.spec
         batch = checked_batch(self.subject.examples, self.subject.device)
         wanted = logits(model, batch)
@@ -181,6 +180,12 @@ class _Bench:
             self.measures = same | self.measures
         else:
             self.measures = compare(self.base, as_served(merged, spec.dtype), "merged", self.work) | self.measures
+
+
+def stored_files(folder: Path) -> list[Path]:
+    """What `Method.load` needs of the files that `Method.save` wrote: an adapter with its configuration, else ΔW."""
+    adapter = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    return adapter if adapter[0].exists() else [folder / DELTA_FILE]
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -59,6 +59,8 @@ class RunSpec:
     """Validate after every so many steps (None: only before and after training)."""
     keep: Keep = "updates"
     """What is kept of ΔW: `updates` (adapter, or full ΔW), `svd:K` (its K top singular vectors) or `none`."""
+    serving: bool = True
+    """After training, measure inference of base, unmerged and merged model, and what loading and swapping take."""
     threads: Annotated[int, Ge(1), Le(1024)] = 1
     """CPU threads of a run. The order of a floating-point sum depends on it, so it is part of the spec."""
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0

@@ -216,26 +216,36 @@ def flush(training: Training, pending: list[Any], log: StepLog, hold: Hold) -> N
     log.flush()
 
 
-@torch.no_grad()
 def evaluate(training: Training, examples: Examples, split: str, stop: Stop) -> dict[str, float]:
     """Loss and metrics of a split, by their names in MEASURES; nothing where the split is empty."""
-    spec, device = training.spec, training.meter.device
+    found = metrics_of(training.model, training.spec, examples, split, stop)
+    bad = [f"{split} loss {value}" for name, value in found.items() if name.endswith("_loss") and not math.isfinite(value)]
+    if bad:
+        raise Diverged(f"step {training.step}: {bad[0]}")
+    return found
+
+
+@torch.no_grad()
+def metrics_of(
+    model: nn.Module, spec: RunSpec, examples: Examples, split: str, stop: Stop | None = None
+) -> dict[str, float]:
+    """`evaluate` of any model, as `spec` has it; the loss may be infinite."""
+    device = next(model.parameters()).device
     task = RETAIN if split == "retain" else examples.task
     rows, size = examples.splits.get(split, []), spec.micro_batch_size or spec.batch_size
     if not rows:
         return {}
-    training.model.eval()
+    model.eval()
     total, count, scores = 0.0, 0, []
     for start in range(0, len(rows), size):
-        stop.check()
+        if stop is not None:
+            stop.check()
         batch = collate(rows[start : start + size], examples.padding, device)
         with autocast(spec, device):
-            logits = forward(training.model, batch)
+            logits = forward(model, batch)
         total += float(task.loss(logits, batch))
         count += task.count(batch)
         scores.append(task.score(logits, batch))
-    if not math.isfinite(total):
-        raise Diverged(f"step {training.step}: {split} loss {total / count}")
     prefix = {"validation": "valid"}.get(split, split)
     metrics = task.metrics(total / count, scores)
     return {f"{prefix}_{key}": value for key, value in metrics.items() if value is not None}

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, parent_process, resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,14 @@ def child_main(target: Target, spec: RunSpec, root: str, settings: Settings, gpu
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     target(spec, store, settings)
     sys.stdout.flush()
+
+
+def check_main(specs: Sequence[RunSpec], answer: Connection, log: Path) -> None:
+    """Sends why some of the specs cannot be run, as `lorabench.plan.refusals` tells it; in a process of its own."""
+    from lorabench.plan import refusals
+
+    _redirect(log, 1, 2)
+    answer.send(refusals(specs))
 
 
 def _redirect(log: Path, *descriptors: int) -> None:

@@ -24,6 +24,7 @@ def make_spec(**changes) -> RunSpec:
         "batch_size": 2,
         "steps": 6,
         "lr": 1e-2,
+        "serving": False,
     }
     return decode(RunSpec, table | changes)
 

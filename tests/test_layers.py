@@ -24,6 +24,8 @@ LAYERS = [
     {"methods/hybrid"},  # of methods
     {"examples"},
     {"train", "analyze"},
+    {"inference"},
+    {"serving"},
     {"execute", "report"},
     {"status", "stamp", "plan", "worker"},
     {"launch", "warm"},

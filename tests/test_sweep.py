@@ -124,7 +124,7 @@ ONE_PROBLEM = {
     'name = "a/b"\n': 'name = "a/b": must be a file name',
     "grid = 3\n": "grid: must be written [[grid]]",
     BASE + "steps = []\n": "steps = []: an axis needs at least one value",
-    BASE + "stepz = 3\n": "stepz = 3: unknown key 'stepz'. Did you mean 'steps'? Choices: method, task, model",
+    BASE + "stepz = 3\n": "stepz = 3: unknown key 'stepz'. Did you mean 'steps'? Choices: method, task, tasks, model",
     BASE + "steps = 0\n": "steps = 0: must be at least 1",
     BASE + 'lr = "1e-4"\n': 'lr = "1e-4": must be a valid number',
     BASE + "lr = inf\n": "lr = inf: must be finite",

@@ -35,6 +35,9 @@ class Chosen(Method):
             parameter.requires_grad_(True)
         return model
 
+    def unload(self, model: nn.Module) -> nn.Module:
+        return model
+
     def updates(self, model: nn.Module, load_base: LoadBase) -> Iterator[Update]:
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         return weight_changes(model, load_base(), names=names)

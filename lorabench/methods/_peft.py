@@ -30,6 +30,8 @@ ADAPTER = "default"
 class PeftMethod(Method):
     """`peft_config` gives PEFT's own configuration; PEFT attaches, saves in its format, loads and merges."""
 
+    holds_several: ClassVar[bool] = True
+
     @abstractmethod
     def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
         """PEFT's configuration for this model, but for the task type and the new head, which `attach` sets."""
@@ -47,7 +49,9 @@ class PeftMethod(Method):
                 config.modules_to_save = heads or None
             tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
-            raise InputError(f'method.name = "{self.name}": PEFT refuses it for {spec.model}: {error}') from error
+            if isinstance(error, NotImplementedError) and next(model.parameters()).is_meta:
+                raise  # torch's: there are no weights to compute on
+            raise InputError(f"{self.called}: PEFT refuses it for {spec.model}: {error}") from error
         dtype = getattr(torch, self.trained_dtype)
         for parameter in tuned.parameters():
             if parameter.requires_grad:
@@ -57,6 +61,11 @@ class PeftMethod(Method):
     def prepare(self, model: nn.Module) -> None:
         """Change the base into what PEFT can attach to."""
         weights.as_linear(model)
+
+    @property
+    def called(self) -> str:
+        """How messages name it."""
+        return f'method.name = "{self.name}"'
 
     @property
     def trained_dtype(self) -> str:
@@ -97,6 +106,16 @@ class PeftMethod(Method):
 
     def merge(self, model: Any) -> nn.Module | None:
         return merged(model) if self.has_update else None
+
+    def unload(self, model: Any) -> nn.Module | None:
+        _unwrap_heads(model, tuned=False)
+        return model.unload() if self.has_update else model.get_base_model()
+
+    def load_another(self, model: Any, folder: Path, name: str) -> None:
+        model.load_adapter(folder, name, torch_device=str(model.device), autocast_adapter_dtype=False)
+
+    def activate(self, model: Any, name: str) -> None:
+        model.set_adapter(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,14 +191,20 @@ def head_updates(model: Any) -> Iterator[Update]:
 
 def merged(model: Any) -> nn.Module:
     """The model with its tuner merged into the weights, in place."""
+    _unwrap_heads(model, tuned=True)
+    return model.merge_and_unload()
+
+
+def _unwrap_heads(model: Any, *, tuned: bool) -> None:
+    """Leave of each task head the tuned one or the base's: of most tuners, PEFT cannot unwrap one of several layers."""
     from peft.utils import ModulesToSaveWrapper
 
     base = model.get_base_model()
     for name, module in list(base.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):  # of most tuners, PEFT cannot unwrap a head of several layers
+        if isinstance(module, ModulesToSaveWrapper):
             parent, _, leaf = name.rpartition(".")
-            setattr(base.get_submodule(parent), leaf, module.modules_to_save[ADAPTER])
-    return model.merge_and_unload()
+            head = module.modules_to_save[ADAPTER] if tuned else module.original_module
+            setattr(base.get_submodule(parent), leaf, head)
 
 
 def probe(module: Any) -> Tensor:

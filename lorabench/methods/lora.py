@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt
 
@@ -38,6 +38,8 @@ PEFT_INITS: dict[str, Any] = {"kaiming": True, "gaussian": "gaussian", "pissa": 
 @dataclass(frozen=True, kw_only=True)
 class Lora(Tuner):
     """r (M + N) parameters for each matrix. The scale s is alpha / rank, or alpha / √rank with `rslora`."""
+
+    mixes_adapters: ClassVar[bool] = True
 
     rank: Annotated[int, Ge(1)] = 8
     alpha: Annotated[float, Ge(0)] | PerRank = "2r"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lorabench import model as models
 from lorabench import plugins, weights
 from lorabench.decode import InputError, show
 from lorabench.method import LoadBase
@@ -37,6 +38,10 @@ class Peft(Tuner):
     """Fields of PEFT's configuration class of that type; its own defaults stand for the rest."""
 
     @property
+    def called(self) -> str:
+        return f'method.type = "{self.type}"'
+
+    @property
     def is_prompt(self) -> bool:
         from peft.config import PromptLearningConfig
 
@@ -62,13 +67,15 @@ class Peft(Tuner):
         yield from (f"method.config.{key}: {plugins.unknown('field', key, names)}" for key in unknown)
         if not unknown:
             try:
-                self._class()(**self.config)
+                self._class()(task_type="CAUSAL_LM" if "CausalLM" in spec.task.auto_class else "SEQ_CLS", **self.config)
             except (ValueError, TypeError) as error:
                 yield f"method.config = {show(self.config)}: {self._class().__name__} refuses it: {error}"
 
     def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
         names = {f.name for f in dataclasses.fields(self._class())}
-        chosen: dict[str, Any] = {"target_modules": self.match(model)} if "target_modules" in names else {}
+        chosen: dict[str, Any] = {"task_type": "SEQ_CLS" if models.new_heads(model) else "CAUSAL_LM"}
+        if "target_modules" in names:
+            chosen["target_modules"] = self.match(model)
         return self._class()(**chosen, **self.config)
 
     def prepare(self, model: nn.Module) -> None:
