@@ -32,6 +32,8 @@ class Cell:
     num_runs: int
     statuses: dict[str, int] = field(default_factory=dict)
     null: float | None = None
+    applicable: bool = True
+    """False where no run behind the cell can have the measure: ΔW of a soft prompt."""
 
     @property
     def low(self) -> float | None:
@@ -83,8 +85,15 @@ def cell(runs: pd.DataFrame, name: str) -> Cell:
         num_seeds=len(values),
         num_runs=len(runs),
         statuses=dict(Counter(str(status) for status in runs["status"] if status != Status.DONE)),
+        applicable=_is_applicable(runs, name),
         null=interval(math.fsum(items) / len(items) for items in nulls.values())[0] if nulls else None,
     )
+
+
+def _is_applicable(runs: pd.DataFrame, name: str) -> bool:
+    column = "update:na" if "." in name else f"{name}:na"
+    done = runs[runs["status"] == Status.DONE]
+    return column not in runs or done.empty or not all(value is True for value in done[column])
 
 
 def _by_seed(runs: pd.DataFrame, name: str) -> dict[int, list[float]]:

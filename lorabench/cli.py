@@ -126,6 +126,44 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def merge(arguments: argparse.Namespace) -> int:
+    """Merge the LoRA adapters of several runs, and evaluate the merges on every run's task.
+
+    Runs are named by their ids, or by what these begin with; they share base and layers. Rows: the base, each adapter
+    alone, and each merge; columns: the tasks' validation splits, each with its own run's head where there is one. With
+    adapters ΔW = s B A and weights w, --by takes, as PEFT's add_weighted_adapter defines them:
+
+    linear               (Σ √(ws) B)(Σ √(ws) A): the factors are summed apart, so that cross terms come in
+    cat                  Σ w ΔW exactly, of rank Σ r
+    svd                  the best approximation of Σ w ΔW of rank --rank (where not given: the largest rank)
+    ties                 factor by factor: only the --density largest entries stay, a sign is elected for each entry,
+                         and those of that sign are averaged (Yadav et al. 2023, arXiv 2306.01708)
+    dare_linear          factor by factor: entries stay with probability --density and are divided by it, then summed
+                         (Yu et al. 2024, arXiv 2311.03099)
+    dare_ties            dropped as dare_linear does, merged as ties does
+    magnitude_prune      factor by factor: only the --density largest entries stay, then summed
+    ties_svd, dare_linear_svd, dare_ties_svd, magnitude_prune_svd
+                         the same on each ΔW itself, then the best approximation of rank --rank
+
+    Those that go factor by factor, and linear, need adapters of one rank.
+
+    Results are kept in RESULTS/merges/<id>/record.json, and read from there the next time.
+    """
+    store = _store(arguments.results)
+    device = _device(arguments.device)
+    by = [name.strip() for name in arguments.by.split(",") if name.strip()]
+    _hush_libraries()
+    from lorabench.compose import bodies, compose, merge_text, read_adapter
+
+    adapters = [read_adapter(store, given) for given in arguments.runs]
+    run_ids = [adapter.record.run_id for adapter in adapters]
+    weights = arguments.weights or [1.0] * len(run_ids)
+    wanted = bodies(run_ids, by, weights, arguments.density, arguments.rank, arguments.seed or [0])
+    records = compose(store, adapters, wanted, device, talk)
+    print(_json({"merges": records}) if arguments.json else merge_text(records, wanted))
+    return 0
+
+
 def list_plugins(arguments: argparse.Namespace) -> int:
     """List the methods, tasks, analyses and figures that a sweep file can name."""
     folders = [arguments.kind] if arguments.kind else list(plugins.FOLDERS)
@@ -186,6 +224,21 @@ def _number(kind: type, low: float) -> Callable[[str], Any]:
     return convert
 
 
+def _numbers(kind: type) -> Callable[[str], Any]:
+    """An argument of several finite numbers with commas between them."""
+
+    def convert(text: str) -> Any:
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError:
+            values = [math.nan]
+        if not all(map(math.isfinite, values)):
+            raise argparse.ArgumentTypeError(f"{text!r}: must be numbers with commas between them")
+        return values
+
+    return convert
+
+
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[tuple[str, dict[str, Any]]]]] = {
     "plan": (plan, [_SWEEP, _RESULTS, _DEVICE, _JSON]),
     "run": (
@@ -207,6 +260,22 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[tuple[str, d
     "status": (status, [_HERE, _JSON]),
     "analyze": (analyze, [_FOLDER, _NAMED]),
     "report": (report, [_FOLDER, _NAMED]),
+    "merge": (
+        merge,
+        [
+            _argument("runs", "a run's id, or what it begins with; two or more", nargs="+", metavar="RUN"),
+            _argument("--by", "how, one or several with commas (default: linear,svd,ties,dare_linear,dare_ties)",
+                      default="linear,svd,ties,dare_linear,dare_ties", metavar="NAME"),
+            _argument("--weights", "one a run, with commas (default: 1 each)", type=_numbers(float), metavar="W"),
+            _argument("--density", "share of the entries that stay (default: 0.5)", type=_number(float, 0),
+                      default=0.5, metavar="D"),
+            _argument("--rank", "of a merge that ends in svd", type=_number(int, 1), metavar="R"),
+            _argument("--seed", "of DARE, one or several with commas (default: 0)", type=_numbers(int), metavar="S"),
+            _RESULTS,
+            _DEVICE,
+            _JSON,
+        ],
+    ),
     "list": (list_plugins, [_argument("kind", "only these", nargs="?", choices=plugins.FOLDERS), _JSON]),
 }  # fmt: skip
 

@@ -137,7 +137,7 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     if spec.serving:
         hold.progress["phase"] = "serve"
         with meter.clock("serve"):
-            _serve(record, training, stages[-1], folder, stop)
+            _serve(record, training, stages, folder, stop)
         record.measures |= meter.wall_time()
 
 
@@ -242,7 +242,7 @@ def _save(training: Training, load_base: Any, folder: Path, hold: Hold) -> dict[
     return file_digests(final, folder)
 
 
-def _serve(record: RunRecord, training: Training, examples: Examples, folder: Path, stop: Stop) -> None:
+def _serve(record: RunRecord, training: Training, stages: list[Examples], folder: Path, stop: Stop) -> None:
     """What using the model takes, measured when all else is saved: the run is done even if this fails."""
     spec, device = training.spec, training.meter.device
     training.model.zero_grad(set_to_none=True)
@@ -251,8 +251,8 @@ def _serve(record: RunRecord, training: Training, examples: Examples, folder: Pa
     subject = serving.Subject(
         spec=spec,
         model=training.model,
-        load_base=lambda: _seeded_base(spec, examples, device),
-        examples=examples,
+        load_base=lambda: _seeded_base(spec, stages[0], device),
+        examples=stages[-1],
         folder=folder / "updates",
         device=device,
     )
@@ -265,6 +265,7 @@ def _fill(record: RunRecord, training: Training, folder: Path) -> None:
     """Put all that was measured into the record."""
     spec, meter = training.spec, training.meter
     memory, record.provenance["peak_gib"] = meter.memory()
+    record.provenance["update"] = spec.method.about_update(spec)
     throughput = meter.throughput()
     record.measures |= memory | throughput | training.metrics | meter.wall_time()
     record.measures["optimizer_state_gib"] = _optimizer_bytes(training.optimizer) / meters.GIB

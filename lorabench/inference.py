@@ -25,8 +25,8 @@ from lorabench.record import BATCH_SIZES
 from lorabench.spec import RunSpec
 from lorabench.train import forward
 
-NEW_TOKENS = 16
-"""Generated in one call; the first of them counts as prefill."""
+NEW_TOKENS = 6
+"""Generated in one call; the first of them is prefill's."""
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 3, 100, 0.15
 """A race goes on for so many rounds at least, at most, and for so long between the two."""
 CHECKED_TOKENS = 512
@@ -66,83 +66,34 @@ class Workload:
 
     ids: Tensor
     """(largest batch size, t)."""
-    options: dict[str, Any]
-    """For a forward pass over a prompt: of a decoder it makes the cache, and the logits of the last token alone."""
     generates: bool
+    options: dict[str, Any]
+    """For a forward pass over prompts: a decoder is to make its cache, and the logits of the last token alone."""
 
-    def calls(self) -> dict[str, Callable[[nn.Module, Tensor], float]]:
-        """Each takes a model and prompts (n, t), and tells the seconds: of all prompts, and of one step of n tokens."""
-        return {"prefill": self.prefill} | ({"decode": decode} if self.generates else {})
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("prefill", "decode") if self.generates else ("prefill",)
 
-    def prefill(self, model: nn.Module, ids: Tensor) -> float:
-        return seconds(lambda: model(input_ids=ids, **self.options), ids.device)
+    def times(self, model: Any, ids: Tensor) -> tuple[float, ...]:
+        """Seconds of each part, for prompts (n, t): until the first token, and from one token to the next.
 
-
-def workload(spec: RunSpec, examples: Examples, base: nn.Module, device: torch.device) -> Workload:
-    """Validation examples, joined and cut to the length of the longest, less where the model takes no more."""
-    rows = [example["input_ids"] for example in examples.splits["validation"]]
-    generates, length = hasattr(base, "generate") and base.can_generate(), max(map(len, rows))
-    limit = max_length(base)
-    if limit is not None:
-        length = min(length, limit - spec.method.num_virtual_tokens - (NEW_TOKENS if generates else 0))
-    options: dict[str, Any] = {}
-    if generates:
-        options["use_cache"] = True
-        options |= {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-    ids = np.resize(np.concatenate(rows), (max(BATCH_SIZES), max(length, 1))).astype(np.int64)
-    return Workload(ids=torch.from_numpy(ids).to(device), options=options, generates=generates)
-
-
-@torch.no_grad()
-def compare(base: nn.Module, model: nn.Module, name: str, work: Workload) -> dict[str, float]:
-    """Latency and throughput of both, and what the model called `name` adds, by their names in MEASURES."""
-    measures = {}
-    for size in BATCH_SIZES:
-        ids = work.ids[:size]
-        for part, call in work.calls().items():
-            rows = race([partial(call, base, ids), partial(call, model, ids)])
-            tokens = ids.numel() if part == "prefill" else size
-            for which, column in zip(("base", name), zip(*rows, strict=True), strict=True):
-                median = statistics.median(column)
-                measures[f"{part}_{which}_batch_{size}_seconds"] = median
-                measures[f"{part}_{which}_batch_{size}_tokens_per_second"] = tokens / median
-            measures[f"added_{part}_{name}_batch_{size}"] = statistics.median(b / a for a, b in rows) - 1
-    return measures
-
-
-def race(calls: Sequence[Callable[[], float]]) -> list[tuple[float, ...]]:
-    """What the calls return, a row a round: in turn, every other round backwards, so that no drift favours one.
-
-    The first round warms up and is left out.
-    """
-    rows: list[tuple[float, ...]] = []
-    end = float("inf")
-    while len(rows) < MIN_ROUNDS + 1 or (time.perf_counter() < end and len(rows) <= MAX_ROUNDS):
-        found = [call() for call in calls[:: 1 - 2 * (len(rows) % 2)]]
-        rows.append(tuple(found[:: 1 - 2 * (len(rows) % 2)]))
-        if len(rows) == 1:
-            end = time.perf_counter() + SECONDS
-    return rows[1:]
-
-
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of a call, the device's work included."""
-    _wait(device)
-    begin = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - begin
-
-
-def decode(model: Any, ids: Tensor) -> float:
-    """Seconds from one generated token to the next, with the cache of keys and values; prefill is not in it."""
-    clock = _Clock()
-    mask = torch.ones_like(ids)
-    model.generate(
-        input_ids=ids, attention_mask=mask, streamer=clock, do_sample=False, use_cache=True,
-        max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, pad_token_id=model.config.pad_token_id,
-    )  # fmt: skip
-    return statistics.median(np.diff(clock.times[1:]))
+        By `generate`, greedily, with the cache of keys and values. A model that classifies has a forward pass alone.
+        """
+        if not self.generates:
+            return (seconds(partial(model, input_ids=ids), ids.device),)
+        clock = _Clock()
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=clock,
+            do_sample=False,
+            use_cache=True,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            pad_token_id=model.config.pad_token_id,
+        )
+        prefill, *decode = np.diff(clock.times).tolist()
+        return prefill, statistics.median(decode)
 
 
 class _Clock(BaseStreamer):
@@ -156,6 +107,62 @@ class _Clock(BaseStreamer):
 
     def end(self) -> None:
         pass
+
+
+def workload(spec: RunSpec, examples: Examples, base: nn.Module, device: torch.device) -> Workload:
+    """Validation examples, joined and cut to the length of the longest, less where the model takes no more."""
+    rows = [example["input_ids"] for example in examples.splits["validation"]]
+    generates, length = hasattr(base, "generate") and base.can_generate(), max(map(len, rows))
+    limit = max_length(base)
+    if limit is not None:
+        length = min(length, limit - spec.method.num_virtual_tokens - (NEW_TOKENS if generates else 0))
+    options: dict[str, Any] = {"use_cache": True} if generates else {}
+    if generates and "logits_to_keep" in inspect.signature(base.forward).parameters:
+        options["logits_to_keep"] = 1
+    ids = np.resize(np.concatenate(rows), (max(BATCH_SIZES), max(length, 1))).astype(np.int64)
+    return Workload(ids=torch.from_numpy(ids).to(device), generates=generates, options=options)
+
+
+@torch.no_grad()
+def compare(base: nn.Module, model: nn.Module, name: str, work: Workload) -> dict[str, float]:
+    """Latency and throughput of both, and what the model called `name` adds, by their names in MEASURES."""
+    measures = {}
+    for size in BATCH_SIZES:
+        ids = work.ids[:size]
+        rows = race([partial(work.times, base, ids), partial(work.times, model, ids)])
+        for index, part in enumerate(work.parts):
+            pairs = [(of_base[index], of_model[index]) for of_base, of_model in rows]
+            tokens = ids.numel() if part == "prefill" else size
+            for which, column in zip(("base", name), zip(*pairs, strict=True), strict=True):
+                median = statistics.median(column)
+                measures[f"{part}_{which}_batch_{size}_seconds"] = median
+                measures[f"{part}_{which}_batch_{size}_tokens_per_second"] = tokens / median
+            measures[f"added_{part}_{name}_batch_{size}"] = statistics.median(b / a for a, b in pairs) - 1
+    return measures
+
+
+def race(calls: Sequence[Callable[[], Any]]) -> list[tuple[Any, ...]]:
+    """What the calls return, a row a round: in turn, every other round backwards, so that no drift favours one.
+
+    The first round warms up and is left out.
+    """
+    rows: list[tuple[Any, ...]] = []
+    end = float("inf")
+    while len(rows) < MIN_ROUNDS + 1 or (time.perf_counter() < end and len(rows) <= MAX_ROUNDS):
+        direction = 1 - 2 * (len(rows) % 2)
+        rows.append(tuple([call() for call in calls[::direction]][::direction]))
+        if len(rows) == 1:
+            end = time.perf_counter() + SECONDS
+    return rows[1:]
+
+
+def seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of a call, the device's work included."""
+    _wait(device)
+    begin = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - begin
 
 
 def checked_batch(examples: Examples, device: torch.device) -> Batch:

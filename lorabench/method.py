@@ -43,6 +43,13 @@ class Method(Plugin, ABC):
         """Whether something is computed that no ΔW stands for; such a model cannot be merged."""
         return not self.has_update
 
+    def about_update(self, spec: RunSpec) -> str:
+        """Which W0 the run's ΔW counts from, for its record; `not applicable: …` where there is no ΔW."""
+        if not self.has_update:
+            return f"not applicable: {self.name} adds computation and changes no weight of the base"
+        base = f"the dequantized {spec.quantization} weights" if spec.quantization != "none" else "the original weights"
+        return f"against {base}" + ("; what the method computes beside it is apart" if self.adds_computation else "")
+
     @property
     def num_virtual_tokens(self) -> int:
         """Positions that the method takes up in front of each example."""

@@ -25,9 +25,16 @@ def declared_notes(
         notes.append("In brackets: the same metric of random Gaussian updates of the same shapes, ranks and norms.")
     if any("." in value for value in table.values):
         notes.append("Metrics of ΔW are means over the layers that all compared runs have.")
+    notes += applicability([cells])
     if has_gaps:
         notes.append("–: not part of the sweep.")
     return [*notes, *selection_notes(results, selection), *mixture_notes(results, selection.runs, keys)]
+
+
+def applicability(cells: Iterable[Iterable[Cell]]) -> list[str]:
+    """What n/a means, where a table has one."""
+    missing = any(not item.applicable for line in cells for item in line)
+    return ["n/a: the method cannot have it (a soft prompt has no ΔW and cannot be merged)."] if missing else []
 
 
 def single_seed(cells: Iterable[Iterable[Cell]]) -> str:

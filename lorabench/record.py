@@ -65,7 +65,7 @@ def _measures(group: str, *rows: tuple[str, str, bool | None, str]) -> dict[str,
 
 def _inference() -> Iterator[tuple[str, str, bool | None, str]]:
     """Latency and throughput of base, unmerged and merged model, and what the latter two add to the base's latency."""
-    parts = {"prefill": "to process the prompts of a batch", "decode": "from one generated token to the next"}
+    parts = {"prefill": "to the first token of a batch of prompts", "decode": "from one generated token to the next"}
     for size in BATCH_SIZES:
         batch = f"{size} at a time" if size > 1 else "one at a time"
         for part, what in parts.items():
@@ -269,7 +269,7 @@ class Store:
     def read(self, run_id: str) -> RunRecord | None:
         """The record; None if there is none yet. InputError if it is cut short or not this run's."""
         file = self.folder(run_id) / "record.json"
-        table = _read_json(file)
+        table = read_json(file)
         if table is None:
             return None
         try:
@@ -294,7 +294,7 @@ class Store:
     def _spec_table(self, run_id: str) -> dict[str, Any] | None:
         """The spec as it is on disk, its hash checked but not decoded: quick, and older versions' specs pass."""
         file = self.folder(run_id) / "spec.json"
-        table = _read_json(file)
+        table = read_json(file)
         if table is None:
             return None
         try:
@@ -376,7 +376,8 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _read_json(file: Path) -> dict[str, Any] | None:
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is no file. InputError if it is no whole JSON object."""
     try:
         table = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:

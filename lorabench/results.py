@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorabench.record import MEASURES, RunState, Status, Store
+from lorabench.record import MEASURES, RunRecord, RunState, Status, Store
 from lorabench.spec import flatten, is_tables, task_names
 from lorabench.sweep import Sweep, known_measures
 
@@ -23,7 +23,8 @@ class Results:
     """What a sweep has given so far. `runs` stands in the sweep's order and has one row a run, done or not.
 
     Its columns are the flattened keys of the specs (None where a run has no such key), `status`, `error`,
-    `attempts`, `finished`, and each measure that any run has (NaN where it is missing).
+    `attempts`, `finished`, and each measure that any run has (NaN where it is missing); `NAME:na` is true where a
+    measure, or `update` for every metric of ΔW, is not applicable.
     """
 
     sweep: Sweep
@@ -189,12 +190,22 @@ def _frame(states: list[RunState], specs: list[dict[str, Any]]) -> pd.DataFrame:
         }
         row |= {"attempts": record and record.attempts, "finished": record and record.finished}
         rows.append(row | (dict(record.measures) if record else {}))
+    absent = [_not_applicable(state.record) for state in states]
+    for row, names in zip(rows, absent, strict=True):
+        row |= dict.fromkeys(names, True)
     index = pd.Index([state.run_id for state in states], name="run_id", dtype=object)
-    columns = list(dict.fromkeys([*keys, "status", "error", "attempts", "finished", *measures]))
+    own = ["status", "error", "attempts", "finished"]
+    columns = list(dict.fromkeys([*keys, *own, *measures, *sorted({name for names in absent for name in names})]))
     frame = pd.DataFrame(
         {column: pd.Series([row.get(column) for row in rows], dtype=object) for column in columns}
     ).set_index(index)
     return frame.astype(dict.fromkeys(measures, float))
+
+
+def _not_applicable(record: RunRecord | None) -> set[str]:
+    """`merge_error:na` for each thing of which the record says that it is not applicable; `update` means every ΔW."""
+    notes = record.provenance.items() if record else ()
+    return {f"{name}:na" for name, text in notes if text.startswith("not applicable")}
 
 
 def _named_tables(specs: list[dict[str, Any]]) -> dict[str, str]:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorabench.examples import Examples
 from lorabench.inference import (
@@ -32,14 +33,14 @@ from lorabench.inference import (
     workload,
 )
 from lorabench.meter import GIB
-from lorabench.method import LoadBase
+from lorabench.method import LoadBase, Method
 from lorabench.record import NUM_RESIDENT
 from lorabench.spec import RunSpec
 from lorabench.train import Stopped
 from lorabench.update import DELTA_FILE
 
-FIRST = "default"
-"""PEFT's name for the adapter that `Method.load` loads."""
+RESIDENT = ["default", *(f"task_{number}" for number in range(2, NUM_RESIDENT + 1))]
+"""Names of adapters on one model; the first is PEFT's for the one that `Method.load` loads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,35 +61,39 @@ def measure(subject: Subject, check: Callable[[], None]) -> tuple[dict[str, floa
 
     `check` may raise Stopped between two parts.
     """
-    bench, failures = _Bench(subject), []
-    for part in (bench.prepare, bench.inference, bench.storage, bench.residents, bench.merging):
+    bench = _Bench(subject)
+    parts = (bench.prepare, bench.inference, bench.loading, bench.swapping, bench.mixing, bench.merging)
+    for part in parts:
         try:
             check()
             with torch.no_grad():
                 part()
         except Stopped as error:
-            failures.append(f"stopped by {error} before {part.__name__}")
+            bench.left_out.append(f"stopped by {error} before {part.__name__}")
             break
         except Exception as error:  # whatever it is, what was trained and saved stands
             traceback.print_exc()
-            failures.append(f"{part.__name__}: {_reason(error)}")
+            bench.left_out.append(f"{part.__name__}: {_reason(error)}")
             if part == bench.prepare:
                 break
-    if failures:
-        bench.notes["serving"] = "; ".join(failures)
+    if bench.left_out:
+        bench.notes["serving"] = "not measured: " + "; ".join(bench.left_out)
     return bench.measures, bench.notes
 
 
 class _Bench:
-    """One method a part; each fills `measures` and `notes`."""
+    """One method a part; each fills `measures`, `notes` and `left_out`."""
 
     base: nn.Module
     work: Workload
 
     def __init__(self, subject: Subject):
         self.subject, self.spec, self.method = subject, subject.spec, subject.spec.method
+        self.several: nn.Module | None = None
+        """A model that holds NUM_RESIDENT adapters."""
         self.measures: dict[str, float] = {}
         self.notes: dict[str, str] = {}
+        self.left_out: list[str] = []
 
     def prepare(self) -> None:
         """The base: out of the tuned model, sharing its frozen weights, else loaded anew, which takes its memory."""
@@ -106,9 +111,10 @@ class _Bench:
     def inference(self) -> None:
         self.measures |= compare(self.base, self.subject.model, "unmerged", self.work)
 
-    def storage(self) -> None:
+    def loading(self) -> None:
         """Bytes of one more task, and the time from disk onto the resident base."""
         if self.spec.keep != "updates":
+            self.left_out.append(f'loading: keep = "{self.spec.keep}" leaves nothing that could be loaded')
             return
         folder = self.subject.folder
         self.measures["storage_bytes"] = sum(file.stat().st_size for file in stored_files(folder))
@@ -118,55 +124,49 @@ class _Bench:
         base = twin(self.base)
         return seconds(lambda: self.method.load(base, self.subject.folder, self.spec), self.subject.device)
 
-    def residents(self) -> None:
-        """From one task to the other: of adapters that are resident, or by copying the other's tensors."""
+    def swapping(self) -> None:
+        """From one task to another: between adapters that the model holds, else by copying the other's tensors."""
         if not self.method.holds_several:
-            self._copying()
+            self._copy()
         elif self.spec.keep == "updates":
-            self._switching()
+            self._switch()
 
-    def _copying(self) -> None:
+    def _copy(self) -> None:
         model, device = self.subject.model, self.subject.device
         other = {name: tensor.clone() for name, tensor in self.method.trained_state(model).items()}
         rows = race([partial(seconds, partial(self.method.restore, model, other), device)])
-        self._swap(rows, sum(tensor.nbytes for tensor in other.values()))
+        self._note_swap(rows, sum(tensor.nbytes for tensor in other.values()))
         self.notes["adapter_swap_seconds"] = "the other task's trained tensors, on the device, are copied over"
 
-    def _switching(self) -> None:
+    def _switch(self) -> None:
         spec, device, folder = self.spec, self.subject.device, self.subject.folder
         model = as_served(self.method.load(twin(self.base), folder, spec), spec.dtype)
-        names, before = [FIRST, *(f"task_{number}" for number in range(2, NUM_RESIDENT + 1))], held_bytes(model)
-        for name in names[1:]:
+        before = held_bytes(model)
+        for name in RESIDENT[1:]:
             self.method.load_another(model, folder, name)
         held = held_bytes(as_served(model, spec.dtype)) - before
-        rows = race([partial(seconds, partial(self.method.activate, model, name), device) for name in names])
-        self._swap(rows, held / len(names[1:]))
-        self.notes["adapter_swap_seconds"] = f"PEFT's set_adapter among {len(names)} adapters on the device"
-        if self.method.mixes_adapters:
-            self._mixing(model, names)
+        rows = race([partial(seconds, partial(self.method.activate, model, name), device) for name in RESIDENT])
+        self._note_swap(rows, held / len(RESIDENT[1:]))
+        self.notes["adapter_swap_seconds"] = f"PEFT's set_adapter among {len(RESIDENT)} adapters on the device"
+        self.several = model
 
-    def _swap(self, rows: list[tuple[float, ...]], nbytes: float) -> None:
+    def _note_swap(self, rows: list[tuple[float, ...]], nbytes: float) -> None:
         self.measures["adapter_swap_seconds"] = statistics.median(value for row in rows for value in row)
         self.measures["resident_adapter_gib"] = nbytes / GIB
 
-    def _mixing(self, model: nn.Module, names: list[str]) -> None:
+    def mixing(self) -> None:
         """A batch whose rows are of different tasks: in one pass, or group by group with a swap before each."""
-        ids, device, options = self.work.ids, self.subject.device, self.work.options
-        groups = dict(zip(names, ids.chunk(len(names)), strict=True))
-        each = [name for name, group in groups.items() for _ in group]
-
-        def swapped() -> None:
-            for name, group in groups.items():
-                self.method.activate(model, name)
-                model(input_ids=group, **options)
-
-        in_one_pass = partial(model, input_ids=ids, adapter_names=each, **options)
-        rows = race([partial(seconds, in_one_pass, device), partial(seconds, swapped, device)])
-        mixed, one_by_one = (statistics.median(column) for column in zip(*rows, strict=True))
-        self.measures |= {"mixed_batch_seconds": mixed, "swapped_batch_seconds": one_by_one}
+        if self.several is None or not self.method.mixes_adapters:
+            return
+        model, ids, options = self.several, self.work.ids, self.work.options
+        calls = [partial(mixed, model, ids, options), partial(swapped, self.method, model, ids, options)]
+        rows = race([partial(seconds, call, self.subject.device) for call in calls])
+        medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+        self.measures |= dict(zip(("mixed_batch_seconds", "swapped_batch_seconds"), medians, strict=True))
 
     def merging(self) -> None:
         """Last, for it changes the model in place, and the weights that the base shares: its values, not its speed."""
+        self.several = None
         model, spec = self.subject.model, self.spec
         batch = checked_batch(self.subject.examples, self.subject.device)
         wanted = logits(model, batch)
@@ -180,6 +180,25 @@ class _Bench:
             self.measures = same | self.measures
         else:
             self.measures = compare(self.base, as_served(merged, spec.dtype), "merged", self.work) | self.measures
+
+
+def mixed(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Tensor:
+    """Logits of prompts (n, t), the first rows computed with the first adapter and so on: in one pass."""
+    each = [name for name, group in _groups(ids).items() for _ in group]
+    return model(input_ids=ids, adapter_names=each, **options).logits
+
+
+def swapped(method: Method, model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Tensor:
+    """The same, adapter after adapter."""
+    found = []
+    for name, group in _groups(ids).items():
+        method.activate(model, name)
+        found.append(model(input_ids=group, **options).logits)
+    return torch.cat(found)
+
+
+def _groups(ids: Tensor) -> dict[str, Tensor]:
+    return dict(zip(RESIDENT, ids.chunk(len(RESIDENT)), strict=True))
 
 
 def stored_files(folder: Path) -> list[Path]:

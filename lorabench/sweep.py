@@ -273,9 +273,7 @@ def _excludes(value: Any, where: str, problems: list[str]) -> list[dict[str, Any
 
 def _matches(cell: dict[str, Any], rule: dict[str, Any]) -> bool:
     """Whether a cell has every value of a rule; a list in a rule means any of its values."""
-    return all(
-        key in cell and cell[key] in (value if _is_axis(value) else [value]) for key, value in rule.items()
-    )
+    return all(key in cell and cell[key] in (value if _is_axis(value) else [value]) for key, value in rule.items())
 
 
 def _known_keys(runs: list[RunSpec]) -> list[str]:
@@ -289,10 +287,11 @@ def _unknown_keys(keys: list[str], known: list[str], where: str) -> list[str]:
 def known_measures(runs: Sequence[RunSpec] = ()) -> dict[str, Measure]:
     """What a table can show: the measures of records, and each layer metric's mean (`spectrum.rank_90`).
 
-    Of the metrics, only those that the tasks of `runs` report, those of sequences only where there is one; all of
-    them where no runs are given.
+    Of the metrics, only those that the tasks of `runs` report, those of sequences and of serving only where some run
+    has them; all of them where no runs are given.
     """
     absent = {"sequence"} if runs and not any(run.tasks for run in runs) else set()
+    absent |= {"serving"} if runs and not any(run.serving for run in runs) else set()
     reports = {name for run in runs for name in run.stages[-1].reports}
     if any("retain" in task.sources() for run in runs for task in run.stages):
         reports |= {"retain_loss_before", "retain_loss_after", "forgetting"}

@@ -21,12 +21,14 @@ from lorabench.labels import (
     value_label,
     with_unit,
 )  # fmt: skip
-from lorabench.notes import declared_notes, mixture_notes, selection_notes, single_seed
+from lorabench.notes import applicability, declared_notes, mixture_notes, selection_notes, single_seed
 from lorabench.record import Status, write_bytes
 from lorabench.results import Results, Selection, grouped, ordered, ordinal, selected
 from lorabench.sweep import Table
+from lorabench.transfer import transfer_sheet
 from lorabench.typeset import Column, Sheet
 
+NOT_APPLICABLE = "n/a"
 ARROWS = {"largest": " ↑", "smallest": " ↓"}
 
 
@@ -49,8 +51,9 @@ def write_tables(results: Results, sheets: list[Sheet], folder: Path) -> list[Pa
 def build_tables(results: Results) -> list[Sheet]:
     """The summary, then the sweep's own tables; names are made distinct."""
     selection = selected(results)
-    sheets = [summary(results, selection)]
-    taken = {"summary", "runs", "subspace"}
+    matrix = transfer_sheet(results, selection)
+    sheets = [summary(results, selection), *([matrix] if matrix else [])]
+    taken = {"summary", "runs", "subspace", "transfer"}
     for table in results.sweep.tables:
         name = distinct(table.title, taken)
         taken.add(name)
@@ -77,13 +80,14 @@ def summary(results: Results, selection: Selection) -> Sheet:
     stem = quality(results)
     names = ["num_trainable", "peak_gib", "tensor_peak_gib", "tokens_per_second", f"base_valid_{stem}"]
     names += ["valid_majority", f"valid_{stem}", f"test_{stem}", "forgetting"]
+    names += ["average_final", "backward_transfer", "forward_transfer"]
     names = [name for name in names if name in results.runs and results.runs[name].notna().any()]
     settings = sorted_groups(selection.runs, results.settings)
     cells = [[cell(runs, name) for name in names] for _, runs in settings]
     digits = [common_places(column) for column in zip(*cells, strict=True)] if cells else []
     rows, tidy = [], []
     for (values, runs), line in zip(settings, cells, strict=True):
-        texts = [value_text(item, common) or "–" for item, common in zip(line, digits, strict=True)]
+        texts = [value_text(item, common) or _absent(item) for item, common in zip(line, digits, strict=True)]
         rows.append([*map(value_label, values), *_chosen(results, selection, runs), *texts, *_standing(runs)])
         tidy += [
             dict(zip(results.settings, values, strict=True)) | _numbers(results, selection, runs, name, item)
@@ -94,6 +98,7 @@ def summary(results: Results, selection: Selection) -> Sheet:
     columns += [Column(label=measure_label(name), unit=measure(name).unit) for name in names]
     columns += [Column(label="n"), Column(label="status", numeric=False)]
     notes = ["Mean ± 95% interval (Student t) over seeds; n: runs behind the means." + single_seed(cells)]
+    notes += applicability(cells)
     return Sheet(
         name="summary",
         caption=f"Summary of {results.sweep.name}",
@@ -210,8 +215,12 @@ def _text(item: Cell | None, common: int | None, most: int) -> str:
     remarks += [item.status_text] if item.statuses else []
     text = value_text(item, common) + _null(item)
     if not text:
-        return item.status_text or "not measured"
+        return item.status_text or ("not measured" if item.applicable else NOT_APPLICABLE)
     return f"{text} ({', '.join(remarks)})" if remarks else text
+
+
+def _absent(item: Cell) -> str:
+    return "–" if item.applicable else NOT_APPLICABLE
 
 
 def _null(item: Cell) -> str:
@@ -234,7 +243,8 @@ def _declared_rows(
         texts = [_text(found.get((row, head, value)), digits[value], most) for value, head in heads]
         if not table.columns:
             texts = [
-                value_text(found[row, None, value], digits[value]) + _null(found[row, None, value]) or "–"
+                value_text(found[row, None, value], digits[value]) + _null(found[row, None, value])
+                or _absent(found[row, None, value])
                 for value, _ in heads
             ]
             texts += _standing(runs)

@@ -219,9 +219,9 @@ def flush(training: Training, pending: list[Any], log: StepLog, hold: Hold) -> N
 def evaluate(training: Training, examples: Examples, split: str, stop: Stop) -> dict[str, float]:
     """Loss and metrics of a split, by their names in MEASURES; nothing where the split is empty."""
     found = metrics_of(training.model, training.spec, examples, split, stop)
-    bad = [f"{split} loss {value}" for name, value in found.items() if name.endswith("_loss") and not math.isfinite(value)]
-    if bad:
-        raise Diverged(f"step {training.step}: {bad[0]}")
+    for name, value in found.items():
+        if name.endswith("_loss") and not math.isfinite(value):
+            raise Diverged(f"step {training.step}: {split} loss {value}")
     return found
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lorabench import execute as module
+from lorabench import plugins
 from lorabench.decode import encode
 from lorabench.execute import Options, execute
 from lorabench.record import MEASURES, Status, Store
@@ -85,6 +86,33 @@ def test_resumed_run_gives_the_same_bits(name, checks, reference, tmp_path, monk
     rows = [json.loads(line) for line in (store.folder(spec.id) / "steps.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, spec.steps + 1))
     assert [row["step"] for row in rows if "valid_loss" in row] == ([2, 4] if spec.eval_every else [])
+
+
+METHOD_SPECS = {
+    name: make_spec(method=encode(plugins.example("methods", name)), keep="updates")
+    for name in plugins.names("methods")
+    if name not in ("bitfit", "full", "lora")  # no biases in the built-in model; above
+} | {
+    "dora": make_spec(method={"name": "lora", "rank": 2, "dora": True}),
+    "pissa": make_spec(method={"name": "lora", "rank": 2, "init": "pissa"}),
+    "loftq": make_spec(method={"name": "lora", "rank": 2, "init": "loftq"}, quantization="nf4"),
+    "lora+": make_spec(method={"name": "lora", "rank": 2, "lr_ratio": 8.0}),
+}
+
+
+@pytest.mark.parametrize("name", METHOD_SPECS)
+def test_every_method_runs_whole_and_resumes_with_the_same_bits(name, tmp_path, monkeypatch):
+    spec, whole, resumed = METHOD_SPECS[name], Store(tmp_path / "whole"), Store(tmp_path / "resumed")
+    assert execute(spec, whole, QUIET) == Status.DONE, whole.read(spec.id).error
+    stop_after(monkeypatch, 6)
+    assert execute(spec, resumed, QUIET) == Status.CANCELLED
+    monkeypatch.undo()
+    assert execute(spec, resumed, QUIET) == Status.DONE
+    want, got = whole.read(spec.id), resumed.read(spec.id)
+    assert 0 < got.resumed_from_step < spec.steps
+    assert got.files == want.files and got.files
+    assert got.measures["valid_loss"] == want.measures["valid_loss"] != want.measures["base_valid_loss"]
+    assert got.provenance["update"].startswith("against" if spec.method.has_update else "not applicable")
 
 
 def test_stopping_while_training_keeps_the_steps_done(tmp_path, monkeypatch):

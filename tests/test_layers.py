@@ -17,7 +17,7 @@ LAYERS = [
     {"model", "readers/*"},
     {"formats", "pairs", "results", "labels"},
     {"aggregate"},
-    {"notes", "drawing"},
+    {"notes", "drawing", "transfer"},
     {"tables"},
     {"analyses/subspace"},  # its cross-Gram matrix also gives the angles
     {"methods/*", "tasks/*", "analyses/*", "figures/*"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"inference"},
     {"serving"},
     {"execute", "report"},
-    {"status", "stamp", "plan", "worker"},
+    {"status", "stamp", "plan", "worker", "compose"},
     {"launch", "warm"},
     {"cli"},
     {"__main__"},

@@ -274,6 +274,7 @@ def test_every_field_changes_the_id() -> None:
         "micro_batch_size": 2, "steps": 7, "lr": 0.5, "schedule": "cosine", "warmup": 0.5, "weight_decay": 0.5,
         "beta1": 0.5, "beta2": 0.5, "epsilon": 0.5, "clip": "none", "gradient_checkpointing": True, "eval_every": 5,
         "keep": "none", "threads": 2, "seed": 9, "method": {"name": "full"}, "task": {"name": "text", "max_eval": 3},
+        "serving": False,
     }  # fmt: skip
     assert set(other) == set(spec.to_json())
     ids = {RunSpec.from_json(spec.to_json() | {key: value}).id for key, value in other.items()} | {spec.id}

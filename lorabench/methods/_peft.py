@@ -108,8 +108,13 @@ class PeftMethod(Method):
         return merged(model) if self.has_update else None
 
     def unload(self, model: Any) -> nn.Module | None:
+        """By taking the base's layers out of the tuner's: PEFT's own `unload` refuses quantized bases for some tuners."""
+        base = model.get_base_model()
         _unwrap_heads(model, tuned=False)
-        return model.unload() if self.has_update else model.get_base_model()
+        for name, module in list(tuner_layers(base)):
+            base.set_submodule(name, module.get_base_layer())
+        is_left = any(type(module).__module__.startswith("peft.") for module in base.modules())
+        return None if is_left else base
 
     def load_another(self, model: Any, folder: Path, name: str) -> None:
         model.load_adapter(folder, name, torch_device=str(model.device), autocast_adapter_dtype=False)
@@ -202,9 +207,7 @@ def _unwrap_heads(model: Any, *, tuned: bool) -> None:
     base = model.get_base_model()
     for name, module in list(base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
-            parent, _, leaf = name.rpartition(".")
-            head = module.modules_to_save[ADAPTER] if tuned else module.original_module
-            setattr(base.get_submodule(parent), leaf, head)
+            base.set_submodule(name, module.modules_to_save[ADAPTER] if tuned else module.original_module)
 
 
 def probe(module: Any) -> Tensor:

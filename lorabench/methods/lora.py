@@ -87,6 +87,10 @@ class Lora(Tuner):
         if self.dora and self.rebased:
             yield f'method.dora = true: cannot be had with method.init = "{self.init}"'
 
+    def about_update(self, spec: RunSpec) -> str:
+        start = " with the initial factors on top, which make up for the quantization" if self.init == "loftq" else ""
+        return super().about_update(spec) + start
+
     @property
     def rebased(self) -> bool:
         """Whether the product of the initial factors is not zero."""

@@ -79,7 +79,7 @@ def find(folder: Path) -> dict[str, Entry]:
     config = read_json(folder / CONFIG_FILE)
     if "peft_type" not in config:
         return {}
-    own = TensorFile(folder / DELTA_FILE).names if (folder / DELTA_FILE).exists() else []
+    own = (folder / DELTA_FILE).exists()
     if config["peft_type"] != "LORA" and own:
         return {}  # lorabench's own ΔW lies beside the adapter
     _check_readable(config, folder / CONFIG_FILE, own)
@@ -111,7 +111,7 @@ def find(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def _check_readable(config: dict[str, Any], file: Path, own: list[str]) -> None:
+def _check_readable(config: dict[str, Any], file: Path, own: bool) -> None:
     """Refuse what is not ΔW = s B A, rather than give wrong numbers."""
     if config["peft_type"] != "LORA":
         raise InputError(f"{file}: peft_type = {config['peft_type']}: only LORA can be read")

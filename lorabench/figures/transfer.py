@@ -1,0 +1,83 @@
+"""Tasks in sequence: how each does before training and after each task, as a matrix for each setting."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorabench.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    from lorabench.transfer import Transfer
+
+MAX_PANELS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferMatrix(Figure):
+    """A panel a setting: numbers are means over seeds, colours the change from the untouched base."""
+
+    metric: Literal["accuracy", "loss"] = "accuracy"
+    """Accuracy (of a language model, the share of tokens predicted right), or the validation loss."""
+
+    def draw(self, results: Any) -> MatplotlibFigure | None:
+        from lorabench import drawing
+        from lorabench.labels import with_unit
+        from lorabench.results import selected
+        from lorabench.transfer import transfers
+
+        found = [item for item in transfers(results, selected(results)) if item.name.endswith(self.metric)][:MAX_PANELS]
+        if not found:
+            return None
+        columns = drawing.panel_columns(len(found))
+        largest = max(abs(change) for item in found for line in changes(item) for change in line) or 1.0
+        with drawing.style():
+            drawing.plt.rcParams["axes.grid"] = False
+            tallest = max(len(item.cells) for item in found)
+            figure, grid = drawing.new_figure(-(-len(found) // columns), columns, height=0.75 + 0.3 * tallest)
+            for axes, item in zip(grid.flat, found, strict=False):
+                self._draw_panel(axes, item, largest)
+                axes.set_title(drawing.series_label(results.settings, item.setting))
+            drawing.lowest(grid, len(found))
+            image = grid[0, 0].images[0]
+            figure.colorbar(image, ax=grid, label=f"change of {with_unit(found[0].name)}", pad=0.01, aspect=18)
+        return figure
+
+    def _draw_panel(self, axes: Axes, item: Transfer, largest: float) -> None:
+        from lorabench.drawing import plt
+
+        colors = "RdBu" if self.metric == "accuracy" else "RdBu_r"  # blue is better
+        axes.imshow(changes(item), vmin=-largest, vmax=largest, cmap=colors, aspect="auto")
+        for i, line in enumerate(item.cells):
+            for j, (cell, change) in enumerate(zip(line, changes(item)[i], strict=True)):
+                color = "white" if abs(change) > 0.6 * largest else "black"
+                digits = 1 if self.metric == "accuracy" else 2
+                text = "–" if cell.mean is None else f"{cell.mean:.{digits}f}"
+                axes.text(j, i, text, ha="center", va="center", color=color, fontsize=7)
+        for j in range(len(item.tasks)):
+            axes.add_patch(plt.Rectangle((j - 0.5, j + 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.2))
+        axes.set_xticks(range(len(item.tasks)), item.tasks)
+        axes.set_yticks(range(len(item.cells)), item.stages)
+        axes.set_xlabel("on")
+        axes.set_ylabel("after")
+
+    def caption(self) -> str:
+        what = "accuracy" if self.metric == "accuracy" else "loss"
+        return (
+            f"Validation {what} on each task (columns) before training and after each task of the sequence (rows), the "
+            "mean over seeds; colours: the change from the untouched base, blue where it is better. Framed: the task "
+            "just trained; below the frames is what training on later tasks does to earlier ones, above them what "
+            "earlier tasks give later ones (Lopez-Paz and Ranzato 2017)."
+        )
+
+
+def changes(item: Transfer) -> list[list[float]]:
+    """R[i][j] - R[0][j]."""
+    base = [cell.mean or 0.0 for cell in item.cells[0]]
+    return [[(cell.mean or 0.0) - start for cell, start in zip(line, base, strict=True)] for line in item.cells]
+
+
+EXAMPLE = TransferMatrix()
