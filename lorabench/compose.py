@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lorabench import environment, model
-from lorabench.aggregate import interval, plain
+from lorabench.aggregate import interval, number, places, plain
 from lorabench.decode import InputError, encode
 from lorabench.examples import Examples, prepare_stages
 from lorabench.execute import pick_device
@@ -270,6 +270,7 @@ class Bench:
             self.model.set_adapter(MERGED)
             return self._on_all_tasks()
         finally:
+            self.model.set_adapter(names[0])
             self.model.delete_adapter(MERGED)
 
     def _on_all_tasks(self) -> list[dict[str, float]]:
@@ -380,4 +381,6 @@ def _by_label(records: Sequence[dict[str, Any]], wanted: Sequence[Body]) -> Iter
 
 def _cell(values: list[float]) -> str:
     mean, half = interval(values)
-    return plain(mean) if half is None else f"{plain(mean)} ± {plain(half)}"
+    if not half:
+        return plain(mean)
+    return f"{number(mean, places(half))} ± {number(half, places(half))}"

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -128,6 +128,8 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     training = Training(spec, tuned, make_optimizer(spec, tuned), meter, content=content)
     if checkpoint.exists():
         record.resumed_from_step = _resume(training, checkpoint)
+    if not training.rows:
+        _evaluate_base(training, stages, lambda: _seeded_base(spec, examples, device), stop, hold)
     _train_and_evaluate(training, stages, options, stop, hold, folder, checkpoint)
     if not all(tensor.isfinite().all() for tensor in spec.method.trained_state(tuned).values()):
         raise Diverged(f"step {training.step}: trained weights are not finite")
@@ -174,10 +176,6 @@ def _train_and_evaluate(
             raise
 
     log = StepLog(folder / "steps.jsonl", training.step, options.checkpoint_seconds)
-    if not training.rows:
-        with evaluating():
-            before = _evaluate(training, stages, ["validation", "retain"], stop)
-        _note_before(training, before)
     for stage in range(training.stage, len(stages)):
         if stage > training.stage:
             training.next_task()
@@ -193,24 +191,32 @@ def _train_and_evaluate(
     _note_after(training, after)
 
 
+def _evaluate_base(
+    training: Training, stages: list[Examples], load_base: Callable[[], nn.Module], stop: Stop, hold: Hold
+) -> None:
+    """What the untouched base does on the tasks; a random prompt in front of it would be another model."""
+    hold.progress["phase"] = "evaluate"
+    with training.meter.clock("evaluate"):
+        base = training.model if training.spec.method.starts_at_base else load_base()
+        before = _evaluate(training, stages, ["validation", "retain"], stop, base)
+    training.rows.append(before["validation"])
+    training.metrics["base_valid_loss"] = before["validation"][-1]["valid_loss"]
+    for retained in before["retain"]:
+        training.metrics["retain_loss_before"] = retained["retain_loss"]
+
+
 def _evaluate(
-    training: Training, stages: list[Examples], splits: list[str], stop: Stop
+    training: Training, stages: list[Examples], splits: list[str], stop: Stop, model: nn.Module | None = None
 ) -> dict[str, list[dict[str, float]]]:
     """Split -> its metrics on every task for `validation`, on the last task that has the split for the others."""
     found = {}
     for split in splits:
         having = [examples for examples in stages if examples.splits.get(split)]
         found[split] = [
-            evaluate(training, examples, split, stop) for examples in (having if split == "validation" else having[-1:])
+            evaluate(training, examples, split, stop, model)
+            for examples in (having if split == "validation" else having[-1:])
         ]
     return found
-
-
-def _note_before(training: Training, before: dict[str, list[dict[str, float]]]) -> None:
-    training.rows.append(before["validation"])
-    training.metrics["base_valid_loss"] = before["validation"][-1]["valid_loss"]
-    for retained in before["retain"]:
-        training.metrics["retain_loss_before"] = retained["retain_loss"]
 
 
 def _note_after(training: Training, after: dict[str, list[dict[str, float]]]) -> None:
@@ -247,7 +253,6 @@ def _serve(record: RunRecord, training: Training, stages: list[Examples], folder
     spec, device = training.spec, training.meter.device
     training.model.zero_grad(set_to_none=True)
     del training.optimizer
-    meters.release_memory()
     subject = serving.Subject(
         spec=spec,
         model=training.model,
@@ -303,8 +308,6 @@ def method_seed(spec: RunSpec) -> int:
     """
     content = canonical_json({"seed": spec.seed, "method": spec.to_json()["method"]})
     return int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
-
-
 
 
 def _data(stages: list[Examples]) -> dict[str, Any]:

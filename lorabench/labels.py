@@ -8,7 +8,13 @@ from typing import Any
 from lorabench.record import Measure
 from lorabench.sweep import known_measures
 
-KEYS = {"method.name": "method", "lr": "learning rate", "method.alpha": "alpha", "seq_len": "sequence length"}
+KEYS = {
+    "method.name": "method",
+    "label": "method",
+    "lr": "learning rate",
+    "method.alpha": "alpha",
+    "seq_len": "sequence length",
+}
 MEASURE_NAMES = {
     "num_trainable": "trainable parameters",
     "num_parameters": "parameters",

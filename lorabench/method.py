@@ -39,6 +39,11 @@ class Method(Plugin, ABC):
         return True
 
     @property
+    def starts_at_base(self) -> bool:
+        """Whether the model computes what the untouched base does until it is trained; a random prompt does not."""
+        return True
+
+    @property
     def adds_computation(self) -> bool:
         """Whether something is computed that no ΔW stands for; such a model cannot be merged."""
         return not self.has_update

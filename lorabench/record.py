@@ -135,7 +135,7 @@ MEASURES: dict[str, Measure] = (
     | _measures(
         "metrics",
         ("train_loss", "nats", False, "mean training loss of the last tenth of the steps"),
-        ("base_valid_loss", "nats", False, "validation loss before training"),
+        ("base_valid_loss", "nats", False, "validation loss of the untouched base"),
         ("valid_loss", "nats", False, "validation loss after training"),
         ("valid_perplexity", "", False, "exp(valid_loss)"),
         ("valid_token_accuracy", "%", True, "tokens predicted right, validation"),
@@ -150,7 +150,7 @@ MEASURES: dict[str, Measure] = (
         ("test_macro_f1", "%", True, "unweighted mean of the classes' F1, test"),
         ("test_matthews", "", True, "Matthews correlation coefficient, test"),
         ("test_majority", "%", None, "accuracy of always answering the most frequent class, test"),
-        ("retain_loss_before", "nats", False, "loss on the retention set before training"),
+        ("retain_loss_before", "nats", False, "loss of the untouched base on the retention set"),
         ("retain_loss_after", "nats", False, "loss on the retention set after training"),
         ("forgetting", "nats", False, "retain_loss_after - retain_loss_before"),
     )

@@ -52,7 +52,12 @@ class Results:
 
     @cached_property
     def settings(self) -> list[str]:
-        """The keys that tell the compared settings apart: `method.name` and the swept ones, less lr and seed."""
+        """The keys that tell the compared settings apart: `method.name` and the swept ones, less lr and seed.
+
+        `label` alone where the sweep names its settings.
+        """
+        if self.sweep.labels:
+            return ["label"]
         return list(dict.fromkeys(["method.name", *(k for k in self.keys if k not in ("seed", *self.over))]))
 
 
@@ -87,6 +92,8 @@ def load_results(store: Store, sweep: Sweep, analyze: Analyze | None = None) -> 
     """Read every run of `sweep`; `analyze(store, sweep, run_ids)` makes the analyses of the selected runs."""
     states = list(store.states(list(sweep.runs)))
     runs = _frame(states, [flatten(spec.to_json()) for spec in sweep.runs])
+    if sweep.labels:
+        runs.insert(0, "label", [sweep.labels[run_id] for run_id in runs.index])
     records = {state.run_id: state.record for state in states if state.record}
     results = Results(
         sweep=sweep,

@@ -6,7 +6,7 @@ import itertools
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +72,8 @@ class Sweep:
     runs: tuple[RunSpec, ...]
     zips: tuple[tuple[str, ...], ...] = ()
     """Keys that move together and count as one axis."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Run id -> what tables and figures call its setting; empty where the sweep names none."""
     select: Select | None = None
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
@@ -113,8 +115,8 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
     name = table.get("name", default_name)
     if not isinstance(name, str) or name in RESERVED or not re.fullmatch(FILE_NAME.regex, name):
         problems.append(f"name = {show(name)}: must be {FILE_NAME.choices}; not {', '.join(RESERVED)}")
-    runs, zips = _expand(table, problems)
-    known, measures = _known_keys(runs), known_measures(runs)
+    runs, zips, labels = _expand(table, problems)
+    known, measures = [*_known_keys(runs), *(["label"] if labels else [])], known_measures(runs)
     select = _collect(problems, lambda: decode(Select, table["select"], "select.")) if "select" in table else None
     tables = [
         _collect(problems, lambda t=t, i=i: _checked(decode(Table, t, f"table {i}: "), known, measures, f"table {i}: "))
@@ -125,14 +127,14 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
         for i, f in enumerate(_blocks(table, "figure", problems), 1)
     ]
     if select and runs:
-        problems += _unknown_keys([select.over], [key for key in known if key != "seed"], "select.over")
+        problems += _unknown_keys([select.over], [key for key in known if key not in ("seed", "label")], "select.over")
         problems += _unknown_measures([select.by], {m: measures[m] for m in MEASURES if m in measures}, "select.by")
     for number, figure in enumerate(figures, 1):
         problems += _unknown_measures(figure.measures if figure else [], measures, f"figure {number}: figure")
     if problems:
         raise InputError(_once(problems))
     return Sweep(
-        name=name, text=text, runs=tuple(runs), zips=tuple(zips), select=select,
+        name=name, text=text, runs=tuple(runs), zips=tuple(zips), labels=labels, select=select,
         tables=tuple(tables), figures=tuple(figures),
     )  # fmt: skip
 
@@ -161,16 +163,19 @@ def _blocks(table: dict[str, Any], key: str, problems: list[str]) -> list[dict[s
     return []
 
 
-def _expand(table: dict[str, Any], problems: list[str]) -> tuple[list[RunSpec], list[tuple[str, ...]]]:
-    """All runs of all grid blocks, each once, and the groups of keys that move together."""
+def _expand(
+    table: dict[str, Any], problems: list[str]
+) -> tuple[list[RunSpec], list[tuple[str, ...]], dict[str, str]]:
+    """All runs of all grid blocks, each once, the groups of keys that move together, and the runs' labels."""
     base = table.get("base", {})
-    for key in ("zip", "exclude"):
+    for key in ("zip", "exclude", "label"):
         if isinstance(base, dict) and key in base:
             problems.append(f"base.{key}: belongs into a [[grid]] block")
             base = {name: value for name, value in base.items() if name != key}
     if not isinstance(base, dict):
         problems.append("base: must be a table, [base]")
-        return [], []
+        return [], [], {}
+    labels: dict[str, str] = {}
     specs: dict[str, RunSpec] = {}
     zips: dict[tuple[str, ...], None] = {}
     keys: dict[str, None] = {}
@@ -181,6 +186,7 @@ def _expand(table: dict[str, Any], problems: list[str]) -> tuple[list[RunSpec], 
         block = dict(block)
         groups = _zip_groups(block.pop("zip", []), where, problems)
         own = _excludes(block.pop("exclude", []), where, problems)
+        label = block.pop("label", None)
         excluded = [*own, *(rule for origin, rule in rules if not origin)]
         rules += [(where or "grid: ", rule) for rule in own]
         zips |= dict.fromkeys(groups)
@@ -191,12 +197,26 @@ def _expand(table: dict[str, Any], problems: list[str]) -> tuple[list[RunSpec], 
             spec = _collect(problems, lambda cell=cell, where=where: decode(RunSpec, unflatten(cell), where))
             if spec:
                 specs.setdefault(spec.id, spec)
+                if label is not None:
+                    labels.setdefault(spec.id, _label(label, spec, where, problems))
     known = [*keys, *_known_keys(list(specs.values()))]
     for where, rule in rules if specs else ():  # a misspelt key would exclude nothing, silently
         problems += _unknown_keys(list(rule), list(dict.fromkeys(known)), f"{where}exclude")
     if not specs and not problems:
         problems.append("exclude: leaves no run")
-    return list(specs.values()), list(zips)
+    if labels and len(labels) < len(specs):
+        problems.append("label: is missing in some [[grid]] blocks: give one to each, or to none")
+    return list(specs.values()), list(zips), labels
+
+
+def _label(template: Any, spec: RunSpec, where: str, problems: list[str]) -> str:
+    """`"LoRA, rank {method.rank}"` with the run's own values."""
+    flat = flatten(spec.to_json())
+    if not isinstance(template, str) or not template:
+        problems.append(f"{where}label = {show(template)}: must be a text")
+        return ""
+    problems += _unknown_keys(re.findall(r"{([^{}]*)}", template), list(flat), f"{where}label")
+    return re.sub(r"{([^{}]*)}", lambda match: str(flat.get(match[1])), template)
 
 
 def _merge(base: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:

@@ -216,9 +216,14 @@ def flush(training: Training, pending: list[Any], log: StepLog, hold: Hold) -> N
     log.flush()
 
 
-def evaluate(training: Training, examples: Examples, split: str, stop: Stop) -> dict[str, float]:
-    """Loss and metrics of a split, by their names in MEASURES; nothing where the split is empty."""
-    found = metrics_of(training.model, training.spec, examples, split, stop)
+def evaluate(
+    training: Training, examples: Examples, split: str, stop: Stop, model: nn.Module | None = None
+) -> dict[str, float]:
+    """Loss and metrics of a split, by their names in MEASURES; nothing where the split is empty.
+
+    Of `model` where one is given.
+    """
+    found = metrics_of(model or training.model, training.spec, examples, split, stop)
     for name, value in found.items():
         if name.endswith("_loss") and not math.isfinite(value):
             raise Diverged(f"step {training.step}: {split} loss {value}")

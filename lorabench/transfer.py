@@ -1,4 +1,4 @@
-"""The matrix of a sequence of tasks, R[i][j] on task j after training on i tasks, averaged over the seeds of a setting."""
+"""The matrix of a sequence of tasks, R[i][j] on task j after training on i tasks: the mean over a setting's seeds."""
 
 from __future__ import annotations
 

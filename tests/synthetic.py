@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lorabench import sequence
 from lorabench.record import RunRecord, Status, Store
 from lorabench.results import Results, load_results, selected, with_analyses
 from lorabench.spec import RunSpec, flatten
@@ -184,6 +185,30 @@ def make(folder: Path, text: str = TEXT, analyzed: bool = True) -> Results:
     fill(store, sweep)
     results = load_results(store, sweep)
     return with_analyses(results, analyses(results)) if analyzed else results
+
+
+MATRICES = {seed: [[0.2, 0.3], [0.5 + seed / 10, 0.2], [0.4, 0.6 + seed / 10]] for seed in range(3)}
+"""Seed -> accuracies of a sequence of two tasks: before, after the first, after the second."""
+
+
+@cache
+def sequences() -> Results:
+    """LoRA over two tasks in sequence, in two ranks and three seeds; one run has run out of memory."""
+    tasks = [{"name": "text"}, {"name": "text", "data": "builtin:english-docs"}]
+    base = {"method": {"name": "lora", "rank": [1, 2]}, "tasks": tasks, "seed": [0, 1, 2]}
+    sweep = parse_sweep({"base": base}, default_name="made up")
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        for spec in sweep.runs:
+            R = MATRICES[spec.seed]
+            found = {"token_accuracy": R, "loss": [[1 - share for share in row] for row in R]}
+            run = RunRecord(run_id=spec.id, spec=spec.to_json(), status=Status.OOM)
+            if (spec.method.rank, spec.seed) != (2, 2):
+                run.status, run.measures = Status.DONE, sequence.measures(found)
+                run.sequence = {"tasks": ["python-code", "english-docs"], "matrices": found}
+            store.write_spec(spec)
+            store.write(run)
+        return load_results(store, sweep)
 
 
 def _with_categories(frame: pd.DataFrame) -> pd.DataFrame:

@@ -393,7 +393,7 @@ def test_the_command(runs, capsys) -> None:
     assert main([*command, "--json"]) == 0
     table = json.loads(capsys.readouterr().out)["merges"]
     values = [record["metrics"][0]["valid_loss"] for record in table[-2:]]
-    assert f"{interval(values)[0]:.3f}" in lines[-1]
+    assert f"{interval(values)[0]:.2f}" in lines[-1]
     for by in COMBINATIONS:
         assert by in (merge.__doc__ or "")
 

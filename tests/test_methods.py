@@ -182,6 +182,21 @@ def test_a_checkpoint_goes_on_where_it_was_written(name, base, trained):
         spec.method.restore(resumed, state | {"strange": torch.zeros(1)})
 
 
+@pytest.mark.parametrize("base", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_says_so_starts_at_the_base(name, base, trained):
+    if (name, base) in IMPOSSIBLE:
+        return
+    spec, _, batch, _, examples = trained(name, base)
+    with torch.no_grad():
+        want = forward(load_base(spec, examples), batch)
+        got = forward(attach(spec, examples).eval(), batch)
+    if spec.method.starts_at_base:
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    elif name != "peft":  # HRA starts there too, but not every tuner does
+        assert (got - want).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize(("name", "base"), IMPOSSIBLE)
 def test_a_method_without_a_place_in_the_model_is_refused(name, base, tiny_bases, labelled):
     spec = method_spec(name, base, tiny_bases, labelled)

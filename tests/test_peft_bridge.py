@@ -65,7 +65,7 @@ def test_a_size_that_does_not_fit_the_model_is_refused_by_the_plan(tiny_bases):
     from lorabench.plan import count
 
     spec = make_spec(method={"name": "peft", "type": "C3A", "config": {"block_size": 48}}, model=tiny_bases["llama"])
-    with pytest.raises(InputError, match='method.type = "C3A": PEFT refuses it'):
+    with pytest.raises(InputError, match=r'method\.type = "C3A": PEFT refuses it'):
         count(spec)
 
 

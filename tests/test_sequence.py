@@ -16,12 +16,17 @@ from lorabench import sequence
 from lorabench.decode import InputError
 from lorabench.examples import Order
 from lorabench.execute import Options, execute
+from lorabench.figures.transfer import TransferMatrix
 from lorabench.plan import count, formula, make_plan, plan_text
 from lorabench.record import MEASURES, Status, Store
+from lorabench.results import load_results, selected
 from lorabench.spec import RunSpec, brief, flatten, task_names, unflatten
 from lorabench.status import status_json, status_text
 from lorabench.sweep import known_measures, parse_sweep
+from lorabench.tables import build_tables, write_tables
 from lorabench.train import Stop
+from lorabench.transfer import transfer_sheet
+from tests import synthetic
 from tests.conftest import make_spec
 from tests.test_execute import stop_after
 
@@ -200,7 +205,7 @@ def test_a_run_stopped_at_any_place_ends_with_the_same_bits(name, reference, tmp
     """In the evaluations before, between and after the tasks, at the tasks' boundaries, and while training."""
     spec = SPECS[name]
     whole = count_checks(spec, tmp_path / "counted", monkeypatch)
-    for checks in range(whole) if name == "lora" else range(3, whole, 6):
+    for checks in range(0, whole, 2) if name == "lora" else range(5, whole, 9):
         store = Store(tmp_path / str(checks))
         stop_after(monkeypatch, checks)
         assert execute(spec, store, QUIET) == Status.CANCELLED
@@ -355,11 +360,47 @@ def test_plan_status_and_tables_count_all_tasks(reference, tmp_path, monkeypatch
     assert row["progress"]["steps"] == 8
     line = next(line for line in status_text(reference).splitlines() if line.startswith(spec.id))
     assert "8/8" in line and "tasks=python-code > english-docs" in line
-    text = BASE + "tasks = [[{}, {}], [{}, {}]]\n".format(
-        *(
-            '{name = "text", data = "builtin:%s"}' % name
-            for name in ("python-code", "english-docs", "english-docs", "python-code")
-        )
-    )
+    code, docs = '{name = "text"}', '{name = "text", data = "builtin:english-docs"}'
+    text = BASE + f"tasks = [[{code}, {docs}], [{docs}, {code}]]\n"
     sweep = parse_sweep(tomllib.loads(text), text)
     assert "python-code > english-docs" in plan_text(sweep, make_plan(sweep, Store(tmp_path), "cpu"))
+
+
+# ---------------------------------------------------------------- tables and figures
+
+
+def test_the_table_has_a_column_a_task_and_the_mean_over_seeds(tmp_path) -> None:
+    results = synthetic.sequences()
+    sheet = transfer_sheet(results, selected(results))
+    assert [column.label for column in sheet.columns] == ["method", "rank", "after", "python-code", "english-docs"]
+    assert [line[1:3] for line in sheet.rows[:3]] == [["1", "base"], ["1", "python-code"], ["1", "english-docs"]]
+    tidy = sheet.tidy[sheet.tidy["measure"] == "valid_token_accuracy"]
+    for rank, seeds in ((1, 3), (2, 2)):
+        mean = 100 * np.mean([synthetic.MATRICES[seed] for seed in range(seeds)], axis=0)
+        chunk = tidy[tidy["method.rank"] == rank]
+        assert [list(map(float, chunk["mean"][i : i + 2])) for i in (0, 2, 4)] == [pytest.approx(line) for line in mean]
+        assert set(chunk["n"]) == {seeds}
+    assert set(sheet.tidy["measure"]) == {"valid_token_accuracy", "valid_loss"}
+    files = {file.name for file in write_tables(results, build_tables(results), tmp_path / "tables")}
+    assert {"transfer.csv", "transfer.md", "transfer.tex"} <= files
+
+
+def test_the_figure_shows_each_settings_matrix(tmp_path) -> None:
+    results = synthetic.sequences()
+    drawn = TransferMatrix().draw(results)
+    panels = [axes for axes in drawn.axes if axes.get_images()]
+    assert [axes.get_title() for axes in panels] == ["lora, rank 1", "lora, rank 2"]
+    assert [text.get_text() for text in panels[0].texts] == ["20.0", "30.0", "60.0", "20.0", "40.0", "70.0"]
+    changes = np.array(panels[0].get_images()[0].get_array())
+    np.testing.assert_allclose(changes, [[0, 0], [40, -10], [20, 40]], atol=1e-9)
+    assert "0.40" in [text.get_text() for text in TransferMatrix(metric="loss").draw(results).axes[0].texts]
+
+
+def test_sequences_that_differ_have_names_that_differ(tmp_path) -> None:
+    one, other = (f'[{{name = "text", max_train = {n}}}, {{name = "text", max_train = 9}}]' for n in (7, 8))
+    text = BASE + f"tasks = [{one}, {other}]\n"
+    names = load_results(Store(tmp_path), parse_sweep(tomllib.loads(text), text)).runs["tasks"]
+    assert set(names) == {
+        "python-code (max_train 7) > python-code (max_train 9)",
+        "python-code (max_train 8) > python-code (max_train 9)",
+    }

@@ -1,6 +1,7 @@
 """Sweep files: what a grid expands to, and what is said about a file that is wrong."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -136,9 +137,9 @@ ONE_PROBLEM = {
     BASE + "method.rank = 0\n": "method.rank = 0: must be at least 1",
     BASE + "micro_batch_size = 3\n": "micro_batch_size = 3: must divide batch_size = 8",
     '[base]\nmethod.name = "lorra"\ntask.name = "text"\n': (
-        "method.name = \"lorra\": unknown method 'lorra'. Did you mean 'lora'? Choices: full, lora"
+        "method.name = \"lorra\": unknown method 'lorra'. Did you mean 'lora'? Choices: adalora, adapter"
     ),
-    '[base]\nmethod = "lora"\ntask.name = "text"\n': "method.name: is missing. Choices: full, lora",
+    '[base]\nmethod = "lora"\ntask.name = "text"\n': "method.name: is missing. Choices: adalora, adapter",
     '[base]\ntask.name = "text"\n': "method: is missing",
     BASE + '[[grid]]\nzip = ["lr", "steps"]\nlr = [1, 2]\n': (
         'zip = ["lr", "steps"]: each of these keys must be a list in this grid'
@@ -332,3 +333,36 @@ def test_what_is_wrong_in_the_base_is_said_once() -> None:
 def test_what_would_go_wrong_later_is_said_when_the_sweep_is_read(text: str, words: list[str]) -> None:
     (problem,) = problems('[base]\ntask.name = "text"\nmethod.name = "lora"\n' + text)
     assert all(word in problem for word in words), problem
+
+
+LABELLED = """
+[[grid]]
+label = "LoRA, rank {method.rank}"
+method.name = "lora"
+method.rank = [1, 2]
+[[grid]]
+label = "full"
+method.name = "full"
+"""
+
+
+def test_settings_can_be_named():
+    base = "[base]\ntask.name = 'text'\nseed = [0, 1]\n"
+    sweep = parse(base + LABELLED)
+    assert [sweep.labels[run.id] for run in sweep.runs] == ["LoRA, rank 1", "LoRA, rank 2"] * 2 + ["full"] * 2
+    bare = parse(base + re.sub("label.*", "", LABELLED))
+    assert [run.id for run in bare.runs] == [run.id for run in sweep.runs]  # a name changes no run
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('label = "full"', "", "label: is missing in some"),
+        ("{method.rank}", "{method.rnk}", "Did you mean 'method.rank'?"),
+        ('label = "full"', "label = 3", "label = 3: must be a text"),
+    ],
+)
+def test_a_wrong_label_is_an_error(old, new, problem):
+    with pytest.raises(InputError) as error:
+        parse("[base]\ntask.name = 'text'\n" + LABELLED.replace(old, new))
+    assert problem in str(error.value)

@@ -25,7 +25,7 @@ class TransferMatrix(Figure):
 
     def draw(self, results: Any) -> MatplotlibFigure | None:
         from lorabench import drawing
-        from lorabench.labels import with_unit
+        from lorabench.labels import measure
         from lorabench.results import selected
         from lorabench.transfer import transfers
 
@@ -37,13 +37,16 @@ class TransferMatrix(Figure):
         with drawing.style():
             drawing.plt.rcParams["axes.grid"] = False
             tallest = max(len(item.cells) for item in found)
-            figure, grid = drawing.new_figure(-(-len(found) // columns), columns, height=0.75 + 0.3 * tallest)
+            figure, grid = drawing.new_figure(-(-len(found) // columns), columns, height=1.0 + 0.3 * tallest)
             for axes, item in zip(grid.flat, found, strict=False):
                 self._draw_panel(axes, item, largest)
-                axes.set_title(drawing.series_label(results.settings, item.setting))
-            drawing.lowest(grid, len(found))
-            image = grid[0, 0].images[0]
-            figure.colorbar(image, ax=grid, label=f"change of {with_unit(found[0].name)}", pad=0.01, aspect=18)
+                axes.set_title(_title(results, item))
+            for axes in drawing.lowest(grid, len(found)):
+                axes.set_xlabel("evaluated on")
+            for axes in grid[:, 0]:
+                axes.set_ylabel("after training on")
+            unit = {"%": "points"}.get(measure(found[0].name).unit, measure(found[0].name).unit)
+            figure.colorbar(grid[0, 0].images[0], ax=grid, label=f"change from base ({unit})", pad=0.01, aspect=18)
         return figure
 
     def _draw_panel(self, axes: Axes, item: Transfer, largest: float) -> None:
@@ -58,11 +61,9 @@ class TransferMatrix(Figure):
                 text = "–" if cell.mean is None else f"{cell.mean:.{digits}f}"
                 axes.text(j, i, text, ha="center", va="center", color=color, fontsize=7)
         for j in range(len(item.tasks)):
-            axes.add_patch(plt.Rectangle((j - 0.5, j + 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1.2))
-        axes.set_xticks(range(len(item.tasks)), item.tasks)
+            axes.add_patch(plt.Rectangle((j - 0.5, j + 0.5), 1, 1, fill=False, linewidth=1.2, clip_on=False))
+        axes.set_xticks(range(len(item.tasks)), item.tasks, rotation=20, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(item.cells)), item.stages)
-        axes.set_xlabel("on")
-        axes.set_ylabel("after")
 
     def caption(self) -> str:
         what = "accuracy" if self.metric == "accuracy" else "loss"
@@ -72,6 +73,17 @@ class TransferMatrix(Figure):
             "just trained; below the frames is what training on later tasks does to earlier ones, above them what "
             "earlier tasks give later ones (Lopez-Paz and Ranzato 2017)."
         )
+
+
+def _title(results: Any, item: Transfer) -> str:
+    """The setting without its tasks, which the axes tell."""
+    import textwrap
+
+    from lorabench.drawing import series_label
+
+    pairs = [pair for pair in zip(results.settings, item.setting, strict=True) if pair[0] != "tasks"]
+    keys, values = zip(*pairs, strict=True)
+    return "\n".join(textwrap.wrap(series_label(keys, values), 38))
 
 
 def changes(item: Transfer) -> list[list[float]]:

@@ -108,7 +108,7 @@ class PeftMethod(Method):
         return merged(model) if self.has_update else None
 
     def unload(self, model: Any) -> nn.Module | None:
-        """By taking the base's layers out of the tuner's: PEFT's own `unload` refuses quantized bases for some tuners."""
+        """The base's layers out of the tuner's: PEFT's own `unload` refuses quantized bases with some tuners."""
         base = model.get_base_model()
         _unwrap_heads(model, tuned=False)
         for name, module in list(tuner_layers(base)):
@@ -152,6 +152,10 @@ class SoftPrompt(PeftMethod):
 
     @property
     def has_update(self) -> bool:
+        return False
+
+    @property
+    def starts_at_base(self) -> bool:
         return False
 
     def problems(self, spec: RunSpec) -> Iterator[str]:

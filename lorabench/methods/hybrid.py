@@ -53,6 +53,10 @@ class Hybrid(Method):
         return self.lora is not None
 
     @property
+    def starts_at_base(self) -> bool:
+        return all(part.starts_at_base for part in self.parts)
+
+    @property
     def adds_computation(self) -> bool:
         return True
 

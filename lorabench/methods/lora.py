@@ -73,6 +73,10 @@ class Lora(Tuner):
     def trained_dtype(self) -> str:
         return self.adapter_dtype
 
+    @property
+    def starts_at_base(self) -> bool:
+        return self.init != "loftq"
+
     def problems(self, spec: RunSpec) -> Iterator[str]:
         yield from super().problems(spec)
         if self.init in ("pissa", "olora") and spec.quantization != "none":

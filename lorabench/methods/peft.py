@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,10 @@ class Peft(Tuner):
     @property
     def has_update(self) -> bool:
         return not self.is_prompt
+
+    @property
+    def starts_at_base(self) -> bool:
+        return False  # that depends on the tuner, and on its initialization
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -112,6 +117,7 @@ class Peft(Tuner):
 
 
 def _classes() -> dict[str, Any]:
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a kernel it can do without
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     return {kind.value: cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
