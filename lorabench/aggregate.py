@@ -91,7 +91,7 @@ def cell(runs: pd.DataFrame, name: str) -> Cell:
 
 
 def _is_applicable(runs: pd.DataFrame, name: str) -> bool:
-    column = "update:na" if "." in name else f"{name}:na"
+    column = "update:na" if "." in name else "merge_error:na" if "_merged_" in name else f"{name}:na"
     done = runs[runs["status"] == Status.DONE]
     return column not in runs or done.empty or not all(value is True for value in done[column])
 

@@ -240,8 +240,8 @@ class Bench:
         if isinstance(spec.method, PeftMethod):
             spec.method.prepare(base)
         tuned: Any = None
-        for number, adapter in enumerate(self.adapters):
-            name = _name(number)
+        for index, adapter in enumerate(self.adapters):
+            name = _name(index)
             # Not as SEQ_CLS: PEFT refuses to merge adapters of which more than one has the head in modules_to_save.
             config = replace(adapter.config, task_type=None, modules_to_save=None, inference_mode=True)
             if tuned is None:
@@ -318,13 +318,13 @@ def compose(
     check(adapters, wanted)
     bench = Bench(adapters, pick_device(device))
     records = []
-    for number, body in enumerate(wanted, 1):
+    for position, body in enumerate(wanted, 1):
         key = _key(adapters, body)
         merge_id = f"{body.by}-{hashlib.sha256(canonical_json(key)).hexdigest()[:12]}"
         file = store.root / "merges" / merge_id / "record.json"
         record = _read(file, key)
         if record is None:
-            note(f"[{number}/{len(wanted)}] {body.label}" + (f", seed {body.seed}" if body.seed is not None else ""))
+            note(f"[{position}/{len(wanted)}] {body.label}" + (f", seed {body.seed}" if body.seed is not None else ""))
             record = {"merge_id": merge_id, "key": key, "tasks": [column.name for column in bench.columns]}
             record["metrics"] = bench.evaluate(body)
             seen = adapters[0].record.environment

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,7 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     record.files = _save(training, lambda: _seeded_base(spec, examples, device), folder, hold)
     _fill(record, training, folder)
     if spec.serving:
+        _write_unserved(record, store, hold)
         hold.progress["phase"] = "serve"
         with meter.clock("serve"):
             _serve(record, training, stages, folder, stop)
@@ -246,6 +247,13 @@ def _save(training: Training, load_base: Any, folder: Path, hold: Hold) -> dict[
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return file_digests(final, folder)
+
+
+def _write_unserved(record: RunRecord, store: Store, hold: Hold) -> None:
+    """What stands if the process is killed while it measures: a run that is done, for all that counts is saved."""
+    note = {"serving": "not measured: the process was killed meanwhile"}
+    hold.check()
+    store.write(replace(record, status=Status.DONE, finished=_now(), provenance=record.provenance | note))
 
 
 def _serve(record: RunRecord, training: Training, stages: list[Examples], folder: Path, stop: Stop) -> None:

@@ -118,44 +118,49 @@ class _Bench:
             return
         folder = self.subject.folder
         self.measures["storage_bytes"] = sum(file.stat().st_size for file in stored_files(folder))
-        self.measures["adapter_load_seconds"] = statistics.median(row[0] for row in race([self._load_once]))
+        times = self._fill_model() if self.method.holds_several else [row[0] for row in race([self._load_once])]
+        self.measures["adapter_load_seconds"] = statistics.median(times)
 
     def _load_once(self) -> float:
         base = twin(self.base)
-        return seconds(lambda: self.method.load(base, self.subject.folder, self.spec), self.subject.device)
+        return seconds(partial(self.method.load, base, self.subject.folder, self.spec), self.subject.device)
+
+    def _fill_model(self) -> list[float]:
+        """Seconds of each load but the first, onto one model that then holds NUM_RESIDENT adapters."""
+        device, folder, dtype = self.subject.device, self.subject.folder, self.spec.dtype
+        model = as_served(self.method.load(twin(self.base), folder, self.spec), dtype)
+        before = held_bytes(model)
+        load = partial(self.method.load_another, model, folder)
+        times = [seconds(partial(load, name), device) for name in RESIDENT[1:]]
+        self.several = as_served(model, dtype)
+        self.measures["resident_adapter_gib"] = (held_bytes(model) - before) / len(RESIDENT[1:]) / GIB
+        return times
 
     def swapping(self) -> None:
         """From one task to another: between adapters that the model holds, else by copying the other's tensors."""
-        if not self.method.holds_several:
-            self._copy()
-        elif self.spec.keep == "updates":
-            self._switch()
-
-    def _copy(self) -> None:
-        model, device = self.subject.model, self.subject.device
-        other = {name: tensor.clone() for name, tensor in self.method.trained_state(model).items()}
-        rows = race([partial(seconds, partial(self.method.restore, model, other), device)])
-        self._note_swap(rows, sum(tensor.nbytes for tensor in other.values()))
-        self.notes["adapter_swap_seconds"] = "the other task's trained tensors, on the device, are copied over"
-
-    def _switch(self) -> None:
-        spec, device, folder = self.spec, self.subject.device, self.subject.folder
-        model = as_served(self.method.load(twin(self.base), folder, spec), spec.dtype)
-        before = held_bytes(model)
-        for name in RESIDENT[1:]:
-            self.method.load_another(model, folder, name)
-        held = held_bytes(as_served(model, spec.dtype)) - before
-        rows = race([partial(seconds, partial(self.method.activate, model, name), device) for name in RESIDENT])
-        self._note_swap(rows, held / len(RESIDENT[1:]))
-        self.notes["adapter_swap_seconds"] = f"PEFT's set_adapter among {len(RESIDENT)} adapters on the device"
-        self.several = model
-
-    def _note_swap(self, rows: list[tuple[float, ...]], nbytes: float) -> None:
+        calls: list[Callable[[], None]]
+        if self.several is not None:
+            calls = [partial(self.method.activate, self.several, name) for name in RESIDENT]
+            self.notes["adapter_swap_seconds"] = f"PEFT's set_adapter among {len(RESIDENT)} adapters on the device"
+        elif not self.method.holds_several:
+            calls = [self._copying()]
+            self.notes["adapter_swap_seconds"] = "the other task's trained tensors, on the device, are copied over"
+        else:
+            return
+        rows = race([partial(seconds, call, self.subject.device) for call in calls])
         self.measures["adapter_swap_seconds"] = statistics.median(value for row in rows for value in row)
-        self.measures["resident_adapter_gib"] = nbytes / GIB
+
+    def _copying(self) -> Callable[[], None]:
+        model = self.subject.model
+        other = {name: tensor.clone() for name, tensor in self.method.trained_state(model).items()}
+        self.measures["resident_adapter_gib"] = sum(tensor.nbytes for tensor in other.values()) / GIB
+        return partial(self.method.restore, model, other)
 
     def mixing(self) -> None:
         """A batch whose rows are of different tasks: in one pass, or group by group with a swap before each."""
+        if not self.method.mixes_adapters:
+            for name in ("mixed_batch_seconds", "swapped_batch_seconds"):
+                self.notes[name] = "not applicable: PEFT takes no batch of mixed adapters with this method"
         if self.several is None or not self.method.mixes_adapters:
             return
         model, ids, options = self.several, self.work.ids, self.work.options
@@ -172,6 +177,7 @@ class _Bench:
         wanted = logits(model, batch)
         merged = self.method.merge(model)
         if merged is None:
+            self.notes["merge_error"] = "not applicable: what the method adds cannot be merged into the weights"
             return
         error = self.measures["merge_error"] = relative_error(logits(merged, batch), wanted)
         self.notes["merge_error"] = _verdict(error, spec)

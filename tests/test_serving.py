@@ -236,6 +236,23 @@ def test_a_stop_ends_the_measuring_and_not_the_run(tmp_path, monkeypatch, quick)
     assert stopped.count == 3
 
 
+def test_a_process_that_dies_meanwhile_leaves_the_run_done(tmp_path, monkeypatch, quick):
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    monkeypatch.setattr(serving, "measure", die)
+    spec, store = quick(), Store(tmp_path)
+    with pytest.raises(Killed):
+        execute(spec, store, QUIET)
+    record = store.read(spec.id)
+    assert store.state(spec.id).status == record.status == Status.DONE
+    assert "killed" in record.provenance["serving"] and record.files and record.finished
+    assert "valid_loss" in record.measures and not SERVING & set(record.measures)
+
+
 def test_a_sweep_without_serving_has_no_such_column(tmp_path):
     from lorabench.decode import InputError
     from lorabench.sweep import read_sweep
