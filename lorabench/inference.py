@@ -27,7 +27,7 @@ from lorabench.train import forward
 
 NEW_TOKENS = 5
 """Generated in one call; the first of them is prefill's."""
-MIN_ROUNDS, MAX_ROUNDS, SECONDS = 3, 100, 0.1
+MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 20, 0.5
 """A race goes on for so many rounds at least, at most, and for so long between the two."""
 CHECKED_TOKENS = 512
 """About how many positions merged and unmerged logits are compared at."""

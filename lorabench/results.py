@@ -128,7 +128,12 @@ def with_analyses(results: Results, analyses: dict[str, pd.DataFrame]) -> Result
 
 
 def shared(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the layers that every run has, so that runs with other targets compare; all where there is none."""
+    """The rows of the layers that every run has, so that runs with other targets compare; all where there is none.
+
+    Of the layers inside the model's blocks, where there are any: runs that trained nothing but a head are left out.
+    """
+    body = frame[frame["depth"].notna()] if "depth" in frame else frame
+    frame = frame if body.empty else body
     owners = frame.groupby("layer")["run_id"].nunique()
     everywhere = owners.index[owners == frame["run_id"].nunique()]
     return frame[frame["layer"].isin(everywhere)] if len(everywhere) else frame

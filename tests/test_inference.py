@@ -96,6 +96,7 @@ def test_generate_computes_with_the_tuned_model(name, base, tiny_bases, labelled
 
 def test_a_race_runs_in_turn_and_leaves_the_first_round_out(monkeypatch):
     monkeypatch.setattr(inference, "SECONDS", 0.0)
+    monkeypatch.setattr(inference, "MIN_ROUNDS", 3)
     seen = []
 
     def call(name):
@@ -123,6 +124,7 @@ def test_measures_are_medians_of_the_pairs(monkeypatch):
         return (3.0 * slow, 0.3 * slow) if model == "tuned" else (2.0 * slow, 0.2 * slow)
 
     monkeypatch.setattr(inference, "SECONDS", 0.0)
+    monkeypatch.setattr(inference, "MIN_ROUNDS", 3)
     monkeypatch.setattr(Workload, "times", times)
     work = Workload(ids=torch.zeros(8, 5, dtype=torch.long), generates=True, options={})
     found = compare("base", "tuned", "unmerged", work)

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from lorabench.record import Status, Store
-from lorabench.results import load_results, ordered, selected, with_analyses
+from lorabench.results import load_results, ordered, selected, shared, with_analyses
 from tests import synthetic
 
 GRID = """
@@ -143,3 +143,18 @@ def test_analyze_is_given_the_selected_runs(tmp_path, results):
 )
 def test_order_of_values(values, order):
     assert ordered(values) == order
+
+
+def test_means_are_over_the_layers_in_the_blocks_that_all_runs_have():
+    """A run of a soft prompt trains a head alone: it must not make that the only layer that is compared."""
+    rows = [
+        ("a", "h.0.q", 0),
+        ("a", "h.0.k", 0),
+        ("a", "classifier", None),
+        ("b", "h.0.q", 0),
+        ("b", "classifier", None),
+    ]
+    frame = pd.DataFrame([*rows, ("c", "classifier", None)], columns=["run_id", "layer", "depth"])
+    assert shared(frame)[["run_id", "layer"]].to_numpy().tolist() == [["a", "h.0.q"], ["b", "h.0.q"]]
+    heads = frame[frame["layer"] == "classifier"]
+    assert len(shared(heads)) == 3
