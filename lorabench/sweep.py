@@ -163,9 +163,7 @@ def _blocks(table: dict[str, Any], key: str, problems: list[str]) -> list[dict[s
     return []
 
 
-def _expand(
-    table: dict[str, Any], problems: list[str]
-) -> tuple[list[RunSpec], list[tuple[str, ...]], dict[str, str]]:
+def _expand(table: dict[str, Any], problems: list[str]) -> tuple[list[RunSpec], list[tuple[str, ...]], dict[str, str]]:
     """All runs of all grid blocks, each once, the groups of keys that move together, and the runs' labels."""
     base = table.get("base", {})
     for key in ("zip", "exclude", "label"):

@@ -23,6 +23,7 @@ seq_len = 64
 batch_size = 2
 steps = 120
 eval_every = 40
+serving = false
 
 [[grid]]
 method.name = "lora"
