@@ -68,6 +68,20 @@ def dequantized(module: nn.Module) -> Tensor:
     return weight.detach()
 
 
+def dense_linear(module: nn.Module) -> nn.Linear:
+    """What a linear layer computes, quantized or Conv1D, as a new one with weight and bias in float32."""
+    from torch import nn
+
+    weight = dequantized(module).float()
+    weight = weight.T if is_conv1d(module) else weight
+    bias = module.bias
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.contiguous().clone(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().float().clone(), requires_grad=False)
+    return linear
+
+
 def is_linear_layer(module: nn.Module) -> bool:
     """A linear layer, quantized or not, or GPT-2's Conv1D."""
     from torch import nn

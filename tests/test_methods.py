@@ -14,7 +14,7 @@ from lorabench import plugins, weights
 from lorabench.decode import InputError, encode
 from lorabench.examples import collate, prepare
 from lorabench.formats import read_updates
-from lorabench.train import forward, make_optimizer
+from lorabench.train import autocast, forward, make_optimizer
 from tests.conftest import make_spec
 
 CPU = torch.device("cpu")
@@ -47,7 +47,8 @@ def take_steps(spec, model, examples, steps, first=0):
     model.train()
     torch.manual_seed(first)  # of dropout
     for step in range(first, first + steps):
-        loss = spec.task.loss(forward(model, batch), batch) / spec.task.count(batch)
+        with autocast(spec, CPU):
+            loss = spec.task.loss(forward(model, batch), batch) / spec.task.count(batch)
         penalty = spec.method.penalty(model)
         (loss if penalty is None else loss + penalty).backward()
         optimizer.step()
@@ -232,6 +233,37 @@ def test_every_method_trains_on_a_quantized_base(name, quantization, tiny_bases,
             # int8 also rounds the activations, which W0 + ΔW knows nothing of.
             tolerance = 1e-3 if quantization == "nf4" else 5e-2
             torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("base", ["gpt2", "bert"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_in_bfloat16(name, base, tiny_bases, labelled, tmp_path):
+    spec = method_spec(name, base, tiny_bases, labelled, dtype="bfloat16")
+    model, batch, losses, examples = tuned(spec)
+    assert min(losses) < losses[0]
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    spec.method.save(model, lambda: load_base(spec, examples), tmp_path, "updates")
+    with torch.no_grad(), autocast(spec, CPU):
+        loaded = spec.method.load(load_base(spec, examples), tmp_path, spec).eval()
+        want = forward(model, batch).float()
+        torch.testing.assert_close(forward(loaded, batch).float(), want, atol=0.05, rtol=0.05)
+    if not spec.method.adds_computation:  # ΔW is exact all the same: not a difference of bfloat16 outputs
+        updates = spec.method.updates(model, lambda: load_base(spec, examples))
+        with torch.no_grad():
+            got = forward(add(load_base(spec, examples).float(), updates), batch)
+            torch.testing.assert_close(got, forward(model.float(), batch), atol=1e-4, rtol=1e-3)
+
+
+def test_adalora_may_cut_a_matrix_to_nothing(trained, tmp_path):
+    from lorabench.formats import read_layers
+
+    spec, model, _, _, examples = trained("adalora", "llama")
+    model = copy.deepcopy(model)
+    model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").lora_E["default"].data.zero_()
+    spec.method.save(model, lambda: load_base(spec, examples), tmp_path, "updates")
+    layers = {layer.layer: layer for layer in read_layers(tmp_path)}
+    assert layers["model.layers.0.mlp.up_proj"].svd.S.tolist() == [0.0]
+    assert layers["model.layers.1.mlp.up_proj"].svd.S[0] > 0
 
 
 def test_lora_is_peft_own_merge_and_loads_again(tiny_bases, labelled, tmp_path):

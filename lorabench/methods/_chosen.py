@@ -10,7 +10,7 @@ from lorabench.decode import InputError
 from lorabench.method import LoadBase, Method
 from lorabench.model import new_heads
 from lorabench.update import Update
-from lorabench.weights import weight_changes
+from lorabench.weights import is_linear_layer, weight_changes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +30,9 @@ class Chosen(Method):
         heads = tuple(f"{head}." for head in new_heads(model))
         model.requires_grad_(False)
         for name in [*names, *(name for name, _ in model.named_parameters() if heads and name.startswith(heads))]:
+            module = model.get_submodule(name.rpartition(".")[0])
+            if not is_linear_layer(module):
+                module.float()  # a norm whose gain and bias are of two dtypes does not compute
             parameter = model.get_parameter(name)
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)

@@ -5,6 +5,7 @@ Shapes: M out features, N in features, r rank.
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -77,10 +78,8 @@ class PeftMethod(Method):
         yield from head_updates(model)
 
     def layer_updates(self, model: nn.Module, load_base: LoadBase) -> Iterator[Update]:
-        """ΔW of each layer that the method is attached to, and the change of its bias if there is one."""
-        for name, module in tuner_layers(model):
-            yield self.layer_update(name, module)
-            yield from _bias_update(name, module)
+        """ΔW of each layer that the method is attached to."""
+        return (self.layer_update(name, module) for name, module in tuner_layers(model))
 
     def layer_update(self, name: str, module: Any) -> Update:
         """ΔW of one layer; dense, from what the layer computes, unless the method knows better."""
@@ -217,55 +216,52 @@ def _unwrap_heads(model: Any, *, tuned: bool) -> None:
 def probe(module: Any) -> Tensor:
     """ΔW (M, N) of a linear layer, by its definition: what the layer adds to the base layer's output, for each input.
 
-    Exact for every method that is linear in the layer's input, quantized base or not, whatever its form; in float32,
-    so with a noise floor of about 1e-7 of the base's weight.
+    Right for every method that is linear in the layer's input, whatever its form; in float32 on the dequantized
+    weights, so with a noise floor of about 1e-7 of the base's, also where the model computes in fewer bits.
     """
-    return (outputs(module) - outputs(module.get_base_layer())).T.contiguous().cpu()
+    return change(exact(module), exact(module.get_base_layer()))
 
 
-def outputs(module: Any, inputs: Tensor | None = None) -> Tensor:
-    """(n, M): what a linear layer makes of `inputs` (n, N), or of the N unit vectors, without bias."""
+def change(tuned: Any, base: Any) -> Tensor:
+    """(M, N): what one linear layer computes beyond another, bias apart; both as `exact` makes them."""
     import torch
 
-    training, weight = module.training, next(module.parameters())
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    bias = getattr(base, "bias", None)
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32 if bias is None else bias.dtype
-    if inputs is None:
-        inputs = torch.eye(base.weight.shape[0] if weights.is_conv1d(base) else base.in_features)
+    inputs = torch.eye(base.in_features, device=next(base.parameters()).device)
     with torch.no_grad():
-        inputs = inputs.to(weight.device, dtype)
-        found = module.eval()(inputs) - module(torch.zeros_like(inputs[:1]))
-    module.train(training)
-    return found.float()
+        return (tuned(inputs) - tuned(0 * inputs[:1]) - (base(inputs) - base(0 * inputs[:1]))).T.contiguous().cpu()
+
+
+def bias_update(name: str, tuned: Any, base: Any) -> Iterator[Update]:
+    """What a layer that is given no input computes beyond the other: the change of its bias, if there is any."""
+    import torch
+
+    with torch.no_grad():
+        zero = torch.zeros(1, base.in_features, device=next(base.parameters()).device)
+        found = (tuned(zero) - base(zero)).T.contiguous().cpu()
+    if base.bias is not None and found.any():
+        yield Update(parameter=f"{name}.bias", B=found, base_norm=float(base.bias.norm()), precision="float32")
+
+
+def exact(module: Any) -> Any:
+    """A copy of a layer in float32 and evaluation mode, with a dense base layer: dequantized, and no Conv1D."""
+    if not hasattr(module, "get_base_layer"):
+        return weights.dense_linear(module)
+    copied = copy.deepcopy(module)
+    copied.base_layer = weights.dense_linear(module.get_base_layer())
+    if hasattr(copied, "fan_in_fan_out"):
+        copied.fan_in_fan_out = False
+    return copied.float().eval()
 
 
 def is_linear(module: Any) -> bool:
     """Whether a layer's output is linear in its input: tried on a few random ones."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 4, module.get_base_layer().in_features, generator=generator)
-    both, apart = outputs(module, x + y), outputs(module, x) + outputs(module, y)
-    rounds = type(module.get_base_layer()).__name__ == "Linear8bitLt"  # its inputs, to 8 bits
-    return torch.allclose(both, apart, rtol=0, atol=(0.05 if rounds else 1e-3) * float(both.abs().max()))
-
-
-def _bias_update(name: str, module: Any) -> Iterator[Update]:
-    """The change of a layer's bias, where the method makes one (IA3 scales it with the output)."""
-    import torch
-
     base = module.get_base_layer()
-    if getattr(base, "bias", None) is None:
-        return
-    training = module.training
+    x, y = torch.randn(2, 4, base.in_features, generator=torch.Generator().manual_seed(0)).to(base.weight.device)
     with torch.no_grad():
-        width = base.weight.shape[0] if weights.is_conv1d(base) else base.in_features
-        zero = torch.zeros(1, width, device=base.bias.device, dtype=base.bias.dtype)
-        change = (module.eval()(zero) - base(zero)).float().T.contiguous().cpu()
-    module.train(training)
-    if change.any():
-        yield Update(parameter=f"{name}.bias", B=change, base_norm=float(base.bias.float().norm()), precision="float32")
+        at = [module(inputs) for inputs in (x, y, x + y, 0 * x)]
+    return torch.allclose(at[0] + at[1], at[2] + at[3], rtol=0, atol=1e-3 * float(at[2].abs().max()))
 
 
 def write_norms(updates: list[Update], folder: Path) -> None:

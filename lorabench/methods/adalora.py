@@ -74,6 +74,7 @@ class AdaLora(Tuner):
         """The directions that are left; the scale is divided by the rank at the start, as PEFT does it."""
         e = module.lora_E[ADAPTER].detach()
         left = e[:, 0] != 0
+        left[0] = left[0] | ~left.any()  # of a matrix that has lost all, one direction that is zero
         scale = module.scaling[ADAPTER] / (module.ranknum[ADAPTER] + 1e-5)
         return Update(
             parameter=f"{name}.weight",

@@ -98,6 +98,7 @@ class Hybrid(Method):
             for head in models.new_heads(model):
                 model.get_submodule(head).float().requires_grad_(True)
         for parameter in trained:
+            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         return tuned
 

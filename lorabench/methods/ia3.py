@@ -7,11 +7,14 @@ Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorabench import targets
-from lorabench.methods._peft import Tuner
+from lorabench.method import LoadBase
+from lorabench.methods._peft import Tuner, bias_update, exact, tuner_layers
+from lorabench.update import Update
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -37,6 +40,11 @@ class Ia3(Tuner):
         else:
             inputs = [name for name in names if re.fullmatch(rf"(.*\.)?({self.feedforward})", name)]
         return IA3Config(target_modules=names, feedforward_modules=inputs)
+
+    def layer_updates(self, model: nn.Module, load_base: LoadBase) -> Iterator[Update]:
+        for name, module in tuner_layers(model):
+            yield self.layer_update(name, module)
+            yield from bias_update(name, exact(module), exact(module.get_base_layer()))
 
 
 EXAMPLE = Ia3()

@@ -15,7 +15,16 @@ from lorabench import model as models
 from lorabench import plugins, weights
 from lorabench.decode import InputError, show
 from lorabench.method import LoadBase
-from lorabench.methods._peft import Tuner, is_linear, merged, outputs, refuse_decoder_classifier, tuner_layers
+from lorabench.methods._peft import (
+    Tuner,
+    bias_update,
+    change,
+    exact,
+    is_linear,
+    merged,
+    refuse_decoder_classifier,
+    tuner_layers,
+)
 from lorabench.update import Update
 
 if TYPE_CHECKING:
@@ -92,20 +101,20 @@ class Peft(Tuner):
         """Against the untouched base: some tuners change the base's weights when they are attached."""
         base: Any = None
         for name, module in tuner_layers(model):
-            if not weights.is_linear_layer(module.get_base_layer()) or not is_linear(module):
+            if not weights.is_linear_layer(module.get_base_layer()) or not is_linear(tuned := exact(module)):
                 raise InputError(
                     f'method.type = "{self.type}": {name} is not linear in its input: there is no ΔW; keep = "none"'
                 )
             if base is None:
                 base = load_base()
-                weights.as_linear(base)
-            original = base.get_submodule(name)
+            original = exact(base.get_submodule(name))
             yield Update(
                 parameter=f"{name}.weight",
-                B=(outputs(module) - outputs(original)).T.contiguous().cpu(),
+                B=change(tuned, original),
                 base_norm=weights.weight_norm(original),
                 precision="float32",
             )
+            yield from bias_update(name, tuned, original)
 
     def merge(self, model: Any) -> nn.Module | None:
         if not self.has_update or not any(hasattr(module, "merge") for _, module in tuner_layers(model)):
