@@ -30,8 +30,11 @@ class Method(Plugin, ABC):
     """Whether base weights themselves are trained: they are then held as float32 masters and not quantized."""
     holds_several: ClassVar[bool] = False
     """Whether a loaded model can hold the adapters of several tasks: `load_another`, `activate`."""
-    mixes_adapters: ClassVar[bool] = False
-    """Whether such a model also takes `adapter_names`, the adapter of each row of a batch, as PEFT has it."""
+
+    @property
+    def mixes_adapters(self) -> bool:
+        """Whether such a model also takes `adapter_names`, the adapter of each row of a batch, as PEFT has it."""
+        return False
 
     @property
     def has_update(self) -> bool:

@@ -129,6 +129,8 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
     if select and runs:
         problems += _unknown_keys([select.over], [key for key in known if key not in ("seed", "label")], "select.over")
         problems += _unknown_measures([select.by], {m: measures[m] for m in MEASURES if m in measures}, "select.by")
+    over = {key for group in zips if select and select.over in group for key in group}
+    problems += _pooled(labels, runs, over | {"seed", select.over if select else "seed"})
     for number, figure in enumerate(figures, 1):
         problems += _unknown_measures(figure.measures if figure else [], measures, f"figure {number}: figure")
     if problems:
@@ -215,6 +217,21 @@ def _label(template: Any, spec: RunSpec, where: str, problems: list[str]) -> str
         return ""
     problems += _unknown_keys(re.findall(r"{([^{}]*)}", template), list(flat), f"{where}label")
     return re.sub(r"{([^{}]*)}", lambda match: str(flat.get(match[1])), template)
+
+
+def _pooled(labels: dict[str, str], runs: list[RunSpec], free: set[str]) -> list[str]:
+    """A problem for each label that stands for settings that differ in more than the `free` keys."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        if run.id in labels:
+            found.setdefault(labels[run.id], []).append(flatten(run.to_json()))
+    problems = []
+    for label, flats in found.items():
+        keys = [key for key in dict.fromkeys(key for flat in flats for key in flat) if key not in free]
+        differing = [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
+        if differing:
+            problems.append(f"label = {show(label)}: is given to runs that differ in {', '.join(differing)}")
+    return problems
 
 
 def _merge(base: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:

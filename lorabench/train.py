@@ -111,7 +111,8 @@ class Training:
         """Go on where the checkpoint was written. ValueError if it is damaged, or of other data or weights."""
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            trained = state["model"]
+            trained, step = state["model"], (state["stage"], state["step"], state["evaluated"])
+            parts = [state[key] for key in ("losses", "metrics", "rows", "optimizer", "meter", "random")]
         except (
             RuntimeError,
             OSError,
@@ -126,11 +127,11 @@ class Training:
         if state.get("content") != self.content:
             raise ValueError("was made with other data or another base")
         self.spec.method.restore(self.model, trained)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.meter.restore(state["meter"])
-        self.stage, self.step, self.evaluated = state["stage"], state["step"], state["evaluated"]
-        self.losses, self.metrics, self.rows = state["losses"], state["metrics"], state["rows"]
-        set_random_state(state["random"], self.meter.device)
+        self.stage, self.step, self.evaluated = step
+        self.losses, self.metrics, self.rows, optimizer, meter, random = parts
+        self.optimizer.load_state_dict(optimizer)
+        self.meter.restore(meter)
+        set_random_state(random, self.meter.device)
 
 
 def train(

@@ -82,6 +82,11 @@ def dense_linear(module: nn.Module) -> nn.Linear:
     return linear
 
 
+def in_features(module: nn.Module) -> int:
+    """N of a linear layer (M, N)."""
+    return int(module.weight.shape[0] if is_conv1d(module) else module.in_features)
+
+
 def is_linear_layer(module: nn.Module) -> bool:
     """A linear layer, quantized or not, or GPT-2's Conv1D."""
     from torch import nn

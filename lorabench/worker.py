@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver, parent_process, resource_tracker
@@ -122,7 +123,11 @@ def check_main(specs: Sequence[RunSpec], answer: Connection, log: Path) -> None:
     from lorabench.plan import refusals
 
     _redirect(log, 1, 2)
-    answer.send(refusals(specs))
+    try:
+        answer.send(refusals(specs))
+    except Exception:  # whatever is wrong, the runs meet it and say so in their records
+        traceback.print_exc()
+        answer.send([])
 
 
 def _redirect(log: Path, *descriptors: int) -> None:

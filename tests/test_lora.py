@@ -17,6 +17,7 @@ from lorabench.train import forward
 from tests.conftest import make_spec
 from tests.test_methods import CPU, add, attach, load_base, method_spec, take_steps, tuned
 
+QUERY, DOWN = "q_proj|c_attn|query", r"down_proj|mlp\.c_proj|output\.dense"
 VARIANTS = {
     "lora": {},
     "rslora": {"rslora": True},
@@ -26,8 +27,9 @@ VARIANTS = {
     "pissa": {"init": "pissa"},
     "olora": {"init": "olora"},
     "pissa-rslora": {"init": "pissa", "rslora": True},
-    "patterns": {"rank_pattern": {"q_proj": 4, "c_attn": 4}, "alpha_pattern": {"v_proj": 1.0}},
-    "pissa-patterns": {"init": "pissa", "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 1.0}},
+    "patterns": {"rank_pattern": {QUERY: 4}, "alpha_pattern": {DOWN: 1.0}},
+    "pissa-patterns": {"init": "pissa", "rank_pattern": {QUERY: 4}, "alpha_pattern": {DOWN: 1.0}},
+    "pissa-rslora-patterns": {"init": "pissa", "rslora": True, "rank_pattern": {QUERY: 4}},
     "layers": {"layers": "1"},
     "embeddings": {"embeddings": True, "head": True},
 }
@@ -38,7 +40,9 @@ def peft_config(variant, names):
     from peft import LoraConfig
 
     method = VARIANTS[variant]
-    extra = {key: method[key] for key in ("rank_pattern", "alpha_pattern") if key in method}
+    ranks = method.get("rank_pattern", {})
+    alphas = {name: 2 * rank for name, rank in ranks.items()} | method.get("alpha_pattern", {})  # alpha = "2r"
+    extra = {"rank_pattern": ranks, "alpha_pattern": alphas}
     if method.get("embeddings"):
         names = [*names, "model.embed_tokens", "lm_head"]
     if method.get("layers"):
@@ -195,6 +199,11 @@ def test_lora_scale(alpha, rslora, want, tiny_bases, labelled):
         ({"alpha": "r2"}, {}, 'method.alpha = "r2"'),
         ({"rank_pattern": {"q_proj": 0}}, {}, "method.rank_pattern"),
         ({"lr_ratio": 0.0}, {}, "method.lr_ratio"),
+        ({"rank_pattern": {"q_proj(": 4}}, {}, "not a regular expression"),
+        ({"alpha": 0.0}, {}, "method.alpha = 0.0"),
+        ({"alpha": "0r"}, {}, 'method.alpha = "0r": must be greater than 0'),
+        ({"init": "pissa", "head": True}, {}, "method.head = true"),
+        ({"dora": True, "embeddings": True}, {}, "method.embeddings = true"),
     ],
 )
 def test_impossible_combinations_are_refused_with_the_key(method, changes, problem):
@@ -210,6 +219,31 @@ def test_layers_that_are_not_there_are_refused(layers, problem, tiny_bases, labe
     spec = method_spec("lora", "llama", tiny_bases, labelled, {"layers": layers})
     with pytest.raises(InputError, match=f'method.layers = "{layers}": .*{problem}'):
         attach(spec, prepare(spec))
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_fits_nothing_is_refused(key, tiny_bases, labelled):
+    spec = method_spec("lora", "llama", tiny_bases, labelled, {key: {"q_prooj": 4}})
+    with pytest.raises(InputError, match=f'method.{key}: "q_prooj": fits none of the targets: down_proj'):
+        attach(spec, prepare(spec))
+
+
+def test_pissa_s_change_is_held_against_the_whole_weight(tiny_bases, labelled, tmp_path):
+    spec = method_spec("lora", "gpt2", tiny_bases, labelled, {"init": "pissa", "rslora": True})
+    model, _, _, examples = tuned(spec)
+    spec.method.save(model, lambda: load_base(spec, examples), tmp_path, "updates")
+    base = load_base(spec, examples)
+    for update in read_updates(tmp_path):
+        assert update.base_norm == pytest.approx(float(base.get_parameter(update.parameter).norm()), rel=1e-4)
+
+
+def test_an_adapter_file_holds_factors_alone(tiny_bases, labelled, tmp_path):
+    from safetensors.torch import load_file
+
+    spec = method_spec("lora", "llama", tiny_bases, labelled, {"embeddings": True, "head": True})
+    model, _, _, examples = tuned(spec, steps=1)
+    spec.method.save(model, lambda: load_base(spec, examples), tmp_path, "updates")
+    assert all(".lora_" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize("pattern", [{"q_proj": 4}, {r"layers\.0\..*_proj": 4, "v_proj": 2}])

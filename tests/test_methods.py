@@ -350,6 +350,40 @@ def test_it_trains_as_many_parameters_as_its_paper_counts(name, trained):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == COUNTS[name]
 
 
+def test_oft_refuses_a_block_that_does_not_divide_the_width(tiny_bases, labelled):
+    spec = method_spec("oft", "llama", tiny_bases, labelled, {"block_size": 48})
+    with pytest.raises(InputError, match=r"method\.block_size = 48: does not divide 64"):
+        attach(spec, prepare(spec))
+
+
+VARIANTS = {
+    "text": ("prompt", {"start": "text", "text": "def f(x): return x"}),
+    "random": ("prompt", {"start": "random"}),
+    "projection": ("prefix", {"projection": True, "projection_width": 32}),
+    "lstm": ("ptuning", {"network": "lstm"}),
+    "both": ("lokr", {"decompose_both": True, "rank": 1}),
+    "neumann": ("oft", {"cayley_neumann": True}),
+    "dense vera": ("vera", {"rank": 256}),
+    "dense loha": ("loha", {"rank": 8}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_trains_loads_and_adds_up(variant, tiny_bases, labelled, tmp_path):
+    name, fields = VARIANTS[variant]
+    spec = method_spec(name, "llama", tiny_bases, labelled, fields)
+    model, batch, losses, examples = tuned(spec)
+    assert losses[-1] < losses[0]
+    spec.method.save(model, lambda: load_base(spec, examples), tmp_path, "updates")
+    with torch.no_grad():
+        want = forward(model, batch)
+        loaded = spec.method.load(load_base(spec, examples), tmp_path, spec).eval()
+        torch.testing.assert_close(forward(loaded, batch), want, atol=2e-5, rtol=1e-4)
+        if spec.method.has_update:
+            got = forward(add(load_base(spec, examples), read_updates(tmp_path)), batch)
+            torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
+
+
 def test_bitfit_trains_every_bias_and_nothing_else(trained):
     _, model, *_ = trained("bitfit", "gpt2")
     biases = L * (3 * D + D + 4 * D + D + 2 * D) + D

@@ -53,12 +53,18 @@ def test_the_tuner_trains_saves_loads_and_its_update_is_what_it_computes(kind, t
         ({"type": "FOURIERFT", "config": {"target_parameters": 1}}, "method.config.target_parameters"),
         ({"type": "BOFT", "config": {"boft_block_size": 4, "boft_block_num": 4}}, "BOFTConfig refuses it"),
         ({"type": 3}, "method.type = 3"),
+        ({"type": "LN_TUNING"}, 'use method.name = "layernorm"'),
     ],
 )
 def test_bad_input_is_refused_when_the_sweep_is_read(method, problem):
     with pytest.raises(InputError) as error:
         make_spec(method={"name": "peft"} | method)
     assert problem in str(error.value)
+
+
+def test_a_tuner_that_fails_on_quantized_weights_is_refused():
+    with pytest.raises(InputError, match=r'quantization = "nf4": not known to work with method\.type = "HRA"'):
+        make_spec(method={"name": "peft", "type": "HRA"}, quantization="nf4")
 
 
 def test_a_size_that_does_not_fit_the_model_is_refused_by_the_plan(tiny_bases):

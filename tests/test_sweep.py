@@ -229,7 +229,7 @@ SPECS = st.fixed_dictionaries(
             st.fixed_dictionaries({"name": st.just("full")}),
             st.fixed_dictionaries(
                 {"name": st.just("lora")},
-                optional={"rank": st.integers(1, 64), "alpha": st.one_of(st.floats(0, 64), st.just("2r"))},
+                optional={"rank": st.integers(1, 64), "alpha": st.one_of(st.floats(0.1, 64), st.just("2r"))},
             ),
         ),
         "task": st.fixed_dictionaries({"name": st.just("text")}, optional={"max_train": st.integers(1, 9)}),
@@ -360,6 +360,7 @@ def test_settings_can_be_named():
         ('label = "full"', "", "label: is missing in some"),
         ("{method.rank}", "{method.rnk}", "Did you mean 'method.rank'?"),
         ('label = "full"', "label = 3", "label = 3: must be a text"),
+        ("LoRA, rank {method.rank}", "LoRA", 'label = "LoRA": is given to runs that differ in method.rank'),
     ],
 )
 def test_a_wrong_label_is_an_error(old, new, problem):

@@ -53,6 +53,8 @@ class PeftMethod(Method):
             if isinstance(error, NotImplementedError) and next(model.parameters()).is_meta:
                 raise  # torch's: there are no weights to compute on
             raise InputError(f"{self.called}: PEFT refuses it for {spec.model}: {error}") from error
+        if not any(p.requires_grad for p in tuned.parameters()):
+            raise InputError(f"{self.called}: trains nothing on {spec.model}")
         dtype = getattr(torch, self.trained_dtype)
         for parameter in tuned.parameters():
             if parameter.requires_grad:
@@ -248,8 +250,9 @@ def exact(module: Any) -> Any:
         return weights.dense_linear(module)
     copied = copy.deepcopy(module)
     copied.base_layer = weights.dense_linear(module.get_base_layer())
-    if hasattr(copied, "fan_in_fan_out"):
-        copied.fan_in_fan_out = False
+    for part in copied.modules():
+        if hasattr(part, "fan_in_fan_out"):
+            part.fan_in_fan_out = False
     return copied.float().eval()
 
 

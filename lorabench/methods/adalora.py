@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Lt
 
 from lorabench import weights
 from lorabench.methods._peft import ADAPTER, Tuner, tuner_layers
@@ -29,11 +29,11 @@ class AdaLora(Tuner):
     rank: Annotated[int, Ge(1)] = 8
     """Mean rank of the matrices at the end."""
     start_rank: Annotated[int, Ge(1)] = 12
-    alpha: Annotated[float, Ge(0)] = 16.0
+    alpha: Annotated[float, Gt(0)] = 16.0
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     begin: Annotated[float, Ge(0), Lt(1)] = 0.1
     """Share of the steps before the first cut."""
-    end: Annotated[float, Gt(0), Le(1)] = 0.7
+    end: Annotated[float, Gt(0), Lt(1)] = 0.7
     """Share of the steps after which the ranks stay as they are."""
     every: Annotated[int, Ge(1)] = 1
     """Steps between two cuts."""

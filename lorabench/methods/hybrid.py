@@ -78,6 +78,7 @@ class Hybrid(Method):
             )
 
     def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
+        import torch
         from peft import inject_adapter_in_model
 
         tuned = model
@@ -86,7 +87,10 @@ class Hybrid(Method):
             self.lora.prepare(model)
             config = self.lora.peft_config(model, spec)
             inject_adapter_in_model(config, model)
-            trained += [p.requires_grad_() for name, p in model.named_parameters() if ".lora_" in name]
+            for name, parameter in model.named_parameters():
+                if ".lora_" in name:
+                    parameter.data = parameter.data.to(getattr(torch, self.lora.adapter_dtype))
+                    trained.append(parameter)
         if self.adapter:
             self.adapter.attach(model, spec)
             trained += [p for name, p in model.named_parameters() if ".bottleneck." in name]
@@ -98,7 +102,6 @@ class Hybrid(Method):
             for head in models.new_heads(model):
                 model.get_submodule(head).float().requires_grad_(True)
         for parameter in trained:
-            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         return tuned
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorabench import targets
+from lorabench.decode import InputError
 from lorabench.method import LoadBase
 from lorabench.methods._peft import Tuner, bias_update, exact, tuner_layers
 from lorabench.update import Update
@@ -31,6 +32,13 @@ class Ia3(Tuner):
     feedforward: str = "down"
     """Those of the targets whose input is scaled: `down` (the feed-forward's last matrix), or a regular expression."""
 
+    def problems(self, spec: RunSpec) -> Iterator[str]:
+        yield from super().problems(spec)
+        try:
+            re.compile(self.feedforward)
+        except re.error as error:
+            yield f'method.feedforward = "{self.feedforward}": not a regular expression: {error}'
+
     def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
         from peft import IA3Config
 
@@ -39,6 +47,8 @@ class Ia3(Tuner):
             inputs = [name for name in names if re.search(targets.DOWN, name)]
         else:
             inputs = [name for name in names if re.fullmatch(rf"(.*\.)?({self.feedforward})", name)]
+        if not inputs:
+            raise InputError(f'method.feedforward = "{self.feedforward}": fits none of the targets: {names[:4]} …')
         return IA3Config(target_modules=names, feedforward_modules=inputs)
 
     def layer_updates(self, model: nn.Module, load_base: LoadBase) -> Iterator[Update]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Lt
 
 from lorabench import weights
 from lorabench.methods._peft import ADAPTER, Tuner
@@ -28,7 +28,7 @@ class Loha(Tuner):
     without: ClassVar[tuple[str, ...]] = ("nf4",)
 
     rank: Annotated[int, Ge(1)] = 8
-    alpha: Annotated[float, Ge(0)] = 8.0
+    alpha: Annotated[float, Gt(0)] = 8.0
     rank_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Probability that a row of ΔW is left out in a training step."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Gt, Lt
 
 from lorabench import weights
 from lorabench.methods._peft import ADAPTER, Tuner
@@ -29,7 +29,7 @@ class Lokr(Tuner):
 
     rank: Annotated[int, Ge(1)] = 8
     """Of the second factor; at half of its longer side or more it is a full matrix."""
-    alpha: Annotated[float, Ge(0)] = 8.0
+    alpha: Annotated[float, Gt(0)] = 8.0
     factor: Annotated[int, Ge(-1)] = -1
     """Largest a and c (-1: the divisors nearest to √M and √N)."""
     decompose_both: bool = False

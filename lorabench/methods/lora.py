@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
@@ -39,11 +40,10 @@ PEFT_INITS: dict[str, Any] = {"kaiming": True, "gaussian": "gaussian", "pissa": 
 class Lora(Tuner):
     """r (M + N) parameters for each matrix. The scale s is alpha / rank, or alpha / √rank with `rslora`."""
 
-    mixes_adapters: ClassVar[bool] = True
-
     rank: Annotated[int, Ge(1)] = 8
-    alpha: Annotated[float, Ge(0)] | PerRank = "2r"
-    """A number, or a multiple of the rank such as "2r": a fixed alpha and a fixed scale are different experiments."""
+    alpha: Annotated[float, Gt(0)] | PerRank = "2r"
+    """A number, or a multiple of each layer's rank such as "2r": a fixed alpha and a fixed scale are different
+    experiments."""
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     rslora: bool = False
     dora: bool = False
@@ -52,10 +52,10 @@ class Lora(Tuner):
     """`kaiming`, `gaussian` and `orthogonal` begin at ΔW = 0. `pissa` and `olora` take s B0 A0 out of the base: ΔW is
     s (B A - B0 A0). `loftq` begins B A at what quantization lost, and ΔW counts from there."""
     lr_ratio: Annotated[float, Gt(0)] = 1.0
-    """LoRA+: the learning rate of B over that of A."""
+    """LoRA+: the learning rate of B over that of A and of all else that is trained."""
     rank_pattern: dict[str, Annotated[int, Ge(1)]] = field(default_factory=dict)
     """Ranks of their own for some layers: the end of a layer's name, or a regular expression -> rank, as in PEFT."""
-    alpha_pattern: dict[str, Annotated[float, Ge(0)]] = field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
     embeddings: bool = False
     """Factors for the input embedding too."""
     head: bool = False
@@ -65,9 +65,19 @@ class Lora(Tuner):
 
     @property
     def alpha_value(self) -> float:
-        if isinstance(self.alpha, str):
-            return float(self.alpha.removesuffix("r")) * self.rank
-        return self.alpha
+        return self._alpha_of(self.rank)
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """PEFT's `alpha_pattern`: a multiple of the rank holds for the ranks of `rank_pattern` too."""
+        return {name: self._alpha_of(rank) for name, rank in self.rank_pattern.items()} | self.alpha_pattern
+
+    def _alpha_of(self, rank: int) -> float:
+        return float(self.alpha.removesuffix("r")) * rank if isinstance(self.alpha, str) else self.alpha
+
+    @property
+    def mixes_adapters(self) -> bool:
+        return not self.dora
 
     @property
     def trained_dtype(self) -> str:
@@ -88,6 +98,17 @@ class Lora(Tuner):
             yield 'method.init = "loftq": makes up for quantization; with quantization = "none" there is nothing to'
         if self.init == "orthogonal" and (self.rank % 2 or any(r % 2 for r in self.rank_pattern.values())):
             yield f'method.init = "orthogonal": needs even ranks, not method.rank = {self.rank}, {self.rank_pattern}'
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, key):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    yield f'method.{key}: "{pattern}": not a regular expression: {error}'
+        if isinstance(self.alpha, str) and self.alpha_value == 0:
+            yield f'method.alpha = "{self.alpha}": must be greater than 0'
+        if (self.embeddings or self.head) and (self.dora or self.rebased or self.init == "orthogonal"):
+            what = "embeddings" if self.embeddings else "head"
+            yield f"method.{what} = true: only without dora, and with init kaiming or gaussian"
         if self.dora and self.rebased:
             yield f'method.dora = true: cannot be had with method.init = "{self.init}"'
 
@@ -116,6 +137,7 @@ class Lora(Tuner):
             names.append(_name_of(model, model.get_input_embeddings(), "embeddings"))
         if self.head:
             names.append(_name_of(model, model.get_output_embeddings(), "head"))
+        self._check_patterns(names)
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha_value,  # type: ignore[arg-type]  # PEFT takes any number
@@ -125,9 +147,17 @@ class Lora(Tuner):
             use_dora=self.dora,
             init_lora_weights=PEFT_INITS[self.init],
             rank_pattern=dict(self.rank_pattern),
-            alpha_pattern=dict(self.alpha_pattern),
+            alpha_pattern=self.alphas,
             fan_in_fan_out=transposed,
         )
+
+    def _check_patterns(self, names: list[str]) -> None:
+        """InputError for a pattern that fits no target: PEFT would pass over it in silence."""
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, key):
+                if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                    kinds = sorted({name.rpartition(".")[2] for name in names})
+                    raise InputError(f'method.{key}: "{pattern}": fits none of the targets: {", ".join(kinds)}')
 
     def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
         tuned: Any = super().attach(model, spec)
@@ -152,7 +182,9 @@ class Lora(Tuner):
         initial: dict[str, tuple[Tensor, Tensor]] = getattr(model, "initial_factors", {})
         for name, module in tuner_layers(model):
             update = self.layer_update(name, module)
-            yield _since(update, initial[name], module.scaling[ADAPTER]) if name in initial else update
+            if name in initial:
+                update = _since(update, initial[name], module)
+            yield update
 
     def save(self, model: Any, load_base: LoadBase, folder: Path, keep: str) -> None:
         if keep != "updates":
@@ -197,14 +229,19 @@ def _factors(module: Any) -> tuple[Tensor, Tensor]:
     return module.lora_B[ADAPTER].weight.detach().clone(), module.lora_A[ADAPTER].weight.detach().clone()
 
 
-def _since(update: Update, initial: tuple[Tensor, Tensor], scale: float) -> Update:
-    """s (B A - B0 A0) as the factors [s B, -s B0] and [A; A0], of rank up to 2 r."""
+def _since(update: Update, initial: tuple[Tensor, Tensor], module: Any) -> Update:
+    """s (B A - B0 A0) as the factors [s B, -s B0] and [A; A0], of rank up to 2 r; W0 is the base with s B0 A0."""
     import torch
 
     assert update.A is not None
-    B0, A0 = initial
-    B = torch.cat([update.B, -scale * B0.to(update.B)], 1)
-    return replace(update, B=B, A=torch.cat([update.A, A0.to(update.A)]))
+    B0, A0 = (factor.to(update.B) for factor in initial)
+    start = weights.dense_linear(module.get_base_layer()).weight + module.scaling[ADAPTER] * B0 @ A0
+    return replace(
+        update,
+        B=torch.cat([update.B, -module.scaling[ADAPTER] * B0], 1),
+        A=torch.cat([update.A, A0]),
+        base_norm=float(start.norm()),
+    )
 
 
 def _save_for_untouched_base(method: Lora, updates: list[Update], folder: Path) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Lt
 
+from lorabench import weights
+from lorabench.decode import InputError
 from lorabench.methods._peft import Tuner
 
 if TYPE_CHECKING:
@@ -34,12 +36,17 @@ class Oft(Tuner):
     def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
         from peft import OFTConfig
 
+        names = self.match(model)
+        for name in names:
+            width = weights.in_features(model.get_submodule(name))
+            if width % self.block_size:  # PEFT would take another size in silence
+                raise InputError(f"method.block_size = {self.block_size}: does not divide {width} ({name})")
         return OFTConfig(
             r=0,
             oft_block_size=self.block_size,
             module_dropout=self.dropout,
             use_cayley_neumann=self.cayley_neumann,
-            target_modules=self.match(model),
+            target_modules=names,
         )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench import model as models
 from lorabench import plugins, weights
-from lorabench.decode import InputError, show
+from lorabench.decode import show
 from lorabench.method import LoadBase
 from lorabench.methods._peft import (
     Tuner,
@@ -36,6 +36,16 @@ if TYPE_CHECKING:
 OWN = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type",
        "inference_mode", "target_modules", "modules_to_save")  # fmt: skip
 """Fields that lorabench or PEFT itself sets."""
+UNFIT = {
+    "LN_TUNING": 'use method.name = "layernorm"',
+    "MULTITASK_PROMPT_TUNING": "it needs to be told each example's task",
+    "POLY": "it needs to be told each example's task",
+    "TRAINABLE_TOKENS": "it needs token indices, and changes embeddings alone",
+    "XLORA": "it mixes adapters that are trained already",
+}
+"""What cannot be trained as the others are, and why."""
+ON_QUANTIZED = ("LORA", "ADALORA", "IA3", "OFT", "VERA", "FOURIERFT", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
+"""Those that are known to compute what they should on 4-bit and 8-bit weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +82,15 @@ class Peft(Tuner):
     def problems(self, spec: RunSpec) -> Iterator[str]:
         """What PEFT's configuration class says; it is not tried on the model before the plan."""
         yield from super().problems(spec)
-        choices = _classes()
-        if self.type not in choices:
-            yield f"method.type = {show(self.type)}: {plugins.unknown('PEFT type', self.type, sorted(choices))}"
+        known = _classes()
+        if self.type not in known:
+            yield f"method.type = {show(self.type)}: {plugins.unknown('PEFT type', self.type, sorted(known))}"
             return
+        if self.type in UNFIT:
+            yield f'method.type = "{self.type}": cannot be used here: {UNFIT[self.type]}'
+        if spec.quantization != "none" and self.type not in ON_QUANTIZED:
+            key = f'quantization = "{spec.quantization}"'
+            yield f'{key}: not known to work with method.type = "{self.type}". Choices: {", ".join(ON_QUANTIZED)}'
         names = [f.name for f in dataclasses.fields(self._class()) if f.init and f.name not in OWN]
         unknown = [key for key in self.config if key not in names]
         yield from (f"method.config.{key}: {plugins.unknown('field', key, names)}" for key in unknown)
@@ -102,9 +117,8 @@ class Peft(Tuner):
         base: Any = None
         for name, module in tuner_layers(model):
             if not weights.is_linear_layer(module.get_base_layer()) or not is_linear(tuned := exact(module)):
-                raise InputError(
-                    f'method.type = "{self.type}": {name} is not linear in its input: there is no ΔW; keep = "none"'
-                )
+                print(f"{name}: {self.type} is not linear in the layer's input: there is no ΔW")
+                continue
             if base is None:
                 base = load_base()
             original = exact(base.get_submodule(name))

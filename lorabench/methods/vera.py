@@ -40,7 +40,7 @@ class Vera(Tuner):
             vera_dropout=self.dropout,
             d_initial=self.start,
             projection_prng_key=int(torch.randint(2**31, (), device="cpu")),
-            save_projection=True,
+            save_projection=False,  # PEFT makes the random matrices again from the key: the paper's storage
             target_modules=self.match(model),
         )
 
