@@ -112,6 +112,8 @@ def interval(values: Iterable[float]) -> tuple[float, float | None]:
     mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.inf
     if len(values) < 2 or not math.isfinite(mean):
         return mean, None
+    if values[-1] - values[0] <= 1e-12 * abs(mean):  # equal, but for how their sum was rounded
+        return mean, 0.0
     variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
     t = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
     return mean, t * math.sqrt(variance / len(values))

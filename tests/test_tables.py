@@ -48,6 +48,10 @@ def test_interval_is_scipys_student_t(values):
     assert half == pytest.approx((high - low) / 2, rel=1e-6)
 
 
+def test_rounding_is_no_uncertainty():
+    assert interval([12.7438344712275, 12.7438344712275 + 4e-15]) == (pytest.approx(12.7438344712275), 0.0)
+
+
 def test_one_value_or_an_infinite_one_has_no_interval():
     assert interval([2.0]) == (2.0, None)
     assert interval([2.0, math.inf]) == (math.inf, None)
