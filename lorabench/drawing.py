@@ -30,7 +30,8 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 DASHES = ["-", "--", "-.", ":"]
 REFERENCE = "#6B6B6B"
-SPEAKING = ("method.name", "quantization", "model", "method.targets", "task.name")
+LOG_FACTOR = 20
+SPEAKING = ("label", "method.name", "quantization", "model", "method.targets", "task.name")
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
@@ -81,8 +82,13 @@ def style() -> Iterator[None]:
 
 
 def looks(series: Iterable[Any]) -> dict[Any, Look]:
+    """Each series another pair of colour and marker, as long as there are any (49)."""
     return {
-        name: Look(COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)], DASHES[i // len(COLORS) % len(DASHES)])
+        name: Look(
+            COLORS[i % len(COLORS)],
+            MARKERS[(i + i // len(COLORS)) % len(MARKERS)],
+            DASHES[i // len(COLORS) % len(DASHES)],
+        )
         for i, name in enumerate(series)
     }
 
@@ -155,7 +161,13 @@ def finite(runs: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def limit_x(axes: Axes, cells: Sequence[Cell]) -> None:
-    axes.set_xlim(*_limits(cells))
+    """The range of the cells; a log axis where they span more than a factor of LOG_FACTOR."""
+    means = [cell.center for cell in cells]
+    if min(means) > 0 and max(means) > LOG_FACTOR * min(means):
+        axes.set_xscale("log")
+        axes.set_xlim(min(means) / 1.5, max(means) * 1.5)
+    else:
+        axes.set_xlim(*_limits(cells))
 
 
 def limit_y(axes: Axes, cells: Sequence[Cell]) -> None:

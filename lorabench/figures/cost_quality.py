@@ -12,11 +12,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
 
 RANK = "method.rank"
+FEW = 8
+"""Settings that colours and markers alone tell apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CostQuality(Figure):
-    """A point a setting; colour and marker tell the method and its other keys, the number beside it the rank."""
+    """A point a setting; colour and marker tell the method and its other keys, the number beside it the rank.
+
+    More than a few settings are numbered instead.
+    """
 
     costs: tuple[str, ...] = ("peak_gib", "tokens_per_second")
     """The measures of the panels' x axes."""
@@ -39,14 +44,18 @@ class CostQuality(Figure):
         if not costs:
             return None
         with drawing.style():
-            figure, grid = drawing.new_figure(1, len(costs), sharey=True, height=2.9)
+            columns = drawing.panel_columns(len(costs))
+            rows = -(-len(costs) // columns)
+            figure, grid = drawing.new_figure(rows, columns, sharey=True, height=2.6)
+            drawing.lowest(grid, len(costs))
             handles: dict[str, Any] = {}
-            for axes, cost in zip(grid.flat, costs, strict=True):
+            for axes, cost in zip(grid.flat, costs, strict=False):
                 handles |= _panel(axes, results, drawing.finite(runs, cost), (cost, value))
                 more = measure(cost).higher_is_better
-                better = "" if more is None else f", {'more' if more else 'less'} is better"
+                better = "" if more is None else f"\n({'more' if more else 'less'} is better)"
                 axes.set_xlabel(capitalized(with_unit(cost)) + better)
-            grid[0, 0].set_ylabel(capitalized(with_unit(value)))
+            for axes in grid[:, 0]:
+                axes.set_ylabel(capitalized(with_unit(value)))
             drawing.legend_below(figure, list(handles.values()), list(handles))
         return figure
 
@@ -54,7 +63,7 @@ class CostQuality(Figure):
         return (
             "Quality against memory and throughput, one point a setting at its own best learning rate, with 95% "
             "Student-t intervals over seeds in both directions (hollow: a single seed). The number beside a point is "
-            "its rank."
+            "its rank, or its number in the legend."
         )
 
 
@@ -72,7 +81,9 @@ def _panel(axes: Axes, results: Any, runs: Any, names: tuple[str, str]) -> dict[
     looks = drawing.looks(values for values, _ in grouped(runs, keys))
     handles: dict[str, Any] = {}
     points, texts, colors = [], [], []
-    for values, chunk in grouped(runs, results.settings):
+    groups = grouped(runs, results.settings)
+    numbers = {values: f"{i}" for i, (values, _) in enumerate(groups, 1)} if len(looks) > FEW else {}
+    for values, chunk in groups:
         x, y = (cell(chunk, name) for name in names)
         at = dict(zip(results.settings, values, strict=True))
         look = looks[tuple(at[key] for key in keys)]
@@ -80,9 +91,10 @@ def _panel(axes: Axes, results: Any, runs: Any, names: tuple[str, str]) -> dict[
             x.center, y.center, xerr=x.half or 0.0, yerr=y.half or 0.0, color=look.color, linestyle="none",
             marker=look.marker, markerfacecolor="white" if y.half is None else look.color, elinewidth=0.8,
         )  # fmt: skip
-        handles.setdefault(drawing.series_label(keys, [at[key] for key in keys]), handle)
+        label = drawing.series_label(keys, [at[key] for key in keys])
+        handles.setdefault(f"{numbers[values]}  {label}" if numbers else label, handle)
         points.append((x, y))
-        texts.append("" if at.get(RANK) is None else value_label(at[RANK]))
+        texts.append(numbers.get(values) or ("" if at.get(RANK) is None else value_label(at[RANK])))
         colors.append(look.color)
     axes.margins(0.1)
     drawing.limit_x(axes, [x for x, _ in points])
