@@ -139,7 +139,7 @@ def value_text(item: Cell, common: int | None = None) -> str:
     if item.half:
         decimals = _clamp(common, item.half)
         return f"{number(item.mean, decimals)} ± {number(item.half, decimals)}"
-    if common is None or not math.isfinite(item.mean):
+    if common is None or not math.isfinite(item.mean) or (item.mean >= 1000 and item.mean == round(item.mean)):
         return plain(item.mean)
     return number(item.mean, common)
 

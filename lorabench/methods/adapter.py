@@ -23,28 +23,24 @@ That is AdapterHub's `adapters` (DoubleSeqBnConfig, SeqBnConfig, ParBnConfig), t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
 from lorabench import targets
-from lorabench.decode import InputError, encode, show
-from lorabench.method import LoadBase, Method
+from lorabench.decode import InputError
+from lorabench.method import LoadBase
+from lorabench.methods._own_file import OwnFile, new_head_updates
 from lorabench.model import new_heads
 from lorabench.update import Update
-from lorabench.weights import weight_changes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lorabench.spec import RunSpec
-
-ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
 
 def _plus(y: Tensor, module: nn.Module, x: Tensor, scale: float) -> Tensor:
@@ -118,7 +114,7 @@ A pre-norm block's own output is h + x, so pfeiffer's h + A(h + x), with x added
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter(Method):
+class Adapter(OwnFile):
     """Two adapters a block with `houlsby`, else one; a new task head is trained too."""
 
     placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
@@ -187,39 +183,7 @@ class Adapter(Method):
 
     def updates(self, model: nn.Module, load_base: LoadBase) -> Iterator[Update]:
         """Of a new task head alone: an adapter changes no weight."""
-        names = [f"{head}.{name}" for head in new_heads(model) for name, _ in
-                 model.get_submodule(head).named_parameters()]  # fmt: skip
-        return weight_changes(model, load_base(), names=names) if names else iter(())
-
-    def save(self, model: nn.Module, load_base: LoadBase, folder: Path, keep: str) -> None:
-        """The adapters, and a new head's weights, whatever `keep` is; of that head's ΔW what `keep` says."""
-        from safetensors.torch import save_file
-
-        save_file({name: t.contiguous() for name, t in self.trained_state(model).items()}, folder / ADAPTER_FILE)
-        (folder / CONFIG_FILE).write_text(json.dumps(self._config, indent=2, sort_keys=True) + "\n")
-        if new_heads(model):
-            super().save(model, load_base, folder, keep)
-
-    def load(self, base: nn.Module, folder: Path, spec: RunSpec) -> nn.Module:
-        """InputError where the folder's adapters are of other hyperparameters, or of another base."""
-        from lorabench.readers._entry import TensorFile, read_json
-
-        found = read_json(folder / CONFIG_FILE)
-        other = [key for key in sorted(self._config | found) if found.get(key) != self._config.get(key)]
-        if other:
-            pairs = (f"{key} = {show(found.get(key))} and not {show(self._config.get(key))}" for key in other)
-            raise InputError(f"{folder / CONFIG_FILE}: is of another method: {', '.join(pairs)}")
-        tensors, model = TensorFile(folder / ADAPTER_FILE), self.attach(base, spec)
-        try:
-            self.restore(model, {name: tensors.read(name) for name in tensors.names})
-        except ValueError as error:
-            raise InputError(f"{tensors.file}: does not fit {spec.model}: {error}") from None
-        return model
-
-    @property
-    def _config(self) -> dict[str, Any]:
-        """The method's fields; without PEFT's key `peft_type`, so that nobody takes it for PEFT's."""
-        return {"lorabench_method": self.name} | {k: v for k, v in encode(self).items() if k != "name"}
+        return new_head_updates(model, load_base)
 
 
 def _find_blocks(model: nn.Module) -> tuple[dict[str, dict[str, Callable[..., Any]]], list[str]]:

@@ -6,33 +6,28 @@ Mao et al. 2022 (UniPELT: LoRA, prefix and adapters; here without its gates), ar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench import model as models
-from lorabench import weights
-from lorabench.decode import InputError, encode, show
 from lorabench.method import LoadBase, Method
+from lorabench.methods._own_file import OwnFile, new_head_updates
 from lorabench.methods._peft import head_updates
 from lorabench.methods.adapter import Adapter
 from lorabench.methods.lora import Lora
 from lorabench.methods.prefix import Prefix
 from lorabench.methods.prompt import Prompt
-from lorabench.update import Update, save_svds, save_updates
+from lorabench.update import Update
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lorabench.spec import RunSpec
 
-ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
-
 
 @dataclass(frozen=True, kw_only=True)
-class Hybrid(Method):
+class Hybrid(OwnFile):
     """Two parts or more: `method.lora.rank = 8`, `method.lora.targets = "attention"`, `method.adapter.reduction = 16`.
 
     ΔW is that of the LoRA part, what the others compute beside it apart; such a model cannot be merged.
@@ -108,42 +103,8 @@ class Hybrid(Method):
     def updates(self, model: Any, load_base: LoadBase) -> Iterator[Update]:
         if self.lora:
             yield from self.lora.layer_updates(model, load_base)
-        if hasattr(model, "get_base_model"):
-            yield from head_updates(model)
-        else:
-            heads = tuple(models.new_heads(model))
-            names = [
-                name for name, p in model.named_parameters() if heads and name.startswith(heads) and p.requires_grad
-            ]
-            if names:
-                yield from weights.weight_changes(model, load_base(), names=names)
-
-    def save(self, model: nn.Module, load_base: LoadBase, folder: Path, keep: str) -> None:
-        """All that is trained in one file; ΔW beside it."""
-        from safetensors.torch import save_file
-
-        save_file({name: t.contiguous() for name, t in self.trained_state(model).items()}, folder / ADAPTER_FILE)
-        config = {"lorabench_method": encode(self)}
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        updates = list(self.updates(model, load_base))
-        if updates and keep == "updates":
-            save_updates(updates, folder)
-        elif updates:
-            save_svds(updates, folder, int(keep.removeprefix("svd:")))
-
-    def load(self, base: nn.Module, folder: Path, spec: RunSpec) -> nn.Module:
-        """InputError where the folder holds another method, or one for another base."""
-        from lorabench.readers._entry import TensorFile, read_json
-
-        found = read_json(folder / CONFIG_FILE).get("lorabench_method")
-        if found != encode(self):
-            raise InputError(f"{folder / CONFIG_FILE}: is of another method: {show(found)}")
-        tensors, model = TensorFile(folder / ADAPTER_FILE), self.attach(base, spec)
-        try:
-            self.restore(model, {name: tensors.read(name) for name in tensors.names})
-        except ValueError as error:
-            raise InputError(f"{tensors.file}: does not fit {spec.model}: {error}") from None
-        return model
+        wrapped = hasattr(model, "get_base_model")
+        yield from head_updates(model) if wrapped else new_head_updates(model, load_base)
 
     def merge(self, model: nn.Module) -> nn.Module | None:
         return None
