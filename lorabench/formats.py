@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +26,39 @@ VERSION = 1
 DENSE_VECTORS = 64
 """Singular vectors kept of a dense ΔW; of a factored one all r are."""
 _LARGE = 1024
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter:
+    """A file or folder that holds what a fine-tuning changed: every ΔW by parameter, not read yet.
+
+    `scale_source` says where the scale s of ΔW = s B A came from: `config`, `file`, `assumed` or `--alpha`; None
+    where there is none (a dense ΔW). `notes` are what its reader must say, such as that a scale was assumed.
+    """
+
+    source: str
+    format: str
+    entries: dict[str, Entry]
+    scale_source: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def open_adapter(source: str | Path, *, base: str | Path | None = None, alpha: float | None = None) -> Adapter:
+    """What a file, a folder or a Hub id holds. InputError where it is of no known format, or damaged.
+
+    `base`: the untouched weights, where ΔW is the difference of two checkpoints, or needs W0 (DoRA). `alpha`: the α
+    of formats that do not keep theirs.
+    """
+    entries = open_layers(Path(source))
+    if not entries:
+        raise InputError(f"{source}: holds no adapter of a known format")
+    return Adapter(source=str(source), format="peft", entries=entries, scale_source="config")
+
+
+def load_layers(adapter: Adapter) -> Iterator[LayerSVD]:
+    """Every matrix ΔW as a thin SVD, by parameter, in a stream: memory holds one layer."""
+    for entry in adapter.entries.values():
+        yield load_layer(entry)
 
 
 def read_updates(folder: Path) -> Iterator[Update]:
@@ -65,6 +99,7 @@ def load_layer(entry: Entry) -> LayerSVD:
         base_norm=update.base_norm,
         precision=update.precision,
         scale_source=update.scale_source,
+        update=update,
     )
 
 

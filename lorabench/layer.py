@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from lorabench.linalg import ThinSVD
+from lorabench.update import Update
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _SHARED_NAMES = ("dense", "c_proj")
@@ -19,7 +20,8 @@ class LayerSVD:
     """The seam that every analysis consumes: ΔW of one matrix, whatever made it.
 
     `rank` is the number of columns of the factors, None for a dense ΔW; `base_norm` (‖W0‖_F), `precision` and
-    `scale_source` are as in `Update`.
+    `scale_source` are as in `Update`. `update` is ΔW itself, where it was kept (`keep = "svd:K"` keeps its singular
+    vectors alone); `step` the optimizer step after which it stood, None for the end of training.
     """
 
     parameter: str
@@ -28,6 +30,8 @@ class LayerSVD:
     base_norm: float | None = None
     precision: str | None = None
     scale_source: str | None = None
+    update: Update | None = None
+    step: int | None = None
 
     @property
     def layer(self) -> str:
