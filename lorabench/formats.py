@@ -1,7 +1,7 @@
 """Updates from files: what lorabench writes, and adapters of others. Nothing is unpickled, no model is built.
 
-Add a format by adding one file to `lorabench/readers/` with `find(folder)`: the entries by parameter, empty where
-the folder's content is not of its format. A folder may hold several (an adapter, and the dense ΔW of a task head).
+Add a format by adding one file to `lorabench/readers/` with `find(source)`: what it has found there, None where the
+content is not of its format. A folder may hold several (an adapter, and the dense ΔW of a task head).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorabench import plugins
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
 from lorabench.linalg import ThinSVD, one_thread, thin_svd
-from lorabench.readers._entry import Entry
+from lorabench.readers._entry import Entry, Found, Source
 from lorabench.update import Update
 
 VERSION = 1
@@ -49,10 +49,17 @@ def open_adapter(source: str | Path, *, base: str | Path | None = None, alpha: f
     `base`: the untouched weights, where ΔW is the difference of two checkpoints, or needs W0 (DoRA). `alpha`: the α
     of formats that do not keep theirs.
     """
-    entries = open_layers(Path(source))
-    if not entries:
+    found = _find(Source(path=Path(source), base=Path(base) if base else None, alpha=alpha))
+    if not found:
         raise InputError(f"{source}: holds no adapter of a known format")
-    return Adapter(source=str(source), format="peft", entries=entries, scale_source="config")
+    sources = [each.scale_source for each in found if each.scale_source]
+    return Adapter(
+        source=str(source),
+        format=" + ".join(dict.fromkeys(each.format for each in found)),
+        entries=_matrices(_entries(found)),
+        scale_source=sources[0] if sources else None,
+        notes=tuple(note for each in found for note in each.notes),
+    )
 
 
 def load_layers(adapter: Adapter) -> Iterator[LayerSVD]:
@@ -66,7 +73,7 @@ def read_updates(folder: Path) -> Iterator[Update]:
 
     What is a `part` of one (DoRA's sBA) is left out.
     """
-    for parameter, entry in _find(folder):
+    for parameter, entry in _entries(_find(Source(path=Path(folder)))).items():
         update = entry.load()
         if isinstance(update, Update) and update.part:
             continue
@@ -83,7 +90,11 @@ def read_layers(folder: Path) -> Iterator[LayerSVD]:
 
 def open_layers(folder: Path) -> dict[str, Entry]:
     """What `read_layers` would give, by parameter; reads headers only. InputError where tensors do not fit."""
-    return {parameter: entry for parameter, entry in _find(folder) if entry.shape[1] > 1}
+    return _matrices(_entries(_find(Source(path=Path(folder)))))
+
+
+def _matrices(entries: dict[str, Entry]) -> dict[str, Entry]:
+    return {parameter: entry for parameter, entry in entries.items() if entry.shape[1] > 1}
 
 
 def load_layer(entry: Entry) -> LayerSVD:
@@ -115,7 +126,11 @@ def _svd(update: Update) -> ThinSVD:
     return ThinSVD(U=svd.U.cpu(), S=svd.S.cpu(), Vh=svd.Vh.cpu())
 
 
-def _find(folder: Path) -> list[tuple[str, Entry]]:
+def _find(source: Source) -> list[Found]:
+    """What each reader has found there; nothing where the content is of no known format."""
     readers = (importlib.import_module(f"lorabench.readers.{name}") for name in plugins.names("readers"))
-    found = {parameter: entry for reader in readers for parameter, entry in reader.find(Path(folder)).items()}
-    return sorted(found.items())
+    return [found for reader in readers if (found := reader.find(source)) is not None]
+
+
+def _entries(found: list[Found]) -> dict[str, Entry]:
+    return dict(sorted((parameter, entry) for each in found for parameter, entry in each.entries.items()))

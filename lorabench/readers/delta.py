@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorabench.decode import InputError
-from lorabench.readers._entry import Entry, TensorFile
+from lorabench.readers._entry import Entry, Found, Source, TensorFile
 from lorabench.update import DELTA_FILE, Update
 
 
@@ -47,16 +47,17 @@ class Factored:
         return Update(parameter=self.name, B=B, A=A, base_norm=self.base_norm, scale_source="file")
 
 
-def find(folder: Path) -> dict[str, Entry]:
-    """The entries of `folder` by parameter; empty where it holds no such file."""
+def find(source: Source) -> Found | None:
+    """What lorabench kept there; None where there is no such file."""
+    folder = source.folder
     if not (folder / DELTA_FILE).exists():
-        return {}
+        return None
     tensors = TensorFile(folder / DELTA_FILE)
     if tensors.about.get("format") != "lorabench-delta":
-        return {}
+        return None
     norms = tensors.about["base_norms"]
     entries: dict[str, Entry] = {}
     for key in tensors.names:
         name, _, factor = key.partition(":")
         entries[name] = (Factored if factor else Delta)(tensors, name, norms.get(name))
-    return entries
+    return Found(format="lorabench", entries=entries, scale_source=None)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lorabench.decode import InputError
-from lorabench.readers._entry import Entry, TensorFile, read_json
+from lorabench.readers._entry import Entry, Found, Source, TensorFile, read_json
 from lorabench.update import DELTA_FILE, INITIAL_FILE, Update
 
 CONFIG_FILE, ADAPTER_FILE, NORMS_FILE = "adapter_config.json", "adapter_model.safetensors", "base_norms.json"
@@ -72,16 +72,17 @@ class Factors:
         )
 
 
-def find(folder: Path) -> dict[str, Entry]:
-    """The entries of `folder` by parameter; empty where it holds no PEFT configuration."""
+def find(source: Source) -> Found | None:
+    """The adapter of a folder with a PEFT configuration; None where there is none."""
+    folder = source.folder
     if not (folder / CONFIG_FILE).exists():
-        return {}
+        return None
     config = read_json(folder / CONFIG_FILE)
     if "peft_type" not in config:
-        return {}
+        return None
     own = (folder / DELTA_FILE).exists()
     if config["peft_type"] != "LORA" and own:
-        return {}  # lorabench's own ΔW lies beside the adapter
+        return None  # lorabench's own ΔW lies beside the adapter
     _check_readable(config, folder / CONFIG_FILE, own)
     initial = TensorFile(folder / INITIAL_FILE) if (folder / INITIAL_FILE).exists() else None
     tensors = TensorFile(folder / ADAPTER_FILE)
@@ -108,7 +109,7 @@ def find(folder: Path) -> dict[str, Entry]:
         entries[entry.parameter] = entry
     if not entries:
         raise InputError(f"{tensors.file}: holds no LoRA factors (…lora_A.weight)")
-    return entries
+    return Found(format="peft", entries=entries, scale_source="config")
 
 
 def _check_readable(config: dict[str, Any], file: Path, own: bool) -> None:

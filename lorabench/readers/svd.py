@@ -8,7 +8,7 @@ from pathlib import Path
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
 from lorabench.linalg import ThinSVD
-from lorabench.readers._entry import Entry, TensorFile
+from lorabench.readers._entry import Entry, Found, Source, TensorFile
 from lorabench.update import SVD_FILE
 
 
@@ -37,13 +37,15 @@ class KeptSVD:
         )
 
 
-def find(folder: Path) -> dict[str, Entry]:
-    """The entries of `folder` by parameter; empty where it holds no such file."""
+def find(source: Source) -> Found | None:
+    """What lorabench kept there; None where there is no such file."""
+    folder = source.folder
     if not (folder / SVD_FILE).exists():
-        return {}
+        return None
     tensors = TensorFile(folder / SVD_FILE)
     if tensors.about.get("format") != "lorabench-svd":
-        return {}
+        return None
     norms, ranks = tensors.about["base_norms"], tensors.about["ranks"]
     parameters = sorted({name.rpartition(":")[0] for name in tensors.names})
-    return {name: KeptSVD(tensors, name, norms.get(name), ranks.get(name)) for name in parameters}
+    entries: dict[str, Entry] = {name: KeptSVD(tensors, name, norms.get(name), ranks.get(name)) for name in parameters}
+    return Found(format="lorabench", entries=entries)
