@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from lorabench.decode import InputError
 from lorabench.readers._entry import Entry, Found, Source, TensorFile
