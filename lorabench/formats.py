@@ -109,6 +109,7 @@ def load_layer(entry: Entry) -> LayerSVD:
         rank=None if update.A is None else update.B.shape[1],
         base_norm=update.base_norm,
         precision=update.precision,
+        scale=update.scale,
         scale_source=update.scale_source,
         update=update,
     )

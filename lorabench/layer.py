@@ -19,9 +19,9 @@ _SHARED_NAMES = ("dense", "c_proj")
 class LayerSVD:
     """The seam that every analysis consumes: ΔW of one matrix, whatever made it.
 
-    `rank` is the number of columns of the factors, None for a dense ΔW; `base_norm` (‖W0‖_F), `precision` and
-    `scale_source` are as in `Update`. `update` is ΔW itself, where it was kept (`keep = "svd:K"` keeps its singular
-    vectors alone); `step` the optimizer step after which it stood, None for the end of training.
+    `rank` is the number of columns of the factors, None for a dense ΔW; `base_norm` (‖W0‖_F), `precision`, `scale`
+    and `scale_source` are as in `Update`. `update` is ΔW itself, where it was kept (`keep = "svd:K"` keeps its
+    singular vectors alone); `step` the optimizer step after which it stood, None for the end of training.
     """
 
     parameter: str
@@ -29,6 +29,7 @@ class LayerSVD:
     rank: int | None = None
     base_norm: float | None = None
     precision: str | None = None
+    scale: float | None = None
     scale_source: str | None = None
     update: Update | None = None
     step: int | None = None

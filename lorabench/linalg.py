@@ -204,6 +204,17 @@ def principal_angles(U: Tensor, V: Tensor) -> Tensor:
     return angles
 
 
+def energy_in_subspace(W: Tensor, Q: Tensor) -> float:
+    """Share of ‖W‖_F² that lies in the column space of `Q`, in [0, 1]: ‖QᵀW‖_F² / ‖W‖_F².
+
+    `W` (d, n), not zero, and `Q` (d, q), orthonormal columns. Of ΔW on its output side; on its input side `W` is ΔWᵀ.
+    U diag(S) gives the same as U diag(S) Vh, which is never formed. Chance: q / d, whatever `W` is.
+    """
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    inside, whole = (torch.linalg.vector_norm(X, dtype=torch.float64) for X in (Q.to(W.dtype).mT @ W, W))
+    return min(1.0, float((inside / whole).square()))
+
+
 def grassmann_distance(angles: Tensor) -> float:
     """√Σθ², the geodesic distance; between subspaces of two dimensions as in Ye and Lim 2016, SIMAX 37(3)."""
     return float(angles.square().sum().sqrt())

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabench.linalg import (
+    energy_in_subspace,
     grassmann_distance,
     powerlaw_fit,
     principal_angles,
@@ -205,3 +206,26 @@ def test_angles_of_extremes():
     assert principal_angles(Q[:, :4], Q[:, :4] @ rotation).max() < 1e-12
     assert principal_angles(Q[:, :6], Q[:, 1:3]).max() < 1e-12
     assert torch.allclose(principal_angles(Q[:, :4], Q[:, 4:]), torch.full((4,), torch.pi / 2).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_energy_in_a_subspace_is_that_of_the_dense_projection(dtype):
+    B, A = factors(40, 30, 5, dtype)
+    svd, Q = thin_svd(B, A), orthonormal(40, 7, seed=3)
+    W, P = (B @ A).double().numpy(), (Q @ Q.mT).numpy()
+    expected = np.linalg.norm(P @ W) ** 2 / np.linalg.norm(W) ** 2
+    for matrix in (svd.U * svd.S.to(dtype), B @ A):
+        assert energy_in_subspace(matrix, Q) == pytest.approx(expected, rel=1e-5)
+    assert energy_in_subspace(1e-30 * B @ A, Q) == pytest.approx(expected, rel=1e-5), "scale plays no part"
+
+
+def test_energy_of_a_matrix_in_its_own_and_in_an_orthogonal_subspace():
+    eye = torch.eye(20, dtype=torch.float64)
+    W = torch.cat([orthonormal(8, 8) * torch.arange(1.0, 9), torch.zeros(12, 8)])
+    assert energy_in_subspace(W, eye[:, :8]) == pytest.approx(1) and energy_in_subspace(W, eye[:, 8:]) == 0
+
+
+def test_energy_in_random_subspaces_is_on_average_their_share_of_the_dimensions():
+    W = factors(30, 20, 2, torch.float64)[0] * torch.tensor([5.0, 1.0])
+    shares = np.array([energy_in_subspace(W, orthonormal(30, 6, seed)) for seed in range(300)])
+    assert shares.mean() == pytest.approx(6 / 30, abs=4.5 * shares.std() / 300**0.5)

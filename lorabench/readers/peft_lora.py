@@ -68,6 +68,7 @@ class Factors:
             B=B,
             A=A,
             base_norm=self.base_norm,
+            scale=self.scale,
             scale_source="config",
         )
 
