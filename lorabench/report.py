@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import pandas as pd
 
@@ -20,28 +17,16 @@ from lorabench import drawing, plugins
 from lorabench.aggregate import FAILED, plain
 from lorabench.figure import Figure
 from lorabench.labels import capitalized, key_label, measure, value_label, with_unit
+from lorabench.page import TEMPLATES, Drawn, drawn, fill
 from lorabench.record import Status, write_bytes, write_json
 from lorabench.results import Results, selected
 from lorabench.tables import build_tables, distinct, quality, write_tables
 from lorabench.typeset import Sheet
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+TEMPLATE = "report.html.j2"
 MANIFEST = ".report.json"
 """What the files of a report were made of, and their names."""
 HEADINGS = ("Question", "Cost", "Expect")
-DISPLAY_SCALE = 1.45
-"""Inches on the screen per inch in print."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """A figure as it stands in the report."""
-
-    name: str
-    caption: str
-    png: str
-    """Base64."""
-    inches: float
 
 
 def write_report(results: Results, folder: Path) -> list[Path]:
@@ -66,7 +51,7 @@ def write_report(results: Results, folder: Path) -> list[Path]:
 def _write(results: Results, folder: Path) -> list[Path]:
     sheets = build_tables(results)
     files = write_tables(results, sheets, folder / "tables")
-    drawn, empty = [], []
+    shown, empty = [], []
     for name, figure in _figures(results).items():
         canvas = figure.draw(results)
         if canvas is None:
@@ -74,11 +59,10 @@ def _write(results: Results, folder: Path) -> list[Path]:
             continue
         inches = float(canvas.get_figwidth())
         pdf, png = drawing.save(canvas, folder / "figures" / name)
-        content = base64.b64encode(png.read_bytes()).decode()
-        drawn.append(Drawn(name=name, caption=figure.caption(), png=content, inches=inches * DISPLAY_SCALE))
+        shown.append(drawn(name, figure.caption(), png.read_bytes(), inches))
         files += [pdf, png]
     write_bytes(folder / "sweep.toml", results.sweep.text.encode())
-    write_bytes(folder / "report.html", render(results, sheets, drawn, empty).encode())
+    write_bytes(folder / "report.html", render(results, sheets, shown, empty).encode())
     return [*files, folder / "sweep.toml", folder / "report.html"]
 
 
@@ -90,9 +74,8 @@ def _digest(results: Results) -> str:
     for name, frame in sorted(results.analyses.items()):
         digest.update(f"{name} {list(frame.columns)}".encode())
         digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
-    for file in sorted(TEMPLATE.parent.rglob("*.py")):
+    for file in [*sorted(TEMPLATES.rglob("*.py")), *sorted(TEMPLATES.glob("*.j2"))]:
         digest.update(file.read_bytes())
-    digest.update(TEMPLATE.read_bytes())
     return digest.hexdigest()
 
 
@@ -106,10 +89,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def render(results: Results, sheets: list[Sheet], figures: list[Drawn], empty: list[str]) -> str:
     """The page; the first sheet is the summary, `empty` names the figures that had nothing to draw."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text("utf-8"))
     counts = Counter(results.runs["status"])
-    return template.render(
+    return fill(
+        TEMPLATE,
         sweep=results.sweep,
         header=read_header(results.sweep.text),
         counts=[(status, counts[status]) for status in Status if counts[status]],
