@@ -199,7 +199,7 @@ def compare(arguments: argparse.Namespace) -> int:
     from lorabench.terminal import tracked
 
     a, b = (_adapter(source, arguments) for source in (arguments.a, arguments.b))
-    found = compare_adapters(a, b, lambda pairs: tracked(pairs, len(a.entries), "comparing"))
+    found = compare_adapters(a, b, lambda pairs, total: tracked(pairs, total, "comparing"))
     if arguments.html:
         from lorabench.comparison_page import comparison_page
 

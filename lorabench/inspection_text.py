@@ -30,11 +30,11 @@ def inspection_text(found: dict[str, Any], energy: float, bold: bool = False) ->
         *_spectrum(found["layers"]),
         ("Ranks that keep ‖ΔW‖²", _advice(found, f"{100 * energy:g}")),
     ]
-    return "\n\n".join(f"{_heading(title, bold)}\n{body}" for title, body in parts)
+    return "\n\n".join(f"{heading(title, bold)}\n{body}" for title, body in parts)
 
 
-def _heading(text: str, bold: bool) -> str:
-    return f"\033[1m{text}\033[0m" if bold else text
+def heading(text: str, bold: bool) -> str:
+    return "\n".join(f"\033[1m{line}\033[0m" for line in text.splitlines()) if bold else text
 
 
 def _facts(found: dict[str, Any]) -> str:
@@ -67,10 +67,10 @@ def _kinds(found: dict[str, Any]) -> str:
     return text_table(table, columns)
 
 
-def middle(values: Iterable[float | None]) -> str:
+def middle(values: Iterable[float | None], digits: int = 3) -> str:
     """The median of those that are known; empty where none is."""
     known = [value for value in values if value is not None]
-    return f"{median(known):.3g}" if known else ""
+    return f"{median(known):.{digits}g}" if known else ""
 
 
 def _heats(rows: list[Row]) -> Iterable[tuple[str, str]]:

@@ -16,13 +16,9 @@ def blocks(values: Sequence[float | None], low: float, high: float) -> str:
     return "".join("·" if value is None else EIGHTHS[1 + round(7 * (value - low) / span)] for value in values)
 
 
-def shades(grid: Sequence[Sequence[float]], width: int = 2) -> list[str]:
-    """A line a row of a grid in [0, 1], each value `width` characters: blank below 0.1, █ from 0.875."""
-    return ["".join(SHADES[_shade(value)] * width for value in row) for row in grid]
-
-
-def _shade(value: float) -> int:
-    return 0 if value < 0.1 else min(4, max(1, round(4 * value)))
+def shades(grid: Sequence[Sequence[float]], high: float, width: int = 2) -> list[str]:
+    """A line a row of a grid in [0, `high`], each value `width` characters: from blank to █ in five steps."""
+    return ["".join(SHADES[min(4, round(4 * value / high))] * width for value in row) for row in grid]
 
 
 def bars(values: Sequence[float], marks: Sequence[float], height: int = 8, width: int = 1) -> list[str]:
