@@ -168,7 +168,7 @@ def _longest(pairs: list[Names], side: int) -> dict[str, str]:
 
 
 def mean_grid(rows: list[Row], key: str = "phi") -> np.ndarray:
-    """(largest p, largest q), at most 64 each: the mean of a grid over the layers that reach so far."""
+    """(largest p, largest q), at most 64 each: the mean of a grid over the layers that reach so far; NaN where none."""
     grids = [np.array(row[key]) for row in rows]
     total = np.zeros([max(sizes) for sizes in zip(*(grid.shape for grid in grids), strict=True)])
     counts = np.zeros(total.shape)

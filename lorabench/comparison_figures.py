@@ -11,11 +11,11 @@ from matplotlib.ticker import MaxNLocator
 
 from lorabench import drawing
 from lorabench.comparison import Row, mean_grid
+from lorabench.comparison_text import SIDES
 from lorabench.figures.spectra import NULL_DASHES
 from lorabench.figures.subspace_grid import FIRST_KINDS
 from lorabench.inspection import by_kind
 
-SIDES = ("input", "output")
 MAX_KINDS = 3
 MAX_LINES = len(drawing.COLORS)
 

@@ -13,6 +13,7 @@ from lorabench.inspection_text import heading, middle, wrapped
 from lorabench.sketch import SHADES, shades
 from lorabench.terminal import text_table
 
+SIDES = ("input", "output")
 MAX_CELLS = 16
 
 
@@ -25,7 +26,7 @@ def comparison_text(found: dict[str, Any], bold: bool = False) -> str:
     if rows:
         parts += [
             (f"{side.capitalize()} side: medians by kind of layer, in brackets chance", _kinds(found, side))
-            for side in ("input", "output")
+            for side in SIDES
         ]
         parts.append(("Subspace similarity φ(i, j), mean over layers", "\n".join(_heat(rows))))
     return "\n\n".join(f"{heading(title, bold)}\n{body}" for title, body in parts)
@@ -95,7 +96,7 @@ def _energy(rows: list[Row], key: str) -> str:
 
 def _heat(rows: list[Row]) -> list[str]:
     """Both sides next to each other, in shades of the largest mean; of more than 16 directions means of neighbours."""
-    grids = {side: mean_grid([row for row in rows if row["side"] == side]) for side in ("input", "output")}
+    grids = {side: np.nan_to_num(mean_grid([row for row in rows if row["side"] == side])) for side in SIDES}
     small = {side: _shrunk(grid) for side, grid in grids.items()}
     high = max(float(grid.max()) for grid in small.values()) or 1.0
     halves = [_half(side, small[side], grids[side].shape, high) for side in grids]
@@ -116,5 +117,5 @@ def _shrunk(grid: np.ndarray) -> np.ndarray:
     """At most 16 × 16: means of neighbouring cells."""
     for axis in (0, 1):
         parts = np.array_split(grid, min(MAX_CELLS, grid.shape[axis]), axis=axis)
-        grid = np.concatenate([np.nanmean(part, axis=axis, keepdims=True) for part in parts], axis=axis)
+        grid = np.concatenate([part.mean(axis=axis, keepdims=True) for part in parts], axis=axis)
     return grid

@@ -71,10 +71,10 @@ def _spectrum_panel(axes: Axes, rows: list[Row], scale: ScalarMappable) -> None:
 
 def heat_maps(rows: list[Row]) -> Figure | None:
     """Kind of layer × block: rank_90 and ‖ΔW‖, the mean where a block has several of a kind."""
-    depths = sorted({row["depth"] for row in rows if row["depth"] is not None})
-    groups = by_kind([row for row in rows if row["depth"] is not None])
+    rows, depths = _in_blocks(rows)
     if len(depths) < 2:
         return None
+    groups = by_kind(rows)
     with drawing.style():
         drawing.plt.rcParams["axes.grid"] = False
         figure, grid = drawing.new_figure(1, 2, height=0.9 + 0.19 * len(groups), sharey=True)
@@ -90,6 +90,12 @@ def heat_maps(rows: list[Row]) -> Figure | None:
                 bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         grid[0, 0].set_yticks(range(len(groups)), list(groups))
     return figure
+
+
+def _in_blocks(rows: list[Row]) -> tuple[list[Row], list[int]]:
+    """The layers that changed and belong to a block, and these blocks."""
+    rows = [row for row in rows if row["depth"] is not None and row["frobenius_norm"]]
+    return rows, sorted({row["depth"] for row in rows})
 
 
 def _means(groups: dict[str, list[Row]], values: list[list[float | None]], depths: list[int]) -> np.ndarray:
@@ -111,8 +117,7 @@ def _norm(table: np.ndarray) -> Normalize:
 
 def profiles(rows: list[Row]) -> Figure | None:
     """Effective rank, stable rank and the norm of ΔW over the blocks, a line a kind."""
-    rows = [row for row in rows if row["depth"] is not None]
-    depths = sorted({row["depth"] for row in rows})
+    rows, depths = _in_blocks(rows)
     if len(depths) < 2:
         return None
     groups = largest_kinds(rows, MAX_LINES)

@@ -98,7 +98,7 @@ def permutation_p_value(U: Tensor, V: Tensor, draws: int = 199, seed: int = 0) -
     at_a_time = max(1, _PERMUTED_ENTRIES // V.numel())
     drawn = torch.cat([(U.mT @ V[some]).square().sum((-2, -1)) for some in orders.split(at_a_time)])
     as_large = drawn >= observed * (1 - 1e-5)  # ties count: of the whole space all draws are equal but for rounding
-    return float((1 + as_large.sum()) / (draws + 1))
+    return (1 + int(as_large.sum())) / (draws + 1)
 
 
 @lru_cache(maxsize=4)

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorabench"
 LAYERS = [
-    {"plugins", "claim", "linalg", "typeset", "terminal", "environment", "steps", "live", "sequence", "sketch", "page"},
+    {"plugins", "claim", "linalg", "typeset", "terminal", "environment", "steps", "live", "sequence", "sketch"},
     {"decode", "nulls", "update", "meter", "advice"},
     {"weights"},
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
@@ -18,7 +18,7 @@ LAYERS = [
     {"formats", "pairs", "results", "labels"},
     {"aggregate"},
     {"notes", "drawing", "transfer"},
-    {"tables"},
+    {"tables", "page"},
     {"analyses/subspace"},  # its cross-Gram matrix also gives the angles
     {"methods/*", "tasks/*", "analyses/*", "figures/*"},
     {"methods/hybrid"},  # of methods
@@ -27,8 +27,10 @@ LAYERS = [
     {"inference"},
     {"serving"},
     {"execute", "report", "inspection", "comparison"},
-    {"inspection_text", "inspection_figures", "comparison_text", "comparison_figures"},
-    {"inspection_page", "comparison_page"},
+    {"inspection_text", "inspection_figures"},
+    {"inspection_page", "comparison_text"},
+    {"comparison_figures"},
+    {"comparison_page"},
     {"status", "stamp", "plan", "compose"},
     {"worker"},
     {"launch", "warm"},
