@@ -91,7 +91,7 @@ def _joined(keys: dict[str, int]) -> dict[str, int]:
 
 
 def _expression(head: str, numbers: list[str], tail: str) -> str:
-    number = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
+    number = numbers[0] if len(numbers) == 1 else f"({'|'.join(sorted(numbers, key=int))})"
     anchor = "^" if head.startswith("^") else ""
     return anchor + _escaped(head.removeprefix("^")) + number + _escaped(tail)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lorabench.comparison import Row, mean_grid
 from lorabench.inspection import by_kind
-from lorabench.inspection_text import heading, middle, wrapped
+from lorabench.inspection_text import heading, middle, significant, wrapped
 from lorabench.sketch import SHADES, shades
 from lorabench.terminal import text_table
 
@@ -28,6 +28,7 @@ def comparison_text(found: dict[str, Any], bold: bool = False) -> str:
             (f"{side.capitalize()} side: medians by kind of layer, in brackets chance", _kinds(found, side))
             for side in SIDES
         ]
+        parts.append(("Share of one's ‖ΔW‖² in the other's subspace: medians, in brackets chance", _shares(found)))
         parts.append(("Subspace similarity φ(i, j), mean over layers", "\n".join(_heat(rows))))
     return "\n\n".join(f"{heading(title, bold)}\n{body}" for title, body in parts)
 
@@ -66,6 +67,15 @@ def first_of(names: list[str]) -> str:
 def _kinds(found: dict[str, Any], side: str) -> str:
     groups = by_kind([row for row in found["layers"] if row["side"] == side])
     table = [{"kind": kind, **measured(rows)} for kind, rows in groups.items()]
+    return text_table(table, ["kind", "p × q", "φ(p, q)", "p-value", "distance"])
+
+
+def _shares(found: dict[str, Any]) -> str:
+    table = []
+    for kind, rows in by_kind(found["layers"]).items():
+        sides = {side: measured([row for row in rows if row["side"] == side]) for side in SIDES}
+        shares = {f"{side} {key}": cells[key] for side, cells in sides.items() for key in ("A in B", "B in A")}
+        table.append({"kind": kind, **shares})
     return text_table(table, list(table[0]))
 
 
@@ -91,7 +101,7 @@ def _energy(rows: list[Row], key: str) -> str:
     if not shares:
         return ""
     chance = [row["energy_chance"][key] for row in rows]
-    return f"{100 * float(np.median(shares)):.0f}% ({100 * float(np.median(chance)):.0f}%)"
+    return "{}% ({}%)".format(*(significant(100 * float(np.median(each)), 2) for each in (shares, chance)))
 
 
 def _heat(rows: list[Row]) -> list[str]:
@@ -102,7 +112,7 @@ def _heat(rows: list[Row]) -> list[str]:
     halves = [_half(side, small[side], grids[side].shape, high) for side in grids]
     left = max(len(line) for line in halves[0]) + 3
     joined = [f"{one:<{left}}{two}".rstrip() for one, two in zip(*halves, strict=True)]
-    legend = "   ".join(f"{shade} {high * k / 4:.2f}" for k, shade in enumerate(SHADES) if k)
+    legend = "   ".join(f"{shade} {high * k / 4:.2g}" for k, shade in enumerate(SHADES) if k)
     return [*joined, f"     blank 0   {legend}"]
 
 

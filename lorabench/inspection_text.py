@@ -70,7 +70,12 @@ def _kinds(found: dict[str, Any]) -> str:
 def middle(values: Iterable[float | None], digits: int = 3) -> str:
     """The median of those that are known; empty where none is."""
     known = [value for value in values if value is not None]
-    return f"{median(known):.{digits}g}" if known else ""
+    return significant(median(known), digits) if known else ""
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """So many digits, whole numbers in full: `3776`, not `3.78e+03`."""
+    return f"{value:.0f}" if 10**digits - 0.5 <= abs(value) < 1e9 else f"{value:.{digits}g}"
 
 
 def _heats(rows: list[Row]) -> Iterable[tuple[str, str]]:

@@ -60,7 +60,10 @@ def layer_kind(layer: str) -> str:
     """`model.layers.3.self_attn.q_proj` -> `q_proj`.
 
     Names that BERT and GPT-2 give to several layers of a block keep their path in it: `attn.c_proj`, `mlp.c_proj`.
+    A number alone says nothing of its kind: `to_out.0` in diffusion models.
     """
     last = layer.rpartition(".")[2]
+    if last.isdigit():
+        return ".".join(layer.split(".")[-2:])
     block = _BLOCK.search(layer)
     return layer[block.end() :] if last in _SHARED_NAMES and block else last

@@ -68,7 +68,9 @@ def test_json_is_what_scipy_and_numpy_give_of_pefts_own_changes(pair, capsys):
 def test_an_adapter_and_itself_rescaled(tmp_path):
     save_lora(tmp_path / "a", 3)
     save_lora(tmp_path / "b", 3, lora_alpha=100)
-    for row in compare(tmp_path / "a", tmp_path / "b")["layers"]:
+    table = compare(tmp_path / "a", tmp_path / "b")
+    assert "100% (9.4%)" in comparison_text(table)
+    for row in table["layers"]:
         assert np.diag(row["phi"]) == pytest.approx(np.ones(3), abs=1e-4) and row["p_value"] == 1 / 200
         assert row["grassmann"] < 1e-3 and row["energy_of_a_in_b"] == pytest.approx(1, abs=1e-5)
 

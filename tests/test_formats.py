@@ -256,6 +256,7 @@ def test_a_damaged_configuration(adapter):
         ("bert.encoder.layer.2.attention.output.dense", "attention.output.dense", 2),
         ("bert.encoder.layer.2.output.dense", "output.dense", 2),
         ("bert.pooler.dense", "dense", None),
+        ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0", "to_out.0", 1),
         ("lm_head", "lm_head", None),
     ],
 )

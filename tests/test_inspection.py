@@ -14,7 +14,7 @@ from lorabench import formats, sketch
 from lorabench.cli import main
 from lorabench.inspection import inspect_adapter, scale_text
 from lorabench.inspection_page import inspection_page
-from lorabench.inspection_text import inspection_text, pasted
+from lorabench.inspection_text import inspection_text, pasted, significant
 from lorabench.update import Update, save_updates
 from tests.adapters import CONFIG, SCALE, deltas, save_dense, save_lora
 
@@ -193,6 +193,13 @@ def test_layers_are_read_one_at_a_time(lora):
     adapter, loaded = formats.open_adapter(lora[0]), []
     steps = inspect_adapter(adapter, track=lambda layers: (loaded.append(layer.layer) or layer for layer in layers))
     assert loaded == [row["layer"] for row in steps["layers"]]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(3776.2, "3776"), (0.012345, "0.0123"), (100, "100"), (99.96, "100"), (999.7, "1000"), (0, "0")]
+)
+def test_numbers_keep_their_whole_part(value, text):
+    assert significant(value) == text
 
 
 def test_bars_on_a_log_scale():
