@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from lorabench.comparison import Row, mean_grid
-from lorabench.inspection import by_kind
-from lorabench.inspection_text import heading, middle, significant, wrapped
+from lorabench.inspection import by_kind, significant
+from lorabench.inspection_text import heading, middle, short, wrapped
 from lorabench.sketch import SHADES, shades
 from lorabench.terminal import text_table
 
@@ -66,7 +66,7 @@ def first_of(names: list[str]) -> str:
 
 def _kinds(found: dict[str, Any], side: str) -> str:
     groups = by_kind([row for row in found["layers"] if row["side"] == side])
-    table = [{"kind": kind, **measured(rows)} for kind, rows in groups.items()]
+    table = [{"kind": short(kind), **measured(rows)} for kind, rows in groups.items()]
     return text_table(table, ["kind", "p × q", "φ(p, q)", "p-value", "distance"])
 
 
@@ -75,7 +75,7 @@ def _shares(found: dict[str, Any]) -> str:
     for kind, rows in by_kind(found["layers"]).items():
         sides = {side: measured([row for row in rows if row["side"] == side]) for side in SIDES}
         shares = {f"{side} {key}": cells[key] for side, cells in sides.items() for key in ("A in B", "B in A")}
-        table.append({"kind": kind, **shares})
+        table.append({"kind": short(kind), **shares})
     return text_table(table, list(table[0]))
 
 

@@ -128,7 +128,7 @@ def largest_kinds(rows: list[Row], count: int) -> dict[str, list[Row]]:
 def facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     """What stands at the top of the summary and of the page."""
     rows, relative = found["layers"], found["relative_norm"]
-    share = f", {100 * relative:.3g}% of ‖W0‖" if relative is not None else ""
+    share = f", {significant(100 * relative)}% of ‖W0‖" if relative is not None else ""
     return [
         ("format", found["format"]),
         ("scale", scale_text(found)),
@@ -142,3 +142,8 @@ def ranks_text(rows: list[Row]) -> str:
     ranks = sorted({row["rank"] for row in rows if row["rank"] is not None})
     words = [] if not ranks else [f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"]
     return " and ".join([*words, *(["dense"] if any(row["rank"] is None for row in rows) else [])])
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """So many digits, whole numbers in full: `3776`, not `3.78e+03`."""
+    return f"{value:.0f}" if 10**digits - 0.5 <= abs(value) < 1e9 else f"{value:.{digits}g}"

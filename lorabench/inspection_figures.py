@@ -48,7 +48,7 @@ def spectra(rows: list[Row]) -> Figure | None:
         longest = max(len(row["singular_values"]) for group in groups.values() for row in group)
         drawing.powers_of_two(grid[0, 0], [2**k for k in range(longest.bit_length())])
         grid[0, 0].set_yscale("log")
-        grid[0, 0].set_ylim(max(1e-4, grid[0, 0].get_ylim()[0]), 1.4)
+        grid[0, 0].set_ylim(min(0.1, max(1e-4, grid[0, 0].get_ylim()[0])), 1.4)
         handle = Line2D([], [], color=drawing.REFERENCE, linestyle=NULL_DASHES, linewidth=1.2)
         drawing.legend_below(figure, [handle], ["random update of the same shape"])
         if len({*depths}) > 1:

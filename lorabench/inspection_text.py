@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lorabench.inspection import Row, by_kind, current_parameters, facts, ranks_text
+from lorabench.inspection import Row, by_kind, current_parameters, facts, ranks_text, significant
 from lorabench.nulls import null_spectra
 from lorabench.sketch import bars, blocks
 from lorabench.terminal import text_table
@@ -25,7 +25,7 @@ def inspection_text(found: dict[str, Any], energy: float, bold: bool = False) ->
     """The summary of what `inspect_adapter` gave; with `bold`, headings have escape codes."""
     parts = [
         (found["source"], _facts(found)),
-        ("Medians by kind of layer, beside random updates of the same shapes", _kinds(found)),
+        ("Medians over the n layers of a kind; null: random updates of the same shapes", _kinds(found)),
         *_heats(found["layers"]),
         *_spectrum(found["layers"]),
         ("Ranks that keep ‖ΔW‖²", _advice(found, f"{100 * energy:g}")),
@@ -52,11 +52,11 @@ def _kinds(found: dict[str, Any]) -> str:
     for kind, rows in by_kind(found["layers"]).items():
         table.append(
             {
-                "kind": kind,
-                "layers": len(rows),
+                "kind": short(kind),
+                "n": len(rows),
                 "rank": ranks_text(rows).removeprefix("ranks ").removeprefix("rank "),
                 "rank_90": middle(row["rank_90"] for row in rows),
-                "(random)": middle(row["null"].get("rank_90") for row in rows),
+                "(null)": middle(row["null"].get("rank_90") for row in rows),
                 "eff. rank": middle(row["effective_rank_entropy"] for row in rows),
                 "stable": middle(row["stable_rank"] for row in rows),
                 "‖ΔW‖": middle(row["frobenius_norm"] for row in rows),
@@ -67,15 +67,15 @@ def _kinds(found: dict[str, Any]) -> str:
     return text_table(table, columns)
 
 
+def short(kind: str) -> str:
+    """At most 14 characters, so that a table keeps to the line: `….output.dense`."""
+    return kind if len(kind) <= 14 else f"…{kind[-13:]}"
+
+
 def middle(values: Iterable[float | None], digits: int = 3) -> str:
     """The median of those that are known; empty where none is."""
     known = [value for value in values if value is not None]
     return significant(median(known), digits) if known else ""
-
-
-def significant(value: float, digits: int = 3) -> str:
-    """So many digits, whole numbers in full: `3776`, not `3.78e+03`."""
-    return f"{value:.0f}" if 10**digits - 0.5 <= abs(value) < 1e9 else f"{value:.{digits}g}"
 
 
 def _heats(rows: list[Row]) -> Iterable[tuple[str, str]]:
@@ -84,12 +84,13 @@ def _heats(rows: list[Row]) -> Iterable[tuple[str, str]]:
     if len(depths) < 2:
         return
     for metric, title in (("rank_90", "rank_90"), ("frobenius_norm", "‖ΔW‖")):
-        means = {kind: _over_depth(group, metric, depths) for kind, group in by_kind(rows).items()}
-        known = [value for line in means.values() for value in line if value is not None]
+        groups = by_kind([row for row in rows if row["depth"] is not None])
+        means = [(short(kind), _over_depth(group, metric, depths)) for kind, group in groups.items()]
+        known = [value for _, line in means for value in line if value is not None]
         if not known:
             continue
-        name = max(map(len, means))
-        lines = [f"{kind:<{name}}  {blocks(line, min(known), max(known))}" for kind, line in means.items()]
+        name = max(len(kind) for kind, _ in means)
+        lines = [f"{kind:<{name}}  {blocks(line, min(known), max(known))}" for kind, line in means]
         ends = f"▁ {min(known):.3g}   █ {max(known):.3g}"
         yield f"{title} by depth, from block {depths[0]} to {depths[-1]}   {ends}", "\n".join(lines)
 
@@ -99,7 +100,7 @@ def _over_depth(rows: list[Row], metric: str, depths: list[int]) -> list[float |
     width = min(len(depths), WIDTH - 24)
     cells: list[list[float]] = [[] for _ in range(width)]
     for row in rows:
-        if row["depth"] is not None and row[metric] is not None:
+        if row[metric] is not None:
             cells[depths.index(row["depth"]) * width // len(depths)].append(row[metric])
     return [sum(cell) / len(cell) if cell else None for cell in cells]
 

@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from lorabench import formats, sketch
 from lorabench.cli import main
-from lorabench.inspection import inspect_adapter, scale_text
+from lorabench.inspection import inspect_adapter, scale_text, significant
 from lorabench.inspection_page import inspection_page
-from lorabench.inspection_text import inspection_text, pasted, significant
+from lorabench.inspection_text import inspection_text, pasted
 from lorabench.update import Update, save_updates
 from tests.adapters import CONFIG, SCALE, deltas, save_dense, save_lora
+
+BERT = "bert.encoder.layer.2.attention.output.dense"
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def test_names_from_files_are_escaped(found):
 
 
 def test_a_dense_change_knows_its_noise_and_its_share_of_the_base(tmp_path):
-    W = save_dense(tmp_path, {"model.layers.0.mlp.up_proj": (60, 80), "score": (3, 60)})
+    W = save_dense(tmp_path, {"model.layers.0.mlp.up_proj": (60, 80), "score": (3, 60), BERT: (70, 60)})
     table = inspect_adapter(formats.open_adapter(tmp_path))
     rows = {row["layer"]: row for row in table["layers"]}
     up = rows["model.layers.0.mlp.up_proj"]
@@ -114,7 +116,8 @@ def test_a_dense_change_knows_its_noise_and_its_share_of_the_base(tmp_path):
     assert up["powerlaw_alpha"] > 1 and 0 < up["noise_floor"] < 1e-5
     assert rows["score"]["depth"] is None and scale_text(table) == "none (ΔW is stored whole)"
     text = inspection_text(table, 0.95)
-    assert "dense" in text and "of now" not in text and inspection_page(table, 0.95)
+    assert "dense" in text and "of now" not in text and max(map(len, text.splitlines()[1:])) <= 80
+    assert inspection_page(table, 0.95)
 
 
 def test_kept_vectors_and_an_adapter_of_rank_one(tmp_path):
