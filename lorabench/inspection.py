@@ -9,6 +9,7 @@ from typing import Any
 from lorabench.advice import rank_pattern_for, smallest_rank
 from lorabench.aggregate import plain
 from lorabench.analyses.spectrum import Spectrum
+from lorabench.decode import InputError
 from lorabench.formats import Adapter, load_layers
 from lorabench.layer import LayerSVD
 
@@ -27,6 +28,8 @@ def inspect_adapter(
     and norm, and `singular_values`. `rank_advice` is by percent of ‖ΔW‖²: 90, 95, 99 and `energy`. Raises InputError
     where a file is damaged.
     """
+    if not adapter.entries:
+        raise InputError(f"{adapter.source}: changed no matrix, vectors alone (biases, norms): there is no spectrum")
     rows = [_row(layer) for layer in track(load_layers(adapter))]
     whole = [row for row in rows if row["part"] is None or row["part_of"] not in {other["layer"] for other in rows}]
     norms = [row["base_norm"] for row in whole]

@@ -179,9 +179,12 @@ def test_wrong_input_is_told_on_stderr_with_exit_code_2(lora, capsys, tmp_path):
     tensors = load_file(cut / "adapter_model.safetensors")
     tensors[next(iter(tensors))][0, 0] = torch.nan
     save_file(tensors, cut / "adapter_model.safetensors")
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "vectors"):
+        (tmp_path / name).mkdir()
+    save_updates([Update(parameter="norm.weight", B=torch.randn(6, 1))], tmp_path / "vectors")
     for arguments, words in [
         ((tmp_path / "empty",), "holds no adapter"),
+        ((tmp_path / "vectors",), "changed no matrix"),
         ((cut,), "holds NaN or Inf"),
         ((lora[0], "--energy", "95"), "--energy 95: must be above 0 and at most 1"),
         ((lora[0], "--alpha", "0"), "--alpha 0: must be a number above 0"),
