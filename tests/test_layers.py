@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "lorabench"
 LAYERS = [
     {"plugins", "claim", "linalg", "typeset", "terminal", "environment", "steps", "live", "sequence"},
     {"decode", "nulls", "update", "meter"},
-    {"weights"},
+    {"weights", "tensorfile"},
+    {"weightfile"},
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
     {"spec"},
     {"record"},
