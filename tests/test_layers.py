@@ -8,15 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lorabench"
 LAYERS = [
     {"plugins", "claim", "linalg", "typeset", "terminal", "environment", "steps", "live", "sequence"},
-    {"decode", "nulls", "update", "meter"},
+    {"decode", "nulls", "update", "meter", "krylov"},
     {"weights", "tensorfile"},
     {"weightfile"},
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
-    {"spec"},
+    {"spec", "base"},
     {"record"},
     {"sweep"},
     {"model", "readers/*"},
-    {"formats", "pairs", "results", "labels"},
+    {"formats", "bases", "pairs", "results", "labels"},
     {"aggregate"},
     {"notes", "drawing", "transfer"},
     {"tables"},
