@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from lorabench.machine import PATIENT_THREADS, available_cores
+
+os.environ.update(PATIENT_THREADS)
 
 import numpy as np
 import torch
@@ -32,7 +37,6 @@ from lorabench.base import BaseLayer, Tuned, decompose, top_triplets
 from lorabench.krylov import Dense, top_svd
 from lorabench.layer import LayerSVD
 from lorabench.linalg import spectrum_metrics, subspace_similarity, thin_svd
-from lorabench.machine import available_cores
 from lorabench.update import Update
 
 LLAMA_7B = {"q_proj": (1, 1), "k_proj": (1, 1), "v_proj": (1, 1), "o_proj": (1, 1),
