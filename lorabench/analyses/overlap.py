@@ -63,7 +63,7 @@ def energy_share(layer: LayerSVD, side: str, Q: Tensor) -> float | None:
     from lorabench.linalg import energy_in_subspace
 
     svd, update = layer.svd, layer.update
-    if svd.U.shape[1] >= svd.numerical_rank:
+    if layer.is_complete:
         vectors = svd.Vh.mT if side == "input" else svd.U
         return energy_in_subspace(vectors * svd.S[: vectors.shape[1]].to(vectors.dtype), Q)
     if update is None or update.A is not None:
