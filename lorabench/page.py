@@ -29,7 +29,7 @@ class Drawn:
     inches: float
 
 
-def drawn(name: str, caption: str, png: bytes, inches: float) -> Drawn:
+def picture(name: str, caption: str, png: bytes, inches: float) -> Drawn:
     """`inches` wide in print."""
     return Drawn(name=name, caption=caption, png=base64.b64encode(png).decode(), inches=inches * DISPLAY_SCALE)
 
@@ -42,7 +42,7 @@ def embedded(name: str, caption: str, figure: Figure) -> Drawn:
     with drawing.style():
         figure.savefig(content, format="png", metadata={"Software": None})
     drawing.plt.close(figure)
-    return drawn(name, caption, content.getvalue(), float(figure.get_figwidth()))
+    return picture(name, caption, content.getvalue(), float(figure.get_figwidth()))
 
 
 def fill(template: str, **values: Any) -> str:

@@ -17,7 +17,7 @@ from lorabench import drawing, plugins
 from lorabench.aggregate import FAILED, plain
 from lorabench.figure import Figure
 from lorabench.labels import capitalized, key_label, measure, value_label, with_unit
-from lorabench.page import TEMPLATES, Drawn, drawn, fill
+from lorabench.page import TEMPLATES, Drawn, fill, picture
 from lorabench.record import Status, write_bytes, write_json
 from lorabench.results import Results, selected
 from lorabench.tables import build_tables, distinct, quality, write_tables
@@ -59,7 +59,7 @@ def _write(results: Results, folder: Path) -> list[Path]:
             continue
         inches = float(canvas.get_figwidth())
         pdf, png = drawing.save(canvas, folder / "figures" / name)
-        shown.append(drawn(name, figure.caption(), png.read_bytes(), inches))
+        shown.append(picture(name, figure.caption(), png.read_bytes(), inches))
         files += [pdf, png]
     write_bytes(folder / "sweep.toml", results.sweep.text.encode())
     write_bytes(folder / "report.html", render(results, sheets, shown, empty).encode())
