@@ -127,6 +127,14 @@ class Meter:
         self.flush()
         self.energy_joules += self._energy.stop()
 
+    @contextlib.contextmanager
+    def pause_training(self, name: str) -> Iterator[None]:
+        """What happens inside is on the clock `name`; its time, memory and energy are not training's."""
+        with self.clock(name):
+            self.end_training()
+            yield
+            self.start_training()
+
     @property
     def state(self) -> dict[str, Any]:
         self.flush()

@@ -24,7 +24,7 @@ LAYERS = [
     {"methods/hybrid"},  # of methods
     {"examples"},
     {"train", "analyze"},
-    {"inference"},
+    {"inference", "snapshots"},
     {"serving"},
     {"execute", "report"},
     {"status", "stamp", "plan", "compose"},
