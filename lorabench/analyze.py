@@ -2,8 +2,8 @@
 
     results/runs/<run_id>/analyses/<name>.parquet      results/pairs/<run_a>--<run_b>/<name>.parquet
 
-Layers are streamed: memory holds one layer's thin SVD of each run that is compared with another, and each SVD is
-computed once for all analyses.
+Layers are streamed: memory holds one layer's thin SVD of each run that is compared with another, and the base's of
+that layer; each SVD is computed once for all analyses.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 import pyarrow as pa
@@ -25,6 +25,8 @@ from rich.progress import Progress
 
 from lorabench import formats, plugins
 from lorabench.analysis import Analysis
+from lorabench.base import Tuned
+from lorabench.bases import FOLDER, BaseKey, Bases
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
 from lorabench.linalg import one_thread
@@ -36,6 +38,7 @@ from lorabench.tidy import TableWriter, read_table, to_frame, to_table
 
 VERSION = 1
 """Part of every cache key: raise it when the engine's own columns change."""
+UPDATES, SNAPSHOTS = "updates", "snapshots"
 PAIR_AXES = ("method.rank", "seed")
 LAYER_COLUMNS = ["layer", "kind", "depth"]
 PAIR_COLUMNS = ["run_a", "run_b", "axis", "value_a", "value_b"]
@@ -62,9 +65,17 @@ class Job:
 
     @cached_property
     def key(self) -> str:
-        """What the numbers depend on: the analysis's version and the content of the updates."""
+        """What the numbers depend on: the analysis's version, the content of the updates, and that of the base."""
         versions = [VERSION, formats.VERSION, self.analysis.version]
-        return json.dumps([self.analysis.name, versions, [updates_of(record) for record in self.records]])
+        content: list[Any] = [files_of(record, self.folders) for record in self.records]
+        if self.analysis.needs == "base":
+            content += [[asdict(BaseKey.of(record)), record.environment.get("model_sha256")] for record in self.records]
+        return json.dumps([self.analysis.name, versions, content])
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders of a run that are read."""
+        return (UPDATES, SNAPSHOTS) if self.analysis.needs == "trajectory" else (UPDATES,)
 
 
 def analyze(
@@ -91,13 +102,13 @@ def analyze(
     for name, job in jobs.items():
         if tables[name] is None and not failed & {*job.runs}:
             tables[name] = read_table(job.file, job.key)
-    tables = {name: table for name, table in tables.items() if not failed & {*name[1:]}}
-    return {analysis.name: _frame(analysis, tables, pairs) for analysis in analyses}
+    made = {name: table for name, table in tables.items() if table is not None and not failed & {*name[1:]}}
+    return {analysis.name: _frame(analysis, made, pairs) for analysis in analyses}
 
 
-def updates_of(record: RunRecord) -> dict[str, str]:
+def files_of(record: RunRecord, folders: tuple[str, ...] = (UPDATES,)) -> dict[str, str]:
     """The digests of the files that hold what a run learned."""
-    return {path: digest for path, digest in sorted(record.files.items()) if path.startswith("updates/")}
+    return {path: digest for path, digest in sorted(record.files.items()) if path.split("/")[0] in folders}
 
 
 def _analyzable(store: Store, sweep: Sweep, note: Callable[[str], None]) -> dict[str, RunRecord]:
@@ -106,7 +117,7 @@ def _analyzable(store: Store, sweep: Sweep, note: Callable[[str], None]) -> dict
     for state in store.states(list(sweep.runs)):
         if state.status != Status.DONE or state.record is None:
             others[str(state.status)].append(state.run_id)
-        elif not updates_of(state.record):
+        elif not files_of(state.record):
             others["done, but nothing kept"].append(state.run_id)
         else:
             records[state.run_id] = state.record
@@ -117,13 +128,15 @@ def _analyzable(store: Store, sweep: Sweep, note: Callable[[str], None]) -> dict
 
 
 def _subjects(analysis: Analysis, records: dict[str, RunRecord], pairs: list[Pair]) -> list[tuple[str, ...]]:
-    if analysis.needs == "layer":
-        return [(run_id,) for run_id in records]
-    return [(pair.run_a, pair.run_b) for pair in pairs]
+    if analysis.needs == "pair":
+        return [(pair.run_a, pair.run_b) for pair in pairs]
+    if analysis.needs == "trajectory":
+        return [(run_id,) for run_id, record in records.items() if files_of(record, (SNAPSHOTS,))]
+    return [(run_id,) for run_id in records]
 
 
 def _frame(analysis: Analysis, tables: dict[tuple[str, ...], pa.Table], pairs: list[Pair]) -> pd.DataFrame:
-    if analysis.needs == "layer":
+    if analysis.needs != "pair":
         parts = [({"run_id": name[1]}, table) for name, table in tables.items() if name[0] == analysis.name]
         return to_frame(parts, ["run_id", *LAYER_COLUMNS])
     named = [(pair, tables.get((analysis.name, pair.run_a, pair.run_b))) for pair in pairs]
@@ -137,70 +150,96 @@ def _frame(analysis: Analysis, tables: dict[tuple[str, ...], pa.Table], pairs: l
 def _compute(store: Store, jobs: list[Job], note: Callable[[str], None]) -> set[str]:
     """Do the jobs and write their files. Returns the runs that could not be read."""
     failed: dict[str, str] = {}
+    bases = Bases(store.root / FOLDER, note)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not (jobs and console.is_terminal)) as progress:
         task = progress.add_task("analyzing", total=len(jobs))
-        for batch in _batches(jobs):
-            _compute_batch(store, batch, failed, partial(progress.advance, task))
+        for jobs_together in _batches(jobs):
+            batch = Batch(store, jobs_together, bases, failed)
+            batch.compute(partial(progress.advance, task))
     for run_id, reason in failed.items():
         note(f"not analyzed (corrupt): {run_id}: {reason}")
     return set(failed)
 
 
-def _compute_batch(store: Store, batch: list[Job], failed: dict[str, str], advance: Callable[[float], None]) -> None:
-    """Read each layer of the batch's runs once, and give it to all their analyses."""
-    entries = _open(store, batch, failed)
-    writers = {job: TableWriter(job.file, job.key) for job in batch if entries.keys() >= {*job.runs}}
-    needed = {run_id for job in writers for run_id in job.runs}
-    entries = {run_id: layers for run_id, layers in entries.items() if run_id in needed}
-    parameters = sorted({parameter for layers in entries.values() for parameter in layers})
-    try:
-        for parameter in parameters:
-            layers = _load(parameter, entries, failed)
+class Batch:
+    """Jobs that share runs: each layer of these is read once, and given to all analyses."""
+
+    def __init__(self, store: Store, jobs: list[Job], bases: Bases, failed: dict[str, str]):
+        self.store, self.bases, self.failed = store, bases, failed
+        self.records = {record.run_id: record for job in jobs for record in job.records}
+        self.moving = {job.records[0].run_id for job in jobs if job.analysis.needs == "trajectory"}
+        self.jobs = [job for job in jobs if job.analysis.needs != "base" or bases.find(job.records[0]) is not None]
+
+    def compute(self, advance: Callable[[float], None]) -> None:
+        """Write the file of each job whose runs can all be read."""
+        entries = {run_id: found for run_id in self.records if (found := self._open(run_id)) is not None}
+        writers = {job: TableWriter(job.file, job.key) for job in self.jobs if entries.keys() >= {*job.runs}}
+        needed = {run_id for job in writers for run_id in job.runs}
+        parameters = sorted({parameter for run_id in needed for parameter in entries[run_id][-1][1]})
+        try:
+            for parameter in parameters:
+                seen = {run_id: self._load(run_id, parameter, entries[run_id]) for run_id in needed}
+                self._add(writers, {run_id: steps for run_id, steps in seen.items() if steps})
+                advance(len(self.jobs) / len(parameters))
             for job, writer in writers.items():
-                _add(job, layers, writer)
-            advance(len(batch) / len(parameters))
+                if not self.failed.keys() & {*job.runs}:
+                    writer.commit()
+        finally:
+            for writer in writers.values():
+                writer.abort()
+
+    def _open(self, run_id: str) -> list[tuple[int | None, dict[str, Entry]]] | None:
+        """The entries of the run's snapshots by step, where they are wanted, and of its end; None where damaged."""
+        if run_id in self.failed:
+            return None
+        record, folder = self.records[run_id], self.store.folder(run_id)
+        with _noting(run_id, self.failed):
+            _verify(folder, files_of(record, (UPDATES, SNAPSHOTS) if run_id in self.moving else (UPDATES,)))
+            steps = sorted({int(path.split("/")[1]) for path in files_of(record, (SNAPSHOTS,))})
+            folders = [(step, folder / SNAPSHOTS / f"{step:06d}") for step in steps if run_id in self.moving]
+            return [(step, formats.open_layers(at)) for step, at in [*folders, (None, folder / UPDATES)]]
+        return None
+
+    def _load(self, run_id: str, parameter: str, entries: list[tuple[int | None, dict[str, Entry]]]) -> list[LayerSVD]:
+        """The layer after each step, the end last; empty where the run has not changed it, or is damaged."""
+        if parameter not in entries[-1][1] or run_id in self.failed:
+            return []
+        with _noting(run_id, self.failed):
+            loaded = [(step, formats.load_layer(found[parameter])) for step, found in entries if parameter in found]
+            return [replace(layer, step=_last_step(self.records[run_id]) if step is None else step)
+                    for step, layer in loaded]  # fmt: skip
+        return []
+
+    def _add(self, writers: dict[Job, TableWriter], seen: dict[str, list[LayerSVD]]) -> None:
+        """The rows of one layer for every job whose runs all have it in the same shape."""
+        tuned: dict[str, Tuned | None] = {}
         for job, writer in writers.items():
-            if not failed.keys() & {*job.runs}:
-                writer.commit()
-    finally:
-        for writer in writers.values():
-            writer.abort()
+            if not {*job.runs} <= seen.keys() or len({seen[run_id][-1].shape for run_id in job.runs}) > 1:
+                continue
+            last = [seen[run_id][-1] for run_id in job.runs]
+            (run_id, *_), needs = job.runs, job.analysis.needs
+            given: list[Any] = seen[run_id] if needs == "trajectory" else last
+            if needs == "base":
+                if run_id not in tuned:
+                    tuned[run_id] = self.bases.tuned(job.records[0], last[0])
+                given = [tuned[run_id]]
+            if given == [None] or (needs == "trajectory" and len(given) < 2):
+                continue
+            with one_thread():
+                rows = job.analysis.compute(*given)
+            if rows:
+                writer.add(to_table(rows, {column: getattr(last[0], column) for column in LAYER_COLUMNS}))
 
 
-def _open(store: Store, batch: list[Job], failed: dict[str, str]) -> dict[str, dict[str, Entry]]:
-    entries = {}
-    for record in {record.run_id: record for job in batch for record in job.records}.values():
-        if record.run_id not in failed:
-            with _noting(record.run_id, failed):
-                _verify(store, record)
-                entries[record.run_id] = formats.open_layers(store.folder(record.run_id) / "updates")
-    return entries
+def _last_step(record: RunRecord) -> int:
+    spec = record.spec
+    return spec["steps"] * len(spec.get("tasks") or [None])
 
 
-def _load(parameter: str, entries: dict[str, dict[str, Entry]], failed: dict[str, str]) -> dict[str, LayerSVD]:
-    layers = {}
-    for run_id, by_parameter in entries.items():
-        if parameter in by_parameter and run_id not in failed:
-            with _noting(run_id, failed):
-                layers[run_id] = formats.load_layer(by_parameter[parameter])
-    return layers
-
-
-def _add(job: Job, layers: dict[str, LayerSVD], writer: TableWriter) -> None:
-    """The job's rows of one layer, if all its runs have it in the same shape."""
-    mine = [layers[run_id] for run_id in job.runs if run_id in layers]
-    if len(mine) < len(job.runs) or len({layer.shape for layer in mine}) > 1:
-        return
-    with one_thread():
-        rows = job.analysis.compute(*mine)
-    if rows:
-        writer.add(to_table(rows, {column: getattr(mine[0], column) for column in LAYER_COLUMNS}))
-
-
-def _verify(store: Store, record: RunRecord) -> None:
-    for path, digest in updates_of(record).items():
-        file = store.folder(record.run_id) / path
+def _verify(folder: Path, files: dict[str, str]) -> None:
+    for path, digest in files.items():
+        file = folder / path
         if not file.is_file():
             raise InputError(f"{file}: is missing")
         if file_digest(file) != digest:

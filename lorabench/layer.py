@@ -50,6 +50,11 @@ class LayerSVD:
         return int(block[1]) if block else None
 
     @property
+    def is_complete(self) -> bool:
+        """Whether there are vectors for every singular value above rounding."""
+        return self.svd.U.shape[-1] >= self.svd.numerical_rank
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(M, N)"""
         return self.svd.U.shape[0], self.svd.Vh.shape[1]

@@ -37,6 +37,20 @@ def resolve(source: str) -> str:
     return source
 
 
+def local_files(source: str, revision: str | None = None) -> Path:
+    """The folder that holds a base's files: its own, or the one in the Hub's cache. InputError where there is none."""
+    path = Path(resolve(source))
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f'model = "{source}": its files are not on this machine: {reason}') from None
+
+
 def load_tokenizer(source: str, revision: str | None = None) -> Any:
     """The model's tokenizer; where it has no padding token, padding is the end-of-sequence token."""
     from transformers import AutoTokenizer

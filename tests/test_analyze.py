@@ -1,5 +1,6 @@
 import json
 import tomllib
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -8,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from lorabench import analyze as engine
-from lorabench import plugins
+from lorabench import bases, plugins
 from lorabench.analyses.spectrum import Spectrum
+from lorabench.analysis import Analysis
 from lorabench.analyze import analyze
 from lorabench.decode import InputError
 from lorabench.linalg import subspace_similarity, thin_svd
@@ -19,6 +21,7 @@ from lorabench.update import Update, save_svds, save_updates
 
 TEXT = """
 [base]
+model = "{base}"
 task.name = "text"
 seed = [0, 1]
 [[grid]]
@@ -31,6 +34,10 @@ method.name = "full"
 LAYERS = {"model.layers.0.self_attn.q_proj": (12, 10), "model.layers.1.mlp.up_proj": (20, 10)}
 
 
+STEP = 100
+"""Of the one snapshot that each run has: half of its final change."""
+
+
 def factors(spec):
     g = torch.Generator().manual_seed(spec.seed + 10 * getattr(spec.method, "rank", 0) + int(spec.lr * 1e4))
     rank = getattr(spec.method, "rank", 10)
@@ -39,33 +46,46 @@ def factors(spec):
     }
 
 
-def save_adapter(folder, spec):
+def base_weight(layer):
+    return torch.randn(LAYERS[layer], generator=torch.Generator().manual_seed(len(layer)))
+
+
+def save_adapter(folder, spec, share=1.0):
     config = {"peft_type": "LORA", "r": spec.method.rank, "lora_alpha": spec.method.alpha_value}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensors = {}
     for name, (B, A) in factors(spec).items():
-        tensors |= {f"base_model.model.{name}.lora_B.weight": B, f"base_model.model.{name}.lora_A.weight": A}
+        tensors |= {f"base_model.model.{name}.lora_B.weight": share * B, f"base_model.model.{name}.lora_A.weight": A}
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
-def save_dense(folder, spec, keep=None):
-    updates = [Update(parameter=f"{name}.weight", B=B @ A, base_norm=5.0) for name, (B, A) in factors(spec).items()]
+def save_dense(folder, spec, share=1.0):
+    updates = [
+        Update(parameter=f"{name}.weight", B=share * B @ A, base_norm=5.0) for name, (B, A) in factors(spec).items()
+    ]
     updates.append(Update(parameter="model.norm.weight", B=torch.ones(10, 1)))
-    save_svds(updates, folder, keep) if keep else save_updates(updates, folder)
+    save_updates(updates, folder)
 
 
 def write_run(store, spec, status=Status.DONE):
     folder = store.folder(spec.id)
-    (folder / "updates").mkdir(parents=True, exist_ok=True)
-    save_adapter(folder / "updates", spec) if spec.method.name == "lora" else save_dense(folder / "updates", spec)
+    save = save_adapter if spec.method.name == "lora" else save_dense
+    for name, share in (("updates", 1.0), (f"snapshots/{STEP:06d}", 0.5)):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        save(folder / name, spec, share)
     store.write_spec(spec)
-    files = file_digests(folder / "updates", folder)
+    files = file_digests(folder / "updates", folder) | file_digests(folder / "snapshots", folder)
     store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, files=files))
 
 
 @pytest.fixture(scope="module")
-def sweep():
-    return parse_sweep(tomllib.loads(TEXT), TEXT)
+def sweep(tmp_path_factory):
+    """Of runs on a base that is a folder with just these two weights."""
+    base = tmp_path_factory.mktemp("base")
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    save_file({f"{layer}.weight": base_weight(layer) for layer in LAYERS}, base / "model.safetensors")
+    text = TEXT.replace("{base}", str(base))
+    return parse_sweep(tomllib.loads(text), text)
 
 
 @pytest.fixture
@@ -115,6 +135,75 @@ def test_similarities_are_those_of_the_updates(store, sweep):
             assert grid == pytest.approx(subspace_similarity(U[:, :p], V[:, :q]).numpy(), abs=1e-4)
     seeds = phi[phi["axis"] == "seed"]
     assert set(zip(seeds["value_a"], seeds["value_b"], strict=True)) == {(0, 1)}
+
+
+def test_analyses_beside_the_base_are_of_its_weights(store, sweep):
+    frames = analyze(store, sweep)
+    values = frames["alignment"].query("metric == 'projected_norm'").set_index(["run_id", "layer"])["value"]
+    for spec in sweep.runs:
+        for layer in LAYERS:
+            delta, r = delta_of(spec, layer).double(), getattr(spec.method, "rank", 10)
+            U, _, Vh = torch.linalg.svd(delta, full_matrices=False)
+            expected = (U[:, :r].mT @ base_weight(layer).double() @ Vh[:r].mT).norm().item()
+            assert values[spec.id, layer] == pytest.approx(expected, rel=1e-4)
+    assert len(list((store.root / "bases").glob("*.safetensors"))) == len(LAYERS), "one for all runs"
+
+
+def test_the_svd_of_a_base_is_made_once(store, sweep, monkeypatch):
+    analyze(store, sweep)
+    for file in store.root.rglob("*.parquet"):
+        file.unlink()
+    monkeypatch.setattr(bases, "decompose", None)
+    assert len(analyze(store, sweep)["intruders"])
+
+
+def test_a_base_that_is_not_there_is_noted_once(store, sweep, monkeypatch):
+    def missing(source, revision):
+        raise InputError(f"{source}: gone")
+
+    monkeypatch.setattr(bases, "local_files", missing)
+    notes = []
+    frames = analyze(store, sweep, note=notes.append)
+    assert len(notes) == 1 and "not analyzed beside its base: " in notes[0]
+    assert frames["alignment"].empty and len(frames["spectrum"])
+    assert not list(store.root.rglob("alignment.parquet")), "tried again when the base is there"
+
+
+def test_what_a_run_kept_of_its_singular_vectors_may_be_too_little(store, sweep):
+    full = next(spec for spec in sweep.runs if spec.method.name == "full")
+    folder = store.folder(full.id)
+    (folder / "updates" / "delta.safetensors").unlink()
+    delta = [Update(parameter=f"{name}.weight", B=delta_of(full, name)) for name in LAYERS]
+    save_svds(delta, folder / "updates", 2)
+    store.write(
+        RunRecord(
+            run_id=full.id, spec=full.to_json(), status=Status.DONE, files=file_digests(folder / "updates", folder)
+        )
+    )
+    frames = analyze(store, sweep)
+    assert full.id in {*frames["spectrum"]["run_id"]} and full.id not in {*frames["intruders"]["run_id"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps(Analysis):
+    needs = "trajectory"
+
+    def compute(self, *layers):
+        return [{"step": layer.step, "norm": float(layer.svd.S.norm())} for layer in layers]
+
+
+def test_a_trajectory_has_each_snapshot_and_the_end(store, sweep, monkeypatch):
+    names, example = engine.plugins.names, engine.plugins.example
+    monkeypatch.setattr(engine.plugins, "names", lambda kind: ["steps"] if kind == "analyses" else names(kind))
+    monkeypatch.setattr(
+        engine.plugins, "example", lambda kind, name: Steps() if kind == "analyses" else example(kind, name)
+    )
+    (frame,) = analyze(store, sweep).values()
+    assert set(frame["step"]) == {STEP, 200} and len(frame) == 2 * len(LAYERS) * len(sweep.runs)
+    for (run_id, layer), rows in frame.groupby(["run_id", "layer"]):
+        spec = next(spec for spec in sweep.runs if spec.id == run_id)
+        norm = delta_of(spec, layer).norm().item()
+        assert rows.set_index("step")["norm"].to_dict() == pytest.approx({STEP: norm / 2, 200: norm}, rel=1e-5)
 
 
 def test_a_second_time_only_reads(store, sweep, monkeypatch):

@@ -1,5 +1,7 @@
 """Each analysis on layers whose answer is known; every one in the registry on its smallest input."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,14 +12,17 @@ from lorabench.analyses.angles import Angles
 from lorabench.analyses.singular_values import SingularValues
 from lorabench.analyses.spectrum import Spectrum, rounding_norm
 from lorabench.analyses.subspace import MAX_DIRECTIONS, Subspace
+from lorabench.base import Tuned, decompose
 from lorabench.layer import LayerSVD
 from lorabench.linalg import ThinSVD, thin_svd
 from lorabench.tidy import to_table
+from lorabench.update import Update
 
 
 def layer(B, A=None, **options):
     rank = None if A is None else B.shape[1]
-    return LayerSVD(parameter="model.layers.0.mlp.up_proj.weight", svd=thin_svd(B, A), rank=rank, **options)
+    name = "model.layers.0.mlp.up_proj.weight"
+    return LayerSVD(parameter=name, svd=thin_svd(B, A), rank=rank, update=Update(parameter=name, B=B, A=A), **options)
 
 
 def random_layer(M, N, r, seed=0, dtype=torch.float32):
@@ -29,11 +34,23 @@ def frame(analysis, *layers):
     return to_table(analysis.compute(*layers), {"layer": "l"}).to_pandas()
 
 
+def smallest(analysis):
+    """What an analysis is called with, made of tiny random layers."""
+    layers = [random_layer(9, 7, 2, seed) for seed in range(2)]
+    match analysis.needs:
+        case "layer":
+            return layers[:1]
+        case "base":
+            return [Tuned(layer=layers[0], base=decompose(torch.randn(9, 7)))]
+        case "trajectory":
+            return [replace(layer, step=step) for step, layer in enumerate(layers, 1)]
+    return layers
+
+
 @pytest.mark.parametrize("name", plugins.names("analyses"))
 def test_every_analysis_gives_a_table_and_describes_itself(name):
     analysis = plugins.example("analyses", name)
-    layers = [random_layer(9, 7, 2, seed) for seed in range(1 if analysis.needs == "layer" else 2)]
-    table = frame(analysis, *layers)
+    table = frame(analysis, *smallest(analysis))
     assert len(table) > 1 and not table.isna().all().all()
     assert plugins.describe("analyses")[name].endswith(".")
     if "metric" in table:

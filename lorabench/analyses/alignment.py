@@ -1,0 +1,71 @@
+"""Amplification: how ΔW relates to what W0 already does in ΔW's own directions (table 7 of the LoRA paper)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lorabench.analysis import Analysis
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorabench.base import Tuned
+
+MAX_DIRECTIONS = 64
+"""As many as the largest row of the paper's table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alignment(Analysis):
+    """Rows {metric, r, value, null}: ‖Uᵀ W0 V‖_F with the top r directions of ΔW, of W0, and random ones.
+
+    Hu et al. 2021, arXiv 2106.09685, section 7.3 and table 7. `r` counts 1, 2, 4, … up to all meaningful directions
+    of ΔW (at most 64). `null` is what random directions give: r ‖W0‖_F / √(M N), the root of the mean square over
+    random orthonormal U and V, exactly. `amplification` and `projected_norm` (without `_at`) stand for the largest r.
+    """
+
+    needs: ClassVar[Literal["base"]] = "base"
+    metrics: ClassVar[dict[str, str]] = {
+        "amplification": "‖ΔW‖ over ‖Uᵀ W0 V‖ with U, V all meaningful directions of ΔW; null: random U, V",
+        "projected_norm": "‖Uᵀ W0 V‖ with U, V all meaningful directions of ΔW; null: random U, V",
+        "projected_norm_of_base": "‖Uᵀ W0 V‖ with as many top directions of W0 itself; null: random U, V",
+        "amplification_at": "amplification with the top r directions of ΔW",
+        "projected_norm_at": "projected_norm with the top r directions of ΔW",
+        "projected_norm_of_base_at": "projected_norm_of_base with the top r directions of W0",
+        "base_norm": "‖W0‖",
+        "update_norm": "‖ΔW‖",
+    }
+
+    def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
+        (tuned,) = layers
+        delta, base = tuned.layer.svd, tuned.base
+        most = min(delta.numerical_rank, delta.U.shape[1], MAX_DIRECTIONS)
+        if not most:
+            return []
+        norms = projected_norms(delta.U[:, :most], base.weight, delta.Vh[:most])
+        top = base.svd.S.square().cumsum(0).sqrt()
+        base_norm, update_norm = float(base.svd.S.norm()), float(delta.S.norm())
+        M, N = base.weight.shape
+        rows = [_row("base_norm", None, base_norm), _row("update_norm", None, update_norm)]
+        for r in [*(2**power for power in range((most - 1).bit_length())), most]:
+            values = {"projected_norm": float(norms[r - 1]), "projected_norm_of_base": float(top[r - 1])}
+            random = r * base_norm / (M * N) ** 0.5
+            found = [_row(name, r, value, random) for name, value in values.items()]
+            if values["projected_norm"] and random:
+                found.append(_row("amplification", r, update_norm / values["projected_norm"], update_norm / random))
+            rows += [row | {"metric": f"{row['metric']}_at"} for row in found] + (found if r == most else [])
+        return rows
+
+
+def projected_norms(U: Tensor, W: Tensor, Vh: Tensor) -> Tensor:
+    """‖U[:, :r]ᵀ W Vh[:r]ᵀ‖_F for r = 1, 2, … (K,), of U (M, K), W (M, N) and Vh (K, N)."""
+    core = (U.mT @ (W @ Vh.mT)).double()
+    return core.square().cumsum(0).cumsum(1).diagonal().sqrt()
+
+
+def _row(metric: str, r: int | None, value: float, null: float | None = None) -> dict[str, Any]:
+    return {"metric": metric, "r": r, "value": value, "null": null}
+
+
+EXAMPLE = Alignment()

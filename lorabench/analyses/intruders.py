@@ -1,0 +1,125 @@
+"""Intruder dimensions: top singular directions of W0 + ΔW that are like none of W0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from lorabench.analysis import Analysis
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorabench.base import BaseLayer, Tuned
+    from lorabench.linalg import ThinSVD
+
+EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+TOPS = (1, 2, 5, 10, 20, 32)
+EPSILON, TOP = 0.5, 10
+"""Those of the paper."""
+DEGENERATE = 0.01
+"""Singular values nearer than this to their neighbour, relative to their own size, have no direction of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intruders(Analysis):
+    """Rows {metric, epsilon, k, value, null, num_degenerate}.
+
+    The j-th left singular vector y_j of W0 + ΔW is an intruder when max over all left singular vectors x_i of W0 of
+    |cos(y_j, x_i)| is below ε; counted among the top k (Shuttleworth et al. 2024, arXiv 2410.21228). `num_intruders`
+    is the count of one matrix at the paper's ε = 0.5, k = 10 (the paper sums over matrices), `count` the same over a
+    grid, `largest_cosine` what y_k is judged by. `null`: an update with the same singular values in random
+    directions. `num_degenerate` says of how many of the intruders (for `largest_cosine`: whether of y_k itself) the
+    singular value is within 1% of a neighbour's, so that single vectors mean little.
+    """
+
+    needs: ClassVar[Literal["base"]] = "base"
+    metrics: ClassVar[dict[str, str]] = {
+        "num_intruders": "intruder dimensions among the top 10 of a matrix, ε = 0.5; null: random directions",
+        "count": "intruder dimensions among the top k at ε; null: ΔW's singular values in random directions",
+        "largest_cosine": "largest |cos| of the k-th left singular vector of W0 + ΔW with any of W0",
+    }
+
+    def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
+        import numpy as np
+
+        from lorabench.base import top_triplets
+
+        (tuned,) = layers
+        if not tuned.layer.svd.numerical_rank:
+            return []
+        found = judge(tuned.base, tuned.svd)
+        random, matrix = random_update(tuned)
+        null = judge(tuned.base, top_triplets(tuned.base, random, matrix, len(found.cosines)))
+        size = len(found.cosines)
+        grid = [(epsilon, k) for epsilon in EPSILONS for k in TOPS if k <= size]
+        vectors = {"value": found.cosines, "null": null.cosines, "num_degenerate": found.degenerate}
+        return [
+            {"metric": "num_intruders"} | _counts([(EPSILON, TOP)], found, null),
+            {"metric": "count"} | _counts(grid, found, null),
+            {"metric": "largest_cosine", "epsilon": np.full(size, np.nan), "k": np.arange(1, size + 1, dtype=np.int32)}
+            | {key: column.double().numpy() for key, column in vectors.items()},
+        ]
+
+
+def _counts(grid: list[tuple[float, int]], found: Judged, null: Judged) -> dict[str, Any]:
+    import numpy as np
+
+    columns = {
+        "epsilon": [epsilon for epsilon, _ in grid],
+        "k": [k for _, k in grid],
+        "value": [found.count(*place) for place in grid],
+        "null": [null.count(*place) for place in grid],
+        "num_degenerate": [found.count_degenerate(*place) for place in grid],
+    }
+    return {key: np.array(values, np.int32 if key == "k" else np.float64) for key, values in columns.items()}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Judged:
+    """`cosines` (k,): the largest |cos| of each top left vector of W0 + ΔW with any of W0; `degenerate` (k,)."""
+
+    cosines: Tensor
+    degenerate: Tensor
+
+    def count(self, epsilon: float, top: int) -> int:
+        return int((self.cosines[:top] < epsilon).sum())
+
+    def count_degenerate(self, epsilon: float, top: int) -> int:
+        return int((self.degenerate & (self.cosines < epsilon))[:top].sum())
+
+
+def judge(base: BaseLayer, svd: ThinSVD) -> Judged:
+    """Hold the top left vectors of W0 + ΔW against all of W0."""
+    cosines, _ = base.largest_cosines(svd.U)
+    return Judged(cosines=cosines, degenerate=degenerate(svd.S))
+
+
+def degenerate(S: Tensor) -> Tensor:
+    """Which of the values (k,), descending, are within DEGENERATE of a neighbour; the last one's next is not known."""
+    import torch
+
+    near = S[:-1] - S[1:] <= DEGENERATE * S[:-1]
+    edge = torch.zeros(1, dtype=torch.bool)
+    return torch.cat([near, edge]) | torch.cat([edge, near])
+
+
+def random_update(tuned: Tuned) -> tuple[ThinSVD, Any]:
+    """ΔW's singular values in random directions (its SVD, and W0 + that); of a fixed seed.
+
+    Of a dense ΔW its top kept values alone, without the bulk.
+    """
+    import torch
+
+    from lorabench.krylov import Plus
+    from lorabench.linalg import ThinSVD
+
+    svd = tuned.layer.svd
+    count = svd.U.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(d, count, generator=generator)).Q for d in tuned.layer.shape)
+    S = svd.S[:count].float()
+    return ThinSVD(U=U, S=svd.S[:count], Vh=V.mT), Plus(tuned.base.weight, U * S, V.mT)
+
+
+EXAMPLE = Intruders()

@@ -1,0 +1,91 @@
+"""W0 of one layer with its SVD, and W0 + ΔW: what analyses see of the weights that an update changes.
+
+Shapes: M out features, N in features, R = min(M, N), K <= R kept right vectors, k triplets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lorabench.krylov import Matrix, Plus, top_svd
+from lorabench.layer import LayerSVD
+from lorabench.linalg import ThinSVD, thin_svd
+
+KEEP = 256
+"""Singular vectors of W0 that are kept in float32 on both sides."""
+TUNED_VECTORS = 32
+"""Singular vectors of W0 + ΔW that analyses look at."""
+_CHUNK_COLUMNS = 512
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BaseLayer:
+    """`weight` W0 (M, N), float32; `svd` every singular value and the top K vectors, float32; `left` (M, R) every
+    left singular vector, in float16 where there are more than K (a cosine is right to 2e-7)."""
+
+    weight: Tensor
+    svd: ThinSVD
+    left: Tensor
+
+    def largest_cosines(self, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """For each unit column of `Y` (M, k): max over all i of |cos(x_i, y)| with W0's left vectors, and that i."""
+        best, where = torch.zeros(Y.shape[1]), torch.zeros(Y.shape[1], dtype=torch.long)
+        for start in range(0, self.left.shape[1], _CHUNK_COLUMNS):
+            cosines = (self.left[:, start : start + _CHUNK_COLUMNS].to(Y.dtype).mT @ Y).abs()
+            values, indices = cosines.max(0)
+            where = torch.where(values > best, indices + start, where)
+            best = torch.maximum(best, values.to(best.dtype))
+        return best.clamp_max_(1), where
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tuned:
+    """A layer's ΔW on its W0."""
+
+    layer: LayerSVD
+    base: BaseLayer
+
+    @cached_property
+    def svd(self) -> ThinSVD:
+        """The top TUNED_VECTORS triplets of W0 + ΔW, the sum not formed where it is large."""
+        return top_triplets(self.base, self.layer.svd, self.matrix, TUNED_VECTORS)
+
+    @property
+    def matrix(self) -> Matrix:
+        """W0 + ΔW."""
+        return plus(self.base.weight, self.layer)
+
+
+def plus(weight: Tensor, layer: LayerSVD) -> Plus:
+    """W0 + ΔW, from the update itself, or from its SVD where that is complete. ValueError where neither is there."""
+    update, svd = layer.update, layer.svd
+    if update is not None:
+        A = None if update.A is None else update.A.to(weight.dtype)
+        return Plus(weight, update.B.to(weight.dtype), A)
+    if not layer.is_complete:
+        raise ValueError(f"{layer.parameter}: only some singular vectors of ΔW were kept")
+    count = svd.U.shape[-1]
+    return Plus(weight, svd.U * svd.S[:count].to(svd.U.dtype), svd.Vh)
+
+
+def top_triplets(base: BaseLayer, delta: ThinSVD, matrix: Matrix, k: int) -> ThinSVD:
+    """The top k of W0 + ΔW by an iteration that starts from the top directions of both."""
+    start = torch.cat([base.svd.Vh[: k + 8], delta.Vh[: max(16, k)]]).mT
+    return top_svd(matrix, k, start=start[:, : matrix.shape[1]])
+
+
+def decompose(weight: Tensor) -> BaseLayer:
+    """W0 (M, N) with its whole SVD, on the GPU where there is one and it is worth the way."""
+    worth = min(weight.shape) >= 1024 and torch.cuda.is_available()
+    svd = thin_svd(weight.cuda() if worth else weight)
+    left = svd.U if svd.U.shape[1] <= KEEP else svd.U.half()
+    top = svd.top(KEEP)
+    return BaseLayer(
+        weight=weight,
+        svd=ThinSVD(U=top.U.cpu().contiguous(), S=svd.S.cpu(), Vh=top.Vh.cpu().contiguous()),
+        left=left.cpu().contiguous(),
+    )

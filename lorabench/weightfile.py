@@ -1,0 +1,173 @@
+"""A model's weights on disk, by parameter name, one at a time; no model is built, and never is all of it in memory.
+
+A folder as `save_pretrained` writes it (one file, or shards with an index), or one file.
+Shapes: (out, in), as in `lorabench.update`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorabench.decode import InputError
+from lorabench.tensorfile import SUFFIXES, TORCH_SUFFIXES, Tensors, check_regular, open_tensors, read_json
+
+CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
+"""`model_type` of the models with transformers' Conv1D layers, whose weights are stored as (in, out)."""
+CONV1D_NAMES = ("c_attn", "q_attn", "c_proj", "c_fc")
+_EMBEDDING = re.compile(
+    r"(?:^|\.)(?:embed_tokens|embed_tokens_per_layer|wte|wpe|shared|embed_in|embed_positions|tok_embeddings|"
+    r"tokens_embed|positions_embed|relative_attention_bias|"
+    r"(?!patch)(?:\w+_)?embeddings?)\.weight$"
+)
+"""Names of embeddings in transformers, torchtune and loralib's examples."""
+
+
+class WeightFiles:
+    """The weights of one model. InputError where there are none, or the files are damaged.
+
+    Opening reads headers only; `read` reads one weight.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self._files: dict[str, Tensors] = {}
+        for file in weight_files(self.path):
+            tensors = open_tensors(file)
+            self._files |= dict.fromkeys(tensors.names, tensors)
+        if not self._files:
+            raise InputError(f"{self.path}: holds no weights")
+
+    @property
+    def names(self) -> list[str]:
+        """Sorted, as they are stored."""
+        return sorted(self._files)
+
+    def find(self, parameter: str) -> str | None:
+        """The stored name of a parameter; None where there is none, or more than one could be meant.
+
+        Models with and without a head, and wrappers, put another prefix before the same name (`model.`, `bert.`,
+        `base_model.model.`): the name itself, else the only one that ends as it does or as which it ends. What the
+        two differ by must be a wrapper, not a block (`layers.0.`).
+        """
+        if parameter in self._files:
+            return parameter
+        for candidates in (self._longer(parameter), self._shorter(parameter), self._alike(parameter)):
+            if candidates:
+                return candidates[0] if len(candidates) == 1 else None
+        return None
+
+    def shape(self, parameter: str) -> tuple[int, int]:
+        """(out, in) of a parameter, from the header: an embedding is (width, vocabulary), a vector (n, 1), and a
+        convolution (out, in · kernel)."""
+        name = self._name(parameter)
+        stored = self._files[name].shape(name)
+        if len(stored) < 2:
+            return math.prod(stored), 1
+        return (stored[1], stored[0]) if self._is_transposed(name) else (stored[0], math.prod(stored[1:]))
+
+    def dtype(self, parameter: str) -> str:
+        """As stored: `bfloat16`."""
+        name = self._name(parameter)
+        return self._files[name].dtype(name)
+
+    def read(self, parameter: str) -> Tensor:
+        """(out, in) in float32 (float64 stays). InputError where it is not there, quantized, or holds NaN or Inf."""
+        name = self._name(parameter)
+        shape = self.shape(name)
+        tensor = self._files[name].read(name)
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return tensor.T if self._is_transposed(name) else tensor.reshape(shape)
+
+    @cached_property
+    def has_conv1d(self) -> bool:
+        """Whether the attention's and feed-forward's weights are stored as (in, out): by `config.json`, else by their
+        shapes."""
+        config = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
+        if config.is_file():
+            return read_json(config).get("model_type") in CONV1D_TYPES
+        fused = [name for name in self._files if name.endswith("attn.c_attn.weight")]
+        shapes = [self._files[name].shape(name) for name in fused]
+        return any(len(shape) == 2 and shape[1] == 3 * shape[0] for shape in shapes)
+
+    def _is_transposed(self, name: str) -> bool:
+        if len(self._files[name].shape(name)) != 2:
+            return False
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        return bool(_EMBEDDING.search(name)) or (self.has_conv1d and module in CONV1D_NAMES)
+
+    def _name(self, parameter: str) -> str:
+        name = self.find(parameter)
+        if name is None:
+            raise InputError(f"{self.path}: {parameter}: no such weight; it has {_some(self.names)}")
+        return name
+
+    def _longer(self, parameter: str) -> list[str]:
+        return [name for name in self._by_end[_end(parameter)] if _is_wrapped(name, parameter)]
+
+    def _shorter(self, parameter: str) -> list[str]:
+        return [name for name in self._by_end[_end(parameter)] if _is_wrapped(parameter, name)]
+
+    def _alike(self, parameter: str) -> list[str]:
+        """Another wrapper in place of one: `bert.encoder.` and `model.encoder.`."""
+        inner = parameter.partition(".")[2]
+        return [name for name in self._by_end[_end(parameter)] if name.partition(".")[2] == inner and "." in inner]
+
+    @cached_property
+    def _by_end(self) -> defaultdict[str, list[str]]:
+        found: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self._files:
+            found[_end(name)].append(name)
+        return found
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The file itself; or a folder's shards, by its index, or its weight files. InputError where there are none."""
+    if not path.is_dir():
+        check_regular(path)
+        return [path]
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (path / index).exists():
+            return _shards(path / index)
+    for suffixes in ((".safetensors",), TORCH_SUFFIXES):
+        found = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
+        if found:
+            return found
+    raise InputError(f"{path}: holds no weights ({', '.join('*' + suffix for suffix in SUFFIXES)})")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names; InputError for one outside the folder, or that is missing."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise InputError(f"{index}: weight_map: must say the file of each weight")
+    folder = index.parent.resolve()
+    hub = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder  # the Hub's cache links there
+    files = []
+    for name in sorted(set(table.values())):
+        file = index.parent / name
+        if Path(name).name != name or file.resolve().parent not in (folder, hub):
+            raise InputError(f"{index}: weight_map: {name}: leads outside the folder")
+        check_regular(file)
+        files.append(file)
+    return files
+
+
+def _end(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
+def _is_wrapped(long: str, short: str) -> bool:
+    """Whether a name is another with a wrapper before it."""
+    prefix = long.removesuffix(f".{short}")
+    return prefix != long and not any(part.isdigit() for part in prefix.split("."))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f", … ({len(names)} in all)" if len(names) > 3 else "")
