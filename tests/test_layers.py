@@ -20,7 +20,7 @@ LAYERS = [
     {"aggregate"},
     {"notes", "drawing", "transfer"},
     {"tables"},
-    {"analyses/subspace"},  # its cross-Gram matrix also gives the angles
+    {"analyses/subspace", "analyses/spectrum"},  # whose directions and metrics other analyses take up
     {"methods/*", "tasks/*", "analyses/*", "figures/*"},
     {"methods/hybrid"},  # of methods
     {"examples"},
