@@ -11,11 +11,15 @@ import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorabench.claim import Hold
 from lorabench.method import LoadBase
 from lorabench.record import file_digests
 from lorabench.train import Training, random_state, set_random_state
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FOLDER = "snapshots"
 
@@ -41,12 +45,18 @@ def keep_snapshot(training: Training, load_base: LoadBase, folder: Path, hold: H
     To load the base seeds torch's generators anew, so they are put back; what is saved must not depend on dropout,
     so the model is left in evaluation mode.
     """
-    device = training.meter.device
-    random = random_state(device)
-    with training.meter.pause_training("snapshot"):
+    meter, loads = training.meter, []
+
+    def load() -> nn.Module:
+        loads.append(training.step)
+        return load_base()
+
+    random = random_state(meter.device)
+    with meter.pause_training("snapshot"):
         training.model.eval()
-        training.snapshots |= write_update(training, load_base, folder, f"{FOLDER}/{training.step:06d}", hold)
-    set_random_state(random, device)
+        training.snapshots |= write_update(training, load, folder, f"{FOLDER}/{training.step:06d}", hold)
+        meter.release(collect=bool(loads))
+    set_random_state(random, meter.device)
 
 
 def drop_unknown(folder: Path, known: Collection[str], hold: Hold) -> None:
