@@ -8,16 +8,18 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from lorabench.analyze import analyze
 from lorabench.decode import InputError
 from lorabench.execute import execute
 from lorabench.meter import Meter
 from lorabench.record import Status, Store, file_digests
 from lorabench.spec import RunSpec
-from lorabench.sweep import read_sweep
+from lorabench.sweep import Sweep, read_sweep
 from tests.conftest import make_spec
 from tests.test_execute import QUIET, snapshot_files, stop_after
 from tests.test_sequence import make_sequence
@@ -46,14 +48,23 @@ def run(spec: RunSpec, folder) -> tuple[Store, object]:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """Each spec's uninterrupted record."""
-    return {name: run(spec, tmp_path_factory.mktemp("reference"))[1] for name, spec in SPECS.items()}
+def whole(tmp_path_factory):
+    """A store of each spec's uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    for spec in SPECS.values():
+        run(spec, folder)
+    return Store(folder)
+
+
+@pytest.fixture
+def reference(whole):
+    """Their records."""
+    return {name: whole.read(spec.id) for name, spec in SPECS.items()}
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_a_snapshot_is_what_a_shorter_run_ends_with(name, reference, tmp_path):
-    """The last step's is in `updates/`; dropout would differ if keeping one had drawn a random number."""
+    """The last step's is in `updates/`."""
     spec = SPECS[name]
     steps = range(spec.snapshot_every, spec.steps, spec.snapshot_every)
     folders = {path.rpartition("/")[0] for path in reference[name].files}
@@ -62,12 +73,13 @@ def test_a_snapshot_is_what_a_shorter_run_ends_with(name, reference, tmp_path):
     assert snapshot_files(reference[name], steps[-1]) == snapshot_files(shorter, None)
 
 
-def test_the_measures_are_those_of_a_run_without(reference, tmp_path):
-    spec = dataclasses.replace(SPECS["lora"], snapshot_every=None)
+def test_the_bits_and_the_measures_are_those_of_a_run_without(reference, tmp_path):
+    """To load the base draws random numbers, and dropout would show it."""
+    spec = dataclasses.replace(SPECS["reloads the base"], snapshot_every=None)
     _, plain = run(spec, tmp_path)
-    kept = reference["lora"].measures
+    kept = reference["reloads the base"].measures
     assert kept.keys() - plain.measures.keys() == {"snapshot_seconds"} and kept["snapshot_seconds"] > 0
-    assert plain.files == reference["lora"].updates
+    assert plain.files == reference["reloads the base"].updates
     for name in ("valid_loss", "train_loss", "test_loss", "updates_bytes"):
         assert kept[name] == plain.measures[name]
 
@@ -120,6 +132,21 @@ def test_an_error_while_keeping_leaves_nothing_half_written(tmp_path, monkeypatc
     monkeypatch.setattr(type(spec.method), "save", fail)
     assert execute(spec, store, QUIET) == Status.FAILED
     assert "No space left" in store.read(spec.id).error and list(stale.parent.iterdir()) == []
+
+
+def test_the_trajectory_of_a_run_is_analyzed(whole):
+    """All vectors of rank 2 are kept with the adapter; of the one that `svd:1` keeps no direction of ΔW is known."""
+    specs = {name: SPECS[name] for name in ("lora", "singular vectors")}
+    frame = analyze(whole, Sweep(name="kept", text="", runs=tuple(specs.values())))["dynamics"]
+    for name, spec in specs.items():
+        rows = frame[(frame["run_id"] == spec.id) & frame["step"].notna()]
+        steps = {metric: list(chunk["step"]) for metric, chunk in rows.groupby("metric", observed=True)}
+        layers = rows["layer"].nunique()
+        assert steps["effective_rank_entropy"] == steps["phi_final_output"] == [2, 4, 6] * layers and layers > 1
+        cosines = rows[rows["metric"] == "cosine_final"].groupby("step")["value"]
+        assert (cosines.count() == (layers if name == "lora" else 0)).all()
+    ends = rows[(rows["metric"] == "phi_final_input") & (rows["step"] == 6)]
+    assert ends["value"].to_numpy() == pytest.approx(np.ones(layers), abs=1e-5)
 
 
 def test_the_ids_of_runs_without_snapshots_are_as_they_were():
