@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench import plugins
 from lorabench.decode import InputError
+from lorabench.machine import PATIENT_THREADS
 from lorabench.terminal import talk, text_table
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = make_parser().parse_args(argv)
+    for name, value in PATIENT_THREADS.items():
+        os.environ.setdefault(name, value)
     try:
         code = arguments.function(arguments)
         sys.stdout.flush()
