@@ -172,6 +172,21 @@ def powerlaw_fit(eigenvalues: np.ndarray) -> tuple[float | None, float | None]:
     return float(1 + rates[best]), float(distances[best])
 
 
+def inner_product(B: Tensor, A: Tensor | None, C: Tensor, D: Tensor | None) -> float:
+    """⟨B A, C D⟩_F in float64, for `B` (M, r), `A` (r, N), `C` (M, q), `D` (q, N); no product (M, N) is formed.
+
+    Without `A`, `B` (M, N) is the matrix itself; `C` without `D` likewise.
+    """
+    if A is None and D is not None:
+        return inner_product(C, D, B, None)
+    pairs = zip(B.split(_CHUNK_ROWS), C.split(_CHUNK_ROWS), strict=True)
+    chunks = ((b.double(), c.double()) for b, c in pairs)  # one at a time: a dense ΔW is large
+    if A is None:
+        return float(sum((b * c).sum() for b, c in chunks))
+    cross = sum(b.mT @ c for b, c in chunks)
+    return float((cross * (A.double() if D is None else A.double() @ D.double().mT)).sum())
+
+
 def subspace_similarity(U: Tensor, V: Tensor) -> Tensor:
     """φ (p, q) in [0, 1]: φ[i-1, j-1] = ‖U[:, :i]ᵀ V[:, :j]‖_F² / min(i, j), for all i and j at once.
 

@@ -20,12 +20,12 @@ LAYERS = [
     {"aggregate"},
     {"notes", "drawing", "transfer"},
     {"tables", "page"},
-    {"analyses/subspace"},  # its cross-Gram matrix also gives the angles
+    {"analyses/subspace", "analyses/spectrum"},  # whose directions and metrics other analyses take up
     {"methods/*", "tasks/*", "analyses/*", "figures/*"},
     {"methods/hybrid"},  # of methods
     {"examples"},
     {"train", "analyze", "api"},
-    {"inference"},
+    {"inference", "snapshots"},
     {"serving"},
     {"execute", "report", "inspection", "comparison"},
     {"inspection_text", "inspection_figures"},
