@@ -105,7 +105,7 @@ class WeightFiles:
     def _name(self, parameter: str) -> str:
         name = self.find(parameter)
         if name is None:
-            raise InputError(f"{self.path}: {parameter}: no such weight; it has {_some(self.names)}")
+            raise InputError(f"{self.path}: {parameter}: no such weight; it has {some(self.names)}")
         return name
 
     def _longer(self, parameter: str) -> list[str]:
@@ -169,5 +169,6 @@ def _is_wrapped(long: str, short: str) -> bool:
     return prefix != long and not any(part.isdigit() for part in prefix.split("."))
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first of many names, for a message."""
     return ", ".join(names[:3]) + (f", … ({len(names)} in all)" if len(names) > 3 else "")

@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorabench"
 LAYERS = [
-    {"plugins", "claim", "linalg", "typeset", "terminal", "environment", "steps", "live", "sequence"},
+    {"plugins", "claim", "linalg", "typeset", "products", "terminal", "environment", "steps", "live", "sequence"},
     {"decode", "nulls", "update", "meter"},
-    {"weights", "tensorfile"},
+    {"weights", "tensorfile", "locate"},
     {"weightfile"},
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
     {"spec"},
