@@ -22,6 +22,7 @@ from lorabench.locate import adapter_folders, adapter_path, weights_path
 from lorabench.readers._entry import Entry, Found, Source
 from lorabench.tensorfile import SUFFIXES, open_tensors
 from lorabench.update import Update
+from lorabench.weightfile import some
 
 VERSION = 1
 """Part of every analysis's cache key: raise it when the same file reads as other numbers."""
@@ -160,8 +161,7 @@ def _unknown(source: Source, names: list[str]) -> str:
     keys = [key for file in files[:4] for key in open_tensors(file).names]
     if not keys:
         return f"holds no file of tensors ({', '.join(SUFFIXES)})"
-    shown = ", ".join(keys[:4]) + (f", … ({len(keys)} in all)" if len(keys) > 4 else "")
-    return f"of no known format. Keys found: {shown}. Known formats: {', '.join(names)}, two {LAST} (with --base)"
+    return f"of no known format. Keys found: {some(keys)}. Known formats: {', '.join(names)}, two {LAST} (with --base)"
 
 
 def _find(source: Source, names: Iterable[str]) -> list[Found]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 MAX_JSON_BYTES = 64 * 2**20
 """An index of a model of a million tensors has about that size; a configuration never."""
+MAX_NAME = 400
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter", "lora")
 """Keys under which checkpoints keep the dictionary of tensors."""
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -67,6 +69,7 @@ class TensorFile:
             self._handle = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: not a whole safetensors file (cut short?): {error}") from None
+        _check_names(self._handle.keys(), file)
 
     @property
     def names(self) -> list[str]:
@@ -140,7 +143,9 @@ class TorchFile:
         table = _load(self.file)
         if not isinstance(table, dict):
             raise InputError(f"{self.file}: holds a {type(table).__name__}: must be a dictionary of tensors")
-        return _flat(table, self.file)
+        flat = _flat(table, self.file)
+        _check_names(flat, self.file)
+        return flat
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
@@ -200,6 +205,13 @@ def _flat(table: dict[Any, Any], file: Path) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     _flatten(table, "", flat, file)
     return flat
+
+
+def _check_names(names: Iterable[str], file: Path) -> None:
+    """InputError for a name that no message could show in its line."""
+    for name in names:
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise InputError(f"{file}: holds a tensor whose name is no name: {name[:40]!r}")
 
 
 def _is_plain(value: Any) -> bool:

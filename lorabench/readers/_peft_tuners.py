@@ -80,7 +80,7 @@ class Module:
 
 def find(config: dict[str, Any], file: Path, tensors: Tensors, source: Source) -> Found:
     """InputError for a tuner whose ΔW the file does not give."""
-    kind = config["peft_type"]
+    kind = str(config["peft_type"])
     if kind not in FORMS:
         raise InputError(
             f"{file}: peft_type = {str(kind)[:40]}: its ΔW cannot be read from the file; these can: LORA, "

@@ -58,7 +58,7 @@ def find(source: Source) -> Found | None:
     config = read_json(folder / CONFIG_FILE)
     if "peft_type" not in config:
         return None
-    own, kind = (folder / DELTA_FILE).exists(), config["peft_type"]
+    own, kind = (folder / DELTA_FILE).exists(), str(config["peft_type"])
     if kind in _WITHOUT_UPDATE:
         why = f"not applicable: {kind} changes no weight, so that there is no ΔW"
         if own:
