@@ -164,6 +164,25 @@ def merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def convert(arguments: argparse.Namespace) -> int:
+    """Write any LoRA-like adapter in PEFT's format, such that PEFT computes the same ΔW.
+
+    ADAPTER is a file, a folder, a run's folder or a Hub id, of any format that lorabench reads. Refused, with the
+    reason, where it would not be exact: a dense ΔW, DoRA, names of which it is not certain which module they mean
+    (--base tells). OUTPUT must be new or empty.
+    """
+    _hush_libraries()
+    from lorabench.convert import convert as write_as_peft
+    from lorabench.formats import open_adapter
+
+    adapter = open_adapter(arguments.adapter, base=arguments.base, alpha=arguments.alpha)
+    for note in write_as_peft(adapter, arguments.output, arguments.base):
+        talk(f"note: {note}")
+    talk(f"{len(adapter.entries)} layers of {adapter.format}, scale: {adapter.scale_source or 'none'}")
+    print(arguments.output)
+    return 0
+
+
 def list_plugins(arguments: argparse.Namespace) -> int:
     """List the methods, tasks, analyses and figures that a sweep file can name."""
     folders = [arguments.kind] if arguments.kind else list(plugins.FOLDERS)
@@ -274,6 +293,16 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[tuple[str, d
             _RESULTS,
             _DEVICE,
             _JSON,
+        ],
+    ),
+    "convert": (
+        convert,
+        [
+            _argument("adapter", "a file, a folder, a run's folder or a Hub id", metavar="ADAPTER"),
+            _argument("output", "a folder, new or empty", metavar="OUTPUT", type=Path),
+            _argument("--base", "the untouched model: a folder, a file, a Hub id or builtin:NAME", metavar="BASE"),
+            _argument("--alpha", "the α of a format that does not keep its own", type=_number(float, 1e-9),
+                      metavar="α"),
         ],
     ),
     "list": (list_plugins, [_argument("kind", "only these", nargs="?", choices=plugins.FOLDERS), _JSON]),

@@ -30,6 +30,7 @@ class Update:
     `base_norm` is ‖W0‖_F where known; `precision` names the dtype that a dense ΔW was stored in.
     `part` names a share of ΔW that is reported beside the whole (DoRA's `sBA`); None for ΔW itself.
     `scale_source` says where the scale came from: `config`, `file`, `assumed` or `--alpha`; None for a dense ΔW.
+    `kernel` is the (height, width) over which the columns of a convolution's ΔW, (in, height, width), are flattened.
     """
 
     parameter: str
@@ -39,6 +40,7 @@ class Update:
     precision: str | None = None
     scale_source: str | None = None
     part: str | None = None
+    kernel: tuple[int, ...] = ()
 
     @property
     def layer(self) -> str:

@@ -72,6 +72,11 @@ class WeightFiles:
             return math.prod(stored), 1
         return (stored[1], stored[0]) if self._is_transposed(name) else (stored[0], math.prod(stored[1:]))
 
+    def stored_shape(self, parameter: str) -> tuple[int, ...]:
+        """As it is in the file."""
+        name = self._name(parameter)
+        return self._files[name].shape(name)
+
     def dtype(self, parameter: str) -> str:
         """As stored: `bfloat16`."""
         name = self._name(parameter)
@@ -100,7 +105,7 @@ class WeightFiles:
         if len(self._files[name].shape(name)) != 2:
             return False
         module = name.removesuffix(".weight").rpartition(".")[2]
-        return bool(_EMBEDDING.search(name)) or (self.has_conv1d and module in CONV1D_NAMES)
+        return is_embedding(name) or (self.has_conv1d and module in CONV1D_NAMES)
 
     def _name(self, parameter: str) -> str:
         name = self.find(parameter)
@@ -125,6 +130,11 @@ class WeightFiles:
         for name in self._files:
             found[_end(name)].append(name)
         return found
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a weight is an embedding's, by its name."""
+    return bool(_EMBEDDING.search(name))
 
 
 def weight_files(path: Path) -> list[Path]:

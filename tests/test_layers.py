@@ -17,7 +17,7 @@ LAYERS = [
     {"sweep"},
     {"model", "readers/*"},
     {"formats", "pairs", "results", "labels"},
-    {"aggregate"},
+    {"aggregate", "convert"},
     {"notes", "drawing", "transfer"},
     {"tables"},
     {"analyses/subspace"},  # its cross-Gram matrix also gives the angles

@@ -63,6 +63,7 @@ class Factors:
             A=A,
             base_norm=self.base_norm,
             scale_source=self.scale_source,
+            kernel=self.tensors.shape(self.A)[2:],
         )
 
     def _pair(self, tensors: Tensors, B_name: str, A_name: str) -> tuple[Tensor, Tensor]:

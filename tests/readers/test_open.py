@@ -81,9 +81,7 @@ def test_a_hub_id_fetches_adapter_files_alone(hub):
 
 
 def test_a_hub_that_cannot_be_reached(hub):
-    with pytest.raises(
-        InputError, match=r"^no/where: .*not to be had from the .*: Cannot reach the Hub\.$"
-    ):
+    with pytest.raises(InputError, match=r"^no/where: .*not to be had from the .*: Cannot reach the Hub\.$"):
         formats.open_adapter("no/where")
     with pytest.raises(InputError, match=r"^no/where: "):
         formats.open_adapter("someone/thing", base="no/where")
