@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -304,3 +305,23 @@ def test_a_configuration_with_wrong_types(change, message, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(InputError, match=message):
         formats.open_adapter(tmp_path / "adapter")
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "adapters"
+OWN_FORMAT = {"adalora", "loha", "lokr", "vera", "ia3"}
+
+
+@pytest.mark.parametrize("case", sorted(path.parent.name for path in FIXTURES.glob("peft_*/expected.safetensors")))
+def test_kept_files_of_peft(case):
+    """Made by `tests/fixtures/make_peft.py`."""
+    expected = load_file(FIXTURES / case / "expected.safetensors")
+    adapter, found = updates(FIXTURES / case / "adapter", base=FIXTURES / "peft_base")
+    whole = {name: update for name, update in found.items() if update.part is None}
+    assert_same(whole, expected, atol=1e-4)
+    kind = case.removeprefix("peft_")
+    assert adapter.format == (f"peft {kind.upper()}" if kind in OWN_FORMAT else "peft")
+
+
+def test_a_kept_prefix_of_peft():
+    with pytest.raises(InputError, match="not applicable: PREFIX_TUNING"):
+        formats.open_adapter(FIXTURES / "peft_prefix" / "adapter")
