@@ -22,8 +22,8 @@ from lorabench.decode import InputError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-MAX_JSON_BYTES = 64 * 2**20
-"""An index of a model of a million tensors has about that size; a configuration never."""
+CONFIG_BYTES = 4 * 2**20
+"""No configuration is as large."""
 MAX_NAME = 400
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter", "lora")
 """Keys under which checkpoints keep the dictionary of tensors."""
@@ -71,7 +71,7 @@ class TensorFile:
             raise InputError(f"{file}: not a whole safetensors file (cut short?): {error}") from None
         _check_names(self._handle.keys(), file)
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         return sorted(self._handle.keys())
 
@@ -116,7 +116,7 @@ class TorchFile:
     def __init__(self, file: Path):
         self.file = file
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         return sorted(self._tensors)
 
@@ -244,10 +244,10 @@ def _checked(tensor: Tensor, file: Path, name: str) -> Tensor:
     return tensor
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; InputError where it is none."""
+def read_json(file: Path, *, limit_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
+    """The JSON object in a file; InputError where it is none, or larger than such a file ever is."""
     check_regular(file)
-    if (size := file.stat().st_size) > MAX_JSON_BYTES:
+    if (size := file.stat().st_size) > limit_bytes:
         raise InputError(f"{file}: has {size} bytes: too large for a JSON file of this kind")
     try:
         text = file.read_text("utf-8")

@@ -62,6 +62,17 @@ def test_old_files_one_without_its_configuration(tmp_path):
     assert all(torch.equal(found[name].dense(), expected[name].dense()) for name in found)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "other.bin"])
+def test_what_a_trainer_leaves_beside_weights_is_not_opened(name, tmp_path):
+    _, tuned, expected = two("llama", tmp_path)
+    (tmp_path / "tuned" / "model.safetensors").unlink()
+    torch.save(tuned.state_dict(), tmp_path / "tuned" / name)
+    for other in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (tmp_path / "tuned" / other).write_bytes(b"a pickle")
+    _, found = opened(tmp_path / "tuned", tmp_path / "base")
+    assert found.keys() == {name for name, update in expected.items() if update.shape[1] > 1}
+
+
 def test_precision_is_the_coarser_of_the_two(tmp_path):
     base, tuned, _ = two("llama", tmp_path)
     tuned.bfloat16().save_pretrained(tmp_path / "tuned")

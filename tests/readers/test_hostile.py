@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import struct
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -77,6 +78,16 @@ def test_a_bare_pickle_is_never_run(tmp_path):
     (tmp_path / "x.pt").write_bytes(pickle.dumps({"w": Harm(mark)}))
     assert refusal(tmp_path / "x.pt").startswith(f"{tmp_path}/x.pt: ")
     assert not mark.exists()
+
+
+def test_an_old_archive_is_not_unpacked(tmp_path):
+    """PyTorch 0.1 wrote tar files."""
+    (tmp_path / "evil").write_bytes(pickle.dumps(Harm(tmp_path / "mark")))
+    with tarfile.open(tmp_path / "x.pt", "w") as archive:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            archive.add(tmp_path / "evil", name)
+    assert refusal(tmp_path / "x.pt").startswith(f"{tmp_path}/x.pt: ")
+    assert not (tmp_path / "mark").exists()
 
 
 def test_a_pickle_under_the_name_of_a_safetensors_file(tmp_path):
@@ -222,9 +233,10 @@ def test_a_file_cut_short(name, share, tmp_path):
     assert refusal(tmp_path).startswith(f"{file}: not a whole ")
 
 
-def test_any_byte_of_a_torch_file_may_be_wrong(tmp_path):
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_any_byte_may_be_wrong(name, tmp_path):
     """Nothing but an InputError, whatever is hit; a few hundred places."""
-    file = adapter(tmp_path, name="adapter_model.bin")
+    file = adapter(tmp_path, name=name)
     whole = file.read_bytes()
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):
