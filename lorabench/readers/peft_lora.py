@@ -56,7 +56,7 @@ def find(source: Source) -> Found | None:
     if not (folder / CONFIG_FILE).exists():
         return _without_config(source)
     config = read_json(folder / CONFIG_FILE)
-    if "peft_type" not in config:
+    if "peft_type" not in config or _is_torchtune(source):
         return None
     own, kind = (folder / DELTA_FILE).exists(), str(config["peft_type"])
     if kind in _WITHOUT_UPDATE:
@@ -81,6 +81,14 @@ def find(source: Source) -> Found | None:
     if source.alpha is not None:
         notes.append(f"--alpha is not used: {CONFIG_FILE} has it")
     return Found(format="peft", entries=entries, scale_source="config", notes=tuple(notes))
+
+
+def _is_torchtune(source: Source) -> bool:
+    """torchtune writes PEFT's configuration beside a file of its own, with or without PEFT's."""
+    if source.path.is_file():
+        return source.path.suffix == ".pt"
+    is_peft = any((source.folder / name).exists() for name in ADAPTER_FILES)
+    return not is_peft and any(file.name.startswith("adapter_") for file in source.files(".pt"))
 
 
 def _adapter_file(folder: Path) -> Path:
