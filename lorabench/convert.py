@@ -66,23 +66,36 @@ def convert(adapter: Adapter, folder: Path, base_model: str | None = None) -> li
     """Write `adapter` in PEFT's format into `folder`, new or empty, so that PEFT computes the same ΔW; returns notes.
 
     `base_model` (a folder, a file, a Hub id, `builtin:NAME`) is named in the configuration, and its weights say how
-    the modules are really called and what they are. InputError, and nothing written, where ΔW is not exactly a
-    product of two factors, or it is not known which module it belongs to.
+    the modules are really called and what they are. Without it, adapters of several models in one file (diffusers)
+    are written into a sub-folder each. InputError, and nothing written, where ΔW is not exactly a product of two
+    factors, or it is not known which module it belongs to.
     """
-    from safetensors.torch import save_file
-
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"OUTPUT = {folder}: is not empty; nothing is overwritten")
     if reason := NOT_EXACT.get(adapter.format):
         raise InputError(f"{adapter.source}: {adapter.format} cannot be written as PEFT exactly: {reason}")
     base = None if base_model is None else WeightFiles(weights_path(base_model))
-    targets = list(_targets(adapter, base))
+    models = _models(adapter)
+    if base is not None and len(models) > 1:
+        raise InputError(
+            f"{adapter.source}: holds adapters of several models ({', '.join(models)}): without --base, each is "
+            "written into a folder of its own"
+        )
+    name = base_model or _base_of(adapter)
+    found = {model: _targets(adapter, prefix, base) for model, prefix in models.items()}
+    for model, targets in found.items():
+        _write(targets, folder / model if len(found) > 1 else folder, name)
+    several = [f"one folder a model: {', '.join(found)}"] if len(found) > 1 else []
+    return [*adapter.notes, *several, *_notes(adapter, base, name)]
+
+
+def _write(targets: list[Target], folder: Path, base_model: str | None) -> None:
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor for target in targets for name, tensor in target.tensors().items()}
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
-    name = base_model or _base_of(adapter)
-    (folder / CONFIG_FILE).write_text(json.dumps(configuration(targets, name), indent=2, sort_keys=True) + "\n")
-    return [*adapter.notes, *_notes(adapter, base, name)]
+    (folder / CONFIG_FILE).write_text(json.dumps(configuration(targets, base_model), indent=2, sort_keys=True) + "\n")
 
 
 def configuration(targets: list[Target], base_model: str | None) -> dict[str, Any]:
@@ -109,25 +122,27 @@ def configuration(targets: list[Target], base_model: str | None) -> dict[str, An
     }
 
 
-def _targets(adapter: Adapter, base: WeightFiles | None) -> Iterator[Target]:
-    """InputError with all that stands in the way."""
-    component = _component(adapter) if base is None else ""
-    problems, taken = [], set()
+def _targets(adapter: Adapter, prefix: str, base: WeightFiles | None) -> list[Target]:
+    """What is to be written of the names with a prefix. InputError with all that stands in the way."""
+    problems: list[str] = []
+    targets: dict[str, Target] = {}
     for parameter, entry in adapter.entries.items():
+        if not parameter.startswith(prefix):
+            continue
         try:
             update = _factored(entry.load(), parameter)
-            module = _module(parameter.removeprefix(component), base)
-            if module in taken:
-                raise InputError(f"{parameter}: belongs to {module}, as another does")
-            taken.add(module)
             if getattr(entry, "groups", 1) > 1:
                 raise InputError(f"{parameter}: of a grouped convolution, whose B is a part of this one")
-            yield _target(update, module, base)
+            target = _target(update, _module(parameter.removeprefix(prefix), base), base)
+            if target.module in targets:
+                raise InputError(f"{parameter}: belongs to {target.module}, as another does")
+            targets[target.module] = target
         except InputError as error:
             problems += error.problems
     if problems:
         shown = problems[:4] + ([f"and so {len(problems) - 4} more"] if len(problems) > 4 else [])
         raise InputError([f"{adapter.source}: cannot be written as PEFT exactly: {problem}" for problem in shown])
+    return list(targets.values())
 
 
 def _factored(update: Update | LayerSVD, parameter: str) -> Update:
@@ -173,17 +188,14 @@ def _target(update: Update, module: str, base: WeightFiles | None) -> Target:
     return Target(module=module, B=update.B, A=update.A, kernel=kernel, embedding=is_embedding(f"{module}.weight"))
 
 
-def _component(adapter: Adapter) -> str:
-    """What diffusers puts before the names of each of a pipeline's models: `unet.`. InputError where there are two."""
+def _models(adapter: Adapter) -> dict[str, str]:
+    """The models that a file is of, and what diffusers puts before the names of each: `unet.`."""
     if adapter.format != "diffusers":
-        return ""
+        return {"": ""}
     found = {match[0] if (match := _COMPONENT.match(name)) else "" for name in adapter.entries}
-    if len(found) > 1:
-        raise InputError(
-            f"{adapter.source}: holds adapters of several models ({', '.join(sorted(found))}), which PEFT keeps apart: "
-            "--base says which is meant"
-        )
-    return found.pop()
+    if "" in found:
+        return {"": ""}
+    return {prefix.removesuffix("."): prefix for prefix in sorted(found)}
 
 
 def _base_of(adapter: Adapter) -> str | None:

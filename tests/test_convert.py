@@ -1,5 +1,6 @@
 """An adapter that was converted: PEFT must compute the same ΔW from it, and so must lorabench."""
 
+import dataclasses
 import json
 
 import pytest
@@ -121,6 +122,20 @@ def test_flat_names_are_found_in_the_base_or_refused(tmp_path):
     convert(adapter, tmp_path / "output", str(tmp_path / "base"))
     (module,) = json.loads((tmp_path / "output" / "adapter_config.json").read_text())["target_modules"]
     assert module == "model.layers.1.self_attn.q_proj"
+
+
+def test_each_of_several_models_gets_a_folder(tmp_path):
+    """As diffusers keeps a pipeline's in one file."""
+    names = ("unet.down.weight", "unet.up.weight", "text_encoder.q.weight")
+    adapter = dataclasses.replace(flat(tmp_path, *names), format="diffusers")
+    notes = convert(adapter, tmp_path / "output")
+    assert "one folder a model: text_encoder, unet" in notes
+    for name in names:
+        model, module, _ = name.split(".")
+        entry = formats.open_adapter(tmp_path / "output" / model).entries[f"{module}.weight"]
+        assert torch.allclose(entry.load().dense(), adapter.entries[name].load().dense(), atol=1e-5)
+    with pytest.raises(InputError, match=r"several models \(text_encoder, unet\): without --base"):
+        convert(adapter, tmp_path / "other", str(tmp_path))
 
 
 @pytest.mark.parametrize(
