@@ -12,6 +12,7 @@ from peft import (
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
+    OFTConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -128,6 +129,14 @@ NEED_BASE = {
         "gpt2",
         IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True),
     ),
+    "oft": ("llama", OFTConfig(oft_block_size=4, target_modules=["q_proj", "down_proj"], use_cayley_neumann=False)),
+    "oft-shared": ("llama", OFTConfig(oft_block_size=8, target_modules=["q_proj"], block_share=True)),
+} | {
+    f"oft-neumann-{count}": (
+        "llama",
+        OFTConfig(oft_block_size=4, target_modules=["v_proj"], num_cayley_neumann_terms=count),
+    )
+    for count in (1, 2, 3, 4, 5, 7)
 }
 
 
