@@ -161,7 +161,8 @@ def _unknown(source: Source, names: list[str]) -> str:
     keys = [key for file in files[:4] for key in open_tensors(file).names]
     if not keys:
         return f"holds no file of tensors ({', '.join(SUFFIXES)})"
-    return f"of no known format. Keys found: {some(keys)}. Known formats: {', '.join(names)}, two {LAST} (with --base)"
+    known = sorted({"lorabench", "peft", *names} - set(OWN))
+    return f"of no known format. Keys found: {some(keys)}. Known formats: {', '.join(known)}, two {LAST} (with --base)"
 
 
 def _find(source: Source, names: Iterable[str]) -> list[Found]:

@@ -1,4 +1,4 @@
-"""ΔW of one module in PEFT's format: the factors of LoRA, and DoRA on top of W0.
+"""The factors of one module in PEFT's format.
 
 Shapes: M out features, N in features, r rank.
 """
@@ -14,9 +14,6 @@ from torch import Tensor
 from lorabench.decode import InputError
 from lorabench.readers._entry import Tensors
 from lorabench.update import Update
-from lorabench.weightfile import WeightFiles
-
-DORA_PART = "sBA"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,41 +73,3 @@ class Factors:
         if self.groups > 1:
             B = torch.block_diag(*B.chunk(self.groups))
         return B, A.to(dtype).reshape(self.rank, N)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Dora:
-    """ΔW = m ⊙ (W0 + s B A) / ‖W0 + s B A‖ - W0, by row: Liu et al. 2024, arXiv 2402.09353, equation 5."""
-
-    factors: Factors
-    magnitude: str
-    """Name of m, one number a row."""
-    weights: WeightFiles
-    parameter: str
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        shape, base = self.factors.shape, self.weights.shape(self.parameter)
-        m = math.prod(self.factors.tensors.shape(self.magnitude))
-        if not (shape == base and m == shape[0]):
-            raise InputError(
-                f"{self.factors.tensors.file}: {self.parameter}: ΔW {shape}, m {m} and W0 {base} of "
-                f"{self.weights.path} do not fit"
-            )
-        return shape
-
-    def load(self) -> Update:
-        W0, m = self.weights.read(self.parameter), self.factors.tensors.read(self.magnitude)
-        part = self.factors.load().dense()
-        norms = (W0 + part).double().norm(dim=1)
-        if not norms.all():
-            raise InputError(f"{self.factors.tensors.file}: {self.parameter}: a row of W0 + s B A is zero")
-        ratio = (m.double().flatten() / norms)[:, None]
-        delta = (ratio - 1) * W0 + ratio * part  # so that ΔW = 0 is 0, to the last digit of m
-        return Update(
-            parameter=self.parameter,
-            B=delta.to(W0.dtype),
-            base_norm=float(W0.double().norm()),
-            precision="float32",
-            scale_source=self.factors.scale_source,
-        )

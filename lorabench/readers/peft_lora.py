@@ -17,16 +17,20 @@ from typing import Any
 
 from lorabench.decode import InputError
 from lorabench.readers import _peft_tuners
+from lorabench.readers._dora import DORA_PART, Dora
 from lorabench.readers._entry import Entry, Found, Source, TensorFile, Tensors, open_tensors, read_json
 from lorabench.readers._peft_config import PREFIX, check_lora, rank_and_scale
-from lorabench.readers._peft_factors import DORA_PART, Dora, Factors
+from lorabench.readers._peft_factors import Factors
 from lorabench.update import DELTA_FILE, INITIAL_FILE
+from lorabench.weightfile import some
 
 CONFIG_FILE, NORMS_FILE = "adapter_config.json", "base_norms.json"
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations whose first B A is not zero and was taken out of the base: ΔW is what was added to it."""
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _A = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A(?:\.default)?\.weight|lora_embedding_A(?:\.default)?)")
+_USED = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.default)?(\.weight|\.bias)?$")
+_INITIAL_FOLDER = re.compile(r"(.*[_-])?init(ial)?", re.IGNORECASE)
 _WITHOUT_UPDATE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT",
                    "CARTRIDGE")  # fmt: skip
 
@@ -107,7 +111,7 @@ def _lora_entries(adapter: Adapter) -> dict[str, Entry]:
         entries[factors.parameter] = factors
         if adapter.is_dora and not adapter.own and adapter.source.weights is not None:
             entries[f"{module}.weight"] = Dora(
-                factors=factors, magnitude=_magnitude(adapter.tensors, match["module"]),
+                sBA=factors, tensors=adapter.tensors, magnitude=_magnitude(adapter.tensors, match["module"]),
                 weights=adapter.source.weights, parameter=f"{module}.weight",
             )  # fmt: skip
     if not entries:
@@ -152,9 +156,8 @@ def _initial(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     start = str(config.get("init_lora_weights", True)).lower()
     if not start.startswith(REBASED):
         return {}
-    inside, beside = folder.glob("*init*"), folder.parent.glob("*init*")
-    for other in [*sorted(inside), *sorted(beside)]:
-        if other != folder and other.is_dir() and (other / CONFIG_FILE).exists():
+    for other in [*sorted(folder.iterdir()), *sorted(folder.parent.iterdir())]:
+        if other != folder and _INITIAL_FOLDER.fullmatch(other.name) and (other / CONFIG_FILE).exists():
             return {"initial": open_tensors(_adapter_file(other)), "initial_is_peft": True}
     raise InputError(
         f"{folder / CONFIG_FILE}: init_lora_weights = {start}: ΔW needs the initial factors, not in the file; put the "
@@ -173,6 +176,10 @@ def _notes(adapter: Adapter, entries: dict[str, Entry]) -> list[str]:
         notes.append("lora_bias: the change of the biases is not part of ΔW")
     if adapter.config.get("alora_invocation_tokens"):
         notes.append("aLoRA: ΔW acts on the tokens after its invocation alone")
+    if any("trainable_tokens_" in name for name in adapter.tensors.names):
+        notes.append("trainable_token_indices: the change of single tokens' rows is not part of ΔW")
+    if others := [name for name in adapter.tensors.names if ".lora_" in name and not _USED.search(name)]:
+        notes.append(f"left out, of another kind or another adapter: {some(others)}")
     if any(isinstance(entry, Factors) and entry.groups > 1 for entry in entries.values()):
         notes.append("a grouped convolution: its ΔW counts all inputs, which W0 does not")
     return notes
@@ -187,6 +194,8 @@ def _without_config(source: Source) -> Found | None:
     names = [name for name in tensors.names if name.startswith(PREFIX) and _A.fullmatch(name)]
     if not names:
         return None
+    if any(".lora_magnitude_vector" in name for name in tensors.names):
+        raise InputError(f"{tensors.file}: holds DoRA's magnitudes, and no {CONFIG_FILE} lies beside it")
     entries: dict[str, Entry] = {}
     origin = "assumed" if source.alpha is None else "--alpha"
     for name in names:

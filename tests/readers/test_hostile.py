@@ -343,7 +343,7 @@ def test_an_unknown_format_says_what_was_found(tmp_path):
     save_file({"mystery.alpha_beta": torch.ones(2, 2), "mystery.gamma": torch.ones(3)}, tmp_path / "x.safetensors")
     message = refusal(tmp_path)
     assert "of no known format. Keys found: mystery.alpha_beta, mystery.gamma" in message
-    assert "peft_lora" in message and "checkpoints" in message
+    assert "lorabench, " in message and "peft, " in message and "two checkpoints (with --base)" in message
     assert refusal(tmp_path / "x.safetensors") == message.replace(str(tmp_path), f"{tmp_path}/x.safetensors", 1)
 
 

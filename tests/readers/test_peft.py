@@ -298,6 +298,25 @@ def test_biases_are_noted(tmp_path):
     )
 
 
+def test_what_is_left_out_is_noted(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1, 3]})
+    saved(tmp_path, "llama", config)
+    (note,) = formats.open_adapter(tmp_path / "adapter").notes
+    assert note.startswith("trainable_token_indices: ")
+    tensors = load_file(tmp_path / "adapter" / ADAPTER)
+    tensors["base_model.model.x.lora_A.other.weight"] = torch.ones(2, 3)
+    save_file(tensors, tmp_path / "adapter" / ADAPTER)
+    note = formats.open_adapter(tmp_path / "adapter").notes[-1]
+    assert note == "left out, of another kind or another adapter: base_model.model.x.lora_A.other.weight"
+
+
+def test_dora_without_its_configuration_is_refused(tmp_path):
+    saved(tmp_path, "llama", LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    (tmp_path / "adapter" / CONFIG).unlink()
+    with pytest.raises(InputError, match=r"holds DoRA's magnitudes, and no adapter_config\.json"):
+        formats.open_adapter(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
