@@ -213,6 +213,24 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def convert(arguments: argparse.Namespace) -> int:
+    """Write any LoRA-like adapter in PEFT's format, such that PEFT computes the same ΔW.
+
+    ADAPTER is a file, a folder, a run's folder or a Hub id, of any format that lorabench reads. Refused, with the
+    reason, where it would not be exact: a dense ΔW, DoRA, names of which it is not certain which module they mean
+    (--base tells). OUTPUT must be new or empty.
+    """
+    _hush_libraries()
+    from lorabench.convert import convert as write_as_peft
+
+    adapter = _adapter(arguments.adapter, arguments)
+    for note in write_as_peft(adapter, arguments.output, arguments.base):
+        talk(f"note: {note}")
+    talk(f"{len(adapter.entries)} layers of {adapter.format}, scale: {adapter.scale_source or 'none'}")
+    print(arguments.output)
+    return 0
+
+
 def list_plugins(arguments: argparse.Namespace) -> int:
     """List the methods, tasks, analyses and figures that a sweep file can name."""
     folders = [arguments.kind] if arguments.kind else list(plugins.FOLDERS)
@@ -351,6 +369,15 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[tuple[str, d
             _ALPHA,
             _HTML,
             _JSON,
+        ],
+    ),
+    "convert": (
+        convert,
+        [
+            _argument("adapter", "a file, a folder, a run's folder or a Hub id", metavar="ADAPTER"),
+            _argument("output", "a folder, new or empty", metavar="OUTPUT", type=Path),
+            _BASE,
+            _ALPHA,
         ],
     ),
     "list": (list_plugins, [_argument("kind", "only these", nargs="?", choices=plugins.FOLDERS), _JSON]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,11 @@ from lorabench import plugins
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
 from lorabench.linalg import ThinSVD, one_thread, thin_svd
+from lorabench.locate import adapter_folders, adapter_path, weights_path
 from lorabench.readers._entry import Entry, Found, Source
+from lorabench.tensorfile import SUFFIXES, open_tensors
 from lorabench.update import Update
+from lorabench.weightfile import some
 
 VERSION = 1
 """Part of every analysis's cache key: raise it when the same file reads as other numbers."""
@@ -29,6 +32,10 @@ DENSE_VECTORS = 64
 BATCH_BYTES = 2 * 2**20
 """Of factors that are decomposed together: what a core's cache holds."""
 _LARGE = 1024
+OWN = ("delta", "peft_lora", "svd")
+"""Readers of what lorabench writes."""
+LAST = "checkpoints"
+"""Reader of what no other claims: any file of weights may be a model's."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,21 +54,27 @@ class Adapter:
 
 
 def open_adapter(source: str | Path, *, base: str | Path | None = None, alpha: float | None = None) -> Adapter:
-    """What a file, a folder or a Hub id holds. InputError where it is of no known format, or damaged.
+    """What a file, a folder, a run's folder or a Hub id holds. InputError where it is of no known format, or damaged.
 
-    `base`: the untouched weights, where ΔW is the difference of two checkpoints, or needs W0 (DoRA). `alpha`: the α
-    of formats that do not keep theirs.
+    `base`: the untouched weights (a file, a folder, a Hub id or `builtin:NAME`), where ΔW is the difference of two
+    checkpoints, or needs W0 (DoRA). `alpha`: the α of formats that do not keep theirs.
     """
-    found = _find(Source(path=Path(source), base=Path(base) if base else None, alpha=alpha))
-    if not found:
-        raise InputError(f"{source}: holds no adapter of a known format")
+    path = adapter_path(source)
+    given = Source(path=path, base=weights_path(base) if base else None, alpha=alpha)
+    found = _claimed(given)
+    entries = _matrices(_entries(found))
+    notes = [note for each in found for note in each.notes]
+    if not entries:
+        raise InputError(f"{source}: {'; '.join(notes) or 'holds no change of a weight matrix (ΔW)'}")
+    if others := adapter_folders(path):
+        notes.append(f"more adapters in sub-folders: {', '.join(others)} (open {source}/{others[0]})")
     sources = [each.scale_source for each in found if each.scale_source]
     return Adapter(
         source=str(source),
         format=" + ".join(dict.fromkeys(each.format for each in found)),
-        entries=_matrices(_entries(found)),
+        entries=entries,
         scale_source=sources[0] if sources else None,
-        notes=tuple(note for each in found for note in each.notes),
+        notes=tuple(notes),
     )
 
 
@@ -111,7 +124,7 @@ def read_updates(folder: Path) -> Iterator[Update]:
 
     What is a `part` of one (DoRA's sBA) is left out.
     """
-    for parameter, entry in _entries(_find(Source(path=Path(folder)))).items():
+    for parameter, entry in _entries(_find(Source(path=Path(folder)), OWN)).items():
         update = entry.load()
         if isinstance(update, Update) and update.part:
             continue
@@ -128,11 +141,14 @@ def read_layers(folder: Path) -> Iterator[LayerSVD]:
 
 def open_layers(folder: Path) -> dict[str, Entry]:
     """What `read_layers` would give, by parameter; reads headers only. InputError where tensors do not fit."""
-    return _matrices(_entries(_find(Source(path=Path(folder)))))
+    return _matrices(_entries(_find(Source(path=Path(folder)), OWN)))
 
 
 def _matrices(entries: dict[str, Entry]) -> dict[str, Entry]:
-    return {parameter: entry for parameter, entry in entries.items() if entry.shape[1] > 1}
+    shapes = {parameter: entry.shape for parameter, entry in entries.items()}
+    if empty := [parameter for parameter, shape in shapes.items() if 0 in shape]:
+        raise InputError(f"{empty[0]}: ΔW {shapes[empty[0]]} has no entries")
+    return {parameter: entry for parameter, entry in entries.items() if shapes[parameter][1] > 1}
 
 
 def load_layer(entry: Entry) -> LayerSVD:
@@ -173,9 +189,32 @@ def _named(parameter: str) -> Iterator[None]:
         raise InputError(f"{parameter}: {error}") from None
 
 
-def _find(source: Source) -> list[Found]:
-    """What each reader has found there; nothing where the content is of no known format."""
-    readers = (importlib.import_module(f"lorabench.readers.{name}") for name in plugins.names("readers"))
+def _claimed(source: Source) -> list[Found]:
+    """What the one format finds that claims the source; lorabench's own may lie beside PEFT's. InputError for none."""
+    names = [name for name in plugins.names("readers") if name != LAST]
+    found = _find(source, names) or _find(source, [LAST])
+    claimed = {each.format for each in found}
+    if len(claimed) > 1 and claimed != {"lorabench", "peft"}:
+        raise InputError(f"{source.path}: could be {' or '.join(sorted(claimed))}: give one file of it alone")
+    if not found:
+        raise InputError(f"{source.path}: {_unknown(source, names)}")
+    return found
+
+
+def _unknown(source: Source, names: list[str]) -> str:
+    if inner := adapter_folders(source.path):
+        return f"holds adapters in sub-folders: {', '.join(inner)}; open one, as {source.path / inner[0]}"
+    files = source.files(*SUFFIXES)
+    keys = [key for file in files[:4] for key in open_tensors(file).names]
+    if not keys:
+        return f"holds no file of tensors ({', '.join(SUFFIXES)})"
+    known = sorted({"lorabench", "peft", *names} - set(OWN))
+    return f"of no known format. Keys found: {some(keys)}. Known formats: {', '.join(known)}, two {LAST} (with --base)"
+
+
+def _find(source: Source, names: Iterable[str]) -> list[Found]:
+    """What each of these readers has found there; nothing where the content is not of its format."""
+    readers = [importlib.import_module(f"lorabench.readers.{name}") for name in names]
     return [found for reader in readers if (found := reader.find(source)) is not None]
 
 

@@ -31,6 +31,7 @@ class Update:
     `scale` is the s folded into `B`; None where unknown or dense.
     `part` names a share of ΔW that is reported beside the whole (DoRA's `sBA`); None for ΔW itself.
     `scale_source` says where the scale came from: `config`, `file`, `assumed` or `--alpha`; None for a dense ΔW.
+    `kernel` is the (height, width) over which the columns of a convolution's ΔW, (in, height, width), are flattened.
     """
 
     parameter: str
@@ -41,6 +42,7 @@ class Update:
     scale: float | None = None
     scale_source: str | None = None
     part: str | None = None
+    kernel: tuple[int, ...] = ()
 
     @property
     def layer(self) -> str:

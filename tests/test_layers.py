@@ -7,9 +7,21 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorabench"
 LAYERS = [
-    {"plugins", "claim", "linalg", "typeset", "terminal", "environment", "steps", "live", "sequence", "sketch"},
+    {
+        "plugins",
+        "claim",
+        "linalg",
+        "typeset",
+        "products",
+        "terminal",
+        "environment",
+        "steps",
+        "live",
+        "sequence",
+        "sketch",
+    },
     {"decode", "nulls", "update", "meter", "advice", "krylov"},
-    {"weights", "tensorfile"},
+    {"weights", "tensorfile", "locate"},
     {"weightfile"},
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
     {"spec", "base"},
@@ -17,7 +29,7 @@ LAYERS = [
     {"sweep"},
     {"model", "readers/*"},
     {"formats", "bases", "pairs", "results", "labels"},
-    {"aggregate"},
+    {"aggregate", "convert"},
     {"notes", "drawing", "transfer"},
     {"tables", "page"},
     {"analyses/subspace", "analyses/spectrum"},  # whose directions and metrics other analyses take up
