@@ -78,7 +78,7 @@ class Layer:
     names: dict[str, str]
     scale: Scale | None = None
     form: Form = plain
-    rows: slice = slice(None)
+    rows: range | None = None
     part: str | None = None
 
     @property
@@ -93,7 +93,7 @@ class Layer:
         if not fits:
             told = ", ".join(f"{role} {shape}" for role, shape in shapes.items())
             raise InputError(f"{self.tensors.file}: {self.parameter}: {told} do not fit each other")
-        return len(range(len(B))[self.rows]), (B if A is None else A).shape[1]
+        return len(B if self.rows is None else self.rows), (B if A is None else A).shape[1]
 
     def load(self) -> Update:
         _ = self.shape  # a misfit is told as such
@@ -105,7 +105,8 @@ class Layer:
         return Update(
             parameter=self.parameter,
             part=self.part,
-            B=B[self.rows] * (self.scale.value if self.scale else 1.0),
+            B=(B if self.rows is None else B[self.rows.start : self.rows.stop])
+            * (self.scale.value if self.scale else 1.0),
             A=A,
             precision=stored if A is None else None,
             scale_source=self.scale.source if self.scale else None,

@@ -140,4 +140,4 @@ def _split(layer: Layer, name: str) -> Iterator[Layer]:
     bounds = {"q": 0, "k": width, "v": 2 * width} | ({"mlp": 3 * width} if 3 * width < M else {})
     for part, start in bounds.items():
         stop = M if part == "mlp" else start + width
-        yield replace(layer, parameter=f"{name}[{part}].weight", rows=slice(start, stop))
+        yield replace(layer, parameter=f"{name}[{part}].weight", rows=range(start, stop))
