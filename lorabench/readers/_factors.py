@@ -101,12 +101,12 @@ class Layer:
         dtypes = {tensor.dtype for tensor in read.values()}
         wide = torch.float64 if torch.float64 in dtypes else torch.float32
         B, A = self.form(**{role: tensor.to(wide) for role, tensor in read.items()})
+        B = B if self.rows is None else B[self.rows.start : self.rows.stop]
         stored = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return Update(
             parameter=self.parameter,
             part=self.part,
-            B=(B if self.rows is None else B[self.rows.start : self.rows.stop])
-            * (self.scale.value if self.scale else 1.0),
+            B=B * (self.scale.value if self.scale else 1.0),
             A=A,
             precision=stored if A is None else None,
             scale_source=self.scale.source if self.scale else None,
@@ -136,9 +136,8 @@ def adapter_file(source: Source, recognized: Callable[[Tensors], bool], *, named
             pickles = []
     own = [tensors for tensors in map(open_tensors, files + pickles) if recognized(tensors)]
     if len(own) > 1:
-        raise InputError(
-            f"{source.path}: several adapters: name one of {', '.join(tensors.file.name for tensors in own)}"
-        )
+        names = ", ".join(tensors.file.name for tensors in own)
+        raise InputError(f"{source.path}: several adapters: name one of {names}")
     return own[0] if own else None
 
 

@@ -61,7 +61,8 @@ def _pair(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor
     if whole is not None:
         whole = whole.flatten(1)
         M, N = whole.shape
-        return (torch.eye(M).to(whole), whole) if M <= N else (whole, torch.eye(N).to(whole))
+        identity = torch.eye(min(M, N), dtype=whole.dtype, device=whole.device)
+        return (identity, whole) if M <= N else (whole, identity)
     if a is None or b is None:
         raise ValueError("neither a matrix nor both its factors")
     B, A = (a, b) if core is None else (a.T, torch.einsum("ij...,jn->in...", core, b))

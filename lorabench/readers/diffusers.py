@@ -28,7 +28,7 @@ from lorabench.readers._factors import (
     number,
     rank_of,
 )
-from lorabench.readers._peft_config import module_scale
+from lorabench.readers._patterns import module_scale
 
 METADATA = "lora_adapter_metadata"
 SUFFIXES = {

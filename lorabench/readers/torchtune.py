@@ -24,7 +24,7 @@ from lorabench.readers._factors import (
     left_out,
     rank_of,
 )
-from lorabench.readers._peft_config import module_scale
+from lorabench.readers._patterns import module_scale
 
 ADAPTER_FILE = r"adapter_(model|\d+)\.pt"
 PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
