@@ -20,6 +20,8 @@ from lorabench.update import Update
 Form = Callable[..., tuple[Tensor, Tensor | None]]
 """Named tensors of a file -> ΔW / s: its factors (M, r) and (r, N), or dense (M, N) and None."""
 DORA_PART = "sBA"
+LARGEST = 2**31
+"""Entries: a small file's products may be as large as its author likes."""
 CONFIG_FILE = "adapter_config.json"
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -34,7 +36,9 @@ class Scale:
 
 def by_convention(source: Source, rank: int) -> Scale:
     """For a file that keeps no α: the user's, else α = r, so that s = 1."""
-    return Scale(value=source.alpha / rank, source="--alpha") if source.alpha else Scale(value=1.0, source="assumed")
+    if source.alpha is None:
+        return Scale(value=1.0, source="assumed")
+    return Scale(value=source.alpha / rank, source="--alpha")
 
 
 def rank_of(tensors: Tensors, name: str, axis: int = 0) -> int:
@@ -90,9 +94,11 @@ class Layer:
             fits = B.dim() == 2 and (A is None or (A.dim() == 2 and B.shape[1] == A.shape[0]))
         except (RuntimeError, ValueError, IndexError):
             fits = False
+        told = ", ".join(f"{role} {shape}" for role, shape in shapes.items())
         if not fits:
-            told = ", ".join(f"{role} {shape}" for role, shape in shapes.items())
             raise InputError(f"{self.tensors.file}: {self.parameter}: {told} do not fit each other")
+        if max(B.numel(), 0 if A is None else A.numel()) > LARGEST:
+            raise InputError(f"{self.tensors.file}: {self.parameter}: {told} make a ΔW of more than 2³¹ entries")
         return len(B if self.rows is None else self.rows), (B if A is None else A).shape[1]
 
     def load(self) -> Update:
@@ -158,10 +164,12 @@ def found(format: str, layers: Iterable[Layer], *, assumed: str = "", notes: Ite
         sources += [layer.scale.source] if layer.scale else []
         parts += layer.part is not None
     if guessed := sources.count("assumed"):
-        few = f"{guessed} of {len(entries)} layers: " if guessed < len(entries) else ""
+        few = f"{guessed} of {counted(len(entries), 'layer')}: " if guessed < len(entries) else ""
         told.insert(0, few + assumed)
     if parts:
-        told.append(f"{parts} layers are DoRA's: what is read is their part s B A, for ΔW needs W0 and the magnitudes")
+        told.append(
+            f"DoRA in {counted(parts, 'layer')}: what is read is s B A, for ΔW itself needs W0 and the magnitudes"
+        )
     source = "assumed" if guessed else next(iter(sources), None)
     return Found(format=format, entries=entries, scale_source=source, notes=tuple(told))
 
@@ -169,4 +177,8 @@ def found(format: str, layers: Iterable[Layer], *, assumed: str = "", notes: Ite
 def left_out(names: Iterable[str]) -> list[str]:
     """A note of tensors that no ΔW was made of; empty where there are none."""
     rest = sorted(names)
-    return [f"{len(rest)} tensors left out, such as {rest[0]}"] if rest else []
+    return [f"{counted(len(rest), 'tensor')} left out, such as {rest[0]}"] if rest else []
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

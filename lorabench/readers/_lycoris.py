@@ -52,8 +52,13 @@ def lokr(
     B2, A2 = _pair(lokr_w2, lokr_w2_a, lokr_w2_b, lokr_t2)
     M, N = B1.shape[0] * B2.shape[0], A1.shape[1] * A2.shape[1]
     if B1.shape[1] * B2.shape[1] >= min(M, N):
-        return torch.kron(B1 @ A1, B2 @ A2), None
-    return torch.kron(B1, B2), torch.kron(A1, A2)
+        return _kronecker(B1 @ A1, B2 @ A2), None
+    return _kronecker(B1, B2), _kronecker(A1, A2)
+
+
+def _kronecker(left: Tensor, right: Tensor) -> Tensor:
+    """As `torch.kron`, which refuses transposed tensors without content."""
+    return torch.einsum("ij,kl->ikjl", left, right).reshape(len(left) * len(right), -1)
 
 
 def _pair(whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None = None) -> Pair:

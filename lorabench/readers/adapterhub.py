@@ -28,6 +28,7 @@ from lorabench.readers._factors import (
     plain,
     rank_of,
 )
+from lorabench.readers._patterns import is_number
 
 ADAPTER_FILE = r"pytorch_adapter\.bin|adapter\.safetensors"
 FUSED = ("c_attn", "in_proj", "Wqkv", "qkv")
@@ -64,7 +65,7 @@ def _check_readable(config: dict[str, Any], where: str) -> None:
         if config.get(key, readable) != readable:
             raise InputError(f"{where}: {key} = {config[key]}: its ΔW is not s B A, and cannot be read")
     for key in ("r", "alpha"):
-        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
+        if not is_number(config.get(key)) or config[key] <= 0:
             raise InputError(f"{where}: {key} = {config.get(key)}: must be a number above 0")
 
 

@@ -74,7 +74,7 @@ class _File:
 
     def layer(self, stem: str, A: str, B: str) -> Layer:
         module = _todays_name(stem, A)
-        dora = any(stem + suffix in self.tensors.names for suffix in MAGNITUDES)
+        dora = any(stem + suffix in self._names for suffix in MAGNITUDES)
         return Layer(
             tensors=self.tensors,
             parameter=dora_name(module) if dora else f"{module}.weight",
@@ -89,8 +89,12 @@ class _File:
             if config := self._configs.get(prefix):
                 where = f"{self.tensors.file}: {METADATA}"
                 return Scale(value=module_scale(config, name, rank, where), source="file")
-        alpha = number(self.tensors, f"{stem}.alpha") if f"{stem}.alpha" in self.tensors.names else 0.0
+        alpha = number(self.tensors, f"{stem}.alpha") if f"{stem}.alpha" in self._names else 0.0
         return Scale(value=alpha / rank, source="file") if alpha else by_convention(self.source, rank)
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.tensors.names)
 
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:

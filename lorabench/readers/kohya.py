@@ -1,6 +1,6 @@
 """kohya-ss and LyCORIS: one file of `lora_unet_…`, `lora_te_…` modules, names with `_` for `.`.
 
-ΔW = s B A with s = `alpha` / r; where the file has no `alpha`, or a 0, s = 1 (kohya's own rule). LoRA: `lora_up` (out,
+ΔW = s B A with s = `alpha` / r; where the file has no `alpha`, or a 0, it is `--alpha`, else s = 1 (kohya's own rule). LoRA: `lora_up` (out,
 r) and `lora_down` (r, in), convolutions flattened; LoCon with a core `lora_mid`; LoHa `hada_*`; LoKr `lokr_*`; whole
 changes `diff`, `diff_b`, `w_norm`, `b_norm`. Where there is a `dora_scale`, what is read is s B A. A parameter's name
 is that of its module in the file with `.weight`; points are not put back, for `_` is part of names too.
@@ -49,7 +49,7 @@ ASSUMED = "no alpha in the file, or 0: the scale is assumed to be 1"
 
 _ROLE = "|".join(map(re.escape, sorted({*PRODUCTS, *WHOLE, "alpha", "dora_scale"})))
 _NAME = re.compile(rf"(?P<module>.+?)\.(?P<role>{_ROLE})")
-_PREFIXES = ("lora_", "lycoris_")
+_PREFIXES = ("lora_", "lycoris_", "diffusion_model.")
 _FUSED = re.compile(r"attn_qkv$|single_blocks[_.]\d+[_.]linear1$")
 
 Module = dict[str, str]

@@ -26,6 +26,7 @@ from lorabench.readers._factors import (
     Layer,
     adapter_file,
     by_convention,
+    counted,
     found,
     grouped,
     left_out,
@@ -41,9 +42,10 @@ def find(source: Source) -> Found | None:
     tensors = adapter_file(source, lambda tensors: bool(_modules(tensors)))
     if tensors is None:
         return None
-    modules = [_Module(tensors, name) for name in _modules(tensors)]
+    names = frozenset(tensors.names)
+    modules = [_Module(tensors, names, name) for name in _modules(tensors)]
     used = {name for module in modules for name in (module.A, module.B)}
-    notes = [*_fused_notes(modules), *_convolution_notes(modules), *left_out(set(tensors.names) - used)]
+    notes = [*_fused_notes(modules), *_convolution_notes(modules), *left_out(names - used)]
     return found("loralib", [module.layer(source) for module in modules], assumed=ASSUMED, notes=notes)
 
 
@@ -56,19 +58,20 @@ def _modules(tensors: Tensors) -> list[str]:
 def _fused_notes(modules: list[_Module]) -> list[str]:
     guessed = [module for module in modules if module.guessed]
     blocks = sorted({", ".join(str(i + 1) for i, on in enumerate(module.on) if on) for module in guessed})
-    told = f"assumed to be the blocks of rows {' or '.join(blocks)}"
-    return [f"{len(guessed)} fused linears, such as {guessed[0].name}: where LoRA is on is {told}"] if guessed else []
+    told = f"LoRA is assumed to be on for blocks of rows {' or '.join(blocks)}"
+    return [f"{counted(len(guessed), 'fused linear')}, such as {guessed[0].name}: {told}"] if guessed else []
 
 
 def _convolution_notes(modules: list[_Module]) -> list[str]:
     count = sum(module.convolution is not None for module in modules)
     told = "rank r h of B A is up to r h h of ΔW (out, in h h) at a kernel h x h"
-    return [f"{count} convolutions: {told}"] if count else []
+    return [f"{counted(count, 'convolution')}: {told}"] if count else []
 
 
 @dataclass(frozen=True, eq=False)
 class _Module:
     tensors: Tensors
+    names: frozenset[str]
     name: str
 
     @property
@@ -83,13 +86,13 @@ class _Module:
     def convolution(self) -> tuple[int, ...] | None:
         """Shape of its weight; None for other modules, and where the file has no weights."""
         weight = f"{self.name}.conv.weight"
-        return self.tensors.shape(weight) if weight in self.tensors.names else None
+        return self.tensors.shape(weight) if weight in self.names else None
 
     @property
     def num_out(self) -> int | None:
         """Number of out features, where the file has the weight; it may be stored as (in, out)."""
         weight = f"{self.name}.weight"
-        if weight not in self.tensors.names:
+        if weight not in self.names:
             return None
         shape, width = self.tensors.shape(weight), rank_of(self.tensors, self.A, axis=1)
         return math.prod(shape) // width if width in shape else None

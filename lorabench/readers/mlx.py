@@ -7,7 +7,7 @@ b (experts, M, r): a layer each, `MODULE[e]`. With a DoRA's magnitude `m`, what 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from lorabench.readers._factors import (
     left_out,
     rank_of,
 )
+from lorabench.readers._patterns import is_number
 
 ADAPTER_FILE = r"adapters\.safetensors"
 A_LEAF, B_LEAF, MAGNITUDE = ".lora_a", ".lora_b", ".m"
@@ -41,10 +42,12 @@ def find(source: Source) -> Found | None:
     tensors = adapter_file(source, lambda tensors: bool(_modules(tensors)), named=ADAPTER_FILE)
     if tensors is None:
         return None
-    modules = _modules(tensors)
-    layers = [layer for module in modules for layer in _layers(tensors, module, config, source)]
+    modules, names = _modules(tensors), set(tensors.names)
+    dora = {module for module in modules if module + MAGNITUDE in names}
+    scale = partial(_scale, config, source)
+    layers = [layer for module in modules for layer in _layers(tensors, module, scale, module in dora)]
     used = {module + leaf for module in modules for leaf in (A_LEAF, B_LEAF, MAGNITUDE)}
-    return found("mlx", layers, assumed=ASSUMED, notes=left_out(set(tensors.names) - used))
+    return found("mlx", layers, assumed=ASSUMED, notes=left_out(names - used))
 
 
 def _modules(tensors: Tensors) -> list[str]:
@@ -56,11 +59,10 @@ def _refuse_tuned_weights(source: Source, config: dict[str, Any]) -> None:
         raise InputError(f"{source.path}: fine_tune_type = full: tuned weights, no adapter: compare with their base")
 
 
-def _layers(tensors: Tensors, module: str, config: dict[str, Any], source: Source) -> Iterator[Layer]:
+def _layers(tensors: Tensors, module: str, scale_of: Callable[[int], Scale], dora: bool) -> Iterator[Layer]:
     names = {"B": module + B_LEAF, "A": module + A_LEAF}
     shape = tensors.shape(names["A"])
-    dora = module + MAGNITUDE in tensors.names
-    scale = _scale(config, source, rank_of(tensors, names["A"], axis=1))
+    scale = scale_of(rank_of(tensors, names["A"], axis=1))
     if len(shape) == 3:
         for index in range(shape[0]):
             form = partial(_expert, index=index)
@@ -81,7 +83,7 @@ def _scale(config: dict[str, Any], source: Source, rank: int) -> Scale:
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     if scale is None:
         return by_convention(source, rank)
-    if not isinstance(scale, (int, float)):
+    if not is_number(scale):
         raise InputError(f"{source.folder / CONFIG_FILE}: lora_parameters.scale = {scale}: must be a number")
     return Scale(value=float(scale), source="config")
 

@@ -78,7 +78,7 @@ def find(source: Source) -> Found | None:
     if not (folder / CONFIG_FILE).exists():
         return None
     config = read_json(folder / CONFIG_FILE)
-    if "peft_type" not in config:
+    if "peft_type" not in config or _is_torchtune(source):
         return None
     own = (folder / DELTA_FILE).exists()
     if config["peft_type"] != "LORA" and own:
@@ -110,6 +110,12 @@ def find(source: Source) -> Found | None:
     if not entries:
         raise InputError(f"{tensors.file}: holds no LoRA factors (…lora_A.weight)")
     return Found(format="peft", entries=entries, scale_source="config")
+
+
+def _is_torchtune(source: Source) -> bool:
+    """torchtune writes PEFT's configuration beside a file of its own, with or without PEFT's."""
+    files = source.files(".pt")
+    return source.path in files or (bool(files) and not (source.folder / ADAPTER_FILE).exists())
 
 
 def _check_readable(config: dict[str, Any], file: Path, own: bool) -> None:

@@ -8,6 +8,8 @@ adapter lies beside it in PEFT's format, a folder is read as that.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lorabench.readers._entry import Found, Source, Tensors
@@ -40,26 +42,30 @@ def find(source: Source) -> Found | None:
     tensors = adapter_file(source, lambda tensors: bool(_modules(tensors)), named=ADAPTER_FILE)
     if tensors is None:
         return None
-    config, modules = configuration(source), _modules(tensors)
-    layers = [_layer(tensors, module, config, source) for module in modules]
+    modules, names = _modules(tensors), set(tensors.names)
+    dora = {module for module in modules if module + MAGNITUDE in names}
+    scale = partial(_scale, configuration(source), source)
+    layers = [_layer(tensors, module, scale, module in dora) for module in modules]
     used = {module + leaf for module in modules for leaf in (A_LEAF, B_LEAF, MAGNITUDE)}
     notes = [ROTARY] if any(module.endswith(("q_proj", "k_proj")) for module in modules) else []
-    return found("torchtune", layers, assumed=ASSUMED, notes=notes + left_out(set(tensors.names) - used))
+    return found("torchtune", layers, assumed=ASSUMED, notes=notes + left_out(names - used))
 
 
 def _modules(tensors: Tensors) -> list[str]:
     return [name.removesuffix(A_LEAF) for name in tensors.names if name.endswith(A_LEAF)]
 
 
-def _layer(tensors: Tensors, module: str, config: dict[str, Any], source: Source) -> Layer:
-    rank = rank_of(tensors, module + A_LEAF)
-    where = str(source.folder / CONFIG_FILE)
-    told = Scale(value=module_scale(config, module, rank, where), source="config") if config else None
-    dora = module + MAGNITUDE in tensors.names
+def _layer(tensors: Tensors, module: str, scale_of: Callable[[str, int], Scale], dora: bool) -> Layer:
     return Layer(
         tensors=tensors,
         parameter=dora_name(module) if dora else f"{module}.weight",
         names={"B": module + B_LEAF, "A": module + A_LEAF},
-        scale=told or by_convention(source, rank),
+        scale=scale_of(module, rank_of(tensors, module + A_LEAF)),
         part=DORA_PART if dora else None,
     )
+
+
+def _scale(config: dict[str, Any], source: Source, module: str, rank: int) -> Scale:
+    if not config:
+        return by_convention(source, rank)
+    return Scale(value=module_scale(config, module, rank, str(source.folder / CONFIG_FILE)), source="config")
