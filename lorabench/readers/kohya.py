@@ -1,9 +1,10 @@
 """kohya-ss and LyCORIS: one file of `lora_unet_…`, `lora_te_…` modules, names with `_` for `.`.
 
-ΔW = s B A with s = `alpha` / r; where the file has no `alpha`, or a 0, it is `--alpha`, else s = 1 (kohya's own rule). LoRA: `lora_up` (out,
-r) and `lora_down` (r, in), convolutions flattened; LoCon with a core `lora_mid`; LoHa `hada_*`; LoKr `lokr_*`; whole
-changes `diff`, `diff_b`, `w_norm`, `b_norm`. Where there is a `dora_scale`, what is read is s B A. A parameter's name
-is that of its module in the file with `.weight`; points are not put back, for `_` is part of names too.
+ΔW = s B A with s = α / r, α of `alpha` in the file; where there is none, or 0, of `--alpha`; else s = 1, kohya's own
+rule. LoRA: `lora_up` (out, r) and `lora_down` (r, in), convolutions flattened; LoCon with a core `lora_mid`; LoHa
+`hada_*`; LoKr `lokr_*`; whole changes `diff`, `diff_b`, `w_norm`, `b_norm`. Where there is a `dora_scale`, what is read
+is s B A. A parameter's name is that of its module in the file with `.weight`; points are not put back, for `_` is part
+of names too.
 
 Flux's fused linears are split by rows: `…attn_qkv` into three equal parts, `single_blocks_N_linear1` into q, k and v of
 the hidden size, which is its number of in features (3072), and `mlp`, the rest (12288).
