@@ -96,11 +96,12 @@ def distance(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def test_every_fixture_is_tested_and_has_its_script():
-    folders = {folder.name for folder in ADAPTERS.iterdir()}
-    assert folders == CASES.keys() | {"adapterhub_prefix", "adapterhub_bottleneck"}
-    scripts = "".join(script.read_text() for script in FIXTURES.glob("make_*.py"))
-    assert all(f"adapters/{folder.partition('_')[0]}_*" in scripts for folder in folders)
-    assert sum(file.stat().st_size for file in ADAPTERS.rglob("*") if file.is_file()) < 300_000
+    """PEFT's own have tests of their own."""
+    folders = [folder for folder in ADAPTERS.iterdir() if not folder.name.startswith("peft_")]
+    assert {folder.name for folder in folders} == CASES.keys() | {"adapterhub_prefix", "adapterhub_bottleneck"}
+    scripts = "".join(script.read_text("utf-8") for script in FIXTURES.glob("make_*.py"))
+    assert all(f"adapters/{folder.name.partition('_')[0]}_*" in scripts for folder in folders)
+    assert sum(file.stat().st_size for folder in folders for file in folder.rglob("*.*") if file.is_file()) < 300_000
 
 
 @pytest.mark.parametrize("name", CASES)
