@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,9 +119,10 @@ class Layer:
         )
 
 
-def dora_name(parameter: str) -> str:
-    """`MODULE[sBA].weight`: beside the name that ΔW itself has."""
-    return f"{parameter.removesuffix('.weight')}[{DORA_PART}].weight"
+def as_dora(layer: Layer) -> Layer:
+    """`MODULE[sBA].weight`, the part s B A of DoRA's ΔW."""
+    name = f"{layer.parameter.removesuffix('.weight')}[{DORA_PART}].weight"
+    return replace(layer, parameter=name, part=DORA_PART)
 
 
 def adapter_file(source: Source, recognized: Callable[[Tensors], bool], *, named: str | None = None) -> Tensors | None:

@@ -4,6 +4,8 @@ Its configuration lies under `config`, and has an `architecture`. LoRA: ΔW = s 
 in), `lora_B` (out, r), s = `alpha` / `r`. A fused linear of q, k and v is as loralib's, and `attn_matrices` tells which
 of them have a LoRA. With `use_dora`, what is read is s B A. Bottleneck adapters, prefixes and prompts have no ΔW, and
 those that scale activations or gate them by the input none of this form: all are refused.
+
+Source: `adapters/methods/lora.py`.
 """
 
 from __future__ import annotations
@@ -16,12 +18,11 @@ from lorabench.decode import InputError
 from lorabench.readers._entry import Found, Source, Tensors
 from lorabench.readers._factors import (
     CONFIG_FILE,
-    DORA_PART,
     Layer,
     Scale,
     adapter_file,
+    as_dora,
     configuration,
-    dora_name,
     found,
     grouped,
     left_out,
@@ -83,11 +84,11 @@ def _layer(tensors: Tensors, stem: str, module: str, config: dict[str, Any]) -> 
         raise InputError(
             f"{tensors.file}: {module}: its factors have rank {rank:g}, and {CONFIG_FILE} r = {config['r']}"
         )
-    return Layer(
+    layer = Layer(
         tensors=tensors,
-        parameter=dora_name(module) if config.get("use_dora") else f"{module}.weight",
+        parameter=f"{module}.weight",
         names={"B": f"{stem}.lora_B", "A": f"{stem}.lora_A"},
         scale=Scale(value=config["alpha"] / rank, source="config"),
         form=partial(grouped, on=on) if fused else plain,
-        part=DORA_PART if config.get("use_dora") else None,
     )
+    return as_dora(layer) if config.get("use_dora") else layer

@@ -4,6 +4,7 @@ Suffixes `.lora_A.weight` / `.lora_B.weight`, and the older `.lora.down` / `.up`
 `.processor.to_q_lora.down` / `.up`; older names are told as today's (`.to_q`, `.to_out.0`, a text encoder's `.q_proj`).
 ΔW = s B A. s is told, in this order, by the header's `lora_adapter_metadata` (the PEFT configuration of each
 component), a module's `.alpha`, or `--alpha`; else α = r, diffusers' own convention in loading, so that s = 1.
+Source: `loaders/lora_base.py`, `utils/state_dict_utils.py`. Fused linears are split (`_fused`).
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from typing import Any
 from lorabench.decode import InputError
 from lorabench.readers._entry import Found, Source, Tensors
 from lorabench.readers._factors import (
-    DORA_PART,
     Layer,
     Scale,
     adapter_file,
+    as_dora,
     by_convention,
-    dora_name,
     found,
     left_out,
     number,
     rank_of,
 )
+from lorabench.readers._fused import split_rows
 from lorabench.readers._patterns import module_scale
 
 METADATA = "lora_adapter_metadata"
@@ -52,7 +53,7 @@ def find(source: Source) -> Found | None:
         return None
     file = _File(tensors, source)
     modules = list(_modules(tensors))
-    layers = [file.layer(stem, A, B) for stem, A, B in modules]
+    layers = [layer for stem, A, B in modules for layer in file.layers(stem, A, B)]
     companions = (".alpha", *MAGNITUDES)
     used = {name for stem, A, B in modules for name in (A, B, *(stem + suffix for suffix in companions))}
     return found("diffusers", layers, assumed=ASSUMED, notes=left_out(set(tensors.names) - used))
@@ -72,16 +73,16 @@ class _File:
     tensors: Tensors
     source: Source
 
-    def layer(self, stem: str, A: str, B: str) -> Layer:
+    def layers(self, stem: str, A: str, B: str) -> Iterator[Layer]:
         module = _todays_name(stem, A)
-        dora = any(stem + suffix in self._names for suffix in MAGNITUDES)
-        return Layer(
+        layer = Layer(
             tensors=self.tensors,
-            parameter=dora_name(module) if dora else f"{module}.weight",
+            parameter=f"{module}.weight",
             names={"B": B, "A": A},
             scale=self._scale(stem, module, rank_of(self.tensors, A)),
-            part=DORA_PART if dora else None,
         )
+        dora = any(stem + suffix in self._names for suffix in MAGNITUDES)
+        yield from (as_dora(part) if dora else part for part in split_rows(layer, module))
 
     def _scale(self, stem: str, module: str, rank: int) -> Scale:
         component, _, path = module.partition(".")

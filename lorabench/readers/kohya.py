@@ -6,35 +6,32 @@ rule. LoRA: `lora_up` (out, r) and `lora_down` (r, in), convolutions flattened; 
 is s B A. A parameter's name is that of its module in the file with `.weight`; points are not put back, for `_` is part
 of names too.
 
-Flux's fused linears are split by rows: `…attn_qkv` into three equal parts, `single_blocks_N_linear1` into q, k and v of
-the hidden size, which is its number of in features (3072), and `mlp`, the rest (12288).
+Source: kohya-ss/sd-scripts, `networks/lora.py`; LyCORIS, `lycoris/modules`. Fused linears are split (`_fused`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 
 from torch import Tensor
 
-from lorabench.decode import InputError
 from lorabench.readers import _lycoris
 from lorabench.readers._entry import Found, Source, Tensors
 from lorabench.readers._factors import (
-    DORA_PART,
     Form,
     Layer,
     Scale,
     adapter_file,
+    as_dora,
     by_convention,
-    dora_name,
     found,
     left_out,
     number,
     plain,
     rank_of,
 )
+from lorabench.readers._fused import split_rows
 
 LORA = {"lora_up.weight": "B", "lora_down.weight": "A"}
 LOCON = {f"lora_{part}.weight": f"lora_{part}" for part in ("up", "down", "mid")}
@@ -51,7 +48,6 @@ ASSUMED = "no alpha in the file, or 0: the scale is assumed to be 1"
 _ROLE = "|".join(map(re.escape, sorted({*PRODUCTS, *WHOLE, "alpha", "dora_scale"})))
 _NAME = re.compile(rf"(?P<module>.+?)\.(?P<role>{_ROLE})")
 _PREFIXES = ("lora_", "lycoris_", "diffusion_model.")
-_FUSED = re.compile(r"attn_qkv$|single_blocks[_.]\d+[_.]linear1$")
 
 Module = dict[str, str]
 """Role -> tensor."""
@@ -99,9 +95,8 @@ def _layers(tensors: Tensors, name: str, module: Module, source: Source) -> Iter
         form=form,
         scale=_scale(tensors, module, source),
     )
-    for part in _split(layer, name):
-        dora = "dora_scale" in module
-        yield replace(part, parameter=dora_name(part.parameter), part=DORA_PART) if dora else part
+    for part in split_rows(layer, name):
+        yield as_dora(part) if "dora_scale" in module else part
 
 
 def _whole(delta: Tensor) -> tuple[Tensor, None]:
@@ -126,19 +121,3 @@ def _scale(tensors: Tensors, module: Module, source: Source) -> Scale:
     rank = rank_of(tensors, factor)
     alpha = number(tensors, module["alpha"]) if "alpha" in module else 0.0
     return Scale(value=alpha / rank, source="file") if alpha else by_convention(source, rank)
-
-
-def _split(layer: Layer, name: str) -> Iterator[Layer]:
-    """The blocks of rows of a fused linear, each a layer of its own; any other layer as it is."""
-    if not _FUSED.search(name):
-        yield layer
-        return
-    M, N = layer.shape
-    with_mlp = name.endswith("linear1")
-    width = N if with_mlp else M // 3
-    if 3 * width > M or (M % 3 and not with_mlp):
-        raise InputError(f"{layer.tensors.file}: {name}: {M} rows cannot be split into q, k and v of {width} each")
-    bounds = {"q": 0, "k": width, "v": 2 * width} | ({"mlp": 3 * width} if 3 * width < M else {})
-    for part, start in bounds.items():
-        stop = M if part == "mlp" else start + width
-        yield replace(layer, parameter=f"{name}[{part}].weight", rows=range(start, stop))

@@ -9,6 +9,8 @@ is assumed. Two kinds of module hide more, and what the file does not tell is as
   paper), others for the first k. Blocks without are rows of zeros. Without the weight, k = 1 looks like a linear.
 - A convolution of kernel h x h: A (r h, in h), B (out h, r h), and ΔW is B A read as (out, in h h). Where its weight is
   in the file, it is read as that, of rank r h h; else as the matrix B A, of rank r h.
+
+Source: `loralib/layers.py`.
 """
 
 from __future__ import annotations

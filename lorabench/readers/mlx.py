@@ -3,6 +3,7 @@
 ΔW = s bᵀ aᵀ with `lora_a` (N, r) and `lora_b` (r, M), and s is `scale` itself, not α / r. Embeddings have a
 (vocabulary, r) and b (r, dim), so that ΔW is (dim, vocabulary). Experts (`LoRASwitchLinear`) have a (experts, r, N) and
 b (experts, M, r): a layer each, `MODULE[e]`. With a DoRA's magnitude `m`, what is read is its part s bᵀ aᵀ.
+Source: `mlx_lm/tuner/lora.py` and `dora.py`.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from lorabench.decode import InputError
 from lorabench.readers._entry import Found, Source, Tensors
 from lorabench.readers._factors import (
     CONFIG_FILE,
-    DORA_PART,
     Layer,
     Scale,
     adapter_file,
+    as_dora,
     by_convention,
     configuration,
-    dora_name,
     found,
     left_out,
     rank_of,
@@ -68,14 +68,8 @@ def _layers(tensors: Tensors, module: str, scale_of: Callable[[int], Scale], dor
             form = partial(_expert, index=index)
             yield Layer(tensors=tensors, parameter=f"{module}[{index}].weight", names=names, scale=scale, form=form)
         return
-    yield Layer(
-        tensors=tensors,
-        parameter=dora_name(module) if dora else f"{module}.weight",
-        names=names,
-        scale=scale,
-        form=_transposed,
-        part=DORA_PART if dora else None,
-    )
+    layer = Layer(tensors=tensors, parameter=f"{module}.weight", names=names, scale=scale, form=_transposed)
+    yield as_dora(layer) if dora else layer
 
 
 def _scale(config: dict[str, Any], source: Source, rank: int) -> Scale:

@@ -3,7 +3,8 @@
 ΔW = s B A with `lora_b.weight` (out, r), `lora_a.weight` (r, in), s = `lora_alpha` / `r`. Rows of q_proj and k_proj
 stand in the order of torchtune's rotary embedding, another than Hugging Face's: singular values and right singular
 vectors are the same, left ones are not. With a DoRA's `.magnitude`, what is read is its part s B A. Where the same
-adapter lies beside it in PEFT's format, a folder is read as that.
+adapter lies beside it in PEFT's format, a folder is read as that. Source: `torchtune/modules/peft`,
+`torchtune/training/checkpointing`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,12 @@ from typing import Any
 from lorabench.readers._entry import Found, Source, Tensors
 from lorabench.readers._factors import (
     CONFIG_FILE,
-    DORA_PART,
     Layer,
     Scale,
     adapter_file,
+    as_dora,
     by_convention,
     configuration,
-    dora_name,
     found,
     left_out,
     rank_of,
@@ -56,13 +56,13 @@ def _modules(tensors: Tensors) -> list[str]:
 
 
 def _layer(tensors: Tensors, module: str, scale_of: Callable[[str, int], Scale], dora: bool) -> Layer:
-    return Layer(
+    layer = Layer(
         tensors=tensors,
-        parameter=dora_name(module) if dora else f"{module}.weight",
+        parameter=f"{module}.weight",
         names={"B": module + B_LEAF, "A": module + A_LEAF},
         scale=scale_of(module, rank_of(tensors, module + A_LEAF)),
-        part=DORA_PART if dora else None,
     )
+    return as_dora(layer) if dora else layer
 
 
 def _scale(config: dict[str, Any], source: Source, module: str, rank: int) -> Scale:
