@@ -59,7 +59,7 @@ def test_errors_name_what_is_near_and_what_is_wrong(lora, tmp_path):
     with pytest.raises(KeyError, match=r"no layer '.*q_prj'; did you mean 'model.layers.0.self_attn.q_proj'\?"):
         lorabench.load(lora[0])[LAYER.replace("q_proj", "q_prj")]
     assert lorabench.load(lora[0]).get("nothing like it") is None
-    with pytest.raises(InputError, match="holds no adapter"):
+    with pytest.raises(InputError, match="holds no file of tensors"):
         lorabench.load(tmp_path)
 
 

@@ -162,7 +162,7 @@ def test_an_assumed_scale_does_not_matter_and_is_mentioned(pair):
 def test_wrong_input_is_told_on_stderr_with_exit_code_2(pair, capsys, tmp_path):
     for arguments in [(pair[0], tmp_path), (tmp_path, pair[0])]:
         code, out, err = run(capsys, *arguments)
-        assert code == 2 and out == "" and err.startswith(f"lorabench: error: {tmp_path}: holds no adapter")
+        assert code == 2 and out == "" and err.startswith(f"lorabench: error: {tmp_path}: holds no file of tensors")
 
 
 def test_the_mean_of_grids_of_different_sizes():

@@ -183,7 +183,7 @@ def test_wrong_input_is_told_on_stderr_with_exit_code_2(lora, capsys, tmp_path):
         (tmp_path / name).mkdir()
     save_updates([Update(parameter="norm.weight", B=torch.randn(6, 1))], tmp_path / "vectors")
     for arguments, words in [
-        ((tmp_path / "empty",), "holds no adapter"),
+        ((tmp_path / "empty",), "holds no file of tensors"),
         ((tmp_path / "vectors",), "changed no matrix"),
         ((cut,), "holds NaN or Inf"),
         ((lora[0], "--energy", "95"), "--energy 95: must be above 0 and at most 1"),
