@@ -147,20 +147,27 @@ def merge(arguments: argparse.Namespace) -> int:
 
     Those that go factor by factor, and linear, need adapters of one rank.
 
-    Results are kept in RESULTS/merges/<id>/record.json, and read from there the next time.
+    Beside it: what each merge changes for each adapter on its own task, and how much every two adapters interfere
+    (cosine, overlap of their directions, sign conflicts; chance beside).
+
+    Results are kept in RESULTS/merges/<id>/record.json and RESULTS/pairs/, and read from there the next time.
     """
     store = _store(arguments.results)
     device = _device(arguments.device)
     by = [name.strip() for name in arguments.by.split(",") if name.strip()]
     _hush_libraries()
-    from lorabench.compose import bodies, compose, merge_text, read_adapter
+    from lorabench.adapters import read_adapter
+    from lorabench.compose import bodies, compose
+    from lorabench.interference import change_text, interference, interference_text, merge_text, with_changes
 
     adapters = [read_adapter(store, given) for given in arguments.runs]
     run_ids = [adapter.record.run_id for adapter in adapters]
     weights = arguments.weights or [1.0] * len(run_ids)
     wanted = bodies(run_ids, by, weights, arguments.density, arguments.rank, arguments.seed or [0])
-    records = compose(store, adapters, wanted, device, talk)
-    print(_json({"merges": records}) if arguments.json else merge_text(records, wanted))
+    records = with_changes(compose(store, adapters, wanted, device, talk), wanted, adapters)
+    pairs = interference(store, adapters, talk)
+    texts = (merge_text(records, wanted), change_text(records, wanted), interference_text(pairs))
+    print(_json({"merges": records, "interference": pairs}) if arguments.json else "\n\n".join(texts))
     return 0
 
 
