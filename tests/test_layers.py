@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lorabench"
 LAYERS = [
     {"plugins", "claim", "linalg", "typeset", "terminal", "environment", "steps", "live", "sequence"},
-    {"decode", "nulls", "update", "meter"},
+    {"decode", "nulls", "update", "meter", "advice"},
     {"weights", "conflict"},
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
     {"spec"},
