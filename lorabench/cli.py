@@ -171,6 +171,40 @@ def merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def compress(arguments: argparse.Namespace) -> int:
+    """Cut an adapter to the smallest ranks that keep a share of its energy, and show what that costs.
+
+    ADAPTER is a run (its id, what it begins with, or its folder), or a file, folder or Hub id of an adapter. Each
+    layer gets the smallest rank k whose singular values hold the share --energy of Σσ² of ΔW, and the best
+    approximation of that rank, from the exact SVD: B = U√S and A = √S Vh. It is written as a LoRA in PEFT's format
+    with α = r in every layer, so that the scale is 1; a trained task head is carried over. A dense ΔW, as of full
+    fine-tuning, becomes a LoRA too; its vectors (biases, norms) have no such factors and are left out.
+
+    A run is evaluated on its own validation and retention data; another adapter as --like says.
+
+    Results are kept in RESULTS/compressions/<id>/ (record.json, adapter/), and read from there the next time.
+    """
+    from lorabench.record import Store
+
+    store, device = Store(arguments.results), _device(arguments.device)
+    _hush_libraries()
+    from lorabench.compress import compress as compress_subject
+    from lorabench.compressible import open_subject
+    from lorabench.compression_text import compression_text, copy_adapters
+
+    given = {key: getattr(arguments, key) for key in ("like", "base", "alpha")}
+    subject = open_subject(store, arguments.adapter, **given)
+    records = compress_subject(store, subject, arguments.energy, device, talk)
+    for line in subject.notes:
+        talk(line)
+    if arguments.output:
+        copy_adapters(store, records, arguments.output)
+    about = {"adapter": subject.name, "format": subject.adapter.format, "scale_source": subject.adapter.scale_source}
+    table = about | {"notes": subject.notes, "compressions": records}
+    print(_json(table) if arguments.json else compression_text(store, records))
+    return 0
+
+
 def list_plugins(arguments: argparse.Namespace) -> int:
     """List the methods, tasks, analyses and figures that a sweep file can name."""
     folders = [arguments.kind] if arguments.kind else list(plugins.FOLDERS)
@@ -278,6 +312,23 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[tuple[str, d
                       default=0.5, metavar="D"),
             _argument("--rank", "of a merge that ends in svd", type=_number(int, 1), metavar="R"),
             _argument("--seed", "of DARE, one or several with commas (default: 0)", type=_numbers(int), metavar="S"),
+            _RESULTS,
+            _DEVICE,
+            _JSON,
+        ],
+    ),
+    "compress": (
+        compress,
+        [
+            _argument("adapter", "a run, or a file, folder or Hub id of an adapter", metavar="ADAPTER"),
+            _argument("--energy", "share of Σσ² to keep in each layer, one or several with commas (default: 0.95)",
+                      type=_numbers(float), default=[0.95], metavar="E"),
+            _argument("--output", "copy the adapter there (several: to energy-E below it)", type=Path, metavar="DIR"),
+            _argument("--like", "the run whose base, task and settings another adapter is evaluated with",
+                      metavar="RUN"),
+            _argument("--base", "the untouched weights, where ΔW needs them (two checkpoints, DoRA)", metavar="PATH"),
+            _argument("--alpha", "α, where the adapter's format does not keep it", type=_number(float, 0),
+                      metavar="A"),
             _RESULTS,
             _DEVICE,
             _JSON,

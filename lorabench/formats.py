@@ -39,6 +39,8 @@ class Adapter:
     source: str
     format: str
     entries: dict[str, Entry]
+    vectors: dict[str, Entry]
+    """ΔW of biases and norms, which have no singular values."""
     scale_source: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -53,10 +55,13 @@ def open_adapter(source: str | Path, *, base: str | Path | None = None, alpha: f
     if not found:
         raise InputError(f"{source}: holds no adapter of a known format")
     sources = [each.scale_source for each in found if each.scale_source]
+    entries = _entries(found)
+    matrices = _matrices(entries)
     return Adapter(
         source=str(source),
         format=" + ".join(dict.fromkeys(each.format for each in found)),
-        entries=_matrices(_entries(found)),
+        entries=matrices,
+        vectors={parameter: entry for parameter, entry in entries.items() if parameter not in matrices},
         scale_source=sources[0] if sources else None,
         notes=tuple(note for each in found for note in each.notes),
     )
@@ -105,7 +110,7 @@ def load_layer(entry: Entry) -> LayerSVD:
         return update
     return LayerSVD(
         parameter=update.parameter,
-        svd=_svd(update),
+        svd=decompose(update, DENSE_VECTORS if update.A is None else None),
         rank=None if update.A is None else update.B.shape[1],
         base_norm=update.base_norm,
         precision=update.precision,
@@ -114,13 +119,16 @@ def load_layer(entry: Entry) -> LayerSVD:
     )
 
 
-def _svd(update: Update) -> ThinSVD:
-    """Only a large dense ΔW is worth several threads, and its way to the GPU."""
+def decompose(update: Update, keep: int | None = None) -> ThinSVD:
+    """The thin SVD of ΔW, with `keep` singular vectors at most. InputError where it holds NaN or overflows.
+
+    Only a large dense ΔW is worth several threads, and its way to the GPU.
+    """
     large = update.A is None and min(update.shape) >= _LARGE
     with contextlib.nullcontext() if large else one_thread():
         try:
             B = update.B.cuda() if large and torch.cuda.is_available() else update.B
-            svd = thin_svd(B, update.A, keep=DENSE_VECTORS if update.A is None else None)
+            svd = thin_svd(B, update.A, keep=keep)
         except ValueError as error:
             raise InputError(f"{update.parameter}: {error}") from None
     return ThinSVD(U=svd.U.cpu(), S=svd.S.cpu(), Vh=svd.Vh.cpu())
