@@ -32,13 +32,17 @@ def rank_pattern_for(ranks: dict[str, int]) -> tuple[int, dict[str, int]]:
 
     PEFT takes the first key with `re.match(r"(.*\\.)?(KEY)$", layer)`, so that order counts: of layers with one last
     name (`q_proj`) the exceptions come first, as their shortest unambiguous endings, those that differ in a number
-    alone under one key (`(0|3).self_attn.q_proj`); then the last name, for all others. Of equally frequent ranks the
-    smaller counts as the usual one.
+    alone under one key (`(0|3).self_attn.q_proj`); then the last name, for all others. PEFT sorts the keys when it
+    saves, so they hold in that order too: where they would not, exceptions stand in parentheses, which sort first. Of
+    equally frequent ranks the smaller counts as the usual one.
     """
     usual = _most_frequent(ranks.values())
     pattern = _pattern(ranks, usual)
-    readable = {key.replace(r"\.", "."): rank for key, rank in pattern.items()}
-    return usual, readable if _gives(readable, ranks, usual) else pattern
+    kinds = {_escaped(layer.rpartition(".")[2]) for layer in ranks}
+    in_front = {key if key in kinds else f"({key})": rank for key, rank in pattern.items()}
+    readable = [{key.replace(r"\.", "."): rank for key, rank in each.items()} for each in (pattern, in_front)]
+    candidates = [readable[0], pattern, readable[1], in_front]
+    return usual, next((each for each in candidates if _gives(each, ranks, usual)), in_front)
 
 
 def _pattern(ranks: dict[str, int], usual: int) -> dict[str, int]:
@@ -59,9 +63,13 @@ def _pattern(ranks: dict[str, int], usual: int) -> dict[str, int]:
 
 
 def _gives(pattern: dict[str, int], ranks: dict[str, int], usual: int) -> bool:
-    """By PEFT's rule; an unescaped dot, which reads better, stands for any character."""
-    keys = [(re.compile(rf"(.*\.)?({key})$"), rank) for key, rank in pattern.items()]
-    return all(next((r for key, r in keys if key.match(layer)), usual) == rank for layer, rank in ranks.items())
+    """By PEFT's rule, in both orders; an unescaped dot, which reads better, stands for any character."""
+    keys = [(key, re.compile(rf"(.*\.)?({key})$"), rank) for key, rank in pattern.items()]
+    return all(
+        next((r for _, key, r in order if key.match(layer)), usual) == rank
+        for order in (keys, sorted(keys, key=lambda item: item[0]))
+        for layer, rank in ranks.items()
+    )
 
 
 def _most_frequent(ranks: Iterable[int]) -> int:
@@ -91,7 +99,7 @@ def _joined(keys: dict[str, int]) -> dict[str, int]:
 
 
 def _expression(head: str, numbers: list[str], tail: str) -> str:
-    number = numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
+    number = numbers[0] if len(numbers) == 1 else f"({'|'.join(sorted(numbers, key=int))})"
     anchor = "^" if head.startswith("^") else ""
     return anchor + _escaped(head.removeprefix("^")) + number + _escaped(tail)
 

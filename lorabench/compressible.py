@@ -87,13 +87,13 @@ def _of_run(store: Store, run_id: str) -> Subject:
         raise InputError(f"ADAPTER = {run_id}: {spec.method.name} adds computation that no ΔW stands for")
     if not folder.is_dir() or spec.keep != "updates":
         raise InputError(f'ADAPTER = {run_id}: has not kept its ΔW (keep = "{spec.keep}")')
-    files = file_digests(folder, folder.parent)
-    if any(record.files.get(name) != digest for name, digest in files.items()):
-        raise InputError(f"ADAPTER = {run_id}: its files are not those that its record describes")
     if (folder / INITIAL_FILE).exists():
         raise InputError(
             f"ADAPTER = {run_id}: is LoftQ, whose factors also make up for quantization; ΔW has no such part"
         )
+    files = file_digests(folder, folder.parent)
+    if any(record.files.get(name) != digest for name, digest in files.items()):
+        raise InputError(f"ADAPTER = {run_id}: its files are not those that its record describes")
     return Subject(
         name=run_id,
         adapter=formats.open_adapter(folder),

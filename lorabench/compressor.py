@@ -175,12 +175,16 @@ def stored_dtype(entries: dict[str, Entry]) -> torch.dtype:
 
 
 def _stored_parameters(folder: Path | None, head: Head) -> int | None:
-    """Entries of an adapter's tensors in PEFT's format, a head apart; None where there is no such file."""
+    """Entries of an adapter's tensors in PEFT's format, without a head or a base's embedding that PEFT put in too.
+
+    None where there is no such file.
+    """
     if folder is None or not (folder / ADAPTER_FILE).exists():
         return None
     file = TensorFile(folder / ADAPTER_FILE)
     names = [name for name in file.names if name.removeprefix(PREFIX) not in head.tensors]
-    return sum(math.prod(file.shape(name)) for name in names)
+    factors = [name for name in names if ".lora_" in name]
+    return sum(math.prod(file.shape(name)) for name in factors or names)
 
 
 def _rank_and_size(update: Update) -> tuple[int | None, int]:

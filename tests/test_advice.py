@@ -18,11 +18,14 @@ def ranks_in_peft(layers, usual, pattern):
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(LAYERS, st.integers(1, 4), min_size=1, max_size=12))
+@example({"attn.c_proj": 3, "mlp.c_proj": 2, "attn.d": 1, "0.c_proj": 3, "d": 1, "0.d": 1})
 @example({"layers.0.q": 1, "model.layers.0.q": 2, "k": 3})
 @example({"a.b": 1, "axb": 2, "c.a.b": 1})
 def test_the_pattern_gives_every_layer_its_rank_in_peft(ranks):
     usual, pattern = rank_pattern_for(ranks)
     assert ranks_in_peft(ranks, usual, pattern) == ranks
+    saved = dict(sorted(pattern.items()))  # as PEFT's `save_pretrained` writes them
+    assert ranks_in_peft(ranks, usual, saved) == ranks
 
 
 def test_one_rank_needs_no_pattern():
