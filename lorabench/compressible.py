@@ -71,12 +71,14 @@ def open_subject(
     path = Path(given)
     if path.parent.name == "runs" and (path / "spec.json").is_file():
         store, given = Store(path.parent.parent), path.resolve().name
-    elif path.exists() or not given or not any(run_id.startswith(given) for run_id in store.run_ids()):
+    elif path.exists() or "/" in given:
         return _foreign(store, given, like, base, alpha)
     flags = {"--like": like, "--base": base, "--alpha": alpha}
     problems = [f"{flag} {value}: {given} is a run, which knows it" for flag, value in flags.items() if value]
     if problems:
         raise InputError(problems)
+    if not given or not any(run_id.startswith(given) for run_id in store.run_ids()):
+        raise InputError(f"ADAPTER = {given}: no such file or folder, and no run of {store.root} begins so")
     return _of_run(store, find_run(store, given))
 
 

@@ -47,13 +47,18 @@ def _metric(metrics: dict[str, float], name: str) -> str | None:
 
 
 def _remarks(records: Sequence[dict[str, Any]]) -> list[str]:
-    left_out: dict[str, Any] = next((record["left_out"] for record in records if "left_out" in record), {})
+    made: dict[str, Any] = next((record for record in records if "left_out" in record), {"left_out": {}, "tied": {}})
+    left_out = made["left_out"]
     lines = []
     if left_out.get("num_vectors"):
         share = f"{number(100 * left_out['energy_of_vectors'], 2)}% of ΔW's energy"
         lines.append(f"left out: {left_out['num_vectors']} vectors (biases, norms), {share}: no factors hold them")
     if left_out.get("num_unchanged"):
         lines.append(f"left out: {left_out['num_unchanged']} layers whose ΔW is 0")
+    lines += [
+        f"{layer} and {twin} share one weight and have factors each: untie them before merging, or ΔW counts twice"
+        for layer, twin in made["tied"].items()
+    ]
     return lines
 
 

@@ -89,12 +89,13 @@ class Compressor:
         layers = [cuts for update in load_updates(self.entries) if (cuts := cut(update, list(folders), dtype))]
         if not layers:
             raise InputError(f"{self.subject.name}: every ΔW is 0: there is nothing to compress")
+        tied = {layer: place.twin for layer, place in where.items() if place.twin}
         made = {}
         for number, (energy, folder) in enumerate(folders.items()):
             cuts = [layer[number] for layer in layers]
             with _whole(folder) as temporary:
                 write_adapter(temporary, cuts, where, self.head, self._options(where))
-            made[energy] = self._summary(cuts, folder)
+            made[energy] = self._summary(cuts, folder) | {"tied": tied}
         return made
 
     def _summary(self, cuts: Sequence[Cut], folder: Path) -> dict[str, Any]:

@@ -8,10 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 
 from lorabench.cli import main
 from lorabench.compress import compress
 from lorabench.compressible import open_subject
+from lorabench.compression_text import compression_text
 from lorabench.decode import InputError
 from lorabench.examples import prepare
 from lorabench.execute import Options, execute, seeded_base
@@ -118,6 +120,21 @@ def test_less_energy_is_the_truncated_update_on_the_base(name, runs) -> None:
     assert records["energy 0.6"]["metrics"]["valid_loss"] == pytest.approx(expected["valid_loss"], rel=1e-4)
 
 
+def test_a_tied_weight_has_factors_on_both_sides_and_is_no_case_for_merging(runs) -> None:
+    """ΔW of the shared weight acts twice, so both layers have it; PEFT would add both to the one weight."""
+    store, ids = runs
+    records, _ = compressed(runs, "tied", [1.0])
+    assert records["energy 1"]["tied"] == {"transformer.wte": "lm_head"}
+    assert "share one weight and have factors each" in compression_text(store, list(records.values()))
+    spec = store.read_spec(ids["tied"])
+    base = seeded_base(spec, prepare(spec), CPU)
+    before = base.get_input_embeddings().weight.detach().clone()
+    tuned = PeftModel.from_pretrained(base, adapter_of(store, records["energy 1"]))
+    delta = tuned.get_base_model().transformer.wte.get_delta_weight("default")
+    merged = tuned.merge_and_unload().get_input_embeddings().weight
+    torch.testing.assert_close(merged - before, 2 * delta, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["lora", "tied", "full films"])
 def test_lorabench_reads_what_it_has_compressed(name, runs) -> None:
     store, ids = runs
@@ -219,5 +236,7 @@ def test_the_command(runs, tmp_path, capsys) -> None:
     shown = json.loads(capsys.readouterr().out)
     assert shown["format"] == "lorabench" and len(shown["compressions"]) == 4
     assert shown["compressions"][2]["kept"] >= 0.5 and shown["compressions"][2]["rank_advice"]["r"] >= 1
+    assert main(["compress", "nowhere", "--results", str(store.root)]) == 2
+    assert "ADAPTER = nowhere: no such file or folder, and no run of" in capsys.readouterr().err
     assert main(["compress", "lora", "--results", str(store.root)]) == 2
     assert "runs begin so" in capsys.readouterr().err
