@@ -157,7 +157,8 @@ def merge(arguments: argparse.Namespace) -> int:
     by = [name.strip() for name in arguments.by.split(",") if name.strip()]
     _hush_libraries()
     from lorabench.adapters import read_adapter
-    from lorabench.compose import bodies, compose
+    from lorabench.bodies import bodies
+    from lorabench.compose import compose
     from lorabench.interference import change_text, interference, interference_text, merge_text, with_changes
 
     adapters = [read_adapter(store, given) for given in arguments.runs]

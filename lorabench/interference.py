@@ -13,7 +13,8 @@ from typing import Any
 from lorabench.adapters import Adapter
 from lorabench.aggregate import interval, number, places, plain
 from lorabench.analyze import compare
-from lorabench.compose import ADAPTER, Body, own_columns
+from lorabench.bodies import ADAPTER, Body
+from lorabench.compose import own_columns
 from lorabench.record import Store
 from lorabench.terminal import text_table
 

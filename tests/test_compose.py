@@ -12,17 +12,9 @@ import torch
 from lorabench.adapters import find_run, read_adapter
 from lorabench.aggregate import interval, plain
 from lorabench.analyses.interference import Interference
+from lorabench.bodies import COMBINATIONS, FACTOR_WISE, MERGED, Body, bodies
 from lorabench.cli import main, merge
-from lorabench.compose import (
-    COMBINATIONS,
-    FACTOR_WISE,
-    MERGED,
-    Bench,
-    Body,
-    bodies,
-    check,
-    compose,
-)
+from lorabench.compose import Bench, check, compose
 from lorabench.compose import merge as add_merge
 from lorabench.decode import InputError
 from lorabench.examples import prepare

@@ -28,7 +28,7 @@ LAYERS = [
     {"inference"},
     {"serving"},
     {"execute", "report"},
-    {"adapters", "status", "stamp", "plan"},
+    {"adapters", "bodies", "status", "stamp", "plan"},
     {"compose", "compressible"},
     {"interference", "compressor"},
     {"compress", "compression_text"},
