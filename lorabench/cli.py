@@ -190,6 +190,7 @@ def compress(arguments: argparse.Namespace) -> int:
     store, device = Store(arguments.results), _device(arguments.device)
     _hush_libraries()
     from lorabench.compress import compress as compress_subject
+    from lorabench.compress import provenance
     from lorabench.compressible import open_subject
     from lorabench.compression_text import compression_text, copy_adapters
 
@@ -200,8 +201,7 @@ def compress(arguments: argparse.Namespace) -> int:
         talk(line)
     if arguments.output:
         copy_adapters(store, records, arguments.output)
-    about = {"adapter": subject.name, "format": subject.adapter.format, "scale_source": subject.adapter.scale_source}
-    table = about | {"notes": subject.notes, "compressions": records}
+    table = provenance(subject) | {"compressions": records}
     print(_json(table) if arguments.json else compression_text(store, records))
     return 0
 

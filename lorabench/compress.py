@@ -55,12 +55,20 @@ def compress(
     for position, body in enumerate(bodies, 1):
         if compressor and body in missing:
             note(f"[{position}/{len(bodies)}] {body.label}")
-            record = {"compression_id": folders[body].name, "key": _key(subject, body), "name": subject.name}
+            record = {"compression_id": folders[body].name, "key": _key(subject, body)}
+            record |= {"provenance": provenance(subject)}
             record |= made[body.energy] if body.energy else compressor.size() if body.by == FULL else {}
             record |= {"metrics": _metrics(compressor, body, folders[body]), "environment": compressor.environment}
             write_json(folders[body] / "record.json", record)
             records[body] = record
     return [record | {"body": body.label} for body, record in records.items() if record is not None]
+
+
+def provenance(subject: Subject) -> dict[str, Any]:
+    """Which adapter this is, and where its scale came from."""
+    adapter = subject.adapter
+    scale = {"format": adapter.format, "scale_source": adapter.scale_source}
+    return {"adapter": subject.name} | scale | {"notes": subject.notes}
 
 
 def _metrics(compressor: Compressor, body: Body, folder: Path) -> dict[str, float]:
