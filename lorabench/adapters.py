@@ -66,7 +66,7 @@ def read_adapter(store: Store, given: str) -> Adapter:
         raise InputError(f"RUN = {run_id}: is {state.status}, not done")
     if not (folder / "adapter_config.json").is_file():
         raise InputError(f"RUN = {run_id}: has kept no adapter")
-    if file_digests(folder, folder.parent) != state.record.files:
+    if file_digests(folder, folder.parent) != kept_files(state.record):
         raise InputError(f"RUN = {run_id}: its files are not those that its record describes")
     config: Any = PeftConfig.from_pretrained(str(folder))
     if config.peft_type != "LORA":
@@ -78,6 +78,11 @@ def read_adapter(store: Store, given: str) -> Adapter:
             f"RUN = {run_id}: is LoftQ, whose factors also make up for quantization: each would do it anew"
         )
     return Adapter(record=state.record, spec=RunSpec.from_json(state.spec), folder=folder, config=config)
+
+
+def kept_files(record: RunRecord) -> dict[str, str]:
+    """The digests of the files in a run's `updates/`."""
+    return {name: digest for name, digest in record.files.items() if name.startswith("updates/")}
 
 
 def find_run(store: Store, given: str) -> str:

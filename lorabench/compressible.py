@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorabench import formats
-from lorabench.adapters import find_run
+from lorabench.adapters import find_run, kept_files
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
 from lorabench.readers._entry import Entry, Source, TensorFile, read_json
@@ -94,7 +94,7 @@ def _of_run(store: Store, run_id: str) -> Subject:
             f"ADAPTER = {run_id}: is LoftQ, whose factors also make up for quantization; ΔW has no such part"
         )
     files = file_digests(folder, folder.parent)
-    if any(record.files.get(name) != digest for name, digest in files.items()):
+    if files != kept_files(record):
         raise InputError(f"ADAPTER = {run_id}: its files are not those that its record describes")
     return Subject(
         name=run_id,
