@@ -12,7 +12,7 @@ import contextlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -104,6 +104,18 @@ def analyze(
             tables[name] = read_table(job.file, job.key)
     made = {name: table for name, table in tables.items() if table is not None and not failed & {*name[1:]}}
     return {analysis.name: _frame(analysis, made, pairs) for analysis in analyses}
+
+
+def compare(
+    store: Store, name: str, pairs: Sequence[tuple[RunRecord, RunRecord]], note: Callable[[str], None]
+) -> pd.DataFrame:
+    """One analysis of these pairs of runs, cached as `analyze` does; `run_a, run_b`, then `layer, kind, depth`."""
+    analysis = cast(Analysis, plugins.example("analyses", name))
+    jobs = [Job(analysis=analysis, records=pair, root=store.root) for pair in pairs]
+    _compute(store, [job for job in jobs if read_table(job.file, job.key) is None], note)
+    tables = [(job, read_table(job.file, job.key)) for job in jobs]
+    parts = [({"run_a": job.runs[0], "run_b": job.runs[1]}, table) for job, table in tables if table is not None]
+    return to_frame(parts, ["run_a", "run_b", *LAYER_COLUMNS])
 
 
 def files_of(record: RunRecord, folders: tuple[str, ...] = (UPDATES,)) -> dict[str, str]:

@@ -151,20 +151,62 @@ def merge(arguments: argparse.Namespace) -> int:
 
     Those that go factor by factor, and linear, need adapters of one rank.
 
-    Results are kept in RESULTS/merges/<id>/record.json, and read from there the next time.
+    Beside it: what each merge changes for each adapter on its own task, and how much every two adapters interfere
+    (cosine, overlap of their directions, sign conflicts; chance beside).
+
+    Results are kept in RESULTS/merges/<id>/record.json and RESULTS/pairs/, and read from there the next time.
     """
     store = _store(arguments.results)
     device = _device(arguments.device)
     by = [name.strip() for name in arguments.by.split(",") if name.strip()]
     _hush_libraries()
-    from lorabench.compose import bodies, compose, merge_text, read_adapter
+    from lorabench.adapters import read_adapter
+    from lorabench.bodies import bodies
+    from lorabench.compose import compose
+    from lorabench.interference import change_text, interference, interference_text, merge_text, with_changes
 
     adapters = [read_adapter(store, given) for given in arguments.runs]
     run_ids = [adapter.record.run_id for adapter in adapters]
     weights = arguments.weights or [1.0] * len(run_ids)
     wanted = bodies(run_ids, by, weights, arguments.density, arguments.rank, arguments.seed or [0])
-    records = compose(store, adapters, wanted, device, talk)
-    print(_json({"merges": records}) if arguments.json else merge_text(records, wanted))
+    records = with_changes(compose(store, adapters, wanted, device, talk), wanted, adapters)
+    pairs = interference(store, adapters, talk)
+    texts = (merge_text(records, wanted), change_text(records, wanted), interference_text(pairs))
+    print(_json({"merges": records, "interference": pairs}) if arguments.json else "\n\n".join(texts))
+    return 0
+
+
+def compress(arguments: argparse.Namespace) -> int:
+    """Cut an adapter to the smallest ranks that keep a share of its energy, and show what that costs.
+
+    ADAPTER is a run (its id, what it begins with, or its folder), or a file, folder or Hub id of an adapter. Each
+    layer gets the smallest rank k whose singular values hold the share --energy of Σσ² of ΔW, and the best
+    approximation of that rank, from the exact SVD: B = U√S and A = √S Vh. It is written as a LoRA in PEFT's format
+    with α = r in every layer, so that the scale is 1; a trained task head is carried over. A dense ΔW, as of full
+    fine-tuning, becomes a LoRA too; its vectors (biases, norms) have no such factors and are left out.
+
+    A run is evaluated on its own validation and retention data; another adapter as --like says.
+
+    Results are kept in RESULTS/compressions/<id>/ (record.json, adapter/), and read from there the next time.
+    """
+    from lorabench.record import Store
+
+    store, device = Store(arguments.results), _device(arguments.device)
+    _hush_libraries()
+    from lorabench.compress import compress as compress_subject
+    from lorabench.compress import provenance
+    from lorabench.compressible import open_subject
+    from lorabench.compression_text import compression_text, copy_adapters
+
+    given = {key: getattr(arguments, key) for key in ("like", "base", "alpha")}
+    subject = open_subject(store, arguments.adapter, **given)
+    records = compress_subject(store, subject, arguments.energy, device, talk)
+    for line in subject.notes:
+        talk(line)
+    if arguments.output:
+        copy_adapters(store, records, arguments.output)
+    table = provenance(subject) | {"compressions": records}
+    print(_json(table) if arguments.json else compression_text(store, records))
     return 0
 
 
@@ -378,6 +420,22 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[tuple[str, d
             _argument("output", "a folder, new or empty", metavar="OUTPUT", type=Path),
             _BASE,
             _ALPHA,
+        ],
+    ),
+    "compress": (
+        compress,
+        [
+            _argument("adapter", "a run, or a file, folder or Hub id of an adapter", metavar="ADAPTER"),
+            _argument("--energy", "share of Σσ² to keep in each layer, one or several with commas (default: 0.95)",
+                      type=_numbers(float), default=[0.95], metavar="E"),
+            _argument("--output", "copy the adapter there (several: to energy-E below it)", type=Path, metavar="DIR"),
+            _argument("--like", "the run whose base, task and settings another adapter is evaluated with",
+                      metavar="RUN"),
+            _BASE,
+            _ALPHA,
+            _RESULTS,
+            _DEVICE,
+            _JSON,
         ],
     ),
     "list": (list_plugins, [_argument("kind", "only these", nargs="?", choices=plugins.FOLDERS), _JSON]),

@@ -9,8 +9,7 @@ A classification run trains a head of its own: each task is evaluated with the h
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,147 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from lorabench import environment, model
-from lorabench.aggregate import interval, number, places, plain
+from lorabench.adapters import Adapter
+from lorabench.bodies import ADAPTER, BASE, FACTOR_WISE, MERGED, Body
 from lorabench.decode import InputError, encode
 from lorabench.examples import Examples, prepare_stages
 from lorabench.execute import pick_device
 from lorabench.methods._peft import PeftMethod
-from lorabench.plugins import unknown
-from lorabench.record import RunRecord, Status, Store, file_digests, read_json, write_json
-from lorabench.spec import RunSpec, canonical_json, task_names
-from lorabench.terminal import text_table
+from lorabench.record import Store, read_json, write_json
+from lorabench.spec import canonical_json, task_names
 from lorabench.train import metrics_of
-from lorabench.update import INITIAL_FILE
 
 VERSION = 1
 """Part of every id: raise it when a merge or its evaluation changes."""
-FACTOR_WISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-"""Combinations of A and of B apart."""
-COMBINATIONS = (*FACTOR_WISE, "cat", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
-"""PEFT's `combination_type`; `lorabench merge --help` says what each computes."""
-BASE, ADAPTER, MERGED = "base", "adapter", "merged"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Body:
-    """What is evaluated: the base (`by = "base"`), one run's adapter (`"adapter"`), or a merge of all of them.
-
-    Only what `by` depends on is set, so that equal bodies have equal ids.
-    """
-
-    by: str
-    run_id: str | None = None
-    weights: tuple[float, ...] | None = None
-    density: float | None = None
-    rank: int | None = None
-    seed: int | None = None
-
-    @property
-    def label(self) -> str:
-        """`ties (density 0.5)`; the seed apart."""
-        details = [f"{key} {getattr(self, key):g}" for key in ("density", "rank") if getattr(self, key) is not None]
-        if self.weights and len(set(self.weights)) > 1:
-            details.insert(0, "weights " + ":".join(f"{weight:g}" for weight in self.weights))
-        name = self.run_id or self.by
-        return f"{name} ({', '.join(details)})" if details else name
-
-
-def bodies(
-    run_ids: Sequence[str], by: Sequence[str], weights: Sequence[float], density: float, rank: int | None,
-    seeds: Sequence[int],
-) -> list[Body]:  # fmt: skip
-    """The base, each adapter, and each merge (DARE: one a seed). InputError for what no merge can be made of."""
-    problems = [f"--by {name}: {unknown('combination', name, list(COMBINATIONS))}"
-                for name in by if name not in COMBINATIONS]  # fmt: skip
-    if len(set(run_ids)) < 2 or len(set(run_ids)) < len(run_ids):
-        problems.append(f"RUN = {' '.join(run_ids)}: needs at least two runs, each once")
-    if len(weights) != len(run_ids):
-        problems.append(f"--weights {','.join(map(str, weights))}: must be {len(run_ids)}, one a run")
-    if not 0 < density <= 1:
-        problems.append(f"--density {density:g}: must be above 0 and at most 1")
-    if problems:
-        raise InputError(problems)
-    merges = [
-        Body(
-            by=name,
-            weights=tuple(weights),
-            density=None if name in ("linear", "cat", "svd") else density,
-            rank=rank if name.endswith("svd") else None,
-            seed=seed if name.startswith("dare") else None,
-        )
-        for name in by
-        for seed in (seeds if name.startswith("dare") else seeds[:1])
-    ]
-    return [Body(by=BASE), *(Body(by=ADAPTER, run_id=run_id) for run_id in run_ids), *merges]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Adapter:
-    """A run's LoRA adapter as it is on disk."""
-
-    record: RunRecord
-    spec: RunSpec
-    folder: Path
-    config: Any
-    """PEFT's LoraConfig."""
-
-    @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        from safetensors.torch import load_file
-
-        return {name: tensor.float() for name, tensor in load_file(self.folder / "adapter_model.safetensors").items()}
-
-    @property
-    def factors(self) -> dict[str, Tensor]:
-        """By PEFT's names: A (r, N) and B (M, r)."""
-        return {name: tensor for name, tensor in self.tensors.items() if ".lora_" in name}
-
-    @property
-    def head(self) -> dict[str, Tensor]:
-        """The trained task head, by its names in the base; empty for a language model."""
-        prefix = "base_model.model."
-        return {name.removeprefix(prefix): t for name, t in self.tensors.items() if ".lora_" not in name}
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Name of the A factor -> its rank."""
-        return {
-            name: len(tensor) for name, tensor in self.factors.items() if ".lora_A." in name or "embedding_A" in name
-        }
-
-
-def read_adapter(store: Store, given: str) -> Adapter:
-    """The adapter of the run whose id begins so. InputError where there is none, or none that can be merged."""
-    from peft import PeftConfig
-
-    run_id = find_run(store, given)
-    state, folder = store.state(run_id), store.folder(run_id) / "updates"
-    if state.status != Status.DONE or state.record is None:
-        raise InputError(f"RUN = {run_id}: is {state.status}, not done")
-    if not (folder / "adapter_config.json").is_file():
-        raise InputError(f"RUN = {run_id}: has kept no adapter")
-    if file_digests(folder, folder.parent) != state.record.updates:
-        raise InputError(f"RUN = {run_id}: its files are not those that its record describes")
-    config: Any = PeftConfig.from_pretrained(str(folder))
-    if config.peft_type != "LORA":
-        raise InputError(f"RUN = {run_id}: is {config.peft_type.value}; PEFT merges LoRA adapters alone")
-    if config.use_dora:
-        raise InputError(f"RUN = {run_id}: is DoRA, whose learned norms no combination merges")
-    if (folder / INITIAL_FILE).exists():
-        raise InputError(
-            f"RUN = {run_id}: is LoftQ, whose factors also make up for quantization: each would do it anew"
-        )
-    return Adapter(record=state.record, spec=RunSpec.from_json(state.spec), folder=folder, config=config)
-
-
-def find_run(store: Store, given: str) -> str:
-    """The one run whose id is, or begins with, `given`."""
-    ids = store.run_ids()
-    found = [given] if given in ids else [run_id for run_id in ids if run_id.startswith(given)]
-    if not given or len(found) != 1:
-        which = f"{len(found)} runs begin so: {', '.join(found[:4])}" if found else unknown("run", given, ids)
-        raise InputError(f"RUN = {given}: {which}")
-    return found[0]
 
 
 def check(adapters: Sequence[Adapter], wanted: Sequence[Body]) -> None:
@@ -211,14 +81,25 @@ def columns(adapters: Sequence[Adapter]) -> list[Column]:
     """The runs' tasks (of a sequence, the last), each once; with a head, one a run."""
     distinct: dict[Any, Adapter] = {}
     for adapter in adapters:
-        own = adapter.record.run_id if adapter.head else None
-        distinct.setdefault((adapter.spec.stages[-1], adapter.spec.seq_len, own), adapter)
+        distinct.setdefault(_task_of(adapter), adapter)
     chosen = list(distinct.values())
     names = task_names([encode(adapter.spec.stages[-1]) for adapter in chosen])
     return [
         Column(name=f"{name} [{adapter.record.run_id}]" if names.count(name) > 1 else name, adapter=adapter)
         for name, adapter in zip(names, chosen, strict=True)
     ]
+
+
+def own_columns(adapters: Sequence[Adapter]) -> list[int]:
+    """For each run, which of the columns is its own task."""
+    tasks = [_task_of(adapter) for adapter in adapters]
+    distinct = list(dict.fromkeys(tasks))
+    return [distinct.index(task) for task in tasks]
+
+
+def _task_of(adapter: Adapter) -> tuple[Any, ...]:
+    own = adapter.record.run_id if adapter.head else None
+    return adapter.spec.stages[-1], adapter.spec.seq_len, own
 
 
 class Bench:
@@ -352,35 +233,3 @@ def _read(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
         return None
     whole = record is not None and record.get("key") == key and {"tasks", "metrics", "environment"} <= record.keys()
     return record if whole else None
-
-
-def metric_shown(records: Sequence[dict[str, Any]]) -> str:
-    """`valid_accuracy` where every task has it, else `valid_loss`."""
-    cells = [cell for record in records for cell in record["metrics"]]
-    return "valid_accuracy" if all("valid_accuracy" in cell for cell in cells) else "valid_loss"
-
-
-def merge_text(records: Sequence[dict[str, Any]], wanted: Sequence[Body]) -> str:
-    """Bodies by tasks; DARE's seeds as mean ± 95% interval."""
-    name = metric_shown(records)
-    factor, unit = (100, "%") if name == "valid_accuracy" else (1, "nats")
-    heads = records[0]["tasks"]
-    rows = []
-    for label, group in _by_label(records, wanted):
-        values = [[factor * record["metrics"][i][name] for record in group] for i in range(len(heads))]
-        rows.append({"body": label} | {head: _cell(column) for head, column in zip(heads, values, strict=True)})
-    measure = f"{name} ({unit})"
-    return "\n".join([f"{measure}, by body and task", text_table(rows, ["body", *heads])])
-
-
-def _by_label(records: Sequence[dict[str, Any]], wanted: Sequence[Body]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    pairs = zip(records, wanted, strict=True)
-    for label, group in itertools.groupby(pairs, key=lambda pair: pair[1].label):
-        yield label, [record for record, _ in group]
-
-
-def _cell(values: list[float]) -> str:
-    mean, half = interval(values)
-    if not half:
-        return plain(mean)
-    return f"{number(mean, places(half))} ± {number(half, places(half))}"

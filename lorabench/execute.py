@@ -119,7 +119,7 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
         examples = stages[0]
         meter.set_baseline()
         with meter.phase("load"):
-            base = _seeded_base(spec, examples, device)
+            base = seeded_base(spec, examples, device)
     model.check_length(spec, model.max_length(base))
     record.environment |= model.fingerprint(spec) | _data(stages)
     num_base = _count(base)
@@ -133,14 +133,14 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     if checkpoint.exists():
         record.resumed_from_step = _resume(training, checkpoint)
     if not training.rows:
-        _evaluate_base(training, stages, lambda: _seeded_base(spec, examples, device), stop, hold)
+        _evaluate_base(training, stages, lambda: seeded_base(spec, examples, device), stop, hold)
     drop_unknown(folder, training.snapshots, hold)
     _train_and_evaluate(training, stages, options, stop, hold, folder)
     if not all(tensor.isfinite().all() for tensor in spec.method.trained_state(tuned).values()):
         raise Diverged(f"step {training.step}: trained weights are not finite")
     hold.progress["phase"] = "save"
     if spec.keep != "none":
-        load_base = partial(_seeded_base, spec, examples, device)
+        load_base = partial(seeded_base, spec, examples, device)
         record.files = write_update(training, load_base, folder, "updates", hold) | training.snapshots
     _fill(record, training, folder)
     if spec.serving:
@@ -179,7 +179,7 @@ def _train_and_evaluate(
         training.save(checkpoint_file(folder))
 
     def snapshot() -> None:
-        load_base = partial(_seeded_base, training.spec, stages[0], meter.device)
+        load_base = partial(seeded_base, training.spec, stages[0], meter.device)
         keep_snapshot(training, load_base, folder, hold)
 
     @contextlib.contextmanager
@@ -263,7 +263,7 @@ def _serve(record: RunRecord, training: Training, stages: list[Examples], folder
     subject = serving.Subject(
         spec=spec,
         model=training.model,
-        load_base=lambda: _seeded_base(spec, stages[0], device),
+        load_base=lambda: seeded_base(spec, stages[0], device),
         examples=stages[-1],
         folder=folder / "updates",
         device=device,
@@ -301,7 +301,7 @@ def _fill(record: RunRecord, training: Training, folder: Path) -> None:
         record.provenance["model_flops_utilization"] = f"of {peak / 1e12:.3g} TFLOP/s, {source}"
 
 
-def _seeded_base(spec: RunSpec, examples: Examples, device: torch.device) -> nn.Module:
+def seeded_base(spec: RunSpec, examples: Examples, device: torch.device) -> nn.Module:
     """The untouched base: every call gives the same, the random head included."""
     torch.manual_seed(spec.seed)
     return model.load_base(spec, device, examples.model_options)

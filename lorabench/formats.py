@@ -49,6 +49,8 @@ class Adapter:
     source: str
     format: str
     entries: dict[str, Entry]
+    vectors: dict[str, Entry]
+    """ΔW of biases and norms, which have no singular values."""
     scale_source: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -62,9 +64,10 @@ def open_adapter(source: str | Path, *, base: str | Path | None = None, alpha: f
     path = adapter_path(source)
     given = Source(path=path, base=weights_path(base) if base else None, alpha=alpha)
     found = _claimed(given)
-    entries = _matrices(_entries(found))
+    entries = _entries(found)
+    matrices = _matrices(entries)
     notes = [note for each in found for note in each.notes]
-    if not entries:
+    if not matrices:
         raise InputError(f"{source}: {'; '.join(notes) or 'holds no change of a weight matrix (ΔW)'}")
     if others := adapter_folders(path):
         notes.append(f"more adapters in sub-folders: {', '.join(others)} (open {source}/{others[0]})")
@@ -72,7 +75,8 @@ def open_adapter(source: str | Path, *, base: str | Path | None = None, alpha: f
     return Adapter(
         source=str(source),
         format=" + ".join(dict.fromkeys(each.format for each in found)),
-        entries=entries,
+        entries=matrices,
+        vectors={parameter: entry for parameter, entry in entries.items() if parameter not in matrices},
         scale_source=sources[0] if sources else None,
         notes=tuple(notes),
     )
@@ -89,11 +93,11 @@ def load_layers(adapter: Adapter) -> Iterator[LayerSVD]:
     for entry in adapter.entries.values():
         loaded = entry.load()
         if window and size + _bytes(loaded) > BATCH_BYTES:
-            yield from _decompose(window)
+            yield from _decomposed(window)
             window, size = [], 0
         window.append(loaded)
         size += _bytes(loaded)
-    yield from _decompose(window)
+    yield from _decomposed(window)
 
 
 def _bytes(loaded: Update | LayerSVD) -> int:
@@ -102,7 +106,7 @@ def _bytes(loaded: Update | LayerSVD) -> int:
     return loaded.B.nbytes + loaded.A.nbytes
 
 
-def _decompose(window: list[Update | LayerSVD]) -> Iterator[LayerSVD]:
+def _decomposed(window: list[Update | LayerSVD]) -> Iterator[LayerSVD]:
     """The layers in their order; those that have factors of one shape are decomposed together."""
     groups: dict[Any, list[int]] = {}
     for index, loaded in enumerate(window):
@@ -116,7 +120,11 @@ def _decompose(window: list[Update | LayerSVD]) -> Iterator[LayerSVD]:
             svd = thin_svd(B, A)
         svds |= {i: ThinSVD(U=U, S=S, Vh=Vh) for i, U, S, Vh in zip(members, svd.U, svd.S, svd.Vh, strict=True)}
     for index, loaded in enumerate(window):
-        yield loaded if isinstance(loaded, LayerSVD) else _as_layer(loaded, svds.get(index) or _svd(loaded))
+        yield (
+            loaded
+            if isinstance(loaded, LayerSVD)
+            else _as_layer(loaded, svds.get(index) or decompose(loaded, _kept(loaded)))
+        )
 
 
 def read_updates(folder: Path) -> Iterator[Update]:
@@ -155,7 +163,7 @@ def load_layer(entry: Entry) -> LayerSVD:
     """Read one layer, and decompose it. InputError where it is damaged."""
     with one_thread():
         update = entry.load()
-    return update if isinstance(update, LayerSVD) else _as_layer(update, _svd(update))
+    return update if isinstance(update, LayerSVD) else _as_layer(update, decompose(update, _kept(update)))
 
 
 def _as_layer(update: Update, svd: ThinSVD) -> LayerSVD:
@@ -171,12 +179,19 @@ def _as_layer(update: Update, svd: ThinSVD) -> LayerSVD:
     )
 
 
-def _svd(update: Update) -> ThinSVD:
-    """Only a large dense ΔW is worth several threads, and its way to the GPU."""
+def _kept(update: Update) -> int | None:
+    return DENSE_VECTORS if update.A is None else None
+
+
+def decompose(update: Update, keep: int | None = None) -> ThinSVD:
+    """The thin SVD of ΔW, with `keep` singular vectors at most. InputError where it holds NaN or overflows.
+
+    Only a large dense ΔW is worth several threads, and its way to the GPU.
+    """
     large = update.A is None and min(update.shape) >= _LARGE
     with contextlib.nullcontext() if large else one_thread(), _named(update.parameter):
         B = update.B.cuda() if large and torch.cuda.is_available() else update.B
-        svd = thin_svd(B, update.A, keep=DENSE_VECTORS if update.A is None else None)
+        svd = thin_svd(B, update.A, keep=keep)
     return ThinSVD(U=svd.U.cpu(), S=svd.S.cpu(), Vh=svd.Vh.cpu())
 
 

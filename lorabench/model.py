@@ -154,6 +154,11 @@ def save_peft(model: nn.Module, folder: Path) -> None:
     """Save an adapter in PEFT's format, the same bytes for the same adapter: PEFT writes its sets in any order."""
     model.save_pretrained(folder, save_embedding_layers=False)  # else the base's own go in, beside their factors
     (folder / "README.md").unlink(missing_ok=True)  # a model card of placeholders
+    sort_config(folder)
+
+
+def sort_config(folder: Path) -> None:
+    """Put the keys and sets of PEFT's configuration in order."""
     file = folder / "adapter_config.json"
     config = {k: sorted(v) if isinstance(v, list) else v for k, v in json.loads(file.read_text()).items()}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -9,26 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from lorabench.aggregate import interval
+from lorabench.adapters import find_run, read_adapter
+from lorabench.aggregate import interval, plain
+from lorabench.analyses.interference import Interference
+from lorabench.bodies import COMBINATIONS, FACTOR_WISE, MERGED, Body, bodies
 from lorabench.cli import main, merge
-from lorabench.compose import (
-    COMBINATIONS,
-    FACTOR_WISE,
-    MERGED,
-    Bench,
-    Body,
-    bodies,
-    check,
-    compose,
-    find_run,
-    merge_text,
-    read_adapter,
-)
+from lorabench.compose import Bench, check, compose
 from lorabench.compose import merge as add_merge
 from lorabench.decode import InputError
 from lorabench.examples import prepare
 from lorabench.execute import Options, execute
-from lorabench.formats import read_updates
+from lorabench.formats import open_layers, read_updates
+from lorabench.interference import interference, merge_text, with_changes
 from lorabench.methods._peft import tuner_layers
 from lorabench.model import load_base
 from lorabench.record import Status, Store
@@ -379,7 +371,7 @@ def test_the_command(runs, capsys) -> None:
     command += ["--results", str(store.root)]
     assert main(command) == 0
     out, err = capsys.readouterr()
-    lines = out.splitlines()
+    lines, changes, pairs = (block.splitlines() for block in out.strip().split("\n\n"))
     assert lines[0] == "valid_loss (nats), by body and task"
     assert [line.split()[0] for line in lines[1:]] == [
         "body",
@@ -390,10 +382,15 @@ def test_the_command(runs, capsys) -> None:
         "dare_linear",
     ]
     assert "±" in lines[-1] and "[4/6] linear" in err
+    assert [line.split()[0] for line in changes[1:]] == ["body", "linear", "dare_linear"] and "±" in changes[-1]
+    assert [line.split()[:3] for line in pairs[2:]] == [[ids["code"], ids["docs"], m] for m in Interference.metrics]
     assert main([*command, "--json"]) == 0
-    table = json.loads(capsys.readouterr().out)["merges"]
-    values = [record["metrics"][0]["valid_loss"] for record in table[-2:]]
+    shown = json.loads(capsys.readouterr().out)
+    values = [record["metrics"][0]["valid_loss"] for record in shown["merges"][-2:]]
     assert f"{interval(values)[0]:.2f}" in lines[-1]
+    linear = shown["merges"][3]["change"]
+    assert plain(linear[ids["code"]]["valid_loss"]).lstrip("−") == changes[2].split()[1].lstrip("+−")
+    assert shown["interference"][0]["metrics"].keys() == Interference.metrics.keys()
     for by in COMBINATIONS:
         assert by in (merge.__doc__ or "")
 
@@ -417,6 +414,46 @@ def test_one_run_is_no_merge(runs, capsys) -> None:
     store, ids = runs
     assert main(["merge", ids["code"], ids["code"], "--results", str(store.root)]) == 2
     assert "needs at least two runs, each once" in capsys.readouterr().err
+
+
+def test_interference_is_the_mean_over_the_layers_that_are_merged(runs) -> None:
+    store, _ = runs
+    adapters = read(runs, "code", "docs")
+    first, second = map(updates, adapters)
+    (found,) = interference(store, adapters, lambda _: None)
+    cosines = [
+        float((first[n] * second[n]).sum() / np.linalg.norm(first[n]) / np.linalg.norm(second[n])) for n in first
+    ]
+    assert found["metrics"]["cosine"]["mean"] == pytest.approx(np.mean(cosines), rel=1e-4)
+    assert found["metrics"]["cosine"]["std"] == pytest.approx(np.std(cosines, ddof=1), rel=1e-4)
+    conflicts = [np.mean(np.sign(first[name]) != np.sign(second[name])) for name in first]
+    assert found["metrics"]["sign_conflict"]["mean"] == pytest.approx(np.mean(conflicts), abs=1e-4)
+    file = store.root / "pairs" / "--".join(a.record.run_id for a in adapters) / "interference.parquet"
+    before = file.stat().st_mtime_ns
+    assert interference(store, adapters, lambda _: None) == [found] and file.stat().st_mtime_ns == before
+
+
+def test_interference_leaves_the_heads_out(runs) -> None:
+    store, _ = runs
+    adapters = read(runs, "films", "colours")
+    (found,) = interference(store, adapters, lambda _: None)
+    layers = open_layers(adapters[0].folder)
+    assert "classifier.weight" in layers and found["metrics"]["cosine"]["num_layers"] == len(layers) - 1
+
+
+@pytest.mark.parametrize("pair", [("code", "docs"), ("films", "colours"), ("code", "pissa")], ids=" + ".join)
+def test_the_change_is_against_the_adapter_alone_on_its_own_task(pair, runs) -> None:
+    store, ids = runs
+    adapters = read(runs, *pair)
+    wanted = bodies([ids[name] for name in pair], ["cat"], WEIGHTS, 0.5, None, [0])
+    records = compose(store, adapters, wanted, "cpu", lambda _: None)
+    base, *alone, merge = with_changes(records, wanted, adapters)
+    assert "change" not in base and "change" not in alone[0]
+    for adapter, record in zip(adapters, alone, strict=True):
+        column = 0 if len(record["tasks"]) == 1 else [a.record.run_id for a in adapters].index(adapter.record.run_id)
+        expected = merge["metrics"][column]["valid_loss"] - record["metrics"][column]["valid_loss"]
+        assert merge["change"][adapter.record.run_id]["valid_loss"] == pytest.approx(expected)
+    assert len(merge["tasks"]) == (1 if "pissa" in pair else 2)
 
 
 def test_text_shows_the_mean_over_seeds() -> None:

@@ -27,7 +27,8 @@ from lorabench.weightfile import some
 CONFIG_FILE, NORMS_FILE = "adapter_config.json", "base_norms.json"
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations whose first B A is not zero and was taken out of the base: ΔW is what was added to it."""
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.bin")
 _A = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A(?:\.default)?\.weight|lora_embedding_A(?:\.default)?)")
 _USED = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.default)?(\.weight|\.bias)?$")
 _INITIAL_FOLDER = re.compile(r"(.*[_-])?init(ial)?", re.IGNORECASE)

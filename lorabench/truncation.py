@@ -1,0 +1,190 @@
+"""ΔW cut to the smallest rank that keeps a share of its energy Σσ², and written as a LoRA in PEFT's format.
+
+Shapes: M out features, N in features, k the rank that is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from lorabench.advice import rank_pattern_for, smallest_rank
+from lorabench.decode import InputError
+from lorabench.formats import decompose
+from lorabench.linalg import thin_svd
+from lorabench.model import sort_config
+from lorabench.readers._entry import Entry
+from lorabench.readers.peft_lora import ADAPTER_FILE, NORMS_FILE, PREFIX, Factors
+from lorabench.update import Update, save_updates
+from lorabench.weights import is_linear_layer, is_transposed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Kind = Literal["linear", "embedding"]
+_EMBEDDING = re.compile(r"(^|[._])(embed\w*|wte|wpe)$")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cut:
+    """The best approximation B A of one ΔW (Eckart and Young 1936) at some energy: B = U√S (M, k), A = √S Vh (k, N).
+
+    `energy` is Σσ² of ΔW, `kept` the part of it in the k values, `lost` ‖ΔW − B A‖_F² of the factors as they are
+    written, rounding included. `rank` is that of ΔW's factors before: None if it is dense.
+    """
+
+    layer: str
+    B: Tensor
+    A: Tensor
+    energy: float
+    kept: float
+    lost: float
+    rank: int | None
+    base_norm: float | None = None
+
+    @property
+    def new_rank(self) -> int:
+        return self.B.shape[1]
+
+
+def cut(update: Update, energies: Sequence[float], dtype: torch.dtype = torch.float32) -> list[Cut]:
+    """ΔW at each of `energies`, in (0, 1]; nothing where it is 0. The factors are written in `dtype`."""
+    svd = decompose(update)
+    squares = svd.S.square()
+    if not squares[0] > 0:
+        return []
+    cuts = []
+    for energy in energies:
+        k = smallest_rank(svd.S.numpy(), energy)
+        root = svd.S[:k].sqrt().to(svd.U)
+        B, A = (svd.U[:, :k] * root).to(dtype), (root[:, None] * svd.Vh[:k]).to(dtype)
+        cuts.append(
+            Cut(
+                layer=update.layer,
+                B=B.contiguous(),
+                A=A.contiguous(),
+                energy=float(squares.sum()),
+                kept=float(squares[:k].sum()),
+                lost=_squared_distance(update, B.to(svd.U), A.to(svd.U)),
+                rank=None if update.A is None else update.B.shape[1],
+                base_norm=update.base_norm,
+            )
+        )
+    return cuts
+
+
+def _squared_distance(update: Update, B: Tensor, A: Tensor) -> float:
+    """‖ΔW − B A‖_F²: of factors as that of [B₀, −B] [A₀; A], whose product is never formed."""
+    if update.A is None:
+        return float(torch.linalg.vector_norm(update.B - B @ A, dtype=torch.float64)) ** 2
+    return float(thin_svd(torch.cat([update.B, -B], 1), torch.cat([update.A, A])).S.square().sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a layer is in its model: which of PEFT's factors it takes."""
+
+    kind: Kind = "linear"
+    twin: str | None = None
+    """The output layer that shares an embedding's weight: a dense ΔW changes both."""
+
+
+def places(source: str, base: nn.Module | None, entries: dict[str, Entry]) -> dict[str, Place]:
+    """By layer; told from their names where no model is known. InputError with each that two factors cannot express."""
+    found, problems = {}, []
+    for parameter, entry in entries.items():
+        layer = parameter.removesuffix(".weight")
+        factors = entry if isinstance(entry, Factors) else None
+        if parameter == layer:
+            problems.append(f"{parameter}: is not the weight of a module, so that LoRA cannot change it")
+        elif factors and len(factors.tensors.shape(factors.A)) > 2:
+            problems.append(f"{layer}: is a convolution; only linear layers and embeddings can be compressed")
+        elif base is not None:
+            place = _place_in(base, layer, entry.shape, factored=factors is not None)
+            problems += [f"{layer}: {place}"] if isinstance(place, str) else []
+            found[layer] = place if isinstance(place, Place) else Place()
+        else:
+            embeds = "embedding" in factors.A if factors else _EMBEDDING.search(layer)
+            found[layer] = Place(kind="embedding" if embeds else "linear")
+    if problems:
+        raise InputError([f"{source}: {problem}" for problem in problems])
+    return found
+
+
+def _place_in(base: nn.Module, layer: str, shape: tuple[int, int], *, factored: bool) -> Place | str:
+    """The layer's place, or why it has none."""
+    from torch import nn
+
+    modules: dict[str, Any] = dict(base.named_modules())
+    module = modules.get(layer)
+    if module is None:
+        return f"{type(base).__name__} has no such layer"
+    if not (is_linear_layer(module) or isinstance(module, nn.Embedding)):
+        return f"is a {type(module).__name__}; only linear layers and embeddings can be compressed"
+    expected = tuple(module.weight.shape)[:: -1 if is_transposed(module) else 1]
+    if shape != expected:
+        return f"is {shape}, and {expected} in {type(base).__name__}"
+    if isinstance(module, nn.Embedding):
+        output: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        tied = output is not None and output.weight is module.weight and not factored
+        return Place(kind="embedding", twin=next(n for n, m in modules.items() if m is output) if tied else None)
+    return Place()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Head:
+    """A task head that was trained in full, carried over as it is: `tensors` by their names in the base."""
+
+    modules: tuple[str, ...] = ()
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    updates: tuple[Update, ...] = ()
+    """Its ΔW, where it is known."""
+
+
+def write_adapter(
+    folder: Path, cuts: Sequence[Cut], where: dict[str, Place], head: Head, options: dict[str, Any]
+) -> None:
+    """An adapter that plain PEFT loads, with s = 1 in every layer: α is the layer's rank. `options`: of LoraConfig."""
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in head.tensors.items()}
+    ranks = {}
+    for each in cuts:
+        place = where[each.layer]
+        tensors |= _named(each.layer, place.kind, each.B, each.A)
+        ranks[each.layer] = each.new_rank
+        if place.twin:
+            transposed = (factor.mT.clone(memory_format=torch.contiguous_format) for factor in (each.A, each.B))
+            tensors |= _named(place.twin, "linear", *transposed)
+            ranks[place.twin] = each.new_rank
+    rank, pattern = rank_pattern_for(ranks)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=sorted(ranks),
+        modules_to_save=list(head.modules) or None,
+        inference_mode=True,
+        **options,
+    )
+    config.save_pretrained(str(folder))
+    sort_config(folder)
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    norms = {f"{each.layer}.weight": each.base_norm for each in cuts if each.base_norm is not None}
+    (folder / NORMS_FILE).write_text(json.dumps(norms, indent=1))
+    if head.updates:
+        save_updates(head.updates, folder)
+
+
+def _named(layer: str, kind: Kind, B: Tensor, A: Tensor) -> dict[str, Tensor]:
+    suffixes = ("lora_B.weight", "lora_A.weight") if kind == "linear" else ("lora_embedding_B", "lora_embedding_A")
+    return {f"{PREFIX}{layer}.{suffix}": factor.contiguous() for suffix, factor in zip(suffixes, (B, A), strict=True)}
