@@ -23,14 +23,14 @@ LAYERS = [
     {"analyses/subspace"},  # its cross-Gram matrix also gives the angles
     {"methods/*", "tasks/*", "analyses/*", "figures/*"},
     {"methods/hybrid"},  # of methods
-    {"examples"},
+    {"examples", "directions"},
     {"train", "analyze"},
     {"inference"},
     {"serving"},
     {"execute", "report"},
     {"status", "stamp", "plan", "compose"},
-    {"worker"},
-    {"launch", "warm"},
+    {"worker", "intervene"},
+    {"launch", "warm", "intervene_report"},
     {"cli"},
     {"__main__"},
 ]
