@@ -154,7 +154,9 @@ def _remarks(records: Sequence[Record]) -> list[str]:
     lines = []
     for setting, group in by_setting(records).items():
         none = [record for record in group if not record["num_intruders"]]
-        if none:
+        if not any(record["num_matrices"] for record in group):
+            lines.append(f"{setting}: no matrix that has changed is in the base's files, so none can have an intruder")
+        elif none:
             where = f"{none[0]['key']['top']} of each matrix at ε = {none[0]['key']['epsilon']:g}"
             lines.append(f"{setting}: {len(none)} of {len(group)} runs have no intruder among the top {where}")
         if any(record["num_control"] < record["num_intruders"] for record in group):

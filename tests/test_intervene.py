@@ -317,6 +317,7 @@ def made_up(numbers, forgetting, **changes):
             "spec": make_spec(seed=seed, **changes).to_json(),
             "key": {"run_id": f"run-{seed}", "top": 10, "epsilon": 0.5},
             "recorded": {"valid_loss": 2.0},
+            "num_matrices": 28,
             **{f"num_{kind}": number for kind in KINDS},
             "points": [
                 {"scaled": BASE, "lambda": None, "valid_loss": 3.0, "forgetting": 0.0},
@@ -354,7 +355,7 @@ def test_a_model_that_is_not_the_runs_own_is_told() -> None:
     records = made_up([4], [0.4])
     wanted = Intervention(lambdas=(0.0,))
     assert "in the run's record" not in intervention_text(records, make_rows(records, wanted))
-    records[0]["recorded"]["valid_loss"] = 2.1
-    assert "at λ = 1 valid_loss is 2 here, and 2.100 in the run's record" in intervention_text(
-        records, make_rows(records, wanted)
-    )
+    records[0] |= {"recorded": {"valid_loss": 2.1}, "num_matrices": 0}
+    text = intervention_text(records, make_rows(records, wanted))
+    assert "at λ = 1 valid_loss is 2 here, and 2.100 in the run's record" in text
+    assert "no matrix that has changed is in the base's files" in text
