@@ -1,8 +1,8 @@
 """The command line: exit codes, what goes to stdout and what to stderr, start-up time, and one whole journey."""
 
 import json
-import re
 import os
+import re
 import resource
 import subprocess
 import sys
