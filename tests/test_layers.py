@@ -36,7 +36,7 @@ LAYERS = [
     {"analyses/subspace", "analyses/spectrum"},  # whose directions and metrics other analyses take up
     {"methods/*", "tasks/*", "analyses/*", "figures/*"},
     {"methods/hybrid"},  # of methods
-    {"examples"},
+    {"examples", "directions"},
     {"train", "analyze", "api"},
     {"inference", "snapshots"},
     {"serving"},
@@ -49,8 +49,8 @@ LAYERS = [
     {"compose", "compressible"},
     {"interference", "compressor"},
     {"compress", "compression_text"},
-    {"worker"},
-    {"launch", "warm"},
+    {"worker", "intervene"},
+    {"launch", "warm", "intervene_report"},
     {"cli"},
     {"__main__"},
 ]
