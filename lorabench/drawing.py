@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,6 +154,11 @@ def series_label(keys: Sequence[str], values: Sequence[Any], *, full: bool = Fal
         elif value is not None:
             words.append(value_label(value) if key in SPEAKING else f"{key_label(key)} {value_label(value)}")
     return ", ".join(words)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most `width` characters."""
+    return textwrap.fill(text, width)
 
 
 def finite(runs: pd.DataFrame, name: str) -> pd.DataFrame:

@@ -18,7 +18,8 @@ import pandas as pd
 
 from lorabench import drawing, plugins
 from lorabench.aggregate import FAILED, plain
-from lorabench.figure import Figure
+from lorabench.changes import changes_sheet
+from lorabench.figure import SECTIONS, Figure
 from lorabench.labels import capitalized, key_label, measure, value_label, with_unit
 from lorabench.record import Status, write_bytes, write_json
 from lorabench.results import Results, selected
@@ -44,6 +45,19 @@ class Drawn:
     inches: float
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Content:
+    """What a page shows of the results."""
+
+    summary: Sheet
+    changes: Sheet | None
+    tables: list[Sheet]
+    figures: dict[str, list[Drawn]]
+    """By section, in order."""
+    empty: list[str]
+    """Names of the figures that had nothing to draw."""
+
+
 def write_report(results: Results, folder: Path) -> list[Path]:
     """Write `tables/`, `figures/`, `sweep.toml` and `report.html` below `folder`; returns the files.
 
@@ -64,9 +78,11 @@ def write_report(results: Results, folder: Path) -> list[Path]:
 
 
 def _write(results: Results, folder: Path) -> list[Path]:
-    sheets = build_tables(results)
-    files = write_tables(results, sheets, folder / "tables")
-    drawn, empty = [], []
+    summary, *tables = build_tables(results)
+    changes = changes_sheet(results, selected(results), distinct("changes", [sheet.name for sheet in tables]))
+    files = write_tables(results, [summary, *([changes] if changes else []), *tables], folder / "tables")
+    drawn: dict[str, list[Drawn]] = {section: [] for section in SECTIONS}
+    empty = []
     for name, figure in _figures(results).items():
         canvas = figure.draw(results)
         if canvas is None:
@@ -75,10 +91,12 @@ def _write(results: Results, folder: Path) -> list[Path]:
         inches = float(canvas.get_figwidth())
         pdf, png = drawing.save(canvas, folder / "figures" / name)
         content = base64.b64encode(png.read_bytes()).decode()
-        drawn.append(Drawn(name=name, caption=figure.caption(), png=content, inches=inches * DISPLAY_SCALE))
+        shown = Drawn(name=name, caption=figure.caption(), png=content, inches=inches * DISPLAY_SCALE)
+        drawn[figure.section].append(shown)
         files += [pdf, png]
     write_bytes(folder / "sweep.toml", results.sweep.text.encode())
-    write_bytes(folder / "report.html", render(results, sheets, drawn, empty).encode())
+    page = Content(summary=summary, changes=changes, tables=tables, figures=drawn, empty=empty)
+    write_bytes(folder / "report.html", render(results, page).encode())
     return [*files, folder / "sweep.toml", folder / "report.html"]
 
 
@@ -104,8 +122,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         return {"inputs": None, "files": []}
 
 
-def render(results: Results, sheets: list[Sheet], figures: list[Drawn], empty: list[str]) -> str:
-    """The page; the first sheet is the summary, `empty` names the figures that had nothing to draw."""
+def render(results: Results, page: Content) -> str:
+    """The page's HTML."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text("utf-8"))
     counts = Counter(results.runs["status"])
@@ -115,10 +133,8 @@ def render(results: Results, sheets: list[Sheet], figures: list[Drawn], empty: l
         counts=[(status, counts[status]) for status in Status if counts[status]],
         num_runs=len(results.runs),
         failures=_failures(results),
-        summary=sheets[0],
-        tables=sheets[1:],
-        figures=figures,
-        empty=empty,
+        page=page,
+        sections=[(SECTIONS[section], drawn) for section, drawn in page.figures.items() if drawn],
         runs=_run_rows(results),
         provenance=_provenance(results.environments),
         made=_provenance(results.provenance),

@@ -338,8 +338,8 @@ def known_measures(runs: Sequence[RunSpec] = ()) -> dict[str, Measure]:
     }
     for name in plugins.names("analyses"):
         analysis: Any = plugins.plugin_class("analyses", name)
-        if analysis.needs == "layer":
-            measures |= {f"{name}.{key}": Measure("", None, text, name) for key, text in analysis.metrics.items()}
+        units = dict.fromkeys(analysis.metrics, "") if analysis.needs == "layer" else analysis.per_layer
+        measures |= {f"{name}.{key}": Measure(units[key], None, analysis.metrics[key], name) for key in units}
     return measures
 
 

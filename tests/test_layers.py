@@ -20,11 +20,12 @@ LAYERS = [
     {"aggregate"},
     {"notes", "drawing", "transfer"},
     {"tables"},
+    {"rows"},
     {"analyses/subspace"},  # its cross-Gram matrix also gives the angles
     {"methods/*", "tasks/*", "analyses/*", "figures/*"},
     {"methods/hybrid"},  # of methods
     {"examples"},
-    {"train", "analyze"},
+    {"train", "analyze", "changes"},
     {"inference"},
     {"serving"},
     {"execute", "report"},

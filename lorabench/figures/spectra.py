@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.figure import Figure
 
@@ -21,6 +21,8 @@ FLOOR = 1e-6
 @dataclass(frozen=True, kw_only=True)
 class Spectra(Figure):
     """A panel a method and setting, a colour a rank; methods without a rank stand in black in every panel."""
+
+    section: ClassVar[str] = "spectra"
 
     kinds: tuple[str, ...] = ()
     """Kinds of layers to average over, such as `q_proj` (empty: every layer that all these runs have)."""

@@ -1,0 +1,78 @@
+"""Lines of means over seeds with their intervals, and of what chance gives. Imports matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lorabench.aggregate import Cell, cell
+from lorabench.results import ordered
+from lorabench.rows import VALUE
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from lorabench.drawing import Look
+
+NULL_DASHES = (0, (3, 2))
+Curve = list[tuple[float, Cell]]
+
+
+def curve(rows: pd.DataFrame, x: str) -> Curve:
+    """The mean over seeds at each value of the column `x`, ascending."""
+    cells = [(float(at), cell(rows[rows[x] == at], VALUE)) for at in ordered(rows[x])]
+    return [(at, item) for at, item in cells if item.mean is not None]
+
+
+def draw_curve(
+    axes: Axes, line: Curve, look: Look, *, shift: float | None = None, logs: bool = False, null: str | None = None
+) -> Any:
+    """Means as a line with a band, or with bars where it is shifted sideways; its null dashed, in the same colour.
+
+    Hollow where there is a single seed. `logs`: the cells hold logarithms, which are drawn as what they are of.
+    `null`: another colour for it, where the lines share one.
+    """
+    xs = [x + (shift or 0.0) for x, _ in line]
+    show = math.exp if logs else float
+    means = [show(item.center) for _, item in line]
+    low = [show(item.center - (item.half or 0.0)) for _, item in line]
+    high = [show(item.center + (item.half or 0.0)) for _, item in line]
+    alone = all(item.half is None for _, item in line)
+    style: dict[str, Any] = {"color": look.color, "marker": look.marker, "markersize": 3.2}
+    style |= {"markerfacecolor": "white" if alone else look.color, "zorder": 3}
+    (handle,) = axes.plot(xs, means, linestyle=look.dashes, markevery=_marked(len(xs)), **style)
+    if shift is not None:
+        axes.vlines(xs, low, high, color=look.color, linewidth=0.8, zorder=2)
+    else:
+        axes.fill_between(xs, low, high, color=look.color, alpha=0.13, linewidth=0)
+    chance = [(x, show(item.null)) for x, (_, item) in zip(xs, line, strict=True) if item.null is not None]
+    draw_null(axes, chance, null or look.color)
+    return handle
+
+
+def draw_null(axes: Axes, points: Sequence[tuple[float, float]], color: str) -> None:
+    """What chance gives, dashed; a single point as a dash."""
+    if len(points) == 1:
+        axes.plot(*points[0], color=color, marker="_", markersize=8, linestyle="none", zorder=2)
+    elif points:
+        axes.plot(*zip(*points, strict=True), color=color, linestyle=NULL_DASHES, linewidth=0.9, zorder=2)
+
+
+def null_handle(label: str) -> dict[str, Any]:
+    """An entry for the legend: dashed is chance."""
+    from matplotlib.lines import Line2D
+
+    from lorabench.drawing import REFERENCE
+
+    return {label: Line2D([], [], color=REFERENCE, linestyle=NULL_DASHES, linewidth=0.9)}
+
+
+def has_null(lines: Sequence[Curve]) -> bool:
+    return any(item.null is not None for line in lines for _, item in line)
+
+
+def _marked(count: int) -> list[int]:
+    """Every point of a short line; of a long one those at powers of two."""
+    return list(range(count)) if count <= 10 else [2**k - 1 for k in range(count.bit_length()) if 2**k <= count]
