@@ -53,7 +53,7 @@ def changes_sheet(results: Results, selection: Selection, name: str = "changes")
 
 def _per_run(results: Results, selection: Selection, metric: str) -> pd.DataFrame:
     rows = metric_rows(results, metric, selection.done)
-    return rows if rows.empty else per_run(rows, selection.done, ["kind"], METRICS[metric])
+    return rows if rows.empty else per_run(results, rows, ["kind"], METRICS[metric])
 
 
 def _cell(rows: pd.DataFrame | None) -> Cell | None:

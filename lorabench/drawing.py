@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from lorabench.aggregate import Cell
 from lorabench.labels import key_label, value_label
@@ -31,6 +31,8 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 DASHES = ["-", "--", "-.", ":"]
 REFERENCE = "#6B6B6B"
+NULL_DASHES = (0, (3, 2))
+"""Of what chance gives."""
 LOG_FACTOR = 20
 SPEAKING = ("label", "method.name", "quantization", "model", "method.targets", "task.name")
 STYLE: dict[str, Any] = {
@@ -143,6 +145,15 @@ def powers_of_two(axes: Axes, values: Iterable[float]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(marks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def plain_logarithmic(axes: Axes) -> None:
+    """A log y axis with its numbers written out: decades, and more between them where there are few."""
+    low, high = axes.get_ylim()
+    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 10 * low else (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def series_label(keys: Sequence[str], values: Sequence[Any], *, full: bool = False) -> str:

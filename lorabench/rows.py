@@ -46,11 +46,11 @@ def metric_rows(results: Any, value: str, runs: pd.DataFrame) -> pd.DataFrame:
     return frame.astype({"run_id": str, "kind": str, "depth": int, "value": float, "null": float})
 
 
-def per_run(rows: pd.DataFrame, runs: pd.DataFrame, keys: Sequence[str], how: How = "mean") -> pd.DataFrame:
-    """A row a run and each value of `keys`: over its layers, with all that `runs` tells of the run.
+def per_run(results: Any, rows: pd.DataFrame, keys: Sequence[str], how: How = "mean") -> pd.DataFrame:
+    """A row a run and each value of `keys`, over the run's layers, with its setting, seed and status.
 
-    In the order of `runs`; a null that no layer has stays missing. `geometric` is for ratios, of which few large ones
-    would make the arithmetic mean.
+    In the sweep's order, by run id; a null that no layer has stays missing. `geometric` is for ratios, of which few
+    large ones would make the arithmetic mean.
     """
     import numpy as np
 
@@ -61,7 +61,8 @@ def per_run(rows: pd.DataFrame, runs: pd.DataFrame, keys: Sequence[str], how: Ho
     found = groups.sum(min_count=1) if how == "sum" else groups.mean()
     found = np.exp(found) if how == "geometric" else found
     found = found.rename(columns={"null": NULL}).reset_index().set_index("run_id")
-    return runs[[name for name in runs if name not in found]].join(found, how="inner")
+    columns = dict.fromkeys([*results.settings, "seed", "status"])
+    return results.runs[list(columns)].join(found, how="inner")
 
 
 def shown_settings(results: Any, runs: pd.DataFrame, most: int, ranks: int = 4) -> list[tuple[Any, ...]]:
@@ -77,7 +78,8 @@ def shown_settings(results: Any, runs: pd.DataFrame, most: int, ranks: int = 4) 
         settings = _thinned(settings, results.settings.index(RANK), ranks)
         ranks -= 1
     if len(settings) > most:
-        scores = {values: _score(results, chunk) for values, chunk in grouped(runs, results.settings)}
+        groups = grouped(results.runs.loc[runs.index.unique()], results.settings)
+        scores = {values: _score(results, chunk) for values, chunk in groups}
         best = sorted(settings, key=scores.__getitem__)[:most]
         settings = [values for values in settings if values in best]
     return settings

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lorabench.aggregate import Cell, cell
-from lorabench.results import ordered
+from lorabench.drawing import NULL_DASHES, REFERENCE
 from lorabench.rows import VALUE
 
 if TYPE_CHECKING:
@@ -16,23 +16,24 @@ if TYPE_CHECKING:
 
     from lorabench.drawing import Look
 
-NULL_DASHES = (0, (3, 2))
 Curve = list[tuple[float, Cell]]
+MOST_BARS = 12
+"""Points of one line whose bars can still be told apart."""
 
 
 def curve(rows: pd.DataFrame, x: str) -> Curve:
     """The mean over seeds at each value of the column `x`, ascending."""
-    cells = [(float(at), cell(rows[rows[x] == at], VALUE)) for at in ordered(rows[x])]
+    cells = [(float(at), cell(chunk, VALUE)) for at, chunk in rows.groupby(x)]
     return [(at, item) for at, item in cells if item.mean is not None]
 
 
 def draw_curve(
     axes: Axes, line: Curve, look: Look, *, shift: float | None = None, logs: bool = False, null: str | None = None
 ) -> Any:
-    """Means as a line with a band, or with bars where it is shifted sideways; its null dashed, in the same colour.
+    """Means as a line with a band; its null dashed, in the same colour.
 
-    Hollow where there is a single seed. `logs`: the cells hold logarithms, which are drawn as what they are of.
-    `null`: another colour for it, where the lines share one.
+    A `shift` sideways is for lines of few points with bars instead. Hollow where there is a single seed. `logs`: the
+    cells hold logarithms, which are drawn as what they are of. `null`: another colour for it, where lines share one.
     """
     xs = [x + (shift or 0.0) for x, _ in line]
     show = math.exp if logs else float
@@ -42,8 +43,8 @@ def draw_curve(
     alone = all(item.half is None for _, item in line)
     style: dict[str, Any] = {"color": look.color, "marker": look.marker, "markersize": 3.2}
     style |= {"markerfacecolor": "white" if alone else look.color, "zorder": 3}
-    (handle,) = axes.plot(xs, means, linestyle=look.dashes, markevery=_marked(len(xs)), **style)
-    if shift is not None:
+    (handle,) = axes.plot(xs, means, linestyle=look.dashes, markevery=_marked(len(xs), shift is None), **style)
+    if shift is not None and len(xs) <= MOST_BARS:
         axes.vlines(xs, low, high, color=look.color, linewidth=0.8, zorder=2)
     else:
         axes.fill_between(xs, low, high, color=look.color, alpha=0.13, linewidth=0)
@@ -64,8 +65,6 @@ def null_handle(label: str) -> dict[str, Any]:
     """An entry for the legend: dashed is chance."""
     from matplotlib.lines import Line2D
 
-    from lorabench.drawing import REFERENCE
-
     return {label: Line2D([], [], color=REFERENCE, linestyle=NULL_DASHES, linewidth=0.9)}
 
 
@@ -73,6 +72,8 @@ def has_null(lines: Sequence[Curve]) -> bool:
     return any(item.null is not None for line in lines for _, item in line)
 
 
-def _marked(count: int) -> list[int]:
-    """Every point of a short line; of a long one those at powers of two."""
-    return list(range(count)) if count <= 10 else [2**k - 1 for k in range(count.bit_length()) if 2**k <= count]
+def _marked(count: int, is_log: bool) -> list[int]:
+    """Every point of a short line; of a long one a few, at powers of two where it is drawn over their logarithm."""
+    if count <= MOST_BARS:
+        return list(range(count))
+    return [2**k - 1 for k in range(count.bit_length()) if 2**k <= count] if is_log else [*range(0, count, count // 6)]

@@ -36,18 +36,19 @@ class Amplification(Figure):
         whole, growing = (self._rows(results, metric, done) for metric in ("amplification", "amplification_at"))
         if whole.empty:
             return None
-        by_kind = _logarithms(per_run(whole, done, ["kind"], "geometric"))
-        by_count = _logarithms(per_run(shared(growing), done, ["r"], "geometric"))
+        by_kind = _logarithms(per_run(results, whole, ["kind"], "geometric"))
+        by_count = _logarithms(per_run(results, _of_all_layers(shared(growing)), ["r"], "geometric"))
         settings = shown_settings(results, by_kind, MAX_LINES)
         lines = by_setting(results, by_count, settings)
         looks = drawing.looks(label for label, _ in lines)
         with drawing.style():
-            figure, grid = drawing.new_figure(1, 2, sharey=True, height=2.5)
+            figure, grid = drawing.new_figure(1, 2, height=2.5)
             handles = _against_count(grid[0, 0], lines, looks)
             kinds = ordered_kinds(by_kind["kind"])
             _by_kind(grid[0, 1], by_setting(results, by_kind, settings), kinds, looks)
-            grid[0, 0].set(yscale="log", ylabel="Amplification ‖ΔW‖ / ‖Uᵀ W0 V‖")
-            grid[0, 0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            for axes in grid[0]:
+                axes.set(yscale="log", ylabel="Amplification ‖ΔW‖ / ‖Uᵀ W0 V‖")
+                drawing.plain_logarithmic(axes)
             grid[0, 0].set(
                 xlabel="Top directions r of ΔW that U and V hold", title=", ".join(self.kinds) or "mean over all layers"
             )
@@ -76,6 +77,12 @@ class Amplification(Figure):
 EXAMPLE = Amplification()
 
 
+def _of_all_layers(rows: pd.DataFrame) -> pd.DataFrame:
+    """Each run up to the r that all its layers have: past it the mean would be over the larger ones alone."""
+    at_r = rows.groupby(["run_id", "r"])["layer"].transform("nunique")
+    return rows[at_r == rows.groupby("run_id")["layer"].transform("nunique")]
+
+
 def _logarithms(rows: pd.DataFrame) -> pd.DataFrame:
     """Intervals of a ratio are those of its logarithm."""
     import numpy as np
@@ -86,7 +93,7 @@ def _logarithms(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _against_count(axes: Axes, lines: list[tuple[str, pd.DataFrame]], looks: dict[str, Look]) -> dict[str, Any]:
-    """Up to the r that every layer has: past it the mean would be over some of them."""
+    """A line a setting over the number of directions; label -> handle."""
     from lorabench import drawing
     from lorabench.figures._curves import curve, draw_curve
 

@@ -74,7 +74,7 @@ class DepthProfile(Figure):
         rows = metric_rows(results, self.value, done)
         if rows.empty:
             return {}
-        found = per_run(rows, done, ["kind", "depth"])
+        found = per_run(results, rows, ["kind", "depth"])
         kinds = [kind for kind in ordered_kinds(rows["kind"]) if kind in (self.kinds or (kind,))]
         is_kind = self.lines == "kind"
         settings = shown_settings(results, found, MAX_PANELS if is_kind else MAX_LINES)
@@ -95,7 +95,7 @@ class DepthProfile(Figure):
         return (
             f"{capitalized(axis_label(self.value))} against depth (block 0 is next to the input), {lines}: means over "
             "seeds with 95% Student-t intervals (hollow: a single seed), settings at their own best learning rate. "
-            "Dashed, where the metric has one: what a random update or random directions of the same shapes and norms give."
+            "Dashed, where the metric has one: a random update, or random directions, of the same shapes and norms."
         )
 
 
@@ -124,6 +124,7 @@ def _scale(axes: Axes, lines: list[Curve]) -> None:
     if min(means) > 0 and max(means) > drawing.LOG_FACTOR * min(means):
         axes.set_yscale("log")
         axes.set_ylim(min([*means, *nulls]) / 1.3, max([*means, *nulls]) * 1.3)
+        drawing.plain_logarithmic(axes)
     elif nulls:
         low, high = axes.get_ylim()
         room = 0.04 * (high - low)

@@ -56,7 +56,8 @@ class HeatMap(Figure):
                     _map(axes, whole.get(title), kinds, depths, colors)
                 label = drawing.wrapped(capitalized(axis_label(value)), int(14 * height))
                 bar = figure.colorbar(colors, ax=line, label=label, pad=0.01, aspect=14)
-                bar.ax.yaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
+                if bar.ax.get_yscale() == "log":
+                    drawing.plain_logarithmic(bar.ax)
             for axes, title in zip(grid[0], titles, strict=True):
                 axes.set_title(drawing.wrapped(title, 88 // len(titles)))
             for axes in grid[-1]:
@@ -88,7 +89,7 @@ def _tables(results: Any, value: str, kinds: tuple[str, ...]) -> dict[str, pd.Da
         rows = rows[rows["kind"].isin(kinds)]
     if rows.empty:
         return {}
-    found = per_run(rows, done, ["kind", "depth"])
+    found = per_run(results, rows, ["kind", "depth"])
     settings = shown_settings(results, found, MAX_PANELS)
     return {label: seed_means(chunk) for label, chunk in by_setting(results, found, settings)}
 

@@ -49,7 +49,7 @@ class IntruderCurves(Figure):
             return None
         k, epsilon = (_nearest(counts[key], getattr(self, key)) for key in ("k", "epsilon"))
         at_both = counts[(counts["k"] == k) & (counts["epsilon"] == epsilon)]
-        points = drawing.finite(at_both, self.value)
+        points = drawing.finite(at_both.join(results.runs.filter([self.value])), self.value)
         chosen = counts[counts.index.isin(selected(results).done.index)]
         settings = shown_settings(results, chosen, MAX_LINES)
         lines = by_setting(results, chosen, settings)
@@ -94,7 +94,7 @@ def _counts(results: Any) -> tuple[pd.DataFrame, int]:
     if rows.empty:
         return rows, 0
     rows = common_layers(rows, "k")
-    return per_run(rows, done, ["epsilon", "k"], "sum"), rows["layer"].nunique()
+    return per_run(results, rows, ["epsilon", "k"], "sum"), rows["layer"].nunique()
 
 
 def _nearest(values: pd.Series, wanted: float) -> float:

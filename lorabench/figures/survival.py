@@ -64,7 +64,7 @@ class SurvivalCurves(Figure):
             rows = rows[rows["kind"].isin(self.kinds)]
         if rows.empty:
             return {}
-        found = per_run(common_layers(rows, "k"), done, ["side", "k"])
+        found = per_run(results, common_layers(rows, "k"), ["side", "k"])
         settings = shown_settings(results, found, MAX_LINES)
         panels: dict[str, dict[str, Curve]] = {side: {} for side in TITLES}
         for label, chunk in by_setting(results, found, settings):
