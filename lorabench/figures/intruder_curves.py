@@ -45,12 +45,12 @@ class IntruderCurves(Figure):
         from lorabench.rows import by_setting, shown_settings
 
         counts, num_matrices = _counts(results)
-        if counts.empty:
+        chosen = counts[counts.index.isin(selected(results).done.index)]
+        if chosen.empty:
             return None
         k, epsilon = (_nearest(counts[key], getattr(self, key)) for key in ("k", "epsilon"))
         at_both = counts[(counts["k"] == k) & (counts["epsilon"] == epsilon)]
         points = drawing.finite(at_both.join(results.runs.filter([self.value])), self.value)
-        chosen = counts[counts.index.isin(selected(results).done.index)]
         settings = shown_settings(results, chosen, MAX_LINES)
         lines = by_setting(results, chosen, settings)
         looks = drawing.looks(label for label, _ in lines)
@@ -85,7 +85,7 @@ EXAMPLE = IntruderCurves()
 
 
 def _counts(results: Any) -> tuple[pd.DataFrame, int]:
-    """The sum over matrices of each run that is done, at each (ε, k), with what is known of the run."""
+    """The sum over matrices of each run that is done, at each (ε, k), and of how many matrices."""
     from lorabench.record import Status
     from lorabench.rows import common_layers, metric_rows, per_run
 
