@@ -5,7 +5,7 @@ import pytest
 
 from lorabench import drawing, plugins
 from lorabench.decode import decode_plugin, encode
-from lorabench.figure import Figure
+from lorabench.figure import SECTIONS, Figure
 from lorabench.figures.rank_quality import RankQuality
 from lorabench.figures.spectra import Spectra
 from lorabench.figures.subspace_grid import SubspaceGrid
@@ -128,3 +128,8 @@ def test_subspace_grid_between_seeds(results):
     figure = SubspaceGrid(between="seed", rank=4).draw(results)
     assert figure.axes[-2].get_xlabel() == "j (another seed, rank 4)"
     assert np.asarray(figure.axes[0].collections[0].get_array()).size == 16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_figure_has_a_heading_in_the_report(name):
+    assert plugins.example("figures", name).section in SECTIONS
