@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
 
 MAX_ROWS = 12
+WIDEST = 26
+"""Characters of a name that stands in one line."""
 PREFERRED = ("method.name", "label", "method.rank", "seed")
 ROLES = {"energy_a_in_b": ("a", "b"), "energy_b_in_a": ("b", "a")}
 
@@ -40,15 +42,18 @@ class Containment(Figure):
         sides = [side for side in ("input", "output") if (rows["side"] == side).any()]
         looks = drawing.looks(sides)
         with drawing.style():
-            figure, grid = drawing.new_figure(1, 1, height=0.9 + 0.24 * len(names))
+            lines = 1 + any("\n" in name for name in names)
+            figure, grid = drawing.new_figure(1, 1, height=1.0 + (0.12 + 0.09 * lines) * len(names))
             axes = grid[0, 0]
             handles: dict[str, Any] = {}
             for position, side in enumerate(sides):
                 offset = 0.16 * (position - (len(sides) - 1) / 2)
                 handles |= _points(axes, rows[rows["side"] == side], names, offset, looks[side], side)
-            axes.set(xlim=(-0.02, 1.02), ylim=(len(names) - 0.5, -0.5), xlabel="Share of ‖ΔW‖²")
-            axes.set_yticks(range(len(names)), [drawing.wrapped(name, 26) for name in names])
-            axes.set_ylabel("ΔW of … in the subspace of …")
+            axes.set(
+                xlim=(-0.02, 1.02), ylim=(len(names) - 0.5, -0.5), xlabel="Share of A's ‖ΔW‖²\nin the subspace of B"
+            )
+            axes.set_yticks(range(len(names)), names)
+            axes.set_ylabel("A in B")
             axes.grid(axis="y", visible=False)
             handles |= {"chance": handles.pop("chance")} if "chance" in handles else {}
             drawing.legend_below(figure, list(handles.values()), list(handles), columns=3)
@@ -60,7 +65,7 @@ class Containment(Figure):
             "Share of the squared Frobenius norm of one run's ΔW in the subspace of another's (all its meaningful "
             f"directions; of a dense ΔW the top 64): means over layers{of} and seeds with 95% Student-t intervals over "
             "seeds (hollow: a single one). Vertical dashes: the share in a random subspace of the same dimension, "
-            "which for a large one is high by itself."
+            "which for a large one is high by itself. At most twelve, in the sweep's order."
         )
 
 
@@ -95,13 +100,15 @@ def _rows(results: Any, figure: Containment) -> pd.DataFrame:
 
 
 def _name(results: Any, runs: dict[str, str], metric: str, between: str | None) -> str:
-    """`full in lora, rank 16`; of two seeds one `in another seed`."""
+    """`full in lora, rank 16`, in two lines where it is long; of two seeds one `in another seed`."""
     from lorabench.drawing import series_label
 
     first, second = (
         series_label(results.settings, list(results.runs.loc[runs[role], results.settings])) for role in ROLES[metric]
     )
-    return f"{first} in another seed" if between == "seed" else f"{first} in {second}"
+    second = "another seed" if between == "seed" else second
+    gap = " " if len(first + second) <= WIDEST else "\n"
+    return f"{first}{gap}in {second}"
 
 
 def _points(axes: Axes, rows: pd.DataFrame, names: list[str], offset: float, look: Any, side: str) -> dict[str, Any]:
@@ -114,10 +121,11 @@ def _points(axes: Axes, rows: pd.DataFrame, names: list[str], offset: float, loo
         if item.mean is None:
             continue
         y = place + offset
-        handles[f"{side} side"] = axes.errorbar(
+        handle = axes.errorbar(
             item.center, y, xerr=item.half or 0.0, color=look.color, marker=look.marker, linestyle="none",
             elinewidth=0.8, markersize=3.5, markerfacecolor="white" if item.half is None else look.color,
         )  # fmt: skip
+        handles.setdefault(f"{side} side", handle)
         if item.null is not None:
             (handles["chance"],) = axes.plot(
                 item.null, y, marker="|", markersize=7, color=REFERENCE, linestyle="none", zorder=1

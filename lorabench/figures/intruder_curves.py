@@ -116,6 +116,7 @@ def _scatter(
     axes: Axes, points: pd.DataFrame, groups: list[tuple[str, pd.DataFrame]], looks: dict[str, Look], value: str
 ) -> None:
     """A point a run, and their rank correlation where there are enough."""
+    from matplotlib.ticker import MaxNLocator
     from scipy import stats
 
     from lorabench.labels import capitalized, measure, with_unit
@@ -128,6 +129,7 @@ def _scatter(
         look = looks[label]
         axes.plot(rows["value"], factor * rows[value], look.marker, color=look.color, markersize=4, linestyle="none")
     axes.margins(0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_ylabel(capitalized(with_unit(value)))
     title = f"{len(points)} runs"
     if len(points) >= FEWEST and points["value"].nunique() > 1 and points[value].nunique() > 1:

@@ -53,6 +53,17 @@ def test_legend_covers_no_panel(name, results):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_no_label_or_title_is_cut_off(name, results):
+    figure = drawn(name, results)
+    figure.canvas.draw()
+    for axes in (axes for axes in figure.axes if axes.get_visible()):
+        for text in filter(lambda text: text.get_text(), (axes.xaxis.label, axes.yaxis.label, axes.title)):
+            box = text.get_window_extent()
+            assert figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1, text.get_text()
+            assert figure.bbox.y0 - 1 <= box.y0 and box.y1 <= figure.bbox.y1 + 1, text.get_text()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_nothing_to_draw_is_none(name, tmp_path):
     missing = load_results(Store(tmp_path), synthetic.read())
     assert plugins.example("figures", name).draw(missing) is None

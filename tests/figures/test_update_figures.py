@@ -251,7 +251,7 @@ def test_containment_draws_both_ways_beside_chance(results):
 def test_containment_between_seeds_has_one_line_a_setting(results):
     (axes,) = Containment(between="seed").draw(results).axes
     labels = [text.get_text() for text in axes.get_yticklabels()]
-    assert "lora, rank 4 in another\nseed" in labels and len(labels) == len(set(labels))
+    assert "lora, rank 4 in another seed" in labels and len(labels) == len(set(labels))
 
 
 @pytest.mark.parametrize("value", ["spectrum.rank_9", "alignment.amplification_at", "valid"])
