@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 RANK = "method.rank"
 VALUE, NULL = "value", "value:null"
 """The columns of what `per_run` gives, as `aggregate.cell` reads them."""
+THINNED = "Of more settings than there is room for, some of the ranks are left out, then those that do worst."
+"""For captions: what `shown_settings` does."""
 How = Literal["mean", "sum", "geometric"]
 NAMES = {
     "spectrum.relative_norm": "‖ΔW‖ / ‖W0‖",

@@ -64,13 +64,15 @@ class Amplification(Figure):
         return rows[rows["kind"].isin(self.kinds)] if self.kinds and len(rows) else rows
 
     def caption(self) -> str:
+        from lorabench.rows import THINNED
+
         of = f" ({', '.join(self.kinds)})" if self.kinds else ""
         return (
             "Amplification factor of ΔW, ‖ΔW‖ over ‖Uᵀ W0 V‖ with U and V the top singular directions of ΔW (Hu et al. "
             f"2021, section 7.3 and table 7): geometric means over layers{of} and seeds, 95% Student-t intervals of "
             "the logarithm over seeds (hollow: a single seed), settings at their own best learning rate. Dashed, or a "
             "dash: random U and V. Below it, ΔW goes where W0 is stronger than by chance; above it, where W0 does "
-            "less. The factor falls with r, so settings compare at one r."
+            "less. The factor falls with r, so settings compare at one r. " + THINNED
         )
 
 

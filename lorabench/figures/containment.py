@@ -64,7 +64,7 @@ class Containment(Figure):
         return (
             "Share of the squared Frobenius norm of one run's ΔW in the subspace of another's (all its meaningful "
             f"directions; of a dense ΔW the top 64): means over layers{of} and seeds with 95% Student-t intervals over "
-            "seeds (hollow: a single one). Vertical dashes: the share in a random subspace of the same dimension, "
+            "seeds (hollow: a single one, or pairs of seeds, which share runs). Vertical dashes: the share in a random subspace of the same dimension, "
             "which for a large one is high by itself. At most twelve, in the sweep's order."
         )
 
@@ -96,7 +96,8 @@ def _rows(results: Any, figure: Containment) -> pd.DataFrame:
         _name(results, {"a": a, "b": b}, metric, between)
         for a, b, metric in zip(found["run_a"], found["run_b"], found["metric"], strict=True)
     ]
-    return found.join(runs[["seed", "status"]], on="run_a").rename(columns={"null": "value:null"})
+    found = found.join(runs[["seed", "status"]], on="run_a").rename(columns={"null": "value:null"})
+    return found.assign(seed=0) if between == "seed" else found  # pairs share runs: their spread gives no interval
 
 
 def _name(results: Any, runs: dict[str, str], metric: str, between: str | None) -> str:

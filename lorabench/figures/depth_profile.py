@@ -89,13 +89,14 @@ class DepthProfile(Figure):
 
     def caption(self) -> str:
         from lorabench.labels import capitalized
-        from lorabench.rows import axis_label
+        from lorabench.rows import THINNED, axis_label
 
         lines = "a line a kind of module" if self.lines == "kind" else "a panel a kind of module"
         return (
             f"{capitalized(axis_label(self.value))} against depth (block 0 is next to the input), {lines}: means over "
             "seeds with 95% Student-t intervals (hollow: a single seed), settings at their own best learning rate. "
-            "Dashed, where the metric has one: a random update, or random directions, of the same shapes and norms."
+            "Dashed, where the metric has one: a random update, or random directions, of the same shapes and norms. "
+            + THINNED
         )
 
 

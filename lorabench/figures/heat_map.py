@@ -68,10 +68,12 @@ class HeatMap(Figure):
         return figure
 
     def caption(self) -> str:
+        from lorabench.rows import THINNED
+
         return (
             "Each layer's ΔW by block of the model (0 next to the input) and kind of module, the mean over seeds; "
-            "settings at their own best learning rate (of more than four those of the largest ranks, then the best). "
-            "Hatched: not trained. Colours are logarithmic where values span more than a factor of 20."
+            "settings at their own best learning rate. "
+            "Hatched: not trained. Colours are logarithmic where values span more than a factor of 20. " + THINNED
         )
 
 

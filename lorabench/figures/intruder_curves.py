@@ -71,13 +71,16 @@ class IntruderCurves(Figure):
         return figure
 
     def caption(self) -> str:
+        from lorabench.rows import THINNED
+
         return (
             "Intruder dimensions: top left singular vectors of W0 + ΔW whose |cos| with every one of W0 is below ε, "
             "summed over the matrices that all runs have (Shuttleworth et al. 2024). Means over seeds, bands 95% "
             "Student-t intervals (hollow: a single seed), settings at their own best learning rate. Dashed: the same "
             "singular values of ΔW in random directions. Degenerate: the share of intruders whose singular value is "
             "within 1% of a neighbour's, so that the single vector means little. Right: a point a run, all learning "
-            "rates, grey where the setting has no curve; Spearman's ρ over all of them, whatever else they differ in."
+            "rates, grey where the setting has no curve; Spearman's ρ over all of them, whatever else they differ in. "
+            + THINNED
         )
 
 

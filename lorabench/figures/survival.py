@@ -73,6 +73,8 @@ class SurvivalCurves(Figure):
         return panels
 
     def caption(self) -> str:
+        from lorabench.rows import THINNED
+
         of = f" ({', '.join(self.kinds)})" if self.kinds else ""
         what = (
             "How much of the span of the k top singular directions of W0 lies in that of W0 + ΔW, φ(k, k)"
@@ -82,7 +84,7 @@ class SurvivalCurves(Figure):
         return (
             f"{what} (1: untouched): means over the layers{of} that all runs have and over seeds, bands 95% Student-t "
             "intervals over seeds (hollow: a single seed), settings at their own best learning rate. Dashed: random "
-            "directions."
+            "directions. " + THINNED
         )
 
 

@@ -252,6 +252,8 @@ def test_containment_between_seeds_has_one_line_a_setting(results):
     (axes,) = Containment(between="seed").draw(results).axes
     labels = [text.get_text() for text in axes.get_yticklabels()]
     assert "lora, rank 4 in another seed" in labels and len(labels) == len(set(labels))
+    bars = [segment for bars in axes.collections for segment in bars.get_segments()]
+    assert all(np.ptp(bar[:, 0]) == 0 for bar in bars)  # pairs of seeds share runs
 
 
 @pytest.mark.parametrize("value", ["spectrum.rank_9", "alignment.amplification_at", "valid"])
