@@ -64,8 +64,9 @@ class Containment(Figure):
         return (
             "Share of the squared Frobenius norm of one run's ΔW in the subspace of another's (all its meaningful "
             f"directions; of a dense ΔW the top 64): means over layers{of} and seeds with 95% Student-t intervals over "
-            "seeds (hollow: a single one, or pairs of seeds, which share runs). Vertical dashes: the share in a random subspace of the same dimension, "
-            "which for a large one is high by itself. At most twelve, in the sweep's order."
+            "seeds (hollow: a single one, or pairs of seeds, which share runs). Vertical dashes: the share in a random "
+            "subspace of the same dimension, which for a large one is high by itself. At most twelve, in the sweep's "
+            "order."
         )
 
 
