@@ -34,8 +34,10 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
+	$(PIP) -e ".[bench]"
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/grid.py
+	$(BIN)/python benchmarks/analysis.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,7 +22,7 @@ from lorabench.examples import Examples, Order
 from lorabench.model import load_base
 from lorabench.spec import RunSpec
 from lorabench.steps import StepLog
-from lorabench.train import FLUSH_EVERY, Stop, Training, make_optimizer, train
+from lorabench.train import FLUSH_EVERY, Saves, Stop, Training, make_optimizer, train
 
 LOG_EVERY = FLUSH_EVERY
 """Steps between two looks at the loss, of each contender: lorabench's own habit."""
@@ -71,9 +71,10 @@ def run_lorabench(race: Race) -> None:
         assert hold is not None
         log = TickingLog(Path(folder) / "steps.jsonl", 0, math.inf)
         log.watch = race.watch
+        saves = Saves(checkpoint=lambda: None, snapshot=lambda: None)
         with hold:
             meter.start_training()
-            train(training, race.examples, log, Stop(), lambda: None, hold)
+            train(training, race.examples, log, Stop(), saves, hold)
             meter.end_training()
     race.losses = training.losses
     baseline = 0 if race.watch.device.type == "cuda" else meter.baseline_gib

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench import plugins
 from lorabench.decode import InputError
+from lorabench.machine import PATIENT_THREADS
 from lorabench.terminal import talk, text_table
 
 if TYPE_CHECKING:
+    from lorabench.formats import Adapter
     from lorabench.record import Status, Store
     from lorabench.sweep import Sweep
 
@@ -31,6 +33,8 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = make_parser().parse_args(argv)
+    for name, value in PATIENT_THREADS.items():
+        os.environ.setdefault(name, value)
     try:
         code = arguments.function(arguments)
         sys.stdout.flush()
@@ -164,6 +168,69 @@ def merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def inspect(arguments: argparse.Namespace) -> int:
+    """Show what an adapter changed in the weights, layer by layer, beside chance.
+
+    ADAPTER is a file, a folder or a Hub id, of any known format; nothing is unpickled, and no model is loaded. For
+    every matrix ΔW: singular values, effective ranks, norms and power-law tail, beside those of a random update of the
+    same shape; and the smallest ranks that keep a share of ΔW's energy, as PEFT's `rank_pattern`.
+    """
+    energy = _share("--energy", arguments.energy)
+    from lorabench.inspection import inspect_adapter
+    from lorabench.terminal import tracked
+
+    adapter = _adapter(arguments.adapter, arguments)
+    found = inspect_adapter(adapter, energy, lambda layers: tracked(layers, len(adapter.entries), "inspecting"))
+    if arguments.html:
+        from lorabench.inspection_page import inspection_page
+
+        _write_page(arguments.html, inspection_page(found, energy))
+    from lorabench.inspection_text import inspection_text
+
+    print(_json(found) if arguments.json else inspection_text(found, energy, bold=sys.stdout.isatty()))
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Show how far two adapters changed the same directions, layer by layer, beside chance.
+
+    A and B are files, folders or Hub ids, of any known formats. For every layer that both have, on its input and its
+    output side: subspace similarity φ(i, j), principal angles, Grassmann distance, how much of each ΔW lies in the
+    other's subspace, and a permutation test of whether the two share directions. Scales play no part in any of these.
+    """
+    from lorabench.comparison import compare_adapters
+    from lorabench.terminal import tracked
+
+    a, b = (_adapter(source, arguments) for source in (arguments.a, arguments.b))
+    found = compare_adapters(a, b, lambda pairs, total: tracked(pairs, total, "comparing"))
+    if arguments.html:
+        from lorabench.comparison_page import comparison_page
+
+        _write_page(arguments.html, comparison_page(found))
+    from lorabench.comparison_text import comparison_text
+
+    print(_json(found) if arguments.json else comparison_text(found, bold=sys.stdout.isatty()))
+    return 0
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Write any LoRA-like adapter in PEFT's format, such that PEFT computes the same ΔW.
+
+    ADAPTER is a file, a folder, a run's folder or a Hub id, of any format that lorabench reads. Refused, with the
+    reason, where it would not be exact: a dense ΔW, DoRA, names of which it is not certain which module they mean
+    (--base tells). OUTPUT must be new or empty.
+    """
+    _hush_libraries()
+    from lorabench.convert import convert as write_as_peft
+
+    adapter = _adapter(arguments.adapter, arguments)
+    for note in write_as_peft(adapter, arguments.output, arguments.base):
+        talk(f"note: {note}")
+    talk(f"{len(adapter.entries)} layers of {adapter.format}, scale: {adapter.scale_source or 'none'}")
+    print(arguments.output)
+    return 0
+
+
 def list_plugins(arguments: argparse.Namespace) -> int:
     """List the methods, tasks, analyses and figures that a sweep file can name."""
     folders = [arguments.kind] if arguments.kind else list(plugins.FOLDERS)
@@ -206,6 +273,11 @@ _HERE = _argument(
     "results", "a results folder (default: results)", metavar="RESULTS", type=Path, nargs="?", default=Path("results")
 )
 _NAMED = _argument("sweep", "a sweep file, or the name of a sweep in RESULTS", metavar="SWEEP", nargs="?")
+_BASE = _argument(
+    "--base", "the untouched weights: where ΔW is a difference of checkpoints, or needs them (DoRA)", metavar="BASE"
+)
+_ALPHA = _argument("--alpha", "α of a format that does not keep its own", type=float, metavar="A")
+_HTML = _argument("--html", "write a page with figures too", type=Path, metavar="FILE")
 _DEVICE = _argument("--device", "auto (default), cpu, cuda or cuda:1", default="auto")
 
 
@@ -276,6 +348,38 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[tuple[str, d
             _JSON,
         ],
     ),
+    "inspect": (
+        inspect,
+        [
+            _argument("adapter", "a file, a folder or a Hub id", metavar="ADAPTER"),
+            _BASE,
+            _ALPHA,
+            _argument("--energy", "share of ‖ΔW‖² that the advised ranks keep (default: 0.95)", type=float,
+                      default=0.95, metavar="Q"),
+            _HTML,
+            _JSON,
+        ],
+    ),
+    "compare": (
+        compare,
+        [
+            _argument("a", "a file, a folder or a Hub id", metavar="A"),
+            _argument("b", "another", metavar="B"),
+            _BASE,
+            _ALPHA,
+            _HTML,
+            _JSON,
+        ],
+    ),
+    "convert": (
+        convert,
+        [
+            _argument("adapter", "a file, a folder, a run's folder or a Hub id", metavar="ADAPTER"),
+            _argument("output", "a folder, new or empty", metavar="OUTPUT", type=Path),
+            _BASE,
+            _ALPHA,
+        ],
+    ),
     "list": (list_plugins, [_argument("kind", "only these", nargs="?", choices=plugins.FOLDERS), _JSON]),
 }  # fmt: skip
 
@@ -324,6 +428,33 @@ def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
     return name
+
+
+def _share(flag: str, value: float) -> float:
+    if not 0 < value <= 1:
+        raise InputError(f"{flag} {value:g}: must be above 0 and at most 1")
+    return value
+
+
+def _adapter(source: str, arguments: argparse.Namespace) -> Adapter:
+    """Opened; what its reader has to say of it is said, a guessed scale as a warning."""
+    if arguments.alpha is not None and not 0 < arguments.alpha < math.inf:
+        raise InputError(f"--alpha {arguments.alpha:g}: must be a number above 0")
+    from lorabench.formats import open_adapter
+
+    adapter = open_adapter(source, base=arguments.base, alpha=arguments.alpha)
+    if adapter.scale_source == "assumed":
+        talk(f"warning: {source}: its scale is assumed; --alpha sets it")
+    for note in adapter.notes:
+        talk(f"{source}: {note}")
+    return adapter
+
+
+def _write_page(file: Path, text: str) -> None:
+    from lorabench.record import write_bytes
+
+    write_bytes(file, text.encode())
+    talk(f"wrote {file}")
 
 
 def _retry(text: str) -> frozenset[Status]:

@@ -139,7 +139,7 @@ def read_adapter(store: Store, given: str) -> Adapter:
         raise InputError(f"RUN = {run_id}: is {state.status}, not done")
     if not (folder / "adapter_config.json").is_file():
         raise InputError(f"RUN = {run_id}: has kept no adapter")
-    if file_digests(folder, folder.parent) != state.record.files:
+    if file_digests(folder, folder.parent) != state.record.updates:
         raise InputError(f"RUN = {run_id}: its files are not those that its record describes")
     config: Any = PeftConfig.from_pretrained(str(folder))
     if config.peft_type != "LORA":
@@ -338,7 +338,7 @@ def compose(
 def _key(adapters: Sequence[Adapter], body: Body) -> dict[str, Any]:
     """All that a body's numbers depend on."""
     runs = [
-        {"run_id": a.record.run_id, "files": a.record.files, "data": a.record.environment.get("data")}
+        {"run_id": a.record.run_id, "files": a.record.updates, "data": a.record.environment.get("data")}
         for a in adapters
     ]  # fmt: skip
     return {"version": VERSION, "runs": runs, "body": {**asdict(body), "weights": list(body.weights or ())}}

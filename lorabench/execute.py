@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from lorabench import meter as meters
 from lorabench.claim import Hold, Lost
 from lorabench.decode import InputError, encode
 from lorabench.examples import Examples, prepare_stages
-from lorabench.record import RunRecord, Status, Store, file_digests
+from lorabench.record import RunRecord, Status, Store
+from lorabench.snapshots import drop_unknown, keep_snapshot, write_update
 from lorabench.spec import RunSpec, canonical_json, task_names
 from lorabench.steps import StepLog
 from lorabench.train import (
     Diverged,
+    Saves,
     Stop,
     Stopped,
     Training,
@@ -102,7 +105,8 @@ def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold) -> Statu
 
 def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunRecord, stop: Stop) -> None:
     """Load, evaluate, train, evaluate, save: fills `record`."""
-    folder, checkpoint = store.folder(spec.id), store.folder(spec.id) / "checkpoint" / "state.pt"
+    folder = store.folder(spec.id)
+    checkpoint = checkpoint_file(folder)
     device = pick_device(options.device)
     torch.set_num_threads(spec.threads)
     if device.type == "cuda":
@@ -130,11 +134,14 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
         record.resumed_from_step = _resume(training, checkpoint)
     if not training.rows:
         _evaluate_base(training, stages, lambda: _seeded_base(spec, examples, device), stop, hold)
-    _train_and_evaluate(training, stages, options, stop, hold, folder, checkpoint)
+    drop_unknown(folder, training.snapshots, hold)
+    _train_and_evaluate(training, stages, options, stop, hold, folder)
     if not all(tensor.isfinite().all() for tensor in spec.method.trained_state(tuned).values()):
         raise Diverged(f"step {training.step}: trained weights are not finite")
     hold.progress["phase"] = "save"
-    record.files = _save(training, lambda: _seeded_base(spec, examples, device), folder, hold)
+    if spec.keep != "none":
+        load_base = partial(_seeded_base, spec, examples, device)
+        record.files = write_update(training, load_base, folder, "updates", hold) | training.snapshots
     _fill(record, training, folder)
     if spec.serving:
         _write_unserved(record, store, hold)
@@ -142,6 +149,11 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
         with meter.clock("serve"):
             _serve(record, training, stages, folder, stop)
         record.measures |= meter.wall_time()
+
+
+def checkpoint_file(folder: Path) -> Path:
+    """Where a run keeps the state that it goes on from."""
+    return folder / "checkpoint" / "state.pt"
 
 
 def _resume(training: Training, checkpoint: Path) -> int | None:
@@ -156,7 +168,7 @@ def _resume(training: Training, checkpoint: Path) -> int | None:
 
 
 def _train_and_evaluate(
-    training: Training, stages: list[Examples], options: Options, stop: Stop, hold: Hold, folder: Path, file: Path
+    training: Training, stages: list[Examples], options: Options, stop: Stop, hold: Hold, folder: Path
 ) -> None:
     """Everything that a stop can interrupt, task after task; the checkpoint is written whenever one does."""
     meter = training.meter
@@ -164,7 +176,11 @@ def _train_and_evaluate(
     def checkpoint() -> None:
         hold.check()
         log.flush()
-        training.save(file)
+        training.save(checkpoint_file(folder))
+
+    def snapshot() -> None:
+        load_base = partial(_seeded_base, training.spec, stages[0], meter.device)
+        keep_snapshot(training, load_base, folder, hold)
 
     @contextlib.contextmanager
     def evaluating() -> Iterator[None]:
@@ -177,13 +193,14 @@ def _train_and_evaluate(
             raise
 
     log = StepLog(folder / "steps.jsonl", training.step, options.checkpoint_seconds)
+    saves = Saves(checkpoint=checkpoint, snapshot=snapshot)
     for stage in range(training.stage, len(stages)):
         if stage > training.stage:
             training.next_task()
         hold.progress |= {"phase": "train", "step": training.step}
         meter.start_training()
         with meter.clock("train"):
-            train(training, stages[stage], log, stop, checkpoint, hold)
+            train(training, stages[stage], log, stop, saves, hold)
         meter.end_training()
         with evaluating():
             is_last = stage == len(stages) - 1
@@ -229,24 +246,6 @@ def _note_after(training: Training, after: dict[str, list[dict[str, float]]]) ->
         training.metrics["forgetting"] = retained["retain_loss"] - training.metrics["retain_loss_before"]
     last = training.losses[-max(1, training.spec.steps // 10) :]
     training.metrics["train_loss"] = sum(last) / len(last)
-
-
-def _save(training: Training, load_base: Any, folder: Path, hold: Hold) -> dict[str, str]:
-    """Write what was learned to `updates/`, whole or not at all; its digests."""
-    spec = training.spec
-    if spec.keep == "none":
-        return {}
-    temporary, final = folder / f"updates.{os.getpid()}.tmp", folder / "updates"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same pid
-        temporary.mkdir()
-        spec.method.save(training.model, load_base, temporary, spec.keep)
-        hold.check()
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return file_digests(final, folder)
 
 
 def _write_unserved(record: RunRecord, store: Store, hold: Hold) -> None:

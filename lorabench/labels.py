@@ -30,6 +30,8 @@ MEASURE_NAMES = {
     "retain_loss_before": "retention loss before",
     "retain_loss_after": "retention loss after",
     "base_valid_loss": "base validation loss",
+    "dynamics.settled_step": "settled step, input side",
+    "dynamics.settled_step_output": "settled step, output side",
 }
 PREFIXES = {"valid_": "validation ", "test_": "test ", "train_": "training "}
 WORDS = {

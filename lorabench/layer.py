@@ -19,9 +19,9 @@ _SHARED_NAMES = ("dense", "c_proj")
 class LayerSVD:
     """The seam that every analysis consumes: ΔW of one matrix, whatever made it.
 
-    `rank` is the number of columns of the factors, None for a dense ΔW; `base_norm` (‖W0‖_F), `precision` and
-    `scale_source` are as in `Update`. `update` is ΔW itself, where it was kept (`keep = "svd:K"` keeps its singular
-    vectors alone); `step` the optimizer step after which it stood, None for the end of training.
+    `rank` is the number of columns of the factors, None for a dense ΔW; `base_norm` (‖W0‖_F), `precision`, `scale`
+    and `scale_source` are as in `Update`. `update` is ΔW itself, where it was kept (`keep = "svd:K"` keeps its
+    singular vectors alone); `step` the optimizer step after which it stood, None for the end of training.
     """
 
     parameter: str
@@ -29,6 +29,7 @@ class LayerSVD:
     rank: int | None = None
     base_norm: float | None = None
     precision: str | None = None
+    scale: float | None = None
     scale_source: str | None = None
     update: Update | None = None
     step: int | None = None
@@ -64,7 +65,10 @@ def layer_kind(layer: str) -> str:
     """`model.layers.3.self_attn.q_proj` -> `q_proj`.
 
     Names that BERT and GPT-2 give to several layers of a block keep their path in it: `attn.c_proj`, `mlp.c_proj`.
+    A number alone says nothing of its kind: `to_out.0` in diffusion models.
     """
     last = layer.rpartition(".")[2]
+    if last.isdigit():
+        return ".".join(layer.split(".")[-2:])
     block = _BLOCK.search(layer)
     return layer[block.end() :] if last in _SHARED_NAMES and block else last

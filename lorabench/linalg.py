@@ -172,6 +172,21 @@ def powerlaw_fit(eigenvalues: np.ndarray) -> tuple[float | None, float | None]:
     return float(1 + rates[best]), float(distances[best])
 
 
+def inner_product(B: Tensor, A: Tensor | None, C: Tensor, D: Tensor | None) -> float:
+    """⟨B A, C D⟩_F in float64, for `B` (M, r), `A` (r, N), `C` (M, q), `D` (q, N); no product (M, N) is formed.
+
+    Without `A`, `B` (M, N) is the matrix itself; `C` without `D` likewise.
+    """
+    if A is None and D is not None:
+        return inner_product(C, D, B, None)
+    pairs = zip(B.split(_CHUNK_ROWS), C.split(_CHUNK_ROWS), strict=True)
+    chunks = ((b.double(), c.double()) for b, c in pairs)  # one at a time: a dense ΔW is large
+    if A is None:
+        return float(sum((b * c).sum() for b, c in chunks))
+    cross = sum(b.mT @ c for b, c in chunks)
+    return float((cross * (A.double() if D is None else A.double() @ D.double().mT)).sum())
+
+
 def subspace_similarity(U: Tensor, V: Tensor) -> Tensor:
     """φ (p, q) in [0, 1]: φ[i-1, j-1] = ‖U[:, :i]ᵀ V[:, :j]‖_F² / min(i, j), for all i and j at once.
 
@@ -202,6 +217,17 @@ def principal_angles(U: Tensor, V: Tensor) -> Tensor:
         sines = torch.linalg.svdvals(V @ Z - U @ (cross @ Z)).flip(-1)
         angles[:small] = sines.clamp(0, 1).arcsin()
     return angles
+
+
+def energy_in_subspace(W: Tensor, Q: Tensor) -> float:
+    """Share of ‖W‖_F² that lies in the column space of `Q`, in [0, 1]: ‖QᵀW‖_F² / ‖W‖_F².
+
+    `W` (d, n), not zero, and `Q` (d, q), orthonormal columns. Of ΔW on its output side; on its input side `W` is ΔWᵀ.
+    U diag(S) gives the same as U diag(S) Vh, which is never formed. Chance: q / d, whatever `W` is.
+    """
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    inside, whole = (torch.linalg.vector_norm(X, dtype=torch.float64) for X in (Q.to(W.dtype).mT @ W, W))
+    return min(1.0, float((inside / whole).square()))
 
 
 def grassmann_distance(angles: Tensor) -> float:

@@ -115,17 +115,28 @@ class Meter:
         self._pending.clear()
 
     def start_training(self) -> None:
+        self.release()
+        self._energy.start()
+
+    def release(self, *, collect: bool = True) -> None:
         """Give memory that loading left behind back to the system, so that it is not taken for training's."""
-        release_memory()
+        release_memory(collect=collect)
         if self.device.type == "cuda":
             import torch
 
             torch.cuda.empty_cache()
-        self._energy.start()
 
     def end_training(self) -> None:
         self.flush()
         self.energy_joules += self._energy.stop()
+
+    @contextlib.contextmanager
+    def pause_training(self, name: str) -> Iterator[None]:
+        """What happens inside is on the clock `name`; its time and energy are not training's."""
+        with self.clock(name):
+            self.end_training()
+            yield
+            self._energy.start()
 
     @property
     def state(self) -> dict[str, Any]:
@@ -226,9 +237,13 @@ def _is_tensor(value: Any) -> bool:
     return torch.is_tensor(value)
 
 
-def release_memory() -> None:
-    """Give freed memory back to the system, as far as the C library can."""
-    gc.collect()
+def release_memory(*, collect: bool = True) -> None:
+    """Give freed memory back to the system, as far as the C library can.
+
+    `collect` finds what only cycles keep, such as a model; it takes half a second with all libraries loaded.
+    """
+    if collect:
+        gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lorabench.linalg import spectrum_metrics
 
 DRAWS = 16
+_PERMUTED_ENTRIES = 2**22
+"""Held at a time by the permutation test: 16 MiB of float32."""
 
 
 @lru_cache(maxsize=4096)
@@ -79,6 +83,29 @@ def similarity_chance(p: int, q: int, d: int) -> tuple[np.ndarray, np.ndarray]:
     mean = np.maximum(i, j) / d
     variance = 2.0 * i * j * (d - i) * (d - j) / (d**2 * max(d - 1, 1) * (d + 2))
     return mean, np.sqrt(variance) / np.minimum(i, j)
+
+
+def permutation_p_value(U: Tensor, V: Tensor, draws: int = 199, seed: int = 0) -> float:
+    """Permutation test of whether the column spaces of `U` (d, p) and `V` (d, q) share directions, one-sided.
+
+    Null hypothesis: the coordinates of one space have nothing to do with those of the other. The rows of `V` are
+    permuted at random, which keeps the distribution of its entries: a few coordinates that are large in both, each
+    for itself, make large overlaps likely, and are no evidence here. With T = ‖UᵀPV‖_F², p = (1 + #{T_draw ≥ T}) /
+    (draws + 1), in [1 / (draws + 1), 1] (Phipson and Smyth 2010, SAGMB 9(1), equation 2).
+    """
+    observed = (U.mT @ V).square().sum()
+    orders = _permutations(len(V), draws, seed)
+    at_a_time = max(1, _PERMUTED_ENTRIES // V.numel())
+    drawn = torch.cat([(U.mT @ V[some]).square().sum((-2, -1)) for some in orders.split(at_a_time)])
+    as_large = drawn >= observed * (1 - 1e-5)  # ties count: of the whole space all draws are equal but for rounding
+    return (1 + int(as_large.sum())) / (draws + 1)
+
+
+@lru_cache(maxsize=4)
+def _permutations(d: int, draws: int, seed: int) -> Tensor:
+    """(draws, d), the same for all layers of a width: each layer's test stands for itself."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(draws, d, generator=generator, dtype=torch.float64).argsort(1)
 
 
 @lru_cache(maxsize=1024)

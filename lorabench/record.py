@@ -1,6 +1,6 @@
 """What a run leaves behind: its record, and the store that all sweeps share.
 
-    results/runs/<run_id>/  spec.json  record.json  steps.jsonl  updates/  log.txt  claims/  checkpoint/
+    results/runs/<run_id>/  spec.json  record.json  steps.jsonl  updates/  snapshots/  log.txt  claims/  checkpoint/
 
 Everything is written whole or not at all (temporary file, fsync, rename), so a reader never sees half a record.
 """
@@ -118,6 +118,7 @@ MEASURES: dict[str, Measure] = (
         ("load_seconds", "s", False, "wall time to load the base and the data"),
         ("train_seconds", "s", False, "wall time of the training steps"),
         ("evaluate_seconds", "s", False, "wall time of evaluation"),
+        ("snapshot_seconds", "s", False, "wall time of keeping snapshots of ΔW while training"),
         ("serve_seconds", "s", False, "wall time of measuring inference, merging, loading and swapping"),
         ("total_seconds", "s", False, "wall time of the run"),
     )
@@ -188,6 +189,11 @@ class RunRecord:
     """How a measure was made where that can differ: `peak_gib: VmHWM, reset per phase`."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of what was learned, by path below the run's folder: the analyses' cache key."""
+
+    @property
+    def updates(self) -> dict[str, str]:
+        """Those of `files` that hold what was learned at the end, snapshots apart."""
+        return {path: digest for path, digest in self.files.items() if path.startswith("updates/")}
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

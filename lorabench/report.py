@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import re
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import pandas as pd
 
@@ -21,28 +19,16 @@ from lorabench.aggregate import FAILED, plain
 from lorabench.changes import changes_sheet
 from lorabench.figure import SECTIONS, Figure
 from lorabench.labels import capitalized, key_label, measure, value_label, with_unit
+from lorabench.page import TEMPLATES, Drawn, fill, picture
 from lorabench.record import Status, write_bytes, write_json
 from lorabench.results import Results, selected
 from lorabench.tables import build_tables, distinct, quality, write_tables
 from lorabench.typeset import Sheet
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+TEMPLATE = "report.html.j2"
 MANIFEST = ".report.json"
 """What the files of a report were made of, and their names."""
 HEADINGS = ("Question", "Cost", "Expect")
-DISPLAY_SCALE = 1.45
-"""Inches on the screen per inch in print."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """A figure as it stands in the report."""
-
-    name: str
-    caption: str
-    png: str
-    """Base64."""
-    inches: float
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,7 +67,7 @@ def _write(results: Results, folder: Path) -> list[Path]:
     summary, *tables = build_tables(results)
     changes = changes_sheet(results, selected(results), distinct("changes", [sheet.name for sheet in tables]))
     files = write_tables(results, [summary, *([changes] if changes else []), *tables], folder / "tables")
-    drawn: dict[str, list[Drawn]] = {section: [] for section in SECTIONS}
+    shown: dict[str, list[Drawn]] = {section: [] for section in SECTIONS}
     empty = []
     for name, figure in _figures(results).items():
         canvas = figure.draw(results)
@@ -90,12 +76,10 @@ def _write(results: Results, folder: Path) -> list[Path]:
             continue
         inches = float(canvas.get_figwidth())
         pdf, png = drawing.save(canvas, folder / "figures" / name)
-        content = base64.b64encode(png.read_bytes()).decode()
-        shown = Drawn(name=name, caption=figure.caption(), png=content, inches=inches * DISPLAY_SCALE)
-        drawn[figure.section].append(shown)
+        shown[figure.section].append(picture(name, figure.caption(), png.read_bytes(), inches))
         files += [pdf, png]
     write_bytes(folder / "sweep.toml", results.sweep.text.encode())
-    page = Content(summary=summary, changes=changes, tables=tables, figures=drawn, empty=empty)
+    page = Content(summary=summary, changes=changes, tables=tables, figures=shown, empty=empty)
     write_bytes(folder / "report.html", render(results, page).encode())
     return [*files, folder / "sweep.toml", folder / "report.html"]
 
@@ -108,9 +92,8 @@ def _digest(results: Results) -> str:
     for name, frame in sorted(results.analyses.items()):
         digest.update(f"{name} {list(frame.columns)}".encode())
         digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
-    for file in sorted(TEMPLATE.parent.rglob("*.py")):
+    for file in [*sorted(TEMPLATES.rglob("*.py")), *sorted(TEMPLATES.glob("*.j2"))]:
         digest.update(file.read_bytes())
-    digest.update(TEMPLATE.read_bytes())
     return digest.hexdigest()
 
 
@@ -124,10 +107,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def render(results: Results, page: Content) -> str:
     """The page's HTML."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text("utf-8"))
     counts = Counter(results.runs["status"])
-    return template.render(
+    return fill(
+        TEMPLATE,
         sweep=results.sweep,
         header=read_header(results.sweep.text),
         counts=[(status, counts[status]) for status in Status if counts[status]],

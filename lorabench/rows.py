@@ -44,7 +44,8 @@ def metric_rows(results: Any, value: str, runs: pd.DataFrame) -> pd.DataFrame:
     frame = results.analyses.get(analysis, pd.DataFrame())
     if frame.empty or "metric" not in frame:
         return pd.DataFrame()
-    frame = frame[(frame["metric"] == metric) & frame["run_id"].isin(runs.index) & frame["depth"].notna()]
+    frame = frame[(frame["metric"] == metric) & frame["run_id"].isin(runs.index)]
+    frame = frame[frame["depth"].notna() & frame["value"].notna()]
     return frame.astype({"run_id": str, "kind": str, "depth": int, "value": float, "null": float})
 
 

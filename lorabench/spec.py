@@ -59,6 +59,8 @@ class RunSpec:
     """Validate after every so many steps (None: only before and after training)."""
     keep: Keep = "updates"
     """What is kept of ΔW: `updates` (adapter, or full ΔW), `svd:K` (its K top singular vectors) or `none`."""
+    snapshot_every: Annotated[int, Ge(1)] | None = None
+    """Keep ΔW, in the form of `keep`, after every so many steps over all tasks too (None: only at the end)."""
     serving: bool = True
     """After training, measure inference of base, unmerged and merged model, and what loading and swapping take."""
     threads: Annotated[int, Ge(1), Le(1024)] = 1
@@ -75,6 +77,9 @@ class RunSpec:
         problems = [*self.method.problems(self), *self._task_problems()]
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             problems.append(f"micro_batch_size = {self.micro_batch_size}: must divide batch_size = {self.batch_size}")
+        if self.snapshot_every and self.keep == "none":
+            key = f"snapshot_every = {self.snapshot_every}"
+            problems.append(f'{key}: keep = "none" keeps nothing of ΔW; use keep = "updates" or "svd:K"')
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -102,9 +107,12 @@ class RunSpec:
         return spec_id(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """Holds `task` or `tasks`, never both."""
-        left_out = "task" if self.tasks else "tasks"
-        return {key: value for key, value in encode(self).items() if key != left_out}
+        """Holds `task` or `tasks`, never both, and `snapshot_every` only where it is given.
+
+        It came later than the runs of many stores: a key more would change their ids, and nothing else.
+        """
+        left_out = {"task" if self.tasks else "tasks", *(["snapshot_every"] if self.snapshot_every is None else [])}
+        return {key: value for key, value in encode(self).items() if key not in left_out}
 
     @classmethod
     def from_json(cls, table: dict[str, Any]) -> RunSpec:

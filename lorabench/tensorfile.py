@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +22,9 @@ from lorabench.decode import InputError
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-MAX_JSON_BYTES = 64 * 2**20
-"""An index of a model of a million tensors has about that size; a configuration never."""
+CONFIG_BYTES = 4 * 2**20
+"""No configuration is as large."""
+MAX_NAME = 400
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "adapter", "lora")
 """Keys under which checkpoints keep the dictionary of tensors."""
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -67,8 +69,9 @@ class TensorFile:
             self._handle = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: not a whole safetensors file (cut short?): {error}") from None
+        _check_names(self._handle.keys(), file)
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         return sorted(self._handle.keys())
 
@@ -113,7 +116,7 @@ class TorchFile:
     def __init__(self, file: Path):
         self.file = file
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         return sorted(self._tensors)
 
@@ -140,7 +143,9 @@ class TorchFile:
         table = _load(self.file)
         if not isinstance(table, dict):
             raise InputError(f"{self.file}: holds a {type(table).__name__}: must be a dictionary of tensors")
-        return _flat(table, self.file)
+        flat = _flat(table, self.file)
+        _check_names(flat, self.file)
+        return flat
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
@@ -202,6 +207,13 @@ def _flat(table: dict[Any, Any], file: Path) -> dict[str, Any]:
     return flat
 
 
+def _check_names(names: Iterable[str], file: Path) -> None:
+    """InputError for a name that no message could show in its line."""
+    for name in names:
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise InputError(f"{file}: holds a tensor whose name is no name: {name[:40]!r}")
+
+
 def _is_plain(value: Any) -> bool:
     """A setting, or a table of settings: no optimizer state."""
     if isinstance(value, dict):
@@ -232,10 +244,10 @@ def _checked(tensor: Tensor, file: Path, name: str) -> Tensor:
     return tensor
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file; InputError where it is none."""
+def read_json(file: Path, *, limit_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
+    """The JSON object in a file; InputError where it is none, or larger than such a file ever is."""
     check_regular(file)
-    if (size := file.stat().st_size) > MAX_JSON_BYTES:
+    if (size := file.stat().st_size) > limit_bytes:
         raise InputError(f"{file}: has {size} bytes: too large for a JSON file of this kind")
     try:
         text = file.read_text("utf-8")

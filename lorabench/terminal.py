@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from lorabench.record import RunState
+
+Item = TypeVar("Item")
 
 
 def talk(text: str) -> None:
@@ -36,6 +38,17 @@ def _cell(value: Any) -> str:
 
 def _is_number(cell: str) -> bool:
     return cell == "-" or cell.strip("~%").replace(".", "", 1).replace(",", "").replace("e-", "").isdigit()
+
+
+def tracked(items: Iterable[Item], total: int, text: str) -> Iterator[Item]:
+    """The items, with a bar on stderr while they are taken where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, description=text, total=total, console=Console(stderr=True), transient=True)
 
 
 def duration(seconds: float) -> str:

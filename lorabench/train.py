@@ -72,6 +72,8 @@ class Training:
     """Validation metrics of every task: before training, and after each task that is done."""
     content: dict[str, Any] = field(default_factory=dict)
     """Fingerprints of the base and the data: a checkpoint goes on with the same ones or not at all."""
+    snapshots: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the files of the snapshots kept so far, by path below the run's folder."""
 
     @property
     def task_step(self) -> int:
@@ -97,6 +99,7 @@ class Training:
             "losses": self.losses,
             "metrics": self.metrics,
             "rows": self.rows,
+            "snapshots": self.snapshots,
             "meter": self.meter.state,
         }
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -129,14 +132,22 @@ class Training:
         self.spec.method.restore(self.model, trained)
         self.stage, self.step, self.evaluated = step
         self.losses, self.metrics, self.rows, optimizer, meter, random = parts
+        self.snapshots = state.get("snapshots", {})
         self.optimizer.load_state_dict(optimizer)
         self.meter.restore(meter)
         set_random_state(random, self.meter.device)
 
 
-def train(
-    training: Training, examples: Examples, log: StepLog, stop: Stop, checkpoint: Callable[[], None], hold: Hold
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Saves:
+    """What a run writes of itself while it trains."""
+
+    checkpoint: Callable[[], None]
+    snapshot: Callable[[], None]
+    """Keeps ΔW; may leave the model in evaluation mode, and changes nothing else of the training."""
+
+
+def train(training: Training, examples: Examples, log: StepLog, stop: Stop, saves: Saves, hold: Hold) -> None:
     """Take the remaining steps of the task being trained. Raises Stopped (with a checkpoint written) or Diverged."""
     spec, model, meter = training.spec, training.model, training.meter
     task, device = examples.task, meter.device
@@ -156,7 +167,7 @@ def train(
                 model.train()
         except Stopped:
             flush(training, pending, log, hold)
-            checkpoint()
+            saves.checkpoint()
             raise
         batch = [examples.splits["train"][i] for i in order.indices(training.task_step)]
         parts = [collate(batch[i : i + micro], examples.padding, CPU) for i in range(0, len(batch), micro)]
@@ -188,15 +199,25 @@ def train(
         pending.append((training.step, loss, norm, spec.lr * lr_share))
         if training.step % FLUSH_EVERY == 0 or training.task_step == spec.steps:
             flush(training, pending, log, hold)
+        if snapshot_due(training):
+            flush(training, pending, log, hold)
+            saves.snapshot()
+            model.train()
         if log.checkpoint_due():
             flush(training, pending, log, hold)
-            checkpoint()
+            saves.checkpoint()
 
 
 def evaluation_due(training: Training) -> bool:
     """Whether the periodic evaluation of this step is still to do; a resumed run does what it was stopped in."""
     every = training.spec.eval_every
     return bool(every and training.task_step % every == 0 and training.step != training.evaluated)
+
+
+def snapshot_due(training: Training) -> bool:
+    """Whether ΔW is to be kept as it is after this step; after the last one `updates/` holds it."""
+    every = training.spec.snapshot_every
+    return bool(every and training.step % every == 0 and training.step < training.spec.total_steps)
 
 
 def flush(training: Training, pending: list[Any], log: StepLog, hold: Hold) -> None:

@@ -21,6 +21,9 @@ from lorabench.tensorfile import SUFFIXES, TORCH_SUFFIXES, Tensors, check_regula
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 """`model_type` of the models with transformers' Conv1D layers, whose weights are stored as (in, out)."""
 CONV1D_NAMES = ("c_attn", "q_attn", "c_proj", "c_fc")
+INDEX_BYTES = 64 * 2**20
+"""That of a model of some hundred thousand tensors is smaller."""
+_OF_TRAINING = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state")
 _EMBEDDING = re.compile(
     r"(?:^|\.)(?:embed_tokens|embed_tokens_per_layer|wte|wpe|shared|embed_in|embed_positions|tok_embeddings|"
     r"tokens_embed|positions_embed|relative_attention_bias|"
@@ -72,6 +75,11 @@ class WeightFiles:
             return math.prod(stored), 1
         return (stored[1], stored[0]) if self._is_transposed(name) else (stored[0], math.prod(stored[1:]))
 
+    def stored_shape(self, parameter: str) -> tuple[int, ...]:
+        """As it is in the file."""
+        name = self._name(parameter)
+        return self._files[name].shape(name)
+
     def dtype(self, parameter: str) -> str:
         """As stored: `bfloat16`."""
         name = self._name(parameter)
@@ -100,12 +108,12 @@ class WeightFiles:
         if len(self._files[name].shape(name)) != 2:
             return False
         module = name.removesuffix(".weight").rpartition(".")[2]
-        return bool(_EMBEDDING.search(name)) or (self.has_conv1d and module in CONV1D_NAMES)
+        return is_embedding(name) or (self.has_conv1d and module in CONV1D_NAMES)
 
     def _name(self, parameter: str) -> str:
         name = self.find(parameter)
         if name is None:
-            raise InputError(f"{self.path}: {parameter}: no such weight; it has {_some(self.names)}")
+            raise InputError(f"{self.path}: {parameter}: no such weight; it has {some(self.names)}")
         return name
 
     def _longer(self, parameter: str) -> list[str]:
@@ -127,24 +135,31 @@ class WeightFiles:
         return found
 
 
+def is_embedding(name: str) -> bool:
+    """Whether a weight is an embedding's, by its name."""
+    return bool(_EMBEDDING.search(name))
+
+
 def weight_files(path: Path) -> list[Path]:
     """The file itself; or a folder's shards, by its index, or its weight files. InputError where there are none."""
     if not path.is_dir():
         check_regular(path)
         return [path]
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (path / index).exists():
-            return _shards(path / index)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / f"{name}.index.json").exists():
+            return _shards(path / f"{name}.index.json")
+        if (path / name).exists():
+            return [path / name]
     for suffixes in ((".safetensors",), TORCH_SUFFIXES):
-        found = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
-        if found:
+        files = (file for file in path.iterdir() if file.suffix in suffixes and not _OF_TRAINING.match(file.name))
+        if found := sorted(file for file in files if file.is_file()):
             return found
     raise InputError(f"{path}: holds no weights ({', '.join('*' + suffix for suffix in SUFFIXES)})")
 
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index names; InputError for one outside the folder, or that is missing."""
-    table = read_json(index).get("weight_map")
+    table = read_json(index, limit_bytes=INDEX_BYTES).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
         raise InputError(f"{index}: weight_map: must say the file of each weight")
     folder = index.parent.resolve()
@@ -169,5 +184,6 @@ def _is_wrapped(long: str, short: str) -> bool:
     return prefix != long and not any(part.isdigit() for part in prefix.split("."))
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first of many names, for a message."""
     return ", ".join(names[:3]) + (f", … ({len(names)} in all)" if len(names) > 3 else "")

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from lorabench.machine import has_gpu_driver
+from lorabench.machine import PATIENT_THREADS, has_gpu_driver
 from lorabench.record import Store
 from lorabench.spec import RunSpec
 
@@ -41,8 +41,7 @@ NO_GPU_PRELOAD = ("transformers.integrations.bitsandbytes",)
 SERVER_ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",  # NumPy's BLAS starts its threads when imported
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # and so does pandas' pyarrow
-    "KMP_BLOCKTIME": "0",  # an idle OpenMP thread gives its core to the other workers at once
-    "OMP_WAIT_POLICY": "PASSIVE",
+    **PATIENT_THREADS,
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # `is_available` without a CUDA context
 }
 

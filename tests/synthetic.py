@@ -14,8 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from lorabench import sequence
+from lorabench.analyses.dynamics import Dynamics
+from lorabench.layer import LayerSVD
+from lorabench.linalg import ThinSVD, thin_svd
 from lorabench.record import RunRecord, Status, Store
 from lorabench.results import Results, load_results, selected, with_analyses
 from lorabench.spec import RunSpec, flatten
@@ -214,6 +218,45 @@ def sequences() -> Results:
             store.write_spec(spec)
             store.write(run)
         return load_results(store, sweep)
+
+
+@cache
+def trajectories() -> Results:
+    """LoRA in two ranks and full fine-tuning with three snapshots; the rank-4 run of seed 2 has run out of memory."""
+    base = {"task": {"name": "text"}, "steps": 8, "snapshot_every": 2, "seed": [0, 1, 2]}
+    grid = [{"method": {"name": "lora", "rank": [1, 4]}}, {"method": {"name": "full"}}]
+    sweep = parse_sweep({"base": base, "grid": grid}, default_name="made up")
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        for spec in sweep.runs:
+            lost = (getattr(spec.method, "rank", None), spec.seed) == (4, 2)
+            store.write_spec(spec)
+            store.write(
+                RunRecord(run_id=spec.id, spec=spec.to_json(), status=Status.OOM if lost else Status.DONE)
+            )  # fmt: skip
+        results = load_results(store, sweep)
+    done = [spec for spec in sweep.runs if results.runs["status"][spec.id] == Status.DONE]
+    return with_analyses(results, {"dynamics": pd.concat(_trajectory(spec) for spec in done)})
+
+
+def _trajectory(spec: RunSpec) -> pd.DataFrame:
+    """Of two layers: ΔW turns towards its end and grows, by the analysis itself."""
+    frames = []
+    for depth in range(2):
+        end, start = (torch.from_numpy(update(spec, n)) for n in (depth, depth + 2))
+        layers = [_layer(end * step + start * (8 - step), _rank(spec), step) for step in (2, 4, 6, 8)]
+        place = {"run_id": spec.id, "layer": layers[0].layer, "kind": "q_proj", "depth": depth}
+        place["layer"] = place["layer"].replace("0", str(depth))
+        frames.append(pd.DataFrame([place | row for row in Dynamics().compute(*layers)]))
+    return _with_categories(pd.concat(frames, ignore_index=True))
+
+
+def _layer(delta: torch.Tensor, rank: int, step: int) -> LayerSVD:
+    """The best approximation of `delta` of that rank."""
+    svd = thin_svd(delta, keep=rank)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    cut = ThinSVD(U=svd.U, S=svd.S[:rank], Vh=svd.Vh)
+    return LayerSVD(parameter=name, svd=cut, rank=rank if rank < DIM else None, base_norm=50.0, step=step)
 
 
 def _with_categories(frame: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import torch
 
 from lorabench import execute as module
 from lorabench import plugins
+from lorabench import train as train_module
 from lorabench.decode import encode
 from lorabench.execute import Options, execute
 from lorabench.record import MEASURES, Status, Store
@@ -102,17 +103,28 @@ METHOD_SPECS = {
 
 @pytest.mark.parametrize("name", METHOD_SPECS)
 def test_every_method_runs_whole_and_resumes_with_the_same_bits(name, tmp_path, monkeypatch):
+    """The resumed run keeps snapshots too: that must change nothing, and the last one be what is learned."""
     spec, whole, resumed = METHOD_SPECS[name], Store(tmp_path / "whole"), Store(tmp_path / "resumed")
     assert execute(spec, whole, QUIET) == Status.DONE, whole.read(spec.id).error
-    stop_after(monkeypatch, 6)
-    assert execute(spec, resumed, QUIET) == Status.CANCELLED
-    monkeypatch.undo()
-    assert execute(spec, resumed, QUIET) == Status.DONE
-    want, got = whole.read(spec.id), resumed.read(spec.id)
+    monkeypatch.setattr(train_module, "snapshot_due", lambda training: training.step % 2 == 0)  # the last step's too
+    kept = dataclasses.replace(spec, snapshot_every=2)
+    with monkeypatch.context() as context:
+        stop_after(context, 6)
+        assert execute(kept, resumed, QUIET) == Status.CANCELLED
+    assert execute(kept, resumed, QUIET) == Status.DONE, resumed.read(kept.id).error
+    want, got = whole.read(spec.id), resumed.read(kept.id)
     assert 0 < got.resumed_from_step < spec.steps
-    assert got.files == want.files and got.files
+    assert got.updates == want.files and got.updates
+    by_step = {step: snapshot_files(got, step) for step in (2, 4, 6)}
+    assert by_step[6] == snapshot_files(got, None) and by_step[2] != by_step[4] != by_step[6]
     assert got.measures["valid_loss"] == want.measures["valid_loss"] != want.measures["base_valid_loss"]
     assert got.provenance["update"].startswith("against" if spec.method.has_update else "not applicable")
+
+
+def snapshot_files(record, step):
+    """Name -> digest of the files of a snapshot, or of `updates/` for None."""
+    folder = "updates" if step is None else f"snapshots/{step:06d}"
+    return {path.removeprefix(folder): digest for path, digest in record.files.items() if path.startswith(f"{folder}/")}
 
 
 def test_stopping_while_training_keeps_the_steps_done(tmp_path, monkeypatch):

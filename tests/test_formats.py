@@ -228,8 +228,9 @@ def test_shapes_that_do_not_fit(adapter):
         ({"r": 4}, "do not fit each other and rank 4"),
         ({"r": 0}, "r = 0: must be a whole number, at least 1"),
         ({"lora_alpha": None}, "lora_alpha = None: must be a number"),
-        ({"peft_type": "PROMPT_TUNING"}, "peft_type = PROMPT_TUNING: only LORA"),
-        ({"use_dora": True}, "use_dora = True"),
+        ({"peft_type": "PROMPT_TUNING"}, "not applicable: PROMPT_TUNING changes no weight, so that there is no ΔW"),
+        ({"peft_type": "BOFT"}, "peft_type = BOFT: its ΔW cannot be read from the file; these can: LORA, ADALORA"),
+        ({"use_qalora": True}, "use_qalora = True"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = pissa_niter_4: .*initial factors"),
         ({"rank_pattern": {"q_proj(": 3}}, "rank_pattern: not a regular expression"),
     ],
@@ -256,6 +257,7 @@ def test_a_damaged_configuration(adapter):
         ("bert.encoder.layer.2.attention.output.dense", "attention.output.dense", 2),
         ("bert.encoder.layer.2.output.dense", "output.dense", 2),
         ("bert.pooler.dense", "dense", None),
+        ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0", "to_out.0", 1),
         ("lm_head", "lm_head", None),
     ],
 )
@@ -263,3 +265,27 @@ def test_names_of_layers(layer, kind, depth):
     assert layer_kind(layer) == kind
     found = formats.LayerSVD(parameter=f"{layer}.weight", svd=thin_svd(torch.ones(2, 2)))
     assert (found.layer, found.kind, found.depth) == (layer, kind, depth)
+
+
+@pytest.mark.parametrize("budget", [1, 2000, formats.BATCH_BYTES])
+def test_layers_together_are_those_alone(tmp_path, monkeypatch, budget):
+    """Of several shapes, ranks and kinds, factored and dense, in the order of their names."""
+    g = torch.Generator().manual_seed(0)
+    updates = []
+    for index, (M, N, r) in enumerate([(9, 7, 2), (9, 7, 2), (7, 9, 2), (9, 7, 3), (9, 7, 2), (9, 7, 2)]):
+        B, A = torch.randn(M, r, generator=g), torch.randn(r, N, generator=g)
+        dense = index == 4
+        updates.append(
+            Update(parameter=f"layers.{index}.w.weight", B=B @ A if dense else B, A=None if dense else A, base_norm=2.0)
+        )
+    save_updates(updates, tmp_path)
+    monkeypatch.setattr(formats, "BATCH_BYTES", budget)
+    together = list(formats.load_layers(formats.open_adapter(tmp_path)))
+    assert [layer.parameter for layer in together] == [update.parameter for update in updates]
+    for layer, update in zip(together, updates, strict=True):
+        exact = torch.linalg.svdvals(update.dense().double())[: len(layer.svd.S)]
+        assert layer.svd.S[:2].tolist() == pytest.approx(exact[:2].tolist(), rel=1e-5)
+        assert torch.allclose(
+            layer.svd.U * layer.svd.S.float()[: layer.svd.U.shape[1]] @ layer.svd.Vh, update.dense(), atol=1e-5
+        )
+        assert layer.base_norm == 2.0 and layer.rank == (None if update.A is None else update.A.shape[0])

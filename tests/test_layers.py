@@ -7,9 +7,21 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorabench"
 LAYERS = [
-    {"plugins", "claim", "linalg", "typeset", "terminal", "environment", "steps", "live", "sequence"},
-    {"decode", "nulls", "update", "meter", "krylov"},
-    {"weights", "tensorfile"},
+    {
+        "plugins",
+        "claim",
+        "linalg",
+        "typeset",
+        "products",
+        "terminal",
+        "environment",
+        "steps",
+        "live",
+        "sequence",
+        "sketch",
+    },
+    {"decode", "nulls", "update", "meter", "advice", "krylov"},
+    {"weights", "tensorfile", "locate"},
     {"weightfile"},
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
     {"spec", "base"},
@@ -17,18 +29,22 @@ LAYERS = [
     {"sweep"},
     {"model", "readers/*"},
     {"formats", "bases", "pairs", "results", "labels"},
-    {"aggregate"},
+    {"aggregate", "convert"},
     {"notes", "drawing", "transfer"},
-    {"tables"},
+    {"tables", "page"},
     {"rows"},
-    {"analyses/subspace"},  # its cross-Gram matrix also gives the angles
+    {"analyses/subspace", "analyses/spectrum"},  # whose directions and metrics other analyses take up
     {"methods/*", "tasks/*", "analyses/*", "figures/*"},
     {"methods/hybrid"},  # of methods
     {"examples"},
-    {"train", "analyze", "changes"},
-    {"inference"},
+    {"train", "analyze", "api", "changes"},
+    {"inference", "snapshots"},
     {"serving"},
-    {"execute", "report"},
+    {"execute", "report", "inspection", "comparison"},
+    {"inspection_text", "inspection_figures"},
+    {"inspection_page", "comparison_text"},
+    {"comparison_figures"},
+    {"comparison_page"},
     {"status", "stamp", "plan", "compose"},
     {"worker"},
     {"launch", "warm"},
@@ -97,4 +113,8 @@ def f():
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("__init__.py")), ids=str)
 def test_package_files_hold_no_logic(file: Path) -> None:
     tree = ast.parse(file.read_text("utf-8"))
+    if file.parent == PACKAGE:  # what a notebook calls, `lorabench.load`, is imported there; its module is light
+        *_, load = tree.body
+        assert ast.unparse(load) == "from lorabench.api import load as load"
+        tree.body.remove(load)
     assert all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in tree.body)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorabench.linalg import (
+    energy_in_subspace,
     grassmann_distance,
     powerlaw_fit,
     principal_angles,
@@ -205,3 +206,105 @@ def test_angles_of_extremes():
     assert principal_angles(Q[:, :4], Q[:, :4] @ rotation).max() < 1e-12
     assert principal_angles(Q[:, :6], Q[:, 1:3]).max() < 1e-12
     assert torch.allclose(principal_angles(Q[:, :4], Q[:, 4:]), torch.full((4,), torch.pi / 2).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_energy_in_a_subspace_is_that_of_the_dense_projection(dtype):
+    B, A = factors(40, 30, 5, dtype)
+    svd, Q = thin_svd(B, A), orthonormal(40, 7, seed=3)
+    W, P = (B @ A).double().numpy(), (Q @ Q.mT).numpy()
+    expected = np.linalg.norm(P @ W) ** 2 / np.linalg.norm(W) ** 2
+    for matrix in (svd.U * svd.S.to(dtype), B @ A):
+        assert energy_in_subspace(matrix, Q) == pytest.approx(expected, rel=1e-5)
+    assert energy_in_subspace(1e-30 * B @ A, Q) == pytest.approx(expected, rel=1e-5), "scale plays no part"
+
+
+def test_energy_of_a_matrix_in_its_own_and_in_an_orthogonal_subspace():
+    eye = torch.eye(20, dtype=torch.float64)
+    W = torch.cat([orthonormal(8, 8) * torch.arange(1.0, 9), torch.zeros(12, 8)])
+    assert energy_in_subspace(W, eye[:, :8]) == pytest.approx(1) and energy_in_subspace(W, eye[:, 8:]) == 0
+
+
+def test_energy_in_random_subspaces_is_on_average_their_share_of_the_dimensions():
+    W = factors(30, 20, 2, torch.float64)[0] * torch.tensor([5.0, 1.0])
+    shares = np.array([energy_in_subspace(W, orthonormal(30, 6, seed)) for seed in range(300)])
+    assert shares.mean() == pytest.approx(6 / 30, abs=4.5 * shares.std() / 300**0.5)
+
+
+@st.composite
+def updates(draw):
+    """B (M, r) and A (r, N) of any shape, rank, dtype and size; some with repeated columns, so that rank is lacking."""
+    M, N, r = (draw(st.integers(1, size)) for size in (40, 40, 12))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    B, A = torch.randn(M, r, generator=g), torch.randn(r, N, generator=g)
+    if draw(st.booleans()):
+        B, A = B[:, torch.arange(r) // 2], A[torch.arange(r) // 2]
+    return (B * 10 ** draw(st.floats(-3, 3))).to(dtype), A.to(dtype)
+
+
+def oracle(S):
+    """The definitions of formulas.md, in numpy and one line each."""
+    E, p = S**2, S[S > 0] / S.sum()
+    return {f"rank_{q}": next(k for k in range(1, len(S) + 1) if E[:k].sum() >= q / 100 * E.sum() * (1 - 1e-9))
+            for q in (50, 90, 95, 99)} | {
+        "effective_rank_entropy": np.exp(-np.sum(p * np.log(p))),
+        "stable_rank": E.sum() / E[0],
+        "participation_ratio": E.sum() ** 2 / np.sum(S**4),
+        "nuclear_norm": S.sum(),
+        "frobenius_norm": np.sqrt(E.sum()),
+        "spectral_norm": S[0],
+    }  # fmt: skip
+
+
+@settings(deadline=None, max_examples=80)
+@given(updates())
+def test_every_metric_is_that_of_the_dense_matrix(factors):
+    """Factored and dense, against numpy's SVD of the product in float64."""
+    B, A = factors
+    exact = np.linalg.svd(B.double().numpy() @ A.double().numpy(), compute_uv=False)
+    expected = oracle(exact[exact > 1e-12 * exact[0]])
+    dense = B.double() @ A.double()
+    for svd in (thin_svd(B, A), thin_svd(dense), thin_svd(dense.float())):
+        found = spectrum_metrics(svd.S.numpy(), svd.numerical_rank)
+        for key, value in expected.items():
+            if key.startswith("rank_"):
+                shares = (exact**2).cumsum() / (exact**2).sum()
+                near = np.abs(shares - int(key[5:]) / 100).min() < 1e-5  # a tie that rounding may break either way
+                assert near or found[key] == value, key
+            else:
+                assert found[key] == pytest.approx(value, rel=2e-5), key
+
+
+@settings(deadline=None, max_examples=40)
+@given(updates(), st.floats(1e-3, 1e3), st.integers(0, 99))
+def test_metrics_do_not_change_with_rotation_transposition_and_scale(factors, scale, seed):
+    B, A = (factor.double() for factor in factors)
+    before = spectrum_metrics(thin_svd(B, A).S.numpy())
+    left, right = orthonormal(B.shape[0], B.shape[0], seed), orthonormal(A.shape[1], A.shape[1], seed + 1)
+    changed = {
+        "rotated": thin_svd(left @ B, A @ right),
+        "transposed": thin_svd(A.mT, B.mT),
+        "scaled": thin_svd(scale * B, A),
+    }
+    for how, svd in changed.items():
+        after = spectrum_metrics(svd.S.numpy())
+        for key in ("effective_rank_entropy", "stable_rank", "participation_ratio", "frobenius_norm", "nuclear_norm"):
+            factor = scale if how == "scaled" and key.endswith("norm") else 1
+            assert after[key] == pytest.approx(factor * before[key], rel=1e-7), (how, key)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 40), st.data())
+def test_similarity_and_angles_agree_with_scipy_and_each_other(d, data):
+    """φ(p, q) is the mean of cos² over the smaller dimension; neither changes when both sides are rotated."""
+    p, q = (data.draw(st.integers(1, d)) for _ in range(2))
+    seed = data.draw(st.integers(0, 999))
+    U, V, R = orthonormal(d, p, seed), orthonormal(d, q, seed + 1), orthonormal(d, d, seed + 2)
+    angles = np.sort(scipy.linalg.subspace_angles(U.numpy(), V.numpy()))
+    assert principal_angles(U, V).numpy() == pytest.approx(angles, abs=1e-7)
+    phi = subspace_similarity(U, V)
+    assert phi[-1, -1].item() == pytest.approx(np.mean(np.cos(angles) ** 2), abs=1e-10)
+    assert torch.allclose(subspace_similarity(R @ U, R @ V), phi, atol=1e-10)
+    assert torch.allclose(subspace_similarity(V, U), phi.mT, atol=1e-10)
+    assert phi.min() >= 0 and phi.max() <= 1

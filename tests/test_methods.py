@@ -134,6 +134,18 @@ def test_saved_and_loaded_gives_the_same_logits(name, base, trained, tmp_path):
 
 
 @pairs
+def test_saving_leaves_what_is_trained_as_it_was(name, base, trained, tmp_path):
+    """For training goes on after a snapshot."""
+    spec, model, _, _, examples = trained(name, base)
+    before = {key: tensor.clone() for key, tensor in spec.method.trained_state(model).items()}
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    spec.method.save(model, lambda: load_base(spec, examples), tmp_path, "updates")
+    after = spec.method.trained_state(model)
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+    assert trainable == {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pairs
 def test_merged_gives_the_same_logits_in_the_base_architecture(name, base, trained):
     spec, model, batch, _, examples = trained(name, base)
     with torch.no_grad():

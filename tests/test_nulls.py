@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+import scipy.stats
+import torch
 
 from lorabench.linalg import spectrum_metrics
 from lorabench.nulls import (
@@ -8,6 +10,7 @@ from lorabench.nulls import (
     marchenko_pastur_quantiles,
     null_metrics,
     null_spectra,
+    permutation_p_value,
     similarity_chance,
 )
 
@@ -89,3 +92,46 @@ def test_chance_angles_are_those_of_random_subspaces(p, q, d):
     mean, distance = angle_chance(p, q, d)
     assert mean == pytest.approx(angles.mean(0), abs=5 * angles.std() / 4 + 1e-6)
     assert distance == pytest.approx(np.linalg.norm(angles, axis=1).mean(), abs=0.15)
+
+
+def orthonormal(random, d, k, outliers=0):
+    """Columns of a random subspace; `outliers` coordinates of its own are 30 times as large as the others."""
+    X = random.standard_normal((d, k))
+    X[random.choice(d, outliers, replace=False)] *= 30
+    return torch.from_numpy(np.linalg.qr(X)[0])
+
+
+@pytest.mark.parametrize("outliers", [0, 2])
+def test_p_values_are_uniform_where_nothing_is_shared(outliers):
+    """Also where a few coordinates outweigh the others, which the variance of random subspaces knows nothing of."""
+    random = np.random.default_rng(5)
+    pairs = [(orthonormal(random, 40, 3, outliers), orthonormal(random, 40, 5, outliers)) for _ in range(400)]
+    found = [permutation_p_value(U, V, draws=99, seed=seed) for seed, (U, V) in enumerate(pairs)]
+    assert scipy.stats.kstest(found, "uniform").pvalue > 1e-3
+    assert np.mean(np.array(found) <= 0.05) == pytest.approx(0.05, abs=4.5 * (0.05 * 0.95 / 400) ** 0.5)
+
+
+def test_gaussian_chance_would_call_own_outliers_shared():
+    """The reason for a permutation test: 1% of pairs should pass the 99% point of φ, far more do."""
+    random = np.random.default_rng(6)
+    pairs = [(orthonormal(random, 40, 3, 2), orthonormal(random, 40, 5, 2)) for _ in range(400)]
+    mean, std = similarity_chance(3, 5, 40)
+    above = [float((U.T @ V).square().sum() / 3) > mean[-1, -1] + 2.33 * std[-1, -1] for U, V in pairs]
+    assert np.mean(above) > 0.05
+
+
+def test_p_value_of_shared_and_of_whole_spaces():
+    random = np.random.default_rng(7)
+    U = orthonormal(random, 40, 3)
+    assert permutation_p_value(U, U) == pytest.approx(1 / 200), "the smallest that 199 draws can give"
+    assert permutation_p_value(U, orthonormal(random, 40, 40)) == 1, "any space lies in the whole one"
+    assert permutation_p_value(U.float(), U.float(), seed=3) == permutation_p_value(U.float(), U.float(), seed=3)
+
+
+def test_p_value_is_that_of_a_loop_over_permuted_rows():
+    random = np.random.default_rng(8)
+    U, V = orthonormal(random, 30, 2), orthonormal(random, 30, 4)
+    V = torch.linalg.qr(V + 0.5 * torch.cat([U, U], 1))[0]
+    draws = [((U.T @ V[torch.from_numpy(random.permutation(30))]) ** 2).sum() for _ in range(2000)]
+    expected = np.mean([draw >= ((U.T @ V) ** 2).sum() for draw in draws])
+    assert permutation_p_value(U, V, draws=2000) == pytest.approx(expected, abs=4.5 * (0.25 / 1000) ** 0.5)

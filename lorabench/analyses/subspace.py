@@ -44,14 +44,14 @@ class Subspace(Analysis):
         return rows
 
 
-def directions(a: LayerSVD, b: LayerSVD) -> list[tuple[str, Tensor, Tensor]]:
-    """For the input and the output side the meaningful singular directions (d, p) and (d, q), at most 64 each.
+def directions(a: LayerSVD, b: LayerSVD, *, limit: int | None = MAX_DIRECTIONS) -> list[tuple[str, Tensor, Tensor]]:
+    """For the input and the output side the meaningful singular directions (d, p) and (d, q), at most `limit` each.
 
-    Raises ValueError where the layers have different shapes.
+    None: all that were kept. Empty where one ΔW is 0. Raises ValueError where the layers have different shapes.
     """
     if a.shape != b.shape:
         raise ValueError(f"{a.parameter}: shapes {a.shape} and {b.shape} of two runs differ")
-    p, q = (min(layer.svd.numerical_rank, layer.svd.U.shape[1], MAX_DIRECTIONS) for layer in (a, b))
+    p, q = (min(layer.svd.numerical_rank, layer.svd.U.shape[1], limit or layer.svd.U.shape[1]) for layer in (a, b))
     if not (p and q):
         return []
     return [("input", a.svd.Vh[:p].mT, b.svd.Vh[:q].mT), ("output", a.svd.U[:, :p], b.svd.U[:, :q])]

@@ -215,6 +215,18 @@ def _unwrap_heads(model: Any, *, tuned: bool) -> None:
             base.set_submodule(name, module.modules_to_save[ADAPTER] if tuned else module.original_module)
 
 
+def product_update(name: str, module: Any, B: Tensor, A: Tensor | None) -> Update:
+    """ΔW of one layer from what `lorabench.products` gives, with the tuner's scale."""
+    return Update(
+        parameter=f"{name}.weight",
+        B=(B * module.scaling[ADAPTER]).cpu(),
+        A=None if A is None else A.cpu(),
+        base_norm=weights.weight_norm(module.get_base_layer()),
+        precision="float32" if A is None else None,
+        scale_source=None if A is None else "config",
+    )
+
+
 def probe(module: Any) -> Tensor:
     """ΔW (M, N) of a linear layer, by its definition: what the layer adds to the base layer's output, for each input.
 

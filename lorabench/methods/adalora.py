@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
 
 from lorabench import weights
+from lorabench.method import LoadBase
 from lorabench.methods._peft import ADAPTER, Tuner, tuner_layers
 from lorabench.update import Update
 
@@ -96,6 +98,12 @@ class AdaLora(Tuner):
 
     def after_step(self, model: Any, step: int) -> None:
         model.base_model.update_and_allocate(step)
+
+    def save(self, model: Any, load_base: LoadBase, folder: Path, keep: str) -> None:
+        config = model.peft_config[ADAPTER]
+        before = config.rank_pattern
+        super().save(model, load_base, folder, keep)
+        config.rank_pattern = before  # PEFT renames its keys as it saves, and training goes on after a snapshot
 
     def trained_state(self, model: Any) -> dict[str, Tensor]:
         """The averages behind the importance, and the directions that are left, go with the parameters."""

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Lt
 
-from lorabench import weights
-from lorabench.methods._peft import ADAPTER, Tuner
+from lorabench.methods._peft import ADAPTER, Tuner, product_update
 from lorabench.update import Update
 
 if TYPE_CHECKING:
@@ -43,17 +42,12 @@ class Loha(Tuner):
         )
 
     def layer_update(self, name: str, module: Any) -> Update:
-        """Factored where r² is small: row i of B is the product of all pairs of row i of B1 and of B2."""
-        B1, A1 = module.hada_w1_a[ADAPTER].detach(), module.hada_w1_b[ADAPTER].detach()
-        B2, A2 = module.hada_w2_a[ADAPTER].detach(), module.hada_w2_b[ADAPTER].detach()
-        scale = module.scaling[ADAPTER]
-        norm = weights.weight_norm(module.get_base_layer())
-        if self.rank**2 >= min(B1.shape[0], A1.shape[1]):
-            delta = scale * (B1 @ A1) * (B2 @ A2)
-            return Update(parameter=f"{name}.weight", B=delta.cpu(), base_norm=norm, precision="float32")
-        B = (B1[:, :, None] * B2[:, None, :]).flatten(1)
-        A = (A1[:, None, :] * A2[None, :, :]).flatten(0, 1)
-        return Update(parameter=f"{name}.weight", B=scale * B, A=A, base_norm=norm, scale_source="config")
+        """Factored where r² is small."""
+        from lorabench.products import hadamard
+
+        parts = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        B, A = hadamard(*(getattr(module, part)[ADAPTER].detach() for part in parts))
+        return product_update(name, module, B, A)
 
 
 EXAMPLE = Loha(rank=2)

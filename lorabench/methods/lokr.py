@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Lt
 
-from lorabench import weights
-from lorabench.methods._peft import ADAPTER, Tuner
+from lorabench.methods._peft import ADAPTER, Tuner, product_update
 from lorabench.update import Update
 
 if TYPE_CHECKING:
@@ -50,25 +49,18 @@ class Lokr(Tuner):
         )
 
     def layer_update(self, name: str, module: Any) -> Update:
-        """Factored where that is smaller: W1 ⊗ (B A) = (U1 ⊗ B)(V1 ⊗ A), with W1 = U1 V1 by its smaller side."""
-        import torch
+        """Factored where that is smaller."""
+        from lorabench.products import kronecker
 
-        parameter, norm = f"{name}.weight", weights.weight_norm(module.get_base_layer())
-        scale, pair = module.scaling[ADAPTER], None
-        W1 = module.lokr_w1[ADAPTER].detach() if ADAPTER in module.lokr_w1 else None
-        if W1 is None:
-            pair = module.lokr_w1_a[ADAPTER].detach(), module.lokr_w1_b[ADAPTER].detach()
-        elif W1.shape[0] <= W1.shape[1]:
-            pair = torch.eye(W1.shape[0], device=W1.device, dtype=W1.dtype), W1
-        else:
-            pair = W1, torch.eye(W1.shape[1], device=W1.device, dtype=W1.dtype)
-        if ADAPTER in module.lokr_w2_a:
-            B = torch.kron(pair[0], module.lokr_w2_a[ADAPTER].detach())
-            A = torch.kron(pair[1], module.lokr_w2_b[ADAPTER].detach())
-            if B.shape[1] < min(B.shape[0], A.shape[1]):
-                return Update(parameter=parameter, B=scale * B, A=A, base_norm=norm, scale_source="config")
-        delta = module.get_delta_weight(ADAPTER).detach()
-        return Update(parameter=parameter, B=delta.cpu(), base_norm=norm, precision="float32")
+        B, A = kronecker(_factor(module, "lokr_w1"), _factor(module, "lokr_w2"))
+        return product_update(name, module, B, A)
+
+
+def _factor(module: Any, part: str) -> Any:
+    """A matrix, or the two factors that are trained in its place."""
+    if ADAPTER in getattr(module, part):
+        return getattr(module, part)[ADAPTER].detach()
+    return tuple(getattr(module, f"{part}_{side}")[ADAPTER].detach() for side in "ab")
 
 
 EXAMPLE = Lokr(rank=2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from lorabench.layer import LayerSVD
 from lorabench.tensorfile import TensorFile, Tensors, TorchFile, open_tensors, read_json
 from lorabench.update import Update
+from lorabench.weightfile import WeightFiles
 
 __all__ = ["Entry", "Found", "Source", "TensorFile", "Tensors", "TorchFile", "open_tensors", "read_json"]
 
@@ -38,6 +40,11 @@ class Source:
     def folder(self) -> Path:
         """The folder, or that of the file: where a configuration may lie."""
         return self.path if self.path.is_dir() else self.path.parent
+
+    @cached_property
+    def weights(self) -> WeightFiles | None:
+        """The untouched weights, not read yet; None where the user gave none."""
+        return None if self.base is None else WeightFiles(self.base)
 
     def files(self, *suffixes: str) -> list[Path]:
         """The file itself, or the folder's files, with these suffixes (`.safetensors`); sorted."""

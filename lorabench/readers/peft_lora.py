@@ -1,143 +1,210 @@
-"""LoRA in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+"""Adapters in PEFT's format: `adapter_config.json`, and `adapter_model.safetensors` or `.bin`.
 
-ΔW = s B A with s = α / r, or α / √r for rsLoRA, by module where there are patterns. `modules_to_save` (trained task
-heads) hold whole weights, not changes, and are left out: lorabench keeps their ΔW beside the adapter. So it does with
-DoRA's ΔW, which needs W0; the factors give its part s B A. Where initial factors lie beside the adapter, ΔW is
-s (B A - B0 A0).
-Shapes: A (r, in) and B (out, r), also for GPT-2's Conv1D; embeddings A (r, vocabulary) and B (dim, r), so that
-ΔW is (dim, vocabulary); convolutions A (r, in, height, width) and B (out, r, 1, 1), flattened.
+LoRA: ΔW = s B A with s = α / r, or α / √r for rsLoRA, by module where there are patterns. Shapes: A (r, in) and B
+(out, r), also for GPT-2's Conv1D; embeddings A (r, vocabulary) and B (dim, r), so that ΔW is (dim, vocabulary);
+convolutions A (r, in, height, width) and B (out, r, 1, 1), flattened.
+DoRA needs W0: without, its part s B A is all that is given. Where initial factors lie beside the adapter, or in PEFT's
+`init` folder, ΔW is s (B A - B0 A0). Whole weights (`modules_to_save`) are no changes: lorabench keeps their ΔW beside
+the adapter; of others, ΔW needs the base.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorabench.decode import InputError
-from lorabench.readers._entry import Entry, Found, Source, TensorFile, read_json
-from lorabench.update import DELTA_FILE, INITIAL_FILE, Update
+from lorabench.readers import _peft_tuners
+from lorabench.readers._dora import DORA_PART, Dora
+from lorabench.readers._entry import Entry, Found, Source, TensorFile, Tensors, open_tensors, read_json
+from lorabench.readers._peft_config import PREFIX, check_lora, rank_and_scale
+from lorabench.readers._peft_factors import Factors
+from lorabench.update import DELTA_FILE, INITIAL_FILE
+from lorabench.weightfile import some
 
-CONFIG_FILE, ADAPTER_FILE, NORMS_FILE = "adapter_config.json", "adapter_model.safetensors", "base_norms.json"
-PREFIX = "base_model.model."
-FACTORS = {"lora_A.weight": "lora_B.weight", "lora_embedding_A": "lora_embedding_B"}
-DORA_PART = "sBA"
+CONFIG_FILE, NORMS_FILE = "adapter_config.json", "base_norms.json"
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations whose first B A is not zero and was taken out of the base: ΔW is what was added to it."""
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_A = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A(?:\.default)?\.weight|lora_embedding_A(?:\.default)?)")
+_USED = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.default)?(\.weight|\.bias)?$")
+_INITIAL_FOLDER = re.compile(r"(.*[_-])?init(ial)?", re.IGNORECASE)
+_WITHOUT_UPDATE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT",
+                   "CARTRIDGE")  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """The tensors `B` and `A` of one module."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter:
+    """What is known of an adapter before its tensors are read."""
 
-    tensors: TensorFile
-    B: str
-    A: str
-    parameter: str
-    scale: float
-    rank: int
-    base_norm: float | None
-    part: str | None = None
-    initial: tuple[TensorFile, str] | None = None
+    config: dict[str, Any]
+    config_file: Path
+    tensors: Tensors
+    source: Source
+    own: bool
+    """Whether lorabench wrote it: then the ΔW that factors do not give lies beside it."""
+    norms: dict[str, float]
+    initial: Tensors | None = None
+    initial_is_peft: bool = False
 
     @property
-    def shape(self) -> tuple[int, int]:
-        B, A = self.tensors.shape(self.B), self.tensors.shape(self.A)
-        if not (len(A) == len(B) >= 2 and B[1] == A[0] == self.rank and set(B[2:]) <= {1}):
-            raise InputError(
-                f"{self.tensors.file}: {self.parameter}: B {B} and A {A} do not fit each other and rank {self.rank}"
-            )
-        return B[0], math.prod(A[1:])
-
-    def load(self) -> Update:
-        M, N = self.shape
-        B, A = self.tensors.read(self.B), self.tensors.read(self.A)
-        dtype = torch.promote_types(torch.promote_types(B.dtype, A.dtype), torch.float32)
-        B, A = B.to(dtype).reshape(M, self.rank) * self.scale, A.to(dtype).reshape(self.rank, N)
-        if self.initial:
-            file, layer = self.initial
-            B = torch.cat([B, -self.scale * file.read(f"{layer}.B").to(dtype)], 1)
-            A = torch.cat([A, file.read(f"{layer}.A").to(dtype)])
-        return Update(
-            parameter=self.parameter,
-            part=self.part,
-            B=B,
-            A=A,
-            base_norm=self.base_norm,
-            scale_source="config",
-        )
+    def is_dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
 
 
 def find(source: Source) -> Found | None:
-    """The adapter of a folder with a PEFT configuration; None where there is none."""
+    """The adapter of a folder with a PEFT configuration, or of a file without; None where there is none."""
     folder = source.folder
     if not (folder / CONFIG_FILE).exists():
-        return None
+        return _without_config(source)
     config = read_json(folder / CONFIG_FILE)
-    if "peft_type" not in config:
+    if "peft_type" not in config or _is_torchtune(source):
         return None
-    own = (folder / DELTA_FILE).exists()
-    if config["peft_type"] != "LORA" and own:
+    own, kind = (folder / DELTA_FILE).exists(), str(config["peft_type"])
+    if kind in _WITHOUT_UPDATE:
+        why = f"not applicable: {kind} changes no weight, so that there is no ΔW"
+        if own:
+            return Found(format="peft", entries={}, notes=(why,))
+        raise InputError(f"{folder / CONFIG_FILE}: {why}")
+    if own and kind != "LORA":
         return None  # lorabench's own ΔW lies beside the adapter
-    _check_readable(config, folder / CONFIG_FILE, own)
-    initial = TensorFile(folder / INITIAL_FILE) if (folder / INITIAL_FILE).exists() else None
-    tensors = TensorFile(folder / ADAPTER_FILE)
+    file = source.path if source.path.is_file() else _adapter_file(folder)
+    tensors = open_tensors(file)
+    if kind != "LORA":
+        return _peft_tuners.find(config, folder / CONFIG_FILE, tensors, source)
+    check_lora(config, folder / CONFIG_FILE)
     norms = read_json(folder / NORMS_FILE) if (folder / NORMS_FILE).exists() else {}
+    adapter = Adapter(
+        config=config, config_file=folder / CONFIG_FILE, tensors=tensors, source=source, own=own, norms=norms,
+        **_initial(config, folder),
+    )  # fmt: skip
+    entries = _lora_entries(adapter)
+    notes = [*_notes(adapter, entries), *_peft_tuners.add_whole_weights(entries, tensors, source, own)]
+    if source.alpha is not None:
+        notes.append(f"--alpha is not used: {CONFIG_FILE} has it")
+    return Found(format="peft", entries=entries, scale_source="config", notes=tuple(notes))
+
+
+def _is_torchtune(source: Source) -> bool:
+    """torchtune writes PEFT's configuration beside a file of its own, with or without PEFT's."""
+    if source.path.is_file():
+        return source.path.suffix == ".pt"
+    is_peft = any((source.folder / name).exists() for name in ADAPTER_FILES)
+    return not is_peft and any(file.name.startswith("adapter_") for file in source.files(".pt"))
+
+
+def _adapter_file(folder: Path) -> Path:
+    """InputError where it is missing, with the name that PEFT gives it now."""
+    return next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), folder / ADAPTER_FILES[0])
+
+
+def _lora_entries(adapter: Adapter) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
-    for name in tensors.names:
-        suffix = next((suffix for suffix in FACTORS if name.endswith(f".{suffix}")), None)
-        if suffix is None:
+    for name in adapter.tensors.names:
+        match = _A.fullmatch(name)
+        if match is None:
             continue
-        module = name.removeprefix(PREFIX).removesuffix(f".{suffix}")
-        parameter = f"{module}.weight"
-        rank, scale = _rank_and_scale(config, module, folder / CONFIG_FILE)
-        entry = Factors(
-            tensors=tensors,
-            B=name.removesuffix(suffix) + FACTORS[suffix],
-            A=name,
-            parameter=f"{module}[{DORA_PART}].weight" if config.get("use_dora") else parameter,
-            scale=scale,
-            rank=rank,
-            base_norm=norms.get(parameter),
-            part=DORA_PART if config.get("use_dora") else None,
-            initial=(initial, module) if initial else None,
-        )
-        entries[entry.parameter] = entry
+        module = match["module"].removeprefix(PREFIX)
+        factors = _factors(adapter, name, module)
+        entries[factors.parameter] = factors
+        if adapter.is_dora and not adapter.own and adapter.source.weights is not None:
+            entries[f"{module}.weight"] = Dora(
+                sBA=factors, tensors=adapter.tensors, magnitude=_magnitude(adapter.tensors, match["module"]),
+                weights=adapter.source.weights, parameter=f"{module}.weight",
+            )  # fmt: skip
     if not entries:
-        raise InputError(f"{tensors.file}: holds no LoRA factors (…lora_A.weight)")
-    return Found(format="peft", entries=entries, scale_source="config")
+        raise InputError(f"{adapter.tensors.file}: holds no LoRA factors (…lora_A.weight)")
+    return entries
 
 
-def _check_readable(config: dict[str, Any], file: Path, own: bool) -> None:
-    """Refuse what is not ΔW = s B A, rather than give wrong numbers."""
-    if config["peft_type"] != "LORA":
-        raise InputError(f"{file}: peft_type = {config['peft_type']}: only LORA can be read")
-    if not isinstance(config.get("r"), int) or config["r"] < 1:
-        raise InputError(f"{file}: r = {config.get('r')}: must be a whole number, at least 1")
-    if not isinstance(config.get("lora_alpha"), (int, float)):
-        raise InputError(f"{file}: lora_alpha = {config.get('lora_alpha')}: must be a number")
-    for key in ("use_dora", "target_parameters", "use_bdlora", "use_qalora"):
-        if config.get(key) and not (key == "use_dora" and own):
-            raise InputError(f"{file}: {key} = {config[key]}: its ΔW is not s B A, and cannot be read")
+def _factors(adapter: Adapter, name: str, module: str) -> Factors:
+    parameter = f"{module}.weight"
+    rank, scale = rank_and_scale(adapter.config, module, adapter.config_file)
+    initial = None
+    if adapter.initial is not None:
+        names = (_B(name), name) if adapter.initial_is_peft else (f"{module}.B", f"{module}.A")
+        initial = (adapter.initial, *names)
+    return Factors(
+        tensors=adapter.tensors,
+        B=_B(name),
+        A=name,
+        parameter=f"{module}[{DORA_PART}].weight" if adapter.is_dora else parameter,
+        scale=scale,
+        rank=rank,
+        base_norm=adapter.norms.get(parameter),
+        part=DORA_PART if adapter.is_dora else None,
+        initial=initial,
+    )
+
+
+def _B(name: str) -> str:
+    head, _, tail = name.rpartition("_A")
+    return f"{head}_B{tail}"
+
+
+def _magnitude(tensors: Tensors, module: str) -> str:
+    names = [f"{module}.lora_magnitude_vector{end}" for end in (".weight", "", ".default.weight", ".default")]
+    return next((name for name in names if name in tensors.names), names[0])
+
+
+def _initial(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The factors that training began with: lorabench's file, or the adapter that PEFT's PiSSA example saves first."""
+    if (folder / INITIAL_FILE).exists():
+        return {"initial": TensorFile(folder / INITIAL_FILE)}
     start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(REBASED):
-        raise InputError(f"{file}: init_lora_weights = {start}: ΔW needs the initial factors, not in the file")
+    if not start.startswith(REBASED):
+        return {}
+    for other in [*sorted(folder.iterdir()), *sorted(folder.parent.iterdir())]:
+        if other != folder and _INITIAL_FOLDER.fullmatch(other.name) and (other / CONFIG_FILE).exists():
+            return {"initial": open_tensors(_adapter_file(other)), "initial_is_peft": True}
+    raise InputError(
+        f"{folder / CONFIG_FILE}: init_lora_weights = {start}: ΔW needs the initial factors, not in the file; put the "
+        "adapter as it was before training beside it, in a folder `init`, or let PEFT convert it "
+        "(save_pretrained(path_initial_model_for_weight_conversion=…))"
+    )
 
 
-def _rank_and_scale(config: dict[str, Any], module: str, file: Path) -> tuple[int, float]:
-    rank = _by_pattern(config, "rank_pattern", module, config["r"], file)
-    alpha = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"], file)
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _notes(adapter: Adapter, entries: dict[str, Entry]) -> list[str]:
+    notes = []
+    if adapter.is_dora and not adapter.own and adapter.source.weights is None:
+        notes.append("DoRA: ΔW needs W0; this is its s B A; give --base")
+    if adapter.initial_is_peft and adapter.initial:
+        notes.append(f"initial factors from {adapter.initial.file.parent}: ΔW = s (B A - B0 A0)")
+    if adapter.config.get("lora_bias"):
+        notes.append("lora_bias: the change of the biases is not part of ΔW")
+    if adapter.config.get("alora_invocation_tokens"):
+        notes.append("aLoRA: ΔW acts on the tokens after its invocation alone")
+    if any("trainable_tokens_" in name for name in adapter.tensors.names):
+        notes.append("trainable_token_indices: the change of single tokens' rows is not part of ΔW")
+    if others := [name for name in adapter.tensors.names if ".lora_" in name and not _USED.search(name)]:
+        notes.append(f"left out, of another kind or another adapter: {some(others)}")
+    if any(isinstance(entry, Factors) and entry.groups > 1 for entry in entries.values()):
+        notes.append("a grouped convolution: its ΔW counts all inputs, which W0 does not")
+    return notes
 
 
-def _by_pattern(config: dict[str, Any], key: str, module: str, default: Any, file: Path) -> Any:
-    """The value of the first pattern that matches, by PEFT's rule (`peft.utils.other.get_pattern_key`)."""
-    patterns = config.get(key) or {}
-    try:
-        return next((patterns[p] for p in patterns if re.match(rf"(.*\.)?({p})$", module)), default)
-    except re.error as error:
-        raise InputError(f"{file}: {key}: not a regular expression: {error}") from None
+def _without_config(source: Source) -> Found | None:
+    """A file of PEFT's whose configuration is lost: the rank is that of the factors, α is given or taken for r."""
+    files = [file for file in source.files(".safetensors", ".bin") if file.name in ADAPTER_FILES or source.path == file]
+    if not files:
+        return None
+    tensors = open_tensors(files[0])
+    names = [name for name in tensors.names if name.startswith(PREFIX) and _A.fullmatch(name)]
+    if not names:
+        return None
+    if any(".lora_magnitude_vector" in name for name in tensors.names):
+        raise InputError(f"{tensors.file}: holds DoRA's magnitudes, and no {CONFIG_FILE} lies beside it")
+    entries: dict[str, Entry] = {}
+    origin = "assumed" if source.alpha is None else "--alpha"
+    for name in names:
+        module, rank = name.removeprefix(PREFIX).rpartition(".lora_")[0], tensors.shape(name)[0]
+        scale = 1.0 if source.alpha is None else source.alpha / max(rank, 1)
+        entries[f"{module}.weight"] = Factors(
+            tensors=tensors, B=_B(name), A=name, parameter=f"{module}.weight", scale=scale, rank=rank,
+            base_norm=None, scale_source=origin,
+        )  # fmt: skip
+    note = f"no {CONFIG_FILE} beside it: "
+    note += "the scale is taken for 1 (α = r); give --alpha" if source.alpha is None else "the scale is --alpha / r"
+    return Found(format="peft", entries=entries, scale_source=origin, notes=(note,))

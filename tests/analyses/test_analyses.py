@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.linalg
 import torch
 
 from lorabench import plugins
 from lorabench.analyses.angles import Angles
+from lorabench.analyses.overlap import Overlap
 from lorabench.analyses.singular_values import SingularValues
 from lorabench.analyses.spectrum import Spectrum, rounding_norm
 from lorabench.analyses.subspace import MAX_DIRECTIONS, Subspace
@@ -177,3 +179,69 @@ def test_angles_of_random_updates_are_as_chance():
     rows = pd.concat(frame(Angles(), random_layer(40, 30, 3, s), random_layer(40, 30, 5, 1000 + s)) for s in range(60))
     mean = rows.groupby(["side", "index"])[["angle", "angle_chance"]].mean()
     assert mean["angle"].to_numpy() == pytest.approx(mean["angle_chance"].to_numpy(), abs=0.08)
+
+
+def overlap(a, b, column="value"):
+    return frame(Overlap(), a, b).set_index(["side", "metric"])[column]
+
+
+def test_overlap_is_that_of_dense_projections_and_scipys_angles():
+    W = {}
+    for name, r in (("a", 3), ("b", 6)):
+        W[name] = [X.double().numpy() for X in (torch.randn(40, r), torch.randn(r, 30))]
+    W["b"][0][:, :2] += W["a"][0][:, :2]
+    a, b = (layer(*map(torch.from_numpy, factors)) for factors in W.values())
+    dense = {name: B @ A for name, (B, A) in W.items()}
+    found = overlap(a, b)
+    for side, turn in (("output", lambda X: X), ("input", lambda X: X.T)):
+        bases = {name: scipy.linalg.orth(turn(X)) for name, X in dense.items()}
+        cosines = np.cos(scipy.linalg.subspace_angles(bases["a"], bases["b"]))
+        assert found[side, "phi_full"] == pytest.approx(np.square(cosines).mean())
+        for one, other in ("ab", "ba"):
+            inside = bases[other].T @ turn(dense[one])
+            share = np.linalg.norm(inside) ** 2 / np.linalg.norm(dense[one]) ** 2
+            assert found[side, f"energy_{one}_in_{other}"] == pytest.approx(share)
+        tops = [np.linalg.svd(turn(X))[0][:, 0] for X in dense.values()]
+        assert found[side, "phi_first"] == pytest.approx((tops[0] @ tops[1]) ** 2)
+    assert found["output", "p_value"] < 0.05
+
+
+def test_overlap_of_the_same_and_of_orthogonal_updates():
+    one = random_layer(60, 50, 4, dtype=torch.float64)
+    same = overlap(one, one)
+    assert same.drop("p_value", level="metric").to_numpy() == pytest.approx(np.ones(8))
+    assert same.xs("p_value", level="metric").to_numpy() == pytest.approx(np.full(2, 1 / 200))
+    eye = torch.eye(20)
+    apart = overlap(layer(eye[:, :3], eye[:3]), layer(eye[:, 3:8], eye[5:10]))
+    assert apart.drop("p_value", level="metric").max() < 1e-10
+
+
+def test_overlap_of_random_updates_is_chance():
+    pairs = [(random_layer(40, 30, 4, s), random_layer(40, 30, 6, 1000 + s)) for s in range(200)]
+    rows = pd.concat(frame(Overlap(), *pair) for pair in pairs)
+    assert {*rows["metric"]} == {*Overlap.metrics}
+    groups = rows[rows["metric"] != "p_value"].groupby(["side", "metric"])
+    mean, std, null = groups["value"].mean(), groups["value"].std(), groups["null"].first()
+    assert (np.abs(mean - null) < 4.5 * std / 200**0.5).all()
+    spread = groups["null_std"].first().dropna()
+    assert spread.to_numpy() == pytest.approx(std[spread.index].to_numpy(), rel=0.25)
+
+
+def test_overlap_of_a_dense_update_counts_all_its_energy_and_keeps_64_directions():
+    g = torch.Generator().manual_seed(0)
+    W, (B, A) = torch.randn(100, 90, generator=g), (torch.randn(100, 2, generator=g), torch.randn(2, 90, generator=g))
+    svd = thin_svd(W, keep=MAX_DIRECTIONS)
+    dense = LayerSVD(parameter="w", svd=svd, update=Update(parameter="w", B=W))
+    found, null = overlap(dense, layer(B, A)), overlap(dense, layer(B, A), "null")
+    Q = np.linalg.qr(B.numpy())[0]
+    share = np.linalg.norm(Q.T @ W.numpy()) ** 2 / np.linalg.norm(W.numpy()) ** 2
+    assert found["output", "energy_a_in_b"] == pytest.approx(share, rel=1e-4)
+    assert null["output", "energy_b_in_a"] == MAX_DIRECTIONS / 100
+    kept = overlap(LayerSVD(parameter="w", svd=svd), layer(B, A))
+    assert ("output", "energy_b_in_a") in kept.index and ("output", "energy_a_in_b") not in kept.index
+
+
+def test_overlap_spans_more_than_64_directions_where_the_rank_does():
+    large = random_layer(100, 90, 80)
+    assert overlap(large, large)["input", "energy_a_in_b"] == pytest.approx(1, abs=1e-5)
+    assert overlap(large, large, "null")["input", "energy_a_in_b"] == pytest.approx(80 / 90)

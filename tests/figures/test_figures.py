@@ -6,6 +6,7 @@ import pytest
 from lorabench import drawing, plugins
 from lorabench.decode import decode_plugin, encode
 from lorabench.figure import SECTIONS, Figure
+from lorabench.figures.dynamics import PANELS, Dynamics
 from lorabench.figures.rank_quality import RankQuality
 from lorabench.figures.spectra import Spectra
 from lorabench.figures.subspace_grid import SubspaceGrid
@@ -31,7 +32,7 @@ def _closed():
 def drawn(name, results):
     """The figure of the results that have what it shows."""
     figure = plugins.example("figures", name)
-    return figure.draw(results) or figure.draw(synthetic.sequences())
+    return figure.draw(results) or figure.draw(synthetic.sequences()) or figure.draw(synthetic.trajectories())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,6 +134,25 @@ def test_subspace_grid_shows_the_mean_over_layers_and_seeds(results):
 def test_subspace_grid_chooses_the_pair_nearest_to_the_papers(results):
     labels = {axes.get_xlabel() for axes in SubspaceGrid().draw(results).axes}
     assert "j (rank 64)" in labels
+
+
+def test_dynamics_shows_the_mean_over_layers_and_seeds_with_its_null():
+    results = synthetic.trajectories()
+    figure = Dynamics().draw(results)
+    frame = results.analyses["dynamics"].join(results.runs["method.rank"], on="run_id")
+    rows = frame[(frame["metric"] == "phi_final_input") & (frame["method.rank"] == 4)]
+    panel = next(axes for axes in figure.axes if axes.get_ylabel() == PANELS["phi_final_input"])
+    lines = [np.asarray(line.get_xydata()) for line in panel.lines]
+    for column in ("value", "null"):
+        want = rows.groupby("step")[column].mean()
+        assert any(np.allclose(line, np.column_stack([want.index, want])) for line in lines)
+    assert len(lines) == 6 and len(panel.collections) == 3, "means and nulls; bands"
+    assert frame["run_id"].nunique() == 8
+
+
+def test_dynamics_of_some_kinds_alone():
+    assert Dynamics(kinds=("q_proj",)).draw(synthetic.trajectories()) is not None
+    assert Dynamics(kinds=("v_proj",)).draw(synthetic.trajectories()) is None
 
 
 def test_subspace_grid_between_seeds(results):

@@ -1,0 +1,185 @@
+"""A layer's ΔW out of a few named tensors of a file: the entry that all readers of adapters in the wild share.
+
+Shapes: M out features, N in features, r rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorabench.decode import InputError
+from lorabench.readers._entry import Entry, Found, Source, Tensors, open_tensors, read_json
+from lorabench.update import Update
+
+Form = Callable[..., tuple[Tensor, Tensor | None]]
+"""Named tensors of a file -> ΔW / s: its factors (M, r) and (r, N), or dense (M, N) and None."""
+DORA_PART = "sBA"
+LARGEST = 2**31
+"""Entries: a small file's products may be as large as its author likes."""
+CONFIG_FILE = "adapter_config.json"
+_TORCH = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """s of ΔW = s B A, and where it came from: `config`, `file`, `assumed` or `--alpha`."""
+
+    value: float
+    source: str
+
+
+def by_convention(source: Source, rank: int) -> Scale:
+    """For a file that keeps no α: the user's, else α = r, so that s = 1."""
+    if source.alpha is None:
+        return Scale(value=1.0, source="assumed")
+    return Scale(value=source.alpha / rank, source="--alpha")
+
+
+def rank_of(tensors: Tensors, name: str, axis: int = 0) -> int:
+    """r, the size of one axis of a factor; InputError where it has none."""
+    shape = tensors.shape(name)
+    if len(shape) <= axis or shape[axis] < 1:
+        raise InputError(f"{tensors.file}: {name}: shape {shape} is not that of a factor")
+    return shape[axis]
+
+
+def number(tensors: Tensors, name: str) -> float:
+    """A tensor of one number."""
+    value = tensors.read(name)
+    if value.numel() != 1:
+        raise InputError(f"{tensors.file}: {name}: shape {tuple(value.shape)}: must be one number")
+    return float(value)
+
+
+def plain(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """B (M, r) and A (r, N); of a convolution B (M, r, 1, 1) and A (r, in, height, width), N = in height width."""
+    return B.flatten(1), A.flatten(1)
+
+
+def grouped(B: Tensor, A: Tensor, *, on: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+    """A fused linear of n equal blocks of rows, those of the k that are `on` with a LoRA of their own.
+
+    B (M k / n, r) and A (r k, N), both stacked by block -> (M, r k), zero where off, and A.
+    """
+    count, rank = sum(on), B.shape[1]
+    blocks = iter(torch.block_diag(*B.reshape(count, -1, rank)).reshape(count, -1, count * rank))
+    zeros = B.new_zeros(len(B) // count, count * rank)
+    return torch.cat([next(blocks) if flag else zeros for flag in on]), A
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layer:
+    """One ΔW: `names` says which tensor is which argument of `form`; `rows` are those of ΔW to keep (all)."""
+
+    tensors: Tensors
+    parameter: str
+    names: dict[str, str]
+    scale: Scale | None = None
+    form: Form = plain
+    rows: range | None = None
+    part: str | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """By `form` itself, on tensors without content."""
+        shapes = {role: self.tensors.shape(name) for role, name in self.names.items()}
+        try:
+            B, A = self.form(**{role: torch.empty(shape, device="meta") for role, shape in shapes.items()})
+            fits = B.dim() == 2 and (A is None or (A.dim() == 2 and B.shape[1] == A.shape[0]))
+        except (RuntimeError, ValueError, IndexError):
+            fits = False
+        told = ", ".join(f"{role} {shape}" for role, shape in shapes.items())
+        if not fits:
+            raise InputError(f"{self.tensors.file}: {self.parameter}: {told} do not fit each other")
+        if max(B.numel(), 0 if A is None else A.numel()) > LARGEST:
+            raise InputError(f"{self.tensors.file}: {self.parameter}: {told} make a ΔW of more than 2³¹ entries")
+        return len(B if self.rows is None else self.rows), (B if A is None else A).shape[1]
+
+    def load(self) -> Update:
+        _ = self.shape  # a misfit is told as such
+        read = {role: self.tensors.read(name) for role, name in self.names.items()}
+        dtypes = {tensor.dtype for tensor in read.values()}
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        B, A = self.form(**{role: tensor.to(wide) for role, tensor in read.items()})
+        B = B if self.rows is None else B[self.rows.start : self.rows.stop]
+        stored = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        return Update(
+            parameter=self.parameter,
+            part=self.part,
+            B=B * (self.scale.value if self.scale else 1.0),
+            A=A,
+            precision=stored if A is None else None,
+            scale_source=self.scale.source if self.scale else None,
+        )
+
+
+def as_dora(layer: Layer) -> Layer:
+    """`MODULE[sBA].weight`, the part s B A of DoRA's ΔW."""
+    name = f"{layer.parameter.removesuffix('.weight')}[{DORA_PART}].weight"
+    return replace(layer, parameter=name, part=DORA_PART)
+
+
+def adapter_file(source: Source, recognized: Callable[[Tensors], bool], *, named: str | None = None) -> Tensors | None:
+    """The one file there that a reader recognizes; None where there is none. InputError where there are several.
+
+    `named`: the file names of a format that has its own, a regular expression; files of other names are not looked at,
+    unless given themselves. Formats without look in no folder that has an `adapter_config.json`, and at its PyTorch
+    files only where one alone lies there: trainers leave pickles of other things beside weights.
+    """
+    files, pickles = source.files(".safetensors"), source.files(*_TORCH)
+    if source.path.is_dir():
+        if named is not None:
+            files = [file for file in files + pickles if re.fullmatch(named, file.name)]
+            pickles = []
+        elif (source.folder / CONFIG_FILE).exists():
+            return None
+        elif files or len(pickles) > 1:
+            pickles = []
+    own = [tensors for tensors in map(open_tensors, files + pickles) if recognized(tensors)]
+    if len(own) > 1:
+        names = ", ".join(tensors.file.name for tensors in own)
+        raise InputError(f"{source.path}: several adapters: name one of {names}")
+    return own[0] if own else None
+
+
+def configuration(source: Source) -> dict[str, Any]:
+    """What `adapter_config.json` says, in the folder or beside the file; empty where there is none."""
+    file = source.folder / CONFIG_FILE
+    return read_json(file) if file.exists() else {}
+
+
+def found(format: str, layers: Iterable[Layer], *, assumed: str = "", notes: Iterable[str] = ()) -> Found:
+    """What a reader has found, its scale's source and notes. `assumed` is the note where a scale was assumed."""
+    entries: dict[str, Entry] = {}
+    sources, parts, told = [], 0, list(notes)
+    for layer in layers:
+        if layer.parameter in entries:
+            raise InputError(f"{layer.tensors.file}: {layer.parameter}: more than one ΔW")
+        entries[layer.parameter] = layer
+        sources += [layer.scale.source] if layer.scale else []
+        parts += layer.part is not None
+    if guessed := sources.count("assumed"):
+        few = f"{guessed} of {counted(len(entries), 'layer')}: " if guessed < len(entries) else ""
+        told.insert(0, few + assumed)
+    if parts:
+        told.append(
+            f"DoRA in {counted(parts, 'layer')}: what is read is s B A, for ΔW itself needs W0 and the magnitudes"
+        )
+    source = "assumed" if guessed else next(iter(sources), None)
+    return Found(format=format, entries=entries, scale_source=source, notes=tuple(told))
+
+
+def left_out(names: Iterable[str]) -> list[str]:
+    """A note of tensors that no ΔW was made of; empty where there are none."""
+    rest = sorted(names)
+    return [f"{counted(len(rest), 'tensor')} left out, such as {rest[0]}"] if rest else []
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,63 @@
+"""PEFT's configuration of a LoRA adapter: what it must say, and rank and scale of each module by it."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from lorabench.decode import InputError
+
+PREFIX = "base_model.model."
+"""Of the names in PEFT's files."""
+_OTHER_FORMS = ("target_parameters", "use_bdlora", "use_qalora", "kasa_config", "monteclora_config")
+_REPEATED_GROUP = re.compile(r"\)\s*[*+{]")
+
+
+def check_lora(config: dict[str, Any], file: Path) -> None:
+    """Refuse what is not ΔW = s B A, or no sensible number, rather than give wrong ones."""
+    if not _is_rank(config.get("r")):
+        raise InputError(f"{file}: r = {config.get('r')}: must be a whole number, at least 1")
+    if not _is_number(config.get("lora_alpha")):
+        raise InputError(f"{file}: lora_alpha = {config.get('lora_alpha')}: must be a number")
+    check_patterns(config, file)
+    for key in _OTHER_FORMS:
+        if config.get(key):
+            raise InputError(f"{file}: {key} = {str(config[key])[:80]}: its ΔW is not s B A, and cannot be read")
+
+
+def check_patterns(config: dict[str, Any], file: Path) -> None:
+    for key, valid in {"rank_pattern": _is_rank, "alpha_pattern": _is_number}.items():
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(map(valid, patterns.values())):
+            raise InputError(f"{file}: {key} = {str(patterns)[:80]}: must give a number for each pattern")
+
+
+def rank_and_scale(config: dict[str, Any], module: str, file: Path) -> tuple[int, float]:
+    """r, and s = α / r (rsLoRA: α / √r), of one module."""
+    rank = by_pattern(config, "rank_pattern", module, config["r"], file)
+    alpha = by_pattern(config, "alpha_pattern", module, config["lora_alpha"], file)
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def by_pattern(config: dict[str, Any], key: str, module: str, default: Any, file: Path) -> Any:
+    """The value of the first pattern that matches, by PEFT's rule (`peft.utils.other.get_pattern_key`)."""
+    patterns = config.get(key) or {}
+    for pattern, value in patterns.items():
+        if _REPEATED_GROUP.search(pattern):
+            raise InputError(f"{file}: {key}: {pattern[:80]}: a repeated group may take without end to match")
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except (re.error, OverflowError) as error:
+            raise InputError(f"{file}: {key}: not a regular expression: {error}") from None
+    return default
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30

@@ -1,0 +1,145 @@
+"""PEFT's other tuners of which the file (or file and W0) gives ΔW in closed form, and weights that were saved whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorabench.decode import InputError
+from lorabench.readers._difference import Difference
+from lorabench.readers._entry import Entry, Found, Source, Tensors
+from lorabench.readers._peft_config import PREFIX, check_patterns
+from lorabench.readers._peft_forms import FORMS, NEED_BASE, Form, Outline
+from lorabench.update import Update
+from lorabench.weightfile import WeightFiles, some
+
+_PARTS = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_[ABE]|hada_\w+|lokr_\w+|vera_lambda_[bd]|ia3_l|oft_R)(?:\.default)?(?:\.weight)?"
+)
+_TRAINED = re.compile(r"\.(lora_|hada_|lokr_|vera_|ia3_|oft_|trainable_tokens_|base_layer\.)")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Module:
+    """The tensors of one module, and how they make ΔW."""
+
+    tensors: Tensors
+    names: dict[str, str]
+    """Part (`lokr_w1_a`) -> name of the tensor."""
+    parameter: str
+    config: dict[str, Any]
+    weights: WeightFiles | None
+    form: Form
+    outline: Outline
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        try:
+            return self.outline(self)
+        except (IndexError, KeyError) as error:
+            raise InputError(f"{self.tensors.file}: {self.parameter}: its tensors do not fit: {error}") from None
+
+    def load(self) -> Update:
+        shape = self.shape
+        try:
+            B, A = self.form(self)
+            B = B.reshape(shape) if A is None else B
+            if (B.shape[0], (B if A is None else A).shape[1]) != shape:
+                raise ValueError(f"{tuple(B.shape)} for {shape}")
+        except (RuntimeError, ValueError, KeyError, IndexError) as error:
+            raise InputError(f"{self.tensors.file}: {self.parameter}: its tensors do not fit: {error}") from None
+        return Update(
+            parameter=self.parameter,
+            B=B.contiguous(),
+            A=A,
+            precision="float32" if A is None else None,
+            scale_source="config" if A is not None else None,
+        )
+
+    def read(self, part: str) -> Tensor:
+        tensor = self.tensors.read(self.names[part])
+        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+    def sizes(self, part: str) -> tuple[int, ...]:
+        return self.tensors.shape(self.names[part])
+
+    def base(self) -> WeightFiles:
+        assert self.weights is not None  # `_check` has seen to it
+        return self.weights
+
+
+def find(config: dict[str, Any], file: Path, tensors: Tensors, source: Source) -> Found:
+    """InputError for a tuner whose ΔW the file does not give."""
+    kind = str(config["peft_type"])
+    if kind not in FORMS:
+        raise InputError(
+            f"{file}: peft_type = {str(kind)[:40]}: its ΔW cannot be read from the file; these can: LORA, "
+            f"{', '.join(FORMS)}"
+        )
+    _check(config, file, tensors, source)
+    form, outline = FORMS[kind]
+    modules: dict[str, dict[str, str]] = {}
+    for name in tensors.names:
+        if match := _PARTS.fullmatch(name):
+            modules.setdefault(match["module"].removeprefix(PREFIX), {})[match["part"]] = name
+    entries: dict[str, Entry] = {
+        f"{module}.weight": Module(
+            tensors=tensors, names=parts, parameter=f"{module}.weight", config=config, weights=source.weights,
+            form=form, outline=outline,
+        )
+        for module, parts in modules.items()
+    }  # fmt: skip
+    if not entries:
+        raise InputError(f"{tensors.file}: holds no tensors of {kind}: {some(tensors.names)}")
+    notes = add_whole_weights(entries, tensors, source, own=False)
+    if kind == "IA3":
+        notes.append("IA3: biases of scaled outputs change too, which is not part of ΔW")
+    return Found(format=f"peft {kind}", entries=entries, scale_source="config", notes=tuple(notes))
+
+
+def _check(config: dict[str, Any], file: Path, tensors: Tensors, source: Source) -> None:
+    kind = config["peft_type"]
+    if kind == "ADALORA":
+        config.pop("rank_pattern", None)  # says which directions are left, which the file holds alone
+    keys = {"ADALORA": ("init_r", "lora_alpha"), "LOHA": ("r", "alpha"), "LOKR": ("r", "alpha")}.get(kind, ())
+    check_patterns(config, file)
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or (key != "lora_alpha" and value <= 0):
+            raise InputError(f"{file}: {key} = {str(value)[:40]}: must be a number above 0")
+    if kind in NEED_BASE and source.weights is None:
+        raise InputError(f"{file}: peft_type = {kind}: its ΔW needs the base: give --base")
+    if kind == "VERA" and not any(name.startswith("base_model.vera_A") for name in tensors.names):
+        raise InputError(f"{tensors.file}: holds no shared A and B (VeRA with save_projection = false)")
+
+
+def add_whole_weights(entries: dict[str, Entry], tensors: Tensors, source: Source, own: bool) -> list[str]:
+    """Add ΔW of the weights that were saved whole, where the base has them; else say which they are."""
+    whole = list(_whole(tensors))
+    if own or not whole:
+        return []
+    if source.weights is None:
+        return [f"saved whole, so that their ΔW needs the base (--base): {some(whole)}"]
+    tuned = WeightFiles(tensors.file)
+    tuned.has_conv1d = source.weights.has_conv1d
+    missing = []
+    for name in whole:
+        parameter = source.weights.find(name.removeprefix(PREFIX))
+        if parameter is None or source.weights.shape(parameter) != tuned.shape(name):
+            missing.append(name)
+        else:
+            entries[parameter] = Difference(tuned, source.weights, name, parameter)
+    return [f"saved whole, and not in the base: {some(missing)}"] if missing else []
+
+
+def _whole(tensors: Tensors) -> Iterator[str]:
+    for name in tensors.names:
+        is_matrix = len(tensors.shape(name)) > 1 and name.endswith(".weight")
+        if is_matrix and not _TRAINED.search(name) and not name.startswith("base_model.vera_"):
+            yield name

@@ -1,0 +1,68 @@
+"""What was learned, on disk: at the end of a run, and after every so many steps of its training.
+
+    results/runs/<run_id>/  updates/  snapshots/000010/  snapshots/000020/  …
+
+Each folder holds what the method saves, in the form that `keep` asks for.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorabench.claim import Hold
+from lorabench.method import LoadBase
+from lorabench.record import file_digests
+from lorabench.train import Training, random_state, set_random_state
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FOLDER = "snapshots"
+
+
+def write_update(training: Training, load_base: LoadBase, folder: Path, name: str, hold: Hold) -> dict[str, str]:
+    """Write what was learned so far to `name` in the run's folder, whole or not at all; its digests."""
+    temporary, final = folder / f"{name}.{os.getpid()}.tmp", folder / name
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same pid
+        temporary.mkdir(parents=True)
+        training.spec.method.save(training.model, load_base, temporary, training.spec.keep)
+        hold.check()
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return file_digests(final, folder)
+
+
+def keep_snapshot(training: Training, load_base: LoadBase, folder: Path, hold: Hold) -> None:
+    """Keep ΔW as it is after this step, and leave the training as if it had not been.
+
+    To load the base seeds torch's generators anew, so they are put back; what is saved must not depend on dropout,
+    so the model is left in evaluation mode.
+    """
+    meter, loads = training.meter, []
+
+    def load() -> nn.Module:
+        loads.append(training.step)
+        return load_base()
+
+    random = random_state(meter.device)
+    with meter.pause_training("snapshot"):
+        training.model.eval()
+        training.snapshots |= write_update(training, load, folder, f"{FOLDER}/{training.step:06d}", hold)
+        meter.release(collect=bool(loads))
+    set_random_state(random, meter.device)
+
+
+def drop_unknown(folder: Path, known: Collection[str], hold: Hold) -> None:
+    """Remove the snapshots of a run that are not among its `known` files: those of steps that will be taken again."""
+    hold.check()
+    steps = {Path(path).parts[1] for path in known}
+    for found in (folder / FOLDER).glob("*"):
+        if found.name not in steps:
+            shutil.rmtree(found)
