@@ -20,8 +20,8 @@ class Analysis(Plugin, ABC):
     """Part of the cache key: raise it when the numbers change."""
     metrics: ClassVar[dict[str, str]] = {}
     """Metric -> what it is, for the column documentation."""
-    milestones: ClassVar[dict[str, str]] = {}
-    """Of the metrics of a trajectory, those that are one number a layer, for tables: metric -> unit."""
+    per_layer: ClassVar[dict[str, str]] = {}
+    """Where `needs` is not `layer`: the metrics that are one number a layer, for tables -> their unit."""
 
     @abstractmethod
     def compute(self, *layers: Any) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from matplotlib.ticker import MaxNLocator
 from lorabench import drawing
 from lorabench.comparison import Row, mean_grid
 from lorabench.comparison_text import SIDES
-from lorabench.figures.spectra import NULL_DASHES
 from lorabench.figures.subspace_grid import FIRST_KINDS
 from lorabench.inspection import by_kind
 
@@ -63,7 +62,7 @@ def angles(rows: list[Row]) -> Figure:
                 mean, chance = (_mean(group, f"principal_angles_{key}") for key in ("radians", "chance"))
                 index = np.arange(1, len(mean) + 1)
                 axes.plot(index, mean, color=look.color, marker=look.marker, markersize=3, label=kind)
-                axes.plot(index, chance, color=look.color, linestyle=NULL_DASHES, linewidth=0.7)
+                axes.plot(index, chance, color=look.color, linestyle=drawing.NULL_DASHES, linewidth=0.7)
             axes.set_title(f"{side} side")
             axes.set_xlabel("Index, the smallest angle first")
             axes.set_ylim(0, 1.05 * np.pi / 2)
@@ -71,7 +70,7 @@ def angles(rows: list[Row]) -> Figure:
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         grid[0, 0].set_ylabel("Principal angle")
         handles, labels = grid[0, 0].get_legend_handles_labels()
-        dashes = Line2D([], [], color=drawing.REFERENCE, linestyle=NULL_DASHES, linewidth=0.8)
+        dashes = Line2D([], [], color=drawing.REFERENCE, linestyle=drawing.NULL_DASHES, linewidth=0.8)
         drawing.legend_below(figure, [*handles, dashes], [*labels, "chance"])
     return figure
 

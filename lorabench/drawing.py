@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from lorabench.aggregate import Cell
 from lorabench.labels import key_label, value_label
@@ -30,6 +31,8 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 DASHES = ["-", "--", "-.", ":"]
 REFERENCE = "#6B6B6B"
+NULL_DASHES = (0, (3, 2))
+"""Of what chance gives."""
 LOG_FACTOR = 20
 SPEAKING = ("label", "method.name", "quantization", "model", "method.targets", "task.name")
 STYLE: dict[str, Any] = {
@@ -144,6 +147,15 @@ def powers_of_two(axes: Axes, values: Iterable[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
+def plain_logarithmic(axes: Axes) -> None:
+    """A log y axis with its numbers written out: decades, and more between them where there are few."""
+    low, high = axes.get_ylim()
+    subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 10 * low else (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def series_label(keys: Sequence[str], values: Sequence[Any], *, full: bool = False) -> str:
     """`lora, nf4`: keys that speak for themselves are not named, and `none` is silent unless in `full`."""
     words = []
@@ -153,6 +165,11 @@ def series_label(keys: Sequence[str], values: Sequence[Any], *, full: bool = Fal
         elif value is not None:
             words.append(value_label(value) if key in SPEAKING else f"{key_label(key)} {value_label(value)}")
     return ", ".join(words)
+
+
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most `width` characters."""
+    return textwrap.fill(text, width)
 
 
 def finite(runs: pd.DataFrame, name: str) -> pd.DataFrame:

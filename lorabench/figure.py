@@ -11,10 +11,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
 
 
+SECTIONS = {
+    "cost": "What it reaches and costs",
+    "spectra": "What ΔW is: spectra, ranks and norms",
+    "base": "ΔW beside W0",
+    "training": "Over training",
+    "pairs": "Between runs",
+    "other": "Other",
+}
+"""The headings of a report's figures, in its order."""
+
+
 class Figure(Plugin, ABC):
     """Add a figure by adding one file to `lorabench/figures/`; its name stands in a sweep's `[[figure]]`."""
 
     folder: ClassVar[str] = "figures"
+    section: ClassVar[str] = "other"
+    """Under which heading of the report it stands: a key of `SECTIONS`."""
 
     @property
     def measures(self) -> list[str]:

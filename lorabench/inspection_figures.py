@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lorabench import drawing
-from lorabench.figures.spectra import FLOOR, NULL_DASHES
+from lorabench.figures.spectra import FLOOR
 from lorabench.inspection import Row, by_kind, largest_kinds
 from lorabench.nulls import null_spectra
 
@@ -49,7 +49,7 @@ def spectra(rows: list[Row]) -> Figure | None:
         drawing.powers_of_two(grid[0, 0], [2**k for k in range(longest.bit_length())])
         grid[0, 0].set_yscale("log")
         grid[0, 0].set_ylim(min(0.1, max(1e-4, grid[0, 0].get_ylim()[0])), 1.4)
-        handle = Line2D([], [], color=drawing.REFERENCE, linestyle=NULL_DASHES, linewidth=1.2)
+        handle = Line2D([], [], color=drawing.REFERENCE, linestyle=drawing.NULL_DASHES, linewidth=1.2)
         drawing.legend_below(figure, [handle], ["random update of the same shape"])
         if len({*depths}) > 1:
             bar = figure.colorbar(scale, ax=grid, label="block", aspect=30, pad=0.01)
@@ -66,7 +66,9 @@ def _spectrum_panel(axes: Axes, rows: list[Row], scale: ScalarMappable) -> None:
     for M, N, rank in sorted({(*row["shape"], row["rank"]) for row in rows}, key=str)[:3]:
         null = null_spectra(M, N, rank).mean(0)
         null = null[null > FLOOR * null[0]] / null[0]
-        axes.plot(np.arange(1, len(null) + 1), null, color=drawing.REFERENCE, linestyle=NULL_DASHES, linewidth=1.2)
+        axes.plot(
+            np.arange(1, len(null) + 1), null, color=drawing.REFERENCE, linestyle=drawing.NULL_DASHES, linewidth=1.2
+        )
 
 
 def heat_maps(rows: list[Row]) -> Figure | None:
@@ -131,7 +133,7 @@ def profiles(rows: list[Row]) -> Figure | None:
             for kind, line, null in zip(groups, means, nulls, strict=True):
                 look = looks[kind]
                 axes.plot(depths, line, color=look.color, marker=look.marker, markersize=3, label=kind)
-                axes.plot(depths, null, color=look.color, linestyle=NULL_DASHES, linewidth=0.7)
+                axes.plot(depths, null, color=look.color, linestyle=drawing.NULL_DASHES, linewidth=0.7)
             axes.set_xlabel("Block")
             axes.set_ylabel(LABELS[metric])
             axes.set_ylim(bottom=0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 
+from lorabench import plugins
 from lorabench.aggregate import Cell
 from lorabench.labels import key_label, listed, measure_label
 from lorabench.record import Status
@@ -22,13 +24,24 @@ def declared_notes(
     behind = behind if table.columns else "n: runs behind the means."
     notes = [f"Mean ± 95% interval (Student t) over seeds. {behind}{single_seed([cells])}"]
     if any(item.null is not None for item in cells):
-        notes.append("In brackets: the same metric of random Gaussian updates of the same shapes, ranks and norms.")
+        notes.append(f"In brackets: the same metric of {_null_models(table.values)}.")
     if any("." in value for value in table.values):
         notes.append("Metrics of ΔW are means over the layers that all compared runs have.")
     notes += applicability([cells])
     if has_gaps:
         notes.append("–: not part of the sweep.")
     return [*notes, *selection_notes(results, selection), *mixture_notes(results, selection.runs, keys)]
+
+
+def _null_models(values: list[str]) -> str:
+    """What the nulls of these metrics are of, by what their analyses look at."""
+    analyses: list[Any] = [plugins.plugin_class("analyses", v.partition(".")[0]) for v in values if "." in v]
+    needs = {analysis.needs for analysis in analyses}
+    models = {
+        "layer": "random Gaussian updates of the same shapes, ranks and norms",
+        "base": "random directions in place of ΔW's",
+    }
+    return listed(text for need, text in models.items() if need in needs) if needs & models.keys() else "chance"
 
 
 def applicability(cells: Iterable[Iterable[Cell]]) -> list[str]:

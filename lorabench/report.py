@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import pandas as pd
 
 from lorabench import drawing, plugins
 from lorabench.aggregate import FAILED, plain
-from lorabench.figure import Figure
+from lorabench.changes import changes_sheet
+from lorabench.figure import SECTIONS, Figure
 from lorabench.labels import capitalized, key_label, measure, value_label, with_unit
 from lorabench.page import TEMPLATES, Drawn, fill, picture
 from lorabench.record import Status, write_bytes, write_json
@@ -27,6 +29,19 @@ TEMPLATE = "report.html.j2"
 MANIFEST = ".report.json"
 """What the files of a report were made of, and their names."""
 HEADINGS = ("Question", "Cost", "Expect")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Content:
+    """What a page shows of the results."""
+
+    summary: Sheet
+    changes: Sheet | None
+    tables: list[Sheet]
+    figures: dict[str, list[Drawn]]
+    """By section, in order."""
+    empty: list[str]
+    """Names of the figures that had nothing to draw."""
 
 
 def write_report(results: Results, folder: Path) -> list[Path]:
@@ -49,9 +64,11 @@ def write_report(results: Results, folder: Path) -> list[Path]:
 
 
 def _write(results: Results, folder: Path) -> list[Path]:
-    sheets = build_tables(results)
-    files = write_tables(results, sheets, folder / "tables")
-    shown, empty = [], []
+    summary, *tables = build_tables(results)
+    changes = changes_sheet(results, selected(results), distinct("changes", [sheet.name for sheet in tables]))
+    files = write_tables(results, [summary, *([changes] if changes else []), *tables], folder / "tables")
+    shown: dict[str, list[Drawn]] = {section: [] for section in SECTIONS}
+    empty = []
     for name, figure in _figures(results).items():
         canvas = figure.draw(results)
         if canvas is None:
@@ -59,10 +76,11 @@ def _write(results: Results, folder: Path) -> list[Path]:
             continue
         inches = float(canvas.get_figwidth())
         pdf, png = drawing.save(canvas, folder / "figures" / name)
-        shown.append(picture(name, figure.caption(), png.read_bytes(), inches))
+        shown[figure.section].append(picture(name, figure.caption(), png.read_bytes(), inches))
         files += [pdf, png]
     write_bytes(folder / "sweep.toml", results.sweep.text.encode())
-    write_bytes(folder / "report.html", render(results, sheets, shown, empty).encode())
+    page = Content(summary=summary, changes=changes, tables=tables, figures=shown, empty=empty)
+    write_bytes(folder / "report.html", render(results, page).encode())
     return [*files, folder / "sweep.toml", folder / "report.html"]
 
 
@@ -87,8 +105,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         return {"inputs": None, "files": []}
 
 
-def render(results: Results, sheets: list[Sheet], figures: list[Drawn], empty: list[str]) -> str:
-    """The page; the first sheet is the summary, `empty` names the figures that had nothing to draw."""
+def render(results: Results, page: Content) -> str:
+    """The page's HTML."""
     counts = Counter(results.runs["status"])
     return fill(
         TEMPLATE,
@@ -97,10 +115,8 @@ def render(results: Results, sheets: list[Sheet], figures: list[Drawn], empty: l
         counts=[(status, counts[status]) for status in Status if counts[status]],
         num_runs=len(results.runs),
         failures=_failures(results),
-        summary=sheets[0],
-        tables=sheets[1:],
-        figures=figures,
-        empty=empty,
+        page=page,
+        sections=[(SECTIONS[section], drawn) for section, drawn in page.figures.items() if drawn],
         runs=_run_rows(results),
         provenance=_provenance(results.environments),
         made=_provenance(results.provenance),

@@ -338,7 +338,7 @@ def known_measures(runs: Sequence[RunSpec] = ()) -> dict[str, Measure]:
     }
     for name in plugins.names("analyses"):
         analysis: Any = plugins.plugin_class("analyses", name)
-        units = dict.fromkeys(analysis.metrics, "") if analysis.needs == "layer" else analysis.milestones
+        units = dict.fromkeys(analysis.metrics, "") if analysis.needs == "layer" else analysis.per_layer
         if analysis.needs != "trajectory" or not runs or any(run.snapshot_every for run in runs):
             measures |= {f"{name}.{key}": Measure(units[key], None, analysis.metrics[key], name) for key in units}
     return measures

@@ -24,6 +24,7 @@ from lorabench.record import RunRecord, Status, Store
 from lorabench.results import Results, load_results, selected, with_analyses
 from lorabench.spec import RunSpec, flatten
 from lorabench.sweep import Sweep, parse_sweep
+from tests import synthetic_base
 
 TEXT = """\
 # Question: how do rank and quantization change what LoRA learns, beside full fine-tuning?
@@ -156,30 +157,34 @@ def update(spec: RunSpec, layer: int) -> np.ndarray:
 
 
 def analyses(results: Results) -> dict[str, pd.DataFrame]:
-    """The frames `spectrum`, `singular_values` and `subspace` in the engine's columns, for the runs that are done."""
+    """Frames in the engine's columns, for the runs that are done: of each run, beside W0, and between runs."""
     runs = selected(results).runs
     done = runs.index[runs["status"] == Status.DONE]
     specs = [spec for spec in results.sweep.runs if spec.id in set(done)]
     layers = [(f"model.layers.{depth}.self_attn.{kind}", kind, depth) for depth in range(2) for kind in KINDS]
-    svds = {
-        (spec.id, n): np.linalg.svd(update(spec, n), full_matrices=False)[1:]
-        for spec in specs
-        for n in range(len(layers))
-    }
-    spectra = [_spectrum(spec, layer, svds[spec.id, n][0]) for spec in specs for n, layer in enumerate(layers)]
+    svds = {(spec.id, n): _svd(spec, n) for spec in specs for n in range(len(layers))}
+    bases = [synthetic_base.base(n, DIM) for n in range(len(layers))]
+    places = [(spec, n, dict(zip(("layer", "kind", "depth"), layer, strict=True)) | {"run_id": spec.id})
+              for spec in specs for n, layer in enumerate(layers)]  # fmt: skip
+    spectra = [_spectrum(spec, place, svds[spec.id, n][1], bases[n]) for spec, n, place in places]
     pairs = [
-        row
+        (_pair(a, b, axis) | dict(zip(("layer", "kind", "depth"), layer, strict=True)), svds[a.id, n], svds[b.id, n])
         for a, b in itertools.permutations(specs, 2)
         for axis in [_axis(a, b)]
         if axis
         for n, layer in enumerate(layers)
-        for row in _subspace(a, b, axis, layer, svds[a.id, n][1], svds[b.id, n][1])
     ]
     frames = {
-        "spectrum": [row for rows in spectra for row in rows[:1]],
-        "singular_values": [row for rows in spectra for row in rows[1:]],
-        "subspace": pairs,
+        "spectrum": [row for metrics, _ in spectra for row in metrics],
+        "singular_values": [row for _, values in spectra for row in values],
+        "subspace": [
+            place | row for place, a, b in pairs if place["axis"] != "method.name" for row in _subspace(a[2], b[2])
+        ],
+        "overlap": [place | row for place, a, b in pairs for row in synthetic_base.overlap(a, b)],
     }
+    for name in ("alignment", "intruders", "survival"):
+        rows_of = getattr(synthetic_base, name)
+        frames[name] = [place | row for spec, n, place in places for row in rows_of(*svds[spec.id, n], bases[n])]
     return {name: _with_categories(pd.DataFrame(rows)) for name, rows in frames.items()}
 
 
@@ -263,17 +268,25 @@ def _rank(spec: RunSpec) -> int:
     return getattr(spec.method, "rank", DIM)
 
 
-def _spectrum(spec: RunSpec, layer: tuple[str, str, int], S: np.ndarray) -> list[dict]:
-    place = dict(zip(("layer", "kind", "depth"), layer, strict=True)) | {"run_id": spec.id}
-    S = S[: _rank(spec)]
+def _svd(spec: RunSpec, layer: int) -> tuple[np.ndarray, ...]:
+    """The thin SVD of ΔW, as wide as its rank."""
+    U, S, Vh = np.linalg.svd(update(spec, layer), full_matrices=False)
+    return U[:, : _rank(spec)], S[: _rank(spec)], Vh[: _rank(spec)]
+
+
+def _spectrum(spec: RunSpec, place: dict, S: np.ndarray, W: np.ndarray) -> tuple[list[dict], list[dict]]:
+    """The rows of `spectrum` and of `singular_values`."""
     own = np.random.default_rng(_rank(spec))
     null = np.linalg.svd(own.normal(size=(DIM, len(S))) @ own.normal(size=(len(S), DIM)))[1][: len(S)]
     share = [int(np.searchsorted(np.cumsum(x**2) / np.sum(x**2), 0.9)) + 1 for x in (S, null)]
-    rows = [place | {"metric": "rank_90", "value": share[0], "null": share[1]}]
+    ranks = [float(np.exp(-np.sum(p * np.log(p)))) for p in (S / S.sum(), null / null.sum())]
+    norm = float(np.linalg.norm(S) / np.linalg.norm(W))
+    metrics = [("rank_90", *share), ("effective_rank_entropy", *ranks), ("relative_norm", norm, None)]
     pairs = zip(S / S[0], null / null[0], strict=True)
-    return rows + [
-        place | {"value": float(s * S[0]), "null": float(z * S[0]), "index": i} for i, (s, z) in enumerate(pairs, 1)
-    ]
+    return (
+        [place | {"metric": metric, "value": value, "null": null} for metric, value, null in metrics],
+        [place | {"value": float(s * S[0]), "null": float(z * S[0]), "index": i} for i, (s, z) in enumerate(pairs, 1)],
+    )
 
 
 def _axis(a: RunSpec, b: RunSpec) -> str | None:
@@ -283,26 +296,23 @@ def _axis(a: RunSpec, b: RunSpec) -> str | None:
     differ = [key for key in differ if key != "lr"]
     if differ in (["method.rank"], ["seed"]) and flats[0][differ[0]] < flats[1][differ[0]]:
         return differ[0]
+    if (a.method.name, b.method.name) == ("full", "lora") and (a.seed, a.quantization) == (b.seed, b.quantization):
+        return "method.name"
     return None
 
 
-def _subspace(a: RunSpec, b: RunSpec, axis: str, layer: tuple, Vh_a: np.ndarray, Vh_b: np.ndarray) -> list[dict]:
-    place = dict(zip(("layer", "kind", "depth"), layer, strict=True))
+def _pair(a: RunSpec, b: RunSpec, axis: str) -> dict:
+    """The engine's columns of a pair."""
     values = [flatten(spec.to_json())[axis] for spec in (a, b)]
-    place |= {
-        "run_a": a.id,
-        "run_b": b.id,
-        "axis": axis,
-        "value_a": values[0],
-        "value_b": values[1],
-        "side": "input",
-    }
-    gram = np.cumsum(np.cumsum((Vh_a[: _rank(a)] @ Vh_b[: _rank(b)].T) ** 2, axis=0), axis=1)
+    return {"run_a": a.id, "run_b": b.id, "axis": axis, "value_a": values[0], "value_b": values[1]}
+
+
+def _subspace(Vh_a: np.ndarray, Vh_b: np.ndarray) -> list[dict]:
+    gram = np.cumsum(np.cumsum((Vh_a @ Vh_b.T) ** 2, axis=0), axis=1)
     return [
-        place | {
-            "i": i, "j": j, "phi": gram[i - 1, j - 1] / min(i, j), "chance": max(i, j) / DIM, "chance_std": 0.01,
-        }
-        for i, j in itertools.product(_marks(_rank(a)), _marks(_rank(b)))
+        {"side": "input", "i": i, "j": j, "phi": gram[i - 1, j - 1] / min(i, j), "chance": max(i, j) / DIM,
+         "chance_std": 0.01}
+        for i, j in itertools.product(_marks(len(Vh_a)), _marks(len(Vh_b)))
     ]  # fmt: skip
 
 

@@ -184,7 +184,7 @@ def test_wrong_input_is_told_on_stderr_with_exit_code_2(lora, capsys, tmp_path):
     save_updates([Update(parameter="norm.weight", B=torch.randn(6, 1))], tmp_path / "vectors")
     for arguments, words in [
         ((tmp_path / "empty",), "holds no file of tensors"),
-        ((tmp_path / "vectors",), "changed no matrix"),
+        ((tmp_path / "vectors",), "holds no change of a weight matrix"),
         ((cut,), "holds NaN or Inf"),
         ((lora[0], "--energy", "95"), "--energy 95: must be above 0 and at most 1"),
         ((lora[0], "--alpha", "0"), "--alpha 0: must be a number above 0"),

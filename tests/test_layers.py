@@ -33,11 +33,12 @@ LAYERS = [
     {"aggregate", "convert"},
     {"notes", "drawing", "transfer"},
     {"tables", "page"},
+    {"rows"},
     {"analyses/subspace", "analyses/spectrum"},  # whose directions and metrics other analyses take up
     {"methods/*", "tasks/*", "analyses/*", "figures/*"},
     {"methods/hybrid"},  # of methods
     {"examples", "directions"},
-    {"train", "analyze", "api"},
+    {"train", "analyze", "api", "changes"},
     {"inference", "snapshots"},
     {"serving"},
     {"execute", "report", "inspection", "comparison"},

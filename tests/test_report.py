@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
 
+from lorabench.figure import SECTIONS
+from lorabench.figures.heat_map import HeatMap
+from lorabench.figures.rank_quality import RankQuality
+from lorabench.figures.survival import SurvivalCurves
 from lorabench.record import Store
 from lorabench.report import MANIFEST, read_header, write_report
 from lorabench.results import load_results
@@ -49,6 +54,21 @@ def test_page_says_what_was_asked_and_what_failed(page):
 
 def test_text_from_runs_is_escaped(page):
     assert "<b>GPU</b>" not in page and "&lt;b&gt;GPU&lt;/b&gt;" in page
+
+
+def test_figures_stand_under_headings_and_changes_after_the_summary(tmp_path):
+    results = synthetic.shared()
+    figures = (RankQuality(), SurvivalCurves(), HeatMap())
+    write_report(dataclasses.replace(results, sweep=dataclasses.replace(results.sweep, figures=figures)), tmp_path)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    headings = re.findall(r"<h[23]>(.*?)</h[23]>", page)
+    start = headings.index("Summary")
+    assert headings[start : start + 6] == [
+        "Summary", "What changed in the weights, by kind of module", "Figures",
+        SECTIONS["cost"], SECTIONS["spectra"], SECTIONS["base"],
+    ]  # fmt: skip
+    assert page.index(SECTIONS["spectra"]) < page.index('alt="heat_map"') < page.index(SECTIONS["base"])
+    assert (tmp_path / "tables" / "changes.csv").is_file()
 
 
 def test_same_results_same_bytes(light, tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import shutil
@@ -159,6 +160,20 @@ def test_the_null_stands_beside_a_metric_of_the_update(results):
     text = sheet(results, "learning_and_forgetting").rows[-1][-3]
     assert full["null"] > full["mean"]
     assert text.endswith(f"[{plain(full['null'])}]")
+
+
+@pytest.mark.parametrize(
+    ("value", "model"),
+    [
+        ("spectrum.rank_90", "random Gaussian updates"),
+        ("intruders.num_intruders", "random directions in place of ΔW's"),
+    ],
+)
+def test_the_notes_say_what_the_null_is_of(results, value, model):
+    table = dataclasses.replace(results.sweep.tables[0], value=value)
+    found = dataclasses.replace(results, sweep=dataclasses.replace(results.sweep, tables=(table,)))
+    (note,) = [note for note in build_tables(found)[-1].notes if note.startswith("In brackets")]
+    assert model in note
 
 
 def test_same_results_same_bytes(tmp_path, results):

@@ -36,6 +36,9 @@ class Alignment(Analysis):
         "base_norm": "‖W0‖",
         "update_norm": "‖ΔW‖",
     }
+    per_layer: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("amplification", "projected_norm", "projected_norm_of_base", "base_norm", "update_norm"), ""
+    )
 
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
         (tuned,) = layers

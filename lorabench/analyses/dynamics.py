@@ -42,7 +42,7 @@ class Dynamics(Analysis):
         "settled_step_output": "first snapshot from which on phi_final_output is never below 0.9",
         "rank_rise_step": "first snapshot from which on effective_rank_entropy is never below 90% of its final value",
     }
-    milestones: ClassVar[dict[str, str]] = dict.fromkeys(
+    per_layer: ClassVar[dict[str, str]] = dict.fromkeys(
         ("settled_step", "settled_step_output", "rank_rise_step"), "steps"
     )
 

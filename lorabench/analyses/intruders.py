@@ -39,6 +39,7 @@ class Intruders(Analysis):
         "count": "intruder dimensions among the top k at ε; null: ΔW's singular values in random directions",
         "largest_cosine": "largest |cos| of the k-th left singular vector of W0 + ΔW with any of W0",
     }
+    per_layer: ClassVar[dict[str, str]] = {"num_intruders": ""}
 
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
         import numpy as np

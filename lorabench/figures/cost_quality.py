@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.figure import Figure
 
@@ -22,6 +22,8 @@ class CostQuality(Figure):
 
     More than a few settings are numbered instead.
     """
+
+    section: ClassVar[str] = "cost"
 
     costs: tuple[str, ...] = ("peak_gib", "tokens_per_second")
     """The measures of the panels' x axes."""

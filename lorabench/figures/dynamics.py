@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.figure import Figure
 
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MatplotlibFigure
 
-NULL_DASHES = (0, (3, 2))
 PANELS = {
     "effective_rank_entropy": "Effective rank (entropy)",
     "rank_90": "Rank of 90% of the energy",
@@ -28,13 +27,14 @@ PANELS = {
 class Dynamics(Figure):
     """A panel a metric, a colour and marker a setting."""
 
+    section: ClassVar[str] = "training"
+
     kinds: tuple[str, ...] = ()
     """Kinds of layers to average over, such as `q_proj` (empty: every layer that all these runs have)."""
 
     def draw(self, results: Any) -> MatplotlibFigure | None:
-        from matplotlib.lines import Line2D
-
         from lorabench import drawing
+        from lorabench.figures._curves import null_handle
         from lorabench.results import grouped
 
         values = _values(results, self.kinds)
@@ -54,7 +54,7 @@ class Dynamics(Figure):
                 _scale(axes, metric, chunk)
             for axes in drawing.lowest(grid, len(metrics)):
                 axes.set_xlabel("Step")
-            handles["random"] = Line2D([], [], color=drawing.REFERENCE, linestyle=NULL_DASHES, linewidth=0.8)
+            handles |= null_handle("random")
             drawing.legend_below(figure, list(handles.values()), list(handles))
         return figure
 
@@ -94,6 +94,7 @@ def _values(results: Any, kinds: tuple[str, ...]) -> pd.DataFrame:
 def _curve(axes: Axes, series: pd.DataFrame, look: Any) -> Any:
     """One setting over the steps: mean, band, and the random update's mean; the handle of the first."""
     from lorabench.aggregate import cell
+    from lorabench.figures._curves import draw_null
 
     steps = sorted(series["step"].unique())
     cells = [cell(series[series["step"] == step], "value") for step in steps]
@@ -106,8 +107,7 @@ def _curve(axes: Axes, series: pd.DataFrame, look: Any) -> Any:
         at, low, high = zip(*bands, strict=True)
         axes.fill_between(at, low, high, color=look.color, alpha=0.15, linewidth=0)
     nulls = [(step, item.null) for step, item in zip(steps, cells, strict=True) if item.null is not None]
-    if nulls:
-        axes.plot(*zip(*nulls, strict=True), color=look.color, linestyle=NULL_DASHES, linewidth=0.8, zorder=2)
+    draw_null(axes, nulls, look.color)
     return line
 
 

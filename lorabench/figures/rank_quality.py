@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.figure import Figure
 
@@ -21,6 +21,8 @@ IN_PANEL = ("method.name", "quantization")
 @dataclass(frozen=True, kw_only=True)
 class RankQuality(Figure):
     """Lines are methods (and quantizations), panels are every other swept key."""
+
+    section: ClassVar[str] = "cost"
 
     value: str | None = None
     """The measure (None: validation loss or accuracy, whichever the sweep selects by)."""

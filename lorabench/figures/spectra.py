@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.figure import Figure
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
 
 RANK = "method.rank"
-NULL_DASHES = (0, (3, 2))
 FLOOR = 1e-6
 """Ratios below it are rounding of float32, and are not drawn."""
 
@@ -22,13 +21,14 @@ FLOOR = 1e-6
 class Spectra(Figure):
     """A panel a method and setting, a colour a rank; methods without a rank stand in black in every panel."""
 
+    section: ClassVar[str] = "spectra"
+
     kinds: tuple[str, ...] = ()
     """Kinds of layers to average over, such as `q_proj` (empty: every layer that all these runs have)."""
 
     def draw(self, results: Any) -> MatplotlibFigure | None:
-        from matplotlib.lines import Line2D
-
         from lorabench import drawing
+        from lorabench.figures._curves import null_handle
         from lorabench.results import grouped, ordered
 
         values = _values(results, self.kinds)
@@ -54,7 +54,7 @@ class Spectra(Figure):
             grid[0, 0].set_yscale("log")
             grid[0, 0].set_ylim(max(1e-4, grid[0, 0].get_ylim()[0]), 1.4)
             if values["null_ratio"].notna().any():
-                handles["Gaussian"] = Line2D([], [], color=drawing.REFERENCE, linestyle=NULL_DASHES, linewidth=0.8)
+                handles |= null_handle("Gaussian")
             drawing.legend_below(figure, list(handles.values()), list(handles))
         return figure
 
@@ -130,6 +130,8 @@ def _curve(axes: Axes, values: pd.DataFrame, look: Any) -> Any:
     """One series: mean, band and its null; the handle of the mean."""
     import numpy as np
 
+    from lorabench.figures._curves import draw_null
+
     values = values[values["index"] <= _common_length(values)]
     logs = np.log(values["ratio"].clip(lower=FLOOR))
     by_index = logs.groupby(values["index"])
@@ -149,5 +151,5 @@ def _curve(axes: Axes, values: pd.DataFrame, look: Any) -> Any:
     null = values.dropna(subset=["null_ratio"])
     if len(null):
         null_mean = np.exp(np.log(null["null_ratio"].clip(lower=FLOOR)).groupby(null["index"]).mean())
-        axes.plot(null_mean.index, null_mean, color=look.color, linestyle=NULL_DASHES, linewidth=0.8, zorder=2)
+        draw_null(axes, list(null_mean.items()), look.color)
     return line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorabench.figure import Figure
 
@@ -19,6 +19,8 @@ FIRST_KINDS = ("q_proj", "v_proj", "query", "value", "c_attn")
 @dataclass(frozen=True, kw_only=True)
 class SubspaceGrid(Figure):
     """A row a setting, a panel a kind of layer, and chance at the right on the same colours."""
+
+    section: ClassVar[str] = "pairs"
 
     between: Literal["method.rank", "seed"] = "method.rank"
     """Which axis the two runs differ in."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorabench.figure import Figure
 
@@ -19,6 +19,8 @@ MAX_PANELS = 12
 @dataclass(frozen=True, kw_only=True)
 class TransferMatrix(Figure):
     """A panel a setting: numbers are means over seeds, colours the change from the untouched base."""
+
+    section: ClassVar[str] = "cost"
 
     metric: Literal["accuracy", "loss"] = "accuracy"
     """Accuracy (of a language model, the share of tokens predicted right), or the validation loss."""

@@ -130,7 +130,7 @@ def test_a_zero_update_has_no_directions():
     rows = frame(Dynamics(), *trajectory(zero, some, some))
     assert values(rows, "phi_final_input").keys() == {20, 30} == values(rows, "phi_final_output").keys()
     assert values(rows, "norm_share")[10] == 0 and np.isnan(values(rows, "cosine_final")[10])
-    assert milestones(rows) == dict.fromkeys(Dynamics.milestones, 20)
+    assert milestones(rows) == dict.fromkeys(Dynamics.per_layer, 20)
     ends = frame(Dynamics(), *trajectory(some, zero))
     assert ends[ends["step"].isna()]["value"].isna().all() and len(ends[ends["step"].isna()]) == 3
 
@@ -161,6 +161,6 @@ def test_every_metric_is_described_and_the_milestones_are_measures():
     assert {*Dynamics.metrics} - {*rows["metric"]} == {"noise_floor"}, "factors are exact"
     measures = known_measures([make_spec(snapshot_every=2)])
     found = {name: measure for name, measure in measures.items() if name.startswith("dynamics.")}
-    assert found.keys() == {f"dynamics.{name}" for name in Dynamics.milestones}
+    assert found.keys() == {f"dynamics.{name}" for name in Dynamics.per_layer}
     assert all(isinstance(measure, Measure) and measure.unit == "steps" for measure in found.values())
     assert not any(name.startswith("dynamics.") for name in known_measures([make_spec()]))

@@ -5,7 +5,7 @@ import pytest
 
 from lorabench import drawing, plugins
 from lorabench.decode import decode_plugin, encode
-from lorabench.figure import Figure
+from lorabench.figure import SECTIONS, Figure
 from lorabench.figures.dynamics import PANELS, Dynamics
 from lorabench.figures.rank_quality import RankQuality
 from lorabench.figures.spectra import Spectra
@@ -51,6 +51,17 @@ def test_legend_covers_no_panel(name, results):
         box = legend.get_window_extent()
         assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_label_or_title_is_cut_off(name, results):
+    figure = drawn(name, results)
+    figure.canvas.draw()
+    for axes in (axes for axes in figure.axes if axes.get_visible()):
+        for text in filter(lambda text: text.get_text(), (axes.xaxis.label, axes.yaxis.label, axes.title)):
+            box = text.get_window_extent()
+            assert figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1, text.get_text()
+            assert figure.bbox.y0 - 1 <= box.y0 and box.y1 <= figure.bbox.y1 + 1, text.get_text()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -148,3 +159,8 @@ def test_subspace_grid_between_seeds(results):
     figure = SubspaceGrid(between="seed", rank=4).draw(results)
     assert figure.axes[-2].get_xlabel() == "j (another seed, rank 4)"
     assert np.asarray(figure.axes[0].collections[0].get_array()).size == 16
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_figure_has_a_heading_in_the_report(name):
+    assert plugins.example("figures", name).section in SECTIONS
