@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Adapter:
     source: str
     format: str
     entries: dict[str, Entry]
-    vectors: dict[str, Entry]
+    vectors: dict[str, Entry] = field(default_factory=dict)
     """ΔW of biases and norms, which have no singular values."""
     scale_source: str | None = None
     notes: tuple[str, ...] = ()
