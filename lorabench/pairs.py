@@ -90,7 +90,7 @@ def _alike(flats: dict[str, dict[str, Any]], axis: str, moving: set[str], differ
 
 def _sample(cells: list[list[Pair]]) -> list[Pair]:
     """At most MAX_PAIRS of each list, in the order in which they stand there, with their `order` over all lists."""
-    passes = {}
+    passes: dict[tuple[str, str], int] = {}
     for cell in cells:
         kept = sorted(cell, key=lambda pair: _hash(pair.run_a, pair.run_b))[:MAX_PAIRS]
         passes |= {(pair.run_a, pair.run_b): number for number, pair in enumerate(kept)}

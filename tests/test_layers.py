@@ -8,10 +8,10 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lorabench"
 LAYERS = [
     {"plugins", "claim", "linalg", "typeset", "terminal", "environment", "steps", "live", "sequence"},
-    {"decode", "nulls", "update", "meter", "krylov"},
+    {"decode", "nulls", "update", "meter", "krylov", "forks"},
     {"weights", "tensorfile"},
     {"weightfile"},
-    {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
+    {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy", "share"},
     {"spec", "base"},
     {"record"},
     {"sweep"},
@@ -24,6 +24,8 @@ LAYERS = [
     {"methods/*", "tasks/*", "analyses/*", "figures/*"},
     {"methods/hybrid"},  # of methods
     {"examples"},
+    {"jobs"},
+    {"bundle", "batch"},
     {"train", "analyze"},
     {"inference"},
     {"serving"},

@@ -137,8 +137,11 @@ def test_methods_are_compared_at_one_rank_each_at_its_selected_lr():
         a, b = flats[pair.run_a], flats[pair.run_b]
         assert a["seed"] == b["seed"] and a.get("method.rank", b["method.rank"]) == b["method.rank"]
     assert "lr" not in {pair.axis for pair in find_pairs(s, flats, PAIR_AXES, chosen)}
-    without = [p for p in find_pairs(s, flats, PAIR_AXES)]
-    assert {(flats[p.run_a]["lr"], flats[p.run_b]["lr"]) for p in without if p.axis == "lr"} == {(1e-3, 3e-3), (1e-4, 1e-3)}
+    without = list(find_pairs(s, flats, PAIR_AXES))
+    assert {(flats[p.run_a]["lr"], flats[p.run_b]["lr"]) for p in without if p.axis == "lr"} == {
+        (1e-3, 3e-3),
+        (1e-4, 1e-3),
+    }
     assert all(flats[p.run_a]["lr"] == flats[p.run_b]["lr"] for p in without if p.axis == "method")
 
 
