@@ -88,9 +88,11 @@ class Selection:
         return self.runs[self.runs["status"] == Status.DONE]
 
 
-def load_results(store: Store, sweep: Sweep, analyze: Analyze | None = None) -> Results:
-    """Read every run of `sweep`; `analyze(store, sweep, run_ids)` makes the analyses of the selected runs."""
-    states = list(store.states(list(sweep.runs)))
+def load_results(
+    store: Store, sweep: Sweep, analyze: Analyze | None = None, states: list[RunState] | None = None
+) -> Results:
+    """Read every run of `sweep`, or take its `states`; `analyze(store, sweep, run_ids)` makes the analyses."""
+    states = list(store.states(list(sweep.runs))) if states is None else states
     runs = _frame(states, [flatten(spec.to_json()) for spec in sweep.runs])
     if sweep.labels:
         runs.insert(0, "label", [sweep.labels[run_id] for run_id in runs.index])
