@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lorabench.spec import brief, flatten, task_names
+from lorabench.spec import brief, task_names
 from lorabench.sweep import Sweep
 
 PAIR_AXES = ("method.rank", "seed", "lr", "quantization", "task", "method")
@@ -49,7 +49,7 @@ def find_pairs(
     changes little. Runs are grouped by what they share, so the cost is that of the pairs.
     """
     chosen = {*run_ids} if selected is None else {*run_ids} & {*selected}
-    flats = {spec.id: flatten(spec.to_json()) for spec in sweep.runs if spec.id in chosen}
+    flats = {spec.id: spec.flat for spec in sweep.runs if spec.id in chosen}
     free = _together(sweep, sweep.select.over) if sweep.select and selected is not None else set()
     seen: set[tuple[str, str]] = set()
     for axis in axes:
