@@ -117,7 +117,8 @@ def load_results(
 def with_analyses(results: Results, analyses: dict[str, pd.DataFrame]) -> Results:
     """The results with their analyses; each layer metric becomes a column of `runs`, its mean over `shared` layers.
 
-    `spectrum.rank_90` is the mean, `spectrum.rank_90:null` that of the null model of the same shapes.
+    `spectrum.rank_90` is the mean, `spectrum.rank_90:null` that of the null model of the same shapes. Of a metric with
+    a value for each side of a layer it is the mean over both.
     """
     columns = {}
     for name in known_measures():
@@ -128,10 +129,11 @@ def with_analyses(results: Results, analyses: dict[str, pd.DataFrame]) -> Result
         rows = shared(frame[frame["metric"] == metric])
         for column, source in ((name, "value"), (f"{name}:null", "null")):
             if source in rows and rows[source].notna().any():
-                columns[column] = rows[source].astype(float).groupby(rows["run_id"].astype(str)).mean()
+                means = rows[source].astype(float).groupby(rows["run_id"], observed=True).mean()
+                columns[column] = means.set_axis(means.index.astype(object))
     joined = results.runs.drop(columns=list(columns), errors="ignore")
     joined = joined.join(pd.DataFrame(columns, dtype=float)) if columns else joined
-    return dataclasses.replace(results, runs=joined, analyses=analyses)
+    return dataclasses.replace(results, runs=joined.copy(), analyses=analyses)
 
 
 def shared(frame: pd.DataFrame) -> pd.DataFrame:

@@ -323,6 +323,8 @@ def _unknown_keys(keys: list[str], known: list[str], where: str) -> list[str]:
 def known_measures(runs: Sequence[RunSpec] = ()) -> dict[str, Measure]:
     """What a table can show: the measures of records, and each layer metric's mean (`spectrum.rank_90`).
 
+    Metrics with several values a layer (over k, or a threshold) are none: their mean would say nothing.
+
     Of the metrics, only those that the tasks of `runs` report, those of sequences and of serving only where some run
     has them; all of them where no runs are given.
     """
@@ -339,8 +341,9 @@ def known_measures(runs: Sequence[RunSpec] = ()) -> dict[str, Measure]:
     }
     for name in plugins.names("analyses"):
         analysis: Any = plugins.plugin_class("analyses", name)
-        if analysis.needs == "layer":
-            measures |= {f"{name}.{key}": Measure("", None, text, name) for key, text in analysis.metrics.items()}
+        if analysis.needs in ("layer", "base"):
+            metrics = {key: text for key, text in analysis.metrics.items() if key not in analysis.grids}
+            measures |= {f"{name}.{key}": Measure("", None, text, name) for key, text in metrics.items()}
     return measures
 
 

@@ -82,14 +82,17 @@ def write_run(store, spec, status=Status.DONE):
     store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, files=files))
 
 
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
-    """Of runs on a base that is a folder with just these two weights."""
-    base = tmp_path_factory.mktemp("base")
+def make_sweep(base):
+    """Of runs on a base, the folder `base`, with just these two weights."""
     (base / "config.json").write_text('{"model_type": "llama"}')
     save_file({f"{layer}.weight": base_weight(layer) for layer in LAYERS}, base / "model.safetensors")
     text = TEXT.replace("{base}", str(base))
     return parse_sweep(tomllib.loads(text), text)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return make_sweep(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ LAYERS = [
     {"model", "readers/*"},
     {"formats", "bases", "pairs", "results", "labels"},
     {"aggregate"},
-    {"notes", "drawing", "transfer"},
+    {"notes", "drawing", "transfer", "longform", "columns"},
     {"tables"},
     {"analyses/subspace"},  # its cross-Gram matrix also gives the angles
     {"methods/*", "tasks/*", "analyses/*", "figures/*"},

@@ -36,6 +36,7 @@ class Alignment(Analysis):
         "base_norm": "‖W0‖",
         "update_norm": "‖ΔW‖",
     }
+    grids: ClassVar[frozenset[str]] = frozenset({"amplification_at", "projected_norm_at", "projected_norm_of_base_at"})
 
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
         (tuned,) = layers

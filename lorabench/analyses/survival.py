@@ -28,6 +28,7 @@ class Survival(Analysis):
         "direction_cosine": "|cos| between the k-th direction of W0 and the k-th of W0 + ΔW; null: random ones",
         "singular_value_shift": "k-th singular value of W0 + ΔW over that of W0, less 1",
     }
+    grids: ClassVar[frozenset[str]] = frozenset({"survival_at", "direction_cosine", "singular_value_shift"})
 
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
         import numpy as np
