@@ -156,11 +156,13 @@ def subspace_table(results: Results) -> pd.DataFrame:
         return frame
     powers = [2**exponent for exponent in range(20)]
     frame = frame[frame["i"].isin(powers) & frame["j"].isin(powers)]
-    frame = frame.join(results.runs[results.settings], on="run_a")
-    for key in results.settings:  # the compared key differs between the two runs: value_a and value_b tell it
-        frame[key] = frame[key].astype(object).where(frame["axis"] != key, None)
+    frame = frame.assign(pair=frame["run_a"].astype(str) + " " + frame["run_b"].astype(str))
+    for key in results.settings:
+        shared = {
+            pair: _shared(*(results.runs.at[run, key] for run in pair.split())) for pair in frame["pair"].unique()
+        }
+        frame[key] = pd.Series([shared[pair] for pair in frame["pair"]], index=frame.index, dtype=object)
     keys = [*results.settings, "axis", "value_a", "value_b", "side", "kind", "i", "j"]
-    frame["pair"] = frame["run_a"].astype(str) + frame["run_b"].astype(str)
     groups = frame.groupby(keys, dropna=False, sort=False, observed=True)
     table = groups.agg(
         phi=("phi", "mean"), phi_min=("phi", "min"), phi_max=("phi", "max"), chance=("chance", "mean"),
@@ -169,6 +171,11 @@ def subspace_table(results: Results) -> pd.DataFrame:
     columns = [[ordinal(value) for value in table[key]] for key in keys]
     order = sorted(range(len(table)), key=list(zip(*columns, strict=True)).__getitem__)
     return table.iloc[order].reset_index(drop=True)
+
+
+def _shared(a: Any, b: Any) -> Any:
+    """What both runs of a pair have, or the one that has the key; None where they differ: the axis tells that."""
+    return a if a == b or b is None else b if a is None else None
 
 
 def sorted_groups(runs: pd.DataFrame, keys: list[str]) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:
