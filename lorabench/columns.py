@@ -32,11 +32,40 @@ PAIR = {
     "value_a": "what the first run has there: the key's value, or what the method or task is called",
     "value_b": "what the second has",
 }
+PAIR_OF_SETTINGS = {key: text for key, text in PAIR.items() if key[:3] != "run"}
 LAYER = {
     "layer": "name of the module whose weight was changed",
     "kind": "last part of it: what layers of one role share over the blocks",
     "depth": "number of the block, from 0; empty outside the blocks",
     "analysis": "the analysis that the row is of",
+}
+SUBSPACE = {
+    "side": COLUMNS["side"],
+    "i": "top directions of the first runs",
+    "j": "top directions of the second runs",
+    "phi": "subspace similarity φ(i, j), the mean over pairs and layers",
+    "phi_min": "the smallest",
+    "phi_max": "the largest",
+    "chance": "mean of φ(i, j) over random subspaces",
+    "chance_std": "its standard deviation",
+    "num_layers": "distinct layers behind it",
+    "num_pairs": "pairs of runs behind it",
+}
+SHEET = {
+    "measure": "the measure, as in runs.csv",
+    "unit": "of mean and interval; %: times 100",
+    "mean": "over seeds; runs of one seed are averaged first",
+    "half_width": "half of the two-sided 95% Student-t interval over seeds",
+    "low": "its lower end",
+    "high": "its upper end",
+    "null": "what chance gives, where the measure is one of ΔW",
+    "n": "runs behind the mean",
+    "num_seeds": "distinct seeds behind it",
+    "num_failed": "runs of the cell that have failed",
+    "num_pending": "runs of the cell that are still to be done",
+    "status": "`done`, or how many of the cell's runs stand otherwise",
+    "best lr": "the value that [select] has chosen, of the key that it chooses",
+    "edge": "whether that is the largest or smallest of those tried: a better one may lie beyond",
 }
 KEY = "key of sweep files"
 _KEYS = {item.name for item in dataclasses.fields(RunSpec)}
@@ -60,6 +89,12 @@ def columns_page(results: Results, tables: dict[str, pa.Table]) -> str:
     """The page for the tables that are written of these results."""
     lines = ["# Columns", "", "What is shown in % elsewhere is a share from 0 to 1 here.", ""]
     lines += ["## runs.csv", "", "One row a run of the sweep.", "", *_runs(results), ""]
+    lines += ["## Other csv files", "", "A row a cell of the table, its keys first.", ""]
+    lines += [*_rows(("column", "what it is"), SHEET.items()), ""]
+    if "subspace" in tables:
+        what = "A row a setting, pair of values and kind of layer, for i and j that are powers of two."
+        lines += ["## subspace.csv", "", f"{what} A key in which the two runs differ is empty.", ""]
+        lines += [*_rows(("column", "what it is"), (SUBSPACE | PAIR_OF_SETTINGS).items()), ""]
     for name, table in tables.items():
         found = sorted(set(table["analysis"].unique().to_pylist()))
         texts = [(column, column_text(column, found)) for column in table.column_names]

@@ -8,14 +8,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from lorabench import longform, plugins
+from lorabench import columns, longform, plugins
 from lorabench.analyze import analyze
 from lorabench.columns import column_text, columns_page
 from lorabench.longform import files, long_tables
 from lorabench.record import Store
 from lorabench.results import load_results
 from lorabench.sweep import known_measures
-from lorabench.tables import build_tables, write_tables
+from lorabench.tables import build_tables, subspace_table, write_tables
 from tests.test_analyze import LAYERS, make_sweep, write_run
 
 SETTINGS = ["run_id", "method.name", "method.rank", "lr", "seed", "selected"]
@@ -93,6 +93,12 @@ def test_every_column_and_metric_that_any_analysis_gives_is_documented(results, 
     assert all(f"| `{column}` |" in page for column in results.runs)
     with pytest.raises(KeyError):
         column_text("no_such_column", ["spectrum"])
+
+
+def test_every_column_of_the_other_tables_is_documented(results):
+    assert {*subspace_table(results)} <= {*columns.SUBSPACE, *columns.PAIR, "kind", *results.runs}
+    for sheet in build_tables(results):
+        assert {*sheet.tidy} <= {*columns.SHEET, *results.runs}
 
 
 def test_a_metric_that_tables_can_show_has_one_value_a_layer_and_side(results):
