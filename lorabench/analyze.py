@@ -27,7 +27,7 @@ from lorabench.bases import FOLDER, Bases
 from lorabench.batch import LAYER_COLUMNS, Outcome, Part
 from lorabench.bundle import Bundle, Gathered
 from lorabench.decode import InputError
-from lorabench.jobs import Job, batches, files_of, subjects
+from lorabench.jobs import Job, batches, files_of, subjects, updates_bytes
 from lorabench.machine import available_cores
 from lorabench.pairs import PAIR_AXES, Pair, find_pairs
 from lorabench.record import RunRecord, RunState, Status, Store
@@ -228,15 +228,9 @@ def _num_workers(jobs: list[Job], workers: int | None) -> int:
         return workers
     if len(jobs) < LITTLE_JOBS:
         records = {record.run_id: record for job in jobs for record in job.records}
-        if sum(_size(jobs[0].root / "runs" / run_id, record) for run_id, record in records.items()) < LITTLE_BYTES:
+        if sum(updates_bytes(jobs[0].root, record) for record in records.values()) < LITTLE_BYTES:
             return 1
     return available_cores()
-
-
-def _size(folder: Path, record: RunRecord) -> int:
-    """Bytes of what a run has learned."""
-    files = [folder / path for path in files_of(record)]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 @contextlib.contextmanager

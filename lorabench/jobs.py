@@ -22,8 +22,8 @@ from lorabench.record import RunRecord
 VERSION = 1
 """Part of every cache key: raise it when the engine's own columns change."""
 UPDATES, SNAPSHOTS = "updates", "snapshots"
-MAX_JOBS = 500
-"""In a batch: what a worker is given at a time, and what is lost if it is interrupted."""
+MAX_JOBS, MAX_BYTES = 500, 2**30
+"""Of a batch, which is what is lost if it is interrupted."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -77,20 +77,31 @@ def subjects(analysis: Analysis, records: dict[str, RunRecord], pairs: list[Pair
     return [(run_id,) for run_id in records]
 
 
-def batches(jobs: list[Job]) -> Iterator[list[Job]]:
-    """All jobs, those of a run side by side and its pairs with earlier runs after them, about MAX_JOBS at a time.
+def updates_bytes(root: Path, record: RunRecord) -> int:
+    """Size of what a run has learned, on disk."""
+    files = [root / "runs" / record.run_id / path for path in files_of(record)]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
-    Jobs of a batch share what is read: cut into more, a run that many are compared with is read more often.
+
+def batches(jobs: list[Job]) -> Iterator[list[Job]]:
+    """All jobs, those of a run side by side, its pairs with smaller runs after them; about MAX_JOBS or MAX_BYTES each.
+
+    Jobs of a batch share what is read. Of runs that are compared across batches the smaller one is read again, so a
+    full fine-tuning is decomposed once though many adapters are held against it.
     """
-    places = {
-        run_id: place for place, run_id in enumerate(dict.fromkeys(run_id for job in jobs for run_id in job.runs))
-    }
-    order = sorted(jobs, key=lambda job: (max(places[run] for run in job.runs), len(job.runs), job.runs))
+    records = {record.run_id: record for job in jobs for record in job.records}
+    sizes = {run_id: updates_bytes(jobs[0].root, record) for run_id, record in records.items()}
+    places = {run_id: place for place, run_id in enumerate(sorted(sizes, key=sizes.__getitem__))}
+    newest = {job: max(job.runs, key=places.__getitem__) for job in jobs}
     batch: list[Job] = []
-    for job in order:
-        if len(batch) >= MAX_JOBS and (len(job.runs) > 1 or job.runs != batch[-1].runs):
+    size = 0
+    for job in sorted(jobs, key=lambda job: (places[newest[job]], len(job.runs), job.runs)):
+        begins = not batch or newest[job] != newest[batch[-1]]
+        is_full = len(batch) >= MAX_JOBS and (begins or len(job.runs) > 1)
+        if batch and (is_full or (begins and size >= MAX_BYTES)):
             yield batch
-            batch = []
+            batch, size, begins = [], 0, True
+        size += sizes[newest[job]] if begins else 0
         batch.append(job)
     if batch:
         yield batch

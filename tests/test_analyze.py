@@ -361,6 +361,26 @@ def contents(store):
     return {str(f.relative_to(store.root)): f.read_bytes() for f in store.root.rglob("*.parquet")}
 
 
+def test_a_large_run_is_read_in_one_batch_whatever_it_is_compared_with(store, sweep, monkeypatch):
+    records = {spec.id: store.read(spec.id) for spec in sweep.runs}
+    pairs = list(find_pairs(sweep, records, PAIR_AXES))
+    angles, spectrum = (plugins.example("analyses", name) for name in ("angles", "spectrum"))
+    todo = [jobs.Job(analysis=analysis, records=tuple(records[run] for run in runs), root=store.root)
+            for analysis in (spectrum, angles) for runs in jobs.subjects(analysis, records, pairs)]  # fmt: skip
+    for name, most in (("MAX_BYTES", 1), ("MAX_JOBS", 4)):
+        monkeypatch.setattr(jobs, name, most)
+        found = list(jobs.batches(todo))
+        assert [*map(id, sorted(todo, key=id))] == sorted(id(job) for batch in found for job in batch)
+        assert len(found) > 2 and (name == "MAX_BYTES" or max(map(len, found)) <= most)
+        monkeypatch.undo()
+    monkeypatch.setattr(jobs, "MAX_BYTES", 1)
+    found = list(jobs.batches(todo))
+    for spec in sweep.runs:
+        if spec.method.name == "full":
+            having = [batch for batch in found if any(spec.id in job.runs for job in batch)]
+            assert 1 <= len(having) <= 2, "its own, and that of the other full fine-tuning"
+
+
 @pytest.mark.parametrize("parts_a_worker", [1, 4])
 def test_several_processes_give_the_same_bytes(store, sweep, monkeypatch, parts_a_worker):
     """Also where one batch is cut into more parts than it has layers."""
