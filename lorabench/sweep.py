@@ -313,7 +313,7 @@ def _matches(cell: dict[str, Any], rule: dict[str, Any]) -> bool:
 
 
 def _known_keys(runs: list[RunSpec]) -> list[str]:
-    return list(dict.fromkeys(key for run in runs for key in run.flat))
+    return list(dict.fromkeys(key for keys in dict.fromkeys(tuple(run.flat) for run in runs) for key in keys))
 
 
 def _unknown_keys(keys: list[str], known: list[str], where: str) -> list[str]:
