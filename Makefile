@@ -38,6 +38,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/grid.py
 	$(BIN)/python benchmarks/analysis.py
+	$(BIN)/python benchmarks/store.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -24,11 +24,11 @@ from typing import Any
 
 from hardware import spread, write
 
+from lorabench.forks import SERVER_ENVIRONMENT
 from lorabench.machine import available_cores
 from lorabench.record import Store
 from lorabench.spec import RunSpec
 from lorabench.sweep import read_sweep
-from lorabench.worker import SERVER_ENVIRONMENT
 
 SWEEP = """
 [base]

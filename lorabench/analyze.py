@@ -1,81 +1,48 @@
-"""Analyses of a sweep's runs: updates on disk -> tidy frames, cached by content.
-
-    results/runs/<run_id>/analyses/<name>.parquet      results/pairs/<run_a>--<run_b>/<name>.parquet
-
-Layers are streamed: memory holds one layer's thin SVD of each run that is compared with another, and the base's of
-that layer; each SVD is computed once for all analyses.
-"""
+"""Analyses of a sweep's runs: updates on disk -> tidy frames, cached by content. See `jobs`, `batch` and `bundle`."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+import fcntl
+import math
+import shutil
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
 import pyarrow as pa
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from lorabench import formats, plugins
+from lorabench import batch, bundle, plugins
 from lorabench.analysis import Analysis
-from lorabench.base import Tuned
-from lorabench.bases import FOLDER, BaseKey, Bases
+from lorabench.bases import FOLDER, Bases
+from lorabench.batch import LAYER_COLUMNS, Outcome, Part
+from lorabench.bundle import Bundle, Gathered
 from lorabench.decode import InputError
-from lorabench.layer import LayerSVD
-from lorabench.linalg import one_thread
-from lorabench.pairs import Pair, find_pairs
-from lorabench.readers._entry import Entry
-from lorabench.record import RunRecord, Status, Store, file_digest
+from lorabench.jobs import Job, batches, files_of, subjects, updates_bytes
+from lorabench.machine import available_cores
+from lorabench.pairs import PAIR_AXES, Pair, find_pairs
+from lorabench.record import RunRecord, RunState, Status, Store
+from lorabench.share import WorkerFailed, share
 from lorabench.sweep import Sweep
-from lorabench.tidy import TableWriter, read_table, to_frame, to_table
+from lorabench.tidy import read_table, to_frame
 
-VERSION = 1
-"""Part of every cache key: raise it when the engine's own columns change."""
-UPDATES, SNAPSHOTS = "updates", "snapshots"
-PAIR_AXES = ("method.rank", "seed")
-LAYER_COLUMNS = ["layer", "kind", "depth"]
+__all__ = ["PAIR_AXES", "analyze", "files_of"]
+
 PAIR_COLUMNS = ["run_a", "run_b", "axis", "value_a", "value_b"]
-MAX_FILES = 200
-"""Written at a time: beyond, runs are read again rather than the limit of open files passed."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Job:
-    """One analysis of one run or one pair, and the file that keeps it."""
-
-    analysis: Analysis
-    records: tuple[RunRecord, ...]
-    root: Path
-
-    @cached_property
-    def runs(self) -> tuple[str, ...]:
-        return tuple(record.run_id for record in self.records)
-
-    @cached_property
-    def file(self) -> Path:
-        folder = f"pairs/{'--'.join(self.runs)}" if len(self.runs) > 1 else f"runs/{self.runs[0]}/analyses"
-        return self.root / folder / f"{self.analysis.name}.parquet"
-
-    @cached_property
-    def key(self) -> str:
-        """What the numbers depend on: the analysis's version, the content of the updates, and that of the base."""
-        versions = [VERSION, formats.VERSION, self.analysis.version]
-        content: list[Any] = [files_of(record, self.folders) for record in self.records]
-        if self.analysis.needs == "base":
-            content += [[asdict(BaseKey.of(record)), record.environment.get("model_sha256")] for record in self.records]
-        return json.dumps([self.analysis.name, versions, content])
-
-    @property
-    def folders(self) -> tuple[str, ...]:
-        """The folders of a run that are read."""
-        return (UPDATES, SNAPSHOTS) if self.analysis.needs == "trajectory" else (UPDATES,)
+PARTS_A_WORKER = 4
+"""So that the last ones to finish have little left to wait for."""
+LITTLE_JOBS, LITTLE_BYTES = 500, 2**28
+"""Less than both of these is done before other processes have started."""
+PRELOAD = ("pandas", "torch", "lorabench.analyze")
 
 
 def analyze(
@@ -84,6 +51,8 @@ def analyze(
     selected: Collection[str] | None = None,
     *,
     pair_axes: tuple[str, ...] = PAIR_AXES,
+    workers: int | None = 1,
+    states: Iterable[RunState] | None = None,
     note: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> dict[str, pd.DataFrame]:
     """A frame for every analysis: of each run that is done, and of the pairs that differ in one of `pair_axes`.
@@ -91,19 +60,36 @@ def analyze(
     Frames begin with `run_id`, or `run_a, run_b, axis, value_a, value_b`, then `layer, kind, depth`. `selected` are
     the runs to compare (see `find_pairs`). Runs without updates, and those whose files are not as their record says,
     are left out, each with a `note`. Cached results are only read.
+
+    `workers` processes share what is to compute (None: one a core, where there is much); the frames are the same
+    whatever their number, but for the last digits of dense ΔW of 1024² and more, whose SVD may use several threads.
+    `states`: how the sweep's runs stand, where that is known. Raises WorkerFailed at the end where some of it could
+    not be computed; the rest is kept.
     """
-    records = _analyzable(store, sweep, note)
+    records = _analyzable(store.states(list(sweep.runs)) if states is None else states, note)
     pairs = list(find_pairs(sweep, records, pair_axes, selected))
     analyses = [cast(Analysis, plugins.example("analyses", name)) for name in plugins.names("analyses")]
-    jobs = {(analysis.name, *runs): Job(analysis=analysis, records=tuple(records[r] for r in runs), root=store.root)
-            for analysis in analyses for runs in _subjects(analysis, records, pairs)}  # fmt: skip
-    tables = {name: read_table(job.file, job.key) for name, job in jobs.items()}
-    failed = _compute(store, [job for name, job in jobs.items() if tables[name] is None], note)
-    for name, job in jobs.items():
-        if tables[name] is None and not failed & {*job.runs}:
-            tables[name] = read_table(job.file, job.key)
-    made = {name: table for name, table in tables.items() if table is not None and not failed & {*name[1:]}}
-    return {analysis.name: _frame(analysis, made, pairs) for analysis in analyses}
+    wanted = {
+        analysis.name: [Job(analysis=analysis, records=tuple(records[run_id] for run_id in runs), root=store.root)
+                        for runs in subjects(analysis, records, pairs)]
+        for analysis in analyses
+    }  # fmt: skip
+    _note_samples(analyses, pairs, note)
+    files = {name: store.root / sweep.name / bundle.FOLDER / f"{name}.parquet" for name in wanted}
+    bundles = {name: bundle.read_bundle(file) for name, file in files.items()}
+    own = {name: _own_tables(jobs, bundles[name]) for name, jobs in wanted.items()}
+    missing = {name: [job for job in jobs if job not in bundles[name] and job not in own[name]]
+               for name, jobs in wanted.items()}  # fmt: skip
+    failed = _compute(store, [job for jobs in missing.values() for job in jobs], note, workers)
+    frames = {}
+    for analysis in analyses:
+        name, before = analysis.name, bundles.pop(analysis.name)
+        tables = own.pop(name) | _own_tables(missing[name], before)
+        kept = [job for job in wanted[name] if not failed & {*job.runs}]
+        gathered = bundle.gather(kept, before, tables)
+        bundle.write_bundle(files[name], gathered, before)
+        frames[name] = _frame(analysis, gathered, pairs)
+    return frames
 
 
 def compare(
@@ -112,21 +98,20 @@ def compare(
     """One analysis of these pairs of runs, cached as `analyze` does; `run_a, run_b`, then `layer, kind, depth`."""
     analysis = cast(Analysis, plugins.example("analyses", name))
     jobs = [Job(analysis=analysis, records=pair, root=store.root) for pair in pairs]
-    _compute(store, [job for job in jobs if read_table(job.file, job.key) is None], note)
-    tables = [(job, read_table(job.file, job.key)) for job in jobs]
-    parts = [({"run_a": job.runs[0], "run_b": job.runs[1]}, table) for job, table in tables if table is not None]
-    return to_frame(parts, ["run_a", "run_b", *LAYER_COLUMNS])
+    nothing = bundle.Bundle()
+    own = _own_tables(jobs, nothing)
+    _compute(store, [job for job in jobs if job not in own], note)
+    gathered = bundle.gather(jobs, nothing, _own_tables(jobs, nothing))
+    if not len(gathered.table):
+        return pd.DataFrame(columns=["run_a", "run_b", *LAYER_COLUMNS])
+    runs = {column: [job.runs[side] for job in gathered.jobs] for side, column in enumerate(("run_a", "run_b"))}
+    return to_frame(gathered.table, gathered.counts, runs)
 
 
-def files_of(record: RunRecord, folders: tuple[str, ...] = (UPDATES,)) -> dict[str, str]:
-    """The digests of the files that hold what a run learned."""
-    return {path: digest for path, digest in sorted(record.files.items()) if path.split("/")[0] in folders}
-
-
-def _analyzable(store: Store, sweep: Sweep, note: Callable[[str], None]) -> dict[str, RunRecord]:
+def _analyzable(states: Iterable[RunState], note: Callable[[str], None]) -> dict[str, RunRecord]:
     """The records of the runs that are done and have kept updates; one note for each reason to leave runs out."""
     records, others = {}, defaultdict(list)
-    for state in store.states(list(sweep.runs)):
+    for state in states:
         if state.status != Status.DONE or state.record is None:
             others[str(state.status)].append(state.run_id)
         elif not files_of(state.record):
@@ -139,148 +124,145 @@ def _analyzable(store: Store, sweep: Sweep, note: Callable[[str], None]) -> dict
     return records
 
 
-def _subjects(analysis: Analysis, records: dict[str, RunRecord], pairs: list[Pair]) -> list[tuple[str, ...]]:
-    if analysis.needs == "pair":
-        return [(pair.run_a, pair.run_b) for pair in pairs]
-    if analysis.needs == "trajectory":
-        return [(run_id,) for run_id, record in records.items() if files_of(record, (SNAPSHOTS,))]
-    return [(run_id,) for run_id in records]
+def _note_samples(analyses: list[Analysis], pairs: list[Pair], note: Callable[[str], None]) -> None:
+    """Say where an analysis is made of some of the pairs alone."""
+    counts = Counter(pair.axis for pair in pairs)
+    for analysis in analyses if pairs else []:
+        for axis, count in counts.items():
+            if analysis.needs == "pair" and count > analysis.max_pairs:
+                note(f"{analysis.name}: of a sample of {analysis.max_pairs} of the {count} pairs along {axis}")
 
 
-def _frame(analysis: Analysis, tables: dict[tuple[str, ...], pa.Table], pairs: list[Pair]) -> pd.DataFrame:
+def _own_tables(jobs: list[Job], known: Bundle) -> dict[Job, pa.Table]:
+    """The tables that jobs have in files of their own; of those that the bundle knows they are not looked for."""
+    tables = {job: read_table(job.file, job.key) for job in jobs if job not in known}
+    return {job: table for job, table in tables.items() if table is not None}
+
+
+def _frame(analysis: Analysis, gathered: Gathered, pairs: list[Pair]) -> pd.DataFrame:
     if analysis.needs != "pair":
-        parts = [({"run_id": name[1]}, table) for name, table in tables.items() if name[0] == analysis.name]
-        return to_frame(parts, ["run_id", *LAYER_COLUMNS])
-    named = [(pair, tables.get((analysis.name, pair.run_a, pair.run_b))) for pair in pairs]
-    parts = [({c: getattr(pair, c) for c in PAIR_COLUMNS}, table) for pair, table in named if table is not None]
-    numeric = all(type(before[c]) in (int, float) for before, _ in parts for c in ("value_a", "value_b"))
-    if not numeric:  # one column, one type
-        parts = [(before | {c: str(before[c]) for c in ("value_a", "value_b")}, table) for before, table in parts]
-    return to_frame(parts, [*PAIR_COLUMNS, *LAYER_COLUMNS])
+        before: dict[str, list[Any]] = {"run_id": [job.runs[0] for job in gathered.jobs]}
+    else:
+        named: dict[tuple[str, ...], Pair] = {(pair.run_a, pair.run_b): pair for pair in pairs}
+        before = {column: [getattr(named[job.runs], column) for job in gathered.jobs] for column in PAIR_COLUMNS}
+    if not len(gathered.table):
+        return pd.DataFrame(columns=[*before, *LAYER_COLUMNS])
+    return to_frame(gathered.table, gathered.counts, before)
 
 
-def _compute(store: Store, jobs: list[Job], note: Callable[[str], None]) -> set[str]:
+def _compute(store: Store, jobs: list[Job], note: Callable[[str], None], workers: int | None = 1) -> set[str]:
     """Do the jobs and write their files. Returns the runs that could not be read."""
-    failed: dict[str, str] = {}
-    bases = Bases(store.root / FOLDER, note)
+    if not jobs:
+        return set()
+    groups = list(batches(jobs))
+    most = _num_workers(jobs, workers)
+    num_parts = 1 if most == 1 else math.ceil(PARTS_A_WORKER * most / len(groups))
+    results: dict[tuple[int, int], Outcome] = {}
+    errors: list[Exception] = []
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (jobs and console.is_terminal)) as progress:
+    with _scratch(store.root) as scratch, Progress(console=console, transient=True,
+                                                   disable=not console.is_terminal) as progress:  # fmt: skip
         task = progress.add_task("analyzing", total=len(jobs))
-        for jobs_together in _batches(jobs):
-            batch = Batch(store, jobs_together, bases, failed)
-            batch.compute(partial(progress.advance, task))
+        parts = [Part(jobs=group, number=number, part=part, num_parts=num_parts, scratch=scratch)
+                 for number, group in enumerate(groups) for part in range(num_parts)]  # fmt: skip
+        do = _Do(cache=store.root / FOLDER, threads=max(1, available_cores() // most) if most > 1 else None)
+        with contextlib.closing(_results(do, parts, most, partial(progress.advance, task))) as found:
+            for place, result in found:
+                part = parts[place]
+                if isinstance(result, InputError):
+                    raise result
+                if isinstance(result, Exception):
+                    errors.append(result)
+                    continue
+                results[part.number, part.part] = result
+                of_batch = [results.get((part.number, other)) for other in range(num_parts)]
+                if all(of_batch):
+                    batch.commit(part, cast(list[Outcome], of_batch))
+    return _account([results[place] for place in sorted(results)], errors, note)
+
+
+def _account(outcomes: list[Outcome], errors: list[Exception], note: Callable[[str], None]) -> set[str]:
+    """Tell what went wrong, each thing once."""
+    for text in dict.fromkeys(text for outcome in outcomes for text in outcome.notes):
+        note(text)
+    failed: dict[str, str] = {}
+    for outcome in outcomes:
+        failed = outcome.failed | failed
     for run_id, reason in failed.items():
         note(f"not analyzed (corrupt): {run_id}: {reason}")
+    if errors and not isinstance(errors[0], WorkerFailed):
+        raise errors[0]
+    if errors:
+        texts = "\n".join(dict.fromkeys(map(str, errors)))
+        raise WorkerFailed(f"{texts}\n{len(errors)} parts of the analyses were not computed; the rest is kept")
     return set(failed)
 
 
-class Batch:
-    """Jobs that share runs: each layer of these is read once, and given to all analyses."""
-
-    def __init__(self, store: Store, jobs: list[Job], bases: Bases, failed: dict[str, str]):
-        self.store, self.bases, self.failed = store, bases, failed
-        self.records = {record.run_id: record for job in jobs for record in job.records}
-        self.moving = {job.records[0].run_id for job in jobs if job.analysis.needs == "trajectory"}
-        self.jobs = [job for job in jobs if job.analysis.needs != "base" or bases.find(job.records[0]) is not None]
-
-    def compute(self, advance: Callable[[float], None]) -> None:
-        """Write the file of each job whose runs can all be read."""
-        entries = {run_id: found for run_id in self.records if (found := self._open(run_id)) is not None}
-        writers = {job: TableWriter(job.file, job.key) for job in self.jobs if entries.keys() >= {*job.runs}}
-        needed = {run_id for job in writers for run_id in job.runs}
-        parameters = sorted({parameter for run_id in needed for parameter in entries[run_id][-1][1]})
+def _results(
+    do: _Do, parts: list[Part], workers: int, advance: Callable[[float], None]
+) -> Generator[tuple[int, Outcome | Exception]]:
+    """Each part's place and its outcome, as they are done: here, or in so many other processes."""
+    if workers > 1:
+        yield from share(do, parts, workers, PRELOAD, parts[0].scratch / "log.txt", advance)
+        return
+    for place, part in enumerate(parts):
         try:
-            for parameter in parameters:
-                seen = {run_id: self._load(run_id, parameter, entries[run_id]) for run_id in needed}
-                self._add(writers, {run_id: steps for run_id, steps in seen.items() if steps})
-                advance(len(self.jobs) / len(parameters))
-            for job, writer in writers.items():
-                if not self.failed.keys() & {*job.runs}:
-                    writer.commit()
-        finally:
-            for writer in writers.values():
-                writer.abort()
+            yield place, do(part, advance)
+        except InputError:
+            raise
+        except Exception as error:  # raised at the end: the other parts are done first
+            yield place, error
 
-    def _open(self, run_id: str) -> list[tuple[int | None, dict[str, Entry]]] | None:
-        """The entries of the run's snapshots by step, where they are wanted, and of its end; None where damaged."""
-        if run_id in self.failed:
-            return None
-        record, folder = self.records[run_id], self.store.folder(run_id)
-        with _noting(run_id, self.failed):
-            _verify(folder, files_of(record, (UPDATES, SNAPSHOTS) if run_id in self.moving else (UPDATES,)))
-            steps = sorted({int(path.split("/")[1]) for path in files_of(record, (SNAPSHOTS,))})
-            folders = [(step, folder / SNAPSHOTS / f"{step:06d}") for step in steps if run_id in self.moving]
-            return [(step, formats.open_layers(at)) for step, at in [*folders, (None, folder / UPDATES)]]
-        return None
 
-    def _load(self, run_id: str, parameter: str, entries: list[tuple[int | None, dict[str, Entry]]]) -> list[LayerSVD]:
-        """The layer after each step, the end last; empty where the run has not changed it, or is damaged."""
-        if parameter not in entries[-1][1] or run_id in self.failed:
-            return []
-        with _noting(run_id, self.failed):
-            loaded = [(step, formats.load_layer(found[parameter])) for step, found in entries if parameter in found]
-            return [replace(layer, step=_last_step(self.records[run_id]) if step is None else step)
-                    for step, layer in loaded]  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class _Do:
+    """Computes a part, in whichever process it is called."""
+
+    cache: Path
+    threads: int | None
+    """That torch may use for a large dense ΔW: this process's share of the cores (None: as it is)."""
+
+    def __call__(self, part: Part, advance: Callable[[float], None]) -> Outcome:
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        outcome = batch.compute(part, self._bases, advance)
+        return replace(outcome, notes=[*self._notes])
+
+    @cached_property
+    def _bases(self) -> Bases:
+        """The bases that this process has opened."""
+        return Bases(self.cache, self._notes.append)
+
+    @cached_property
+    def _notes(self) -> list[str]:
         return []
 
-    def _add(self, writers: dict[Job, TableWriter], seen: dict[str, list[LayerSVD]]) -> None:
-        """The rows of one layer for every job whose runs all have it in the same shape."""
-        tuned: dict[str, Tuned | None] = {}
-        for job, writer in writers.items():
-            if not {*job.runs} <= seen.keys() or len({seen[run_id][-1].shape for run_id in job.runs}) > 1:
-                continue
-            last = [seen[run_id][-1] for run_id in job.runs]
-            (run_id, *_), needs = job.runs, job.analysis.needs
-            given: list[Any] = seen[run_id] if needs == "trajectory" else last
-            if needs == "base":
-                if run_id not in tuned:
-                    tuned[run_id] = self.bases.tuned(job.records[0], last[0])
-                given = [tuned[run_id]]
-            if given == [None] or (needs == "trajectory" and len(given) < 2):
-                continue
-            with one_thread():
-                rows = job.analysis.compute(*given)
-            if rows:
-                writer.add(to_table(rows, {column: getattr(last[0], column) for column in LAYER_COLUMNS}))
 
-
-def _last_step(record: RunRecord) -> int:
-    spec = record.spec
-    return spec["steps"] * len(spec.get("tasks") or [None])
-
-
-def _verify(folder: Path, files: dict[str, str]) -> None:
-    for path, digest in files.items():
-        file = folder / path
-        if not file.is_file():
-            raise InputError(f"{file}: is missing")
-        if file_digest(file) != digest:
-            raise InputError(f"{file}: is not the file that the record describes (its SHA-256 differs)")
-
-
-def _batches(jobs: list[Job]) -> Iterator[list[Job]]:
-    """Jobs that share runs, directly or through others, together; at most MAX_FILES at a time."""
-    root: dict[str, str] = {}
-
-    def find(run_id: str) -> str:
-        while root.setdefault(run_id, run_id) != run_id:
-            root[run_id] = run_id = root[root[run_id]]
-        return run_id
-
-    for job in jobs:
-        for run_id in job.runs:
-            root[find(run_id)] = find(job.runs[0])
-    groups: dict[str, list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(find(job.runs[0]), []).append(job)
-    for group in groups.values():
-        for start in range(0, len(group), MAX_FILES):
-            yield group[start : start + MAX_FILES]
+def _num_workers(jobs: list[Job], workers: int | None) -> int:
+    """As many as asked; one where nothing was asked and there is little to do."""
+    if workers is not None:
+        return workers
+    if len(jobs) < LITTLE_JOBS:
+        records = {record.run_id: record for job in jobs for record in job.records}
+        if sum(updates_bytes(jobs[0].root, record) for record in records.values()) < LITTLE_BYTES:
+            return 1
+    return available_cores()
 
 
 @contextlib.contextmanager
-def _noting(run_id: str, failed: dict[str, str]) -> Iterator[None]:
+def _scratch(root: Path) -> Iterator[Path]:
+    """A folder for what is not whole yet; gone at the end. Those of processes that were killed go too."""
+    for folder in root.glob(".analyze-*"):
+        with contextlib.suppress(OSError), open(folder / "lock") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
     try:
-        yield
-    except InputError as error:
-        failed[run_id] = str(error)
+        folder = Path(tempfile.mkdtemp(prefix=".analyze-", dir=root))
+    except OSError as error:
+        raise InputError(f"{root}: cannot be written: {error.strerror}") from None
+    with open(folder / "lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

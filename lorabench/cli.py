@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,25 +110,15 @@ def status(arguments: argparse.Namespace) -> int:
 def analyze(arguments: argparse.Namespace) -> int:
     """Analyze what the runs have learned and write tables, figures and report.html; prints their paths.
 
-    Without SWEEP, every sweep found in RESULTS. What is up to date is left as it is.
+    Without SWEEP, every sweep found in RESULTS. What is up to date is left as it is, and only what is new is
+    computed; if it is interrupted, what is computed is kept.
     """
-    from lorabench.stamp import find_sweeps, read_stamp
-
-    store = _store(arguments.results)
-    for sweep in find_sweeps(store, arguments.sweep):
-        files = read_stamp(store.root / sweep.name, _key(store, sweep))
-        _print_paths(_write(store, sweep) if files is None else files)
-    return 0
+    return _draw(arguments, again=False)
 
 
 def report(arguments: argparse.Namespace) -> int:
     """Draw the tables, figures and report.html again; analyses that are up to date are not repeated."""
-    from lorabench.stamp import find_sweeps
-
-    store = _store(arguments.results)
-    for sweep in find_sweeps(store, arguments.sweep):
-        _print_paths(_write(store, sweep))
-    return 0
+    return _draw(arguments, again=True)
 
 
 def merge(arguments: argparse.Namespace) -> int:
@@ -350,22 +341,6 @@ def _argument(names: str, text: str, **options: Any) -> tuple[str, dict[str, Any
     return names, options | {"help": text}
 
 
-_JSON = _argument("--json", "print JSON instead of a table", action="store_true")
-_SWEEP = _argument("sweep", "a sweep file (TOML)", metavar="SWEEP")
-_RESULTS = _argument("--results", "where the runs are kept (default: results)", type=Path, default=Path("results"))
-_FOLDER = _argument("results", "a results folder", metavar="RESULTS", type=Path)
-_HERE = _argument(
-    "results", "a results folder (default: results)", metavar="RESULTS", type=Path, nargs="?", default=Path("results")
-)
-_NAMED = _argument("sweep", "a sweep file, or the name of a sweep in RESULTS", metavar="SWEEP", nargs="?")
-_BASE = _argument(
-    "--base", "the untouched weights: where ΔW is a difference of checkpoints, or needs them (DoRA)", metavar="BASE"
-)
-_ALPHA = _argument("--alpha", "α of a format that does not keep its own", type=float, metavar="A")
-_HTML = _argument("--html", "write a page with figures too", type=Path, metavar="FILE")
-_DEVICE = _argument("--device", "auto (default), cpu, cuda or cuda:1", default="auto")
-
-
 def _number(kind: type, low: float) -> Callable[[str], Any]:
     """An argument of at least `low`."""
 
@@ -379,6 +354,26 @@ def _number(kind: type, low: float) -> Callable[[str], Any]:
         return value
 
     return convert
+
+
+_JSON = _argument("--json", "print JSON instead of a table", action="store_true")
+_SWEEP = _argument("sweep", "a sweep file (TOML)", metavar="SWEEP")
+_RESULTS = _argument("--results", "where the runs are kept (default: results)", type=Path, default=Path("results"))
+_FOLDER = _argument("results", "a results folder", metavar="RESULTS", type=Path)
+_HERE = _argument(
+    "results", "a results folder (default: results)", metavar="RESULTS", type=Path, nargs="?", default=Path("results")
+)
+_NAMED = _argument("sweep", "a sweep file, or the name of a sweep in RESULTS", metavar="SWEEP", nargs="?")
+_PROCESSES = _argument(
+    "--workers", "processes that share what is to compute (default: one a core; 1 where there is little)",
+    type=_number(int, 1), metavar="N",
+)  # fmt: skip
+_BASE = _argument(
+    "--base", "the untouched weights: where ΔW is a difference of checkpoints, or needs them (DoRA)", metavar="BASE"
+)
+_ALPHA = _argument("--alpha", "α of a format that does not keep its own", type=float, metavar="A")
+_HTML = _argument("--html", "write a page with figures too", type=Path, metavar="FILE")
+_DEVICE = _argument("--device", "auto (default), cpu, cuda or cuda:1", default="auto")
 
 
 def _numbers(kind: type) -> Callable[[str], Any]:
@@ -415,8 +410,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], list[tuple[str, d
         ],
     ),
     "status": (status, [_HERE, _JSON]),
-    "analyze": (analyze, [_FOLDER, _NAMED]),
-    "report": (report, [_FOLDER, _NAMED]),
+    "analyze": (analyze, [_FOLDER, _NAMED, _PROCESSES]),
+    "report": (report, [_FOLDER, _NAMED, _PROCESSES]),
     "merge": (
         merge,
         [
@@ -602,26 +597,40 @@ def _pool(arguments: argparse.Namespace, device: str, retry: frozenset[Status], 
     return Pool(workers=workers, gpus=gpus, settings=settings, retry=retry)
 
 
-def _key(store: Store, sweep: Sweep) -> str:
-    from lorabench.stamp import analysis_key
+def _draw(arguments: argparse.Namespace, again: bool) -> int:
+    """Everything that is drawn from the sweeps asked for: what is not up to date, or all of it `again`."""
+    from lorabench.share import WorkerFailed
+    from lorabench.stamp import find_sweeps
 
-    return analysis_key(store, sweep)
+    store = _store(arguments.results)
+    for found in find_sweeps(store, arguments.sweep):
+        files = None if again else found.up_to_date(store)
+        try:
+            files = _write(store, found.read(), arguments.workers) if files is None else files
+        except WorkerFailed as error:
+            for line in str(error).splitlines():
+                talk(f"error: {line}")
+            return 1
+        for file in files:
+            print(file)
+    return 0
 
 
-def _write(store: Store, sweep: Sweep) -> list[Path]:
+def _write(store: Store, sweep: Sweep, workers: int | None) -> list[Path]:
     """Analyze what is new, and write everything that is drawn from the sweep."""
     from lorabench.analyze import analyze as analyze_runs
     from lorabench.report import write_report
     from lorabench.results import load_results
-    from lorabench.stamp import write_stamp
+    from lorabench.stamp import analysis_key, write_stamp
     from lorabench.terminal import count_statuses
 
-    key, folder = _key(store, sweep), store.root / sweep.name
+    key = analysis_key(store, sweep.text, [spec.id for spec in sweep.runs])
     states = list(store.states(list(sweep.runs)))
     if any(state.status != "done" for state in states):
         talk(f"{sweep.name}: {count_statuses(states)}; the tables show which cells are lacking")
-    files = write_report(load_results(store, sweep, analyze_runs), folder)
-    write_stamp(folder, key, files)
+    compute = partial(analyze_runs, workers=workers, states=states)
+    files = write_report(load_results(store, sweep, compute, states), store.root / sweep.name)
+    write_stamp(store, sweep, key, files)
     return files
 
 
@@ -632,8 +641,3 @@ def _hush_libraries() -> None:
 
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _print_paths(files: list[Path]) -> None:
-    for file in files:
-        print(file)

@@ -93,6 +93,8 @@ def decode_plugin(base: type[plugins.Plugin], table: Any, where: str) -> Any:
 
 def encode(value: Any) -> Any:
     """The inverse of `decode`: plain tables of str, int, float, bool, None and lists."""
+    if type(value) in (str, int, float, bool, type(None)):  # most values are: a sweep of thousands of runs is quick
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         head = {"name": value.name} if isinstance(value, plugins.Plugin) else {}
         return head | {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}

@@ -24,7 +24,7 @@ from lorabench.claim import current_claim, take
 from lorabench.decode import InputError
 from lorabench.machine import count_oom_kills
 from lorabench.record import FAILURES, RunRecord, RunState, Status, Store
-from lorabench.spec import RunSpec, brief, flatten, swept_keys
+from lorabench.spec import RunSpec, brief, swept_keys
 from lorabench.sweep import Sweep
 from lorabench.terminal import Display, count_statuses, text_table
 from lorabench.worker import PRELOAD, Settings, Target, check_main, child_main, execute_run, start_server
@@ -74,7 +74,7 @@ def launch(sweep: Sweep, store: Store, pool: Pool, target: Target = execute_run)
 
 def labels(sweep: Sweep) -> dict[str, str]:
     """What sets each run apart: run id -> `method.rank=4 seed=1`."""
-    flats = {spec.id: flatten(spec.to_json()) for spec in sweep.runs}
+    flats = {spec.id: spec.flat for spec in sweep.runs}
     keys = swept_keys(list(flats.values()))
     return {id: " ".join(f"{key}={brief(flat[key])}" for key in keys if key in flat) for id, flat in flats.items()}
 

@@ -313,16 +313,17 @@ class Store:
 
     def state(self, run_id: str, spec: RunSpec | None = None) -> RunState:
         """How the run stands now; never raises for a damaged run, which is `corrupt` with its reason."""
-        table = spec.to_json() if spec else {}
+        table: dict[str, Any] = {}
         claim = current_claim(self.folder(run_id))
         alive = claim is not None and claim.is_alive()
         try:
-            table = self._spec_table(run_id) or table
+            table = self._spec_table(run_id) or (spec.to_json() if spec else {})
             record = self.read(run_id)
-            if record and table and canonical_json(record.spec) != canonical_json(table):
+            if record and table and record.spec != table and canonical_json(record.spec) != canonical_json(table):
                 raise InputError(f"{self.folder(run_id) / 'record.json'}: its spec is not the run's: it was edited")
         except InputError as error:
             status = Status.RUNNING if alive else Status.CORRUPT  # a live worker writes its record anew
+            table = table or (spec.to_json() if spec else {})
             return RunState(run_id=run_id, status=status, spec=table, claim=claim, error=error.problems[0])
         if record is None:
             status = Status.RUNNING if alive else Status.INTERRUPTED if claim else Status.MISSING

@@ -169,9 +169,10 @@ def _run_rows(results: Results) -> dict[str, Any]:
     names = [name for name in names if name in results.runs]
     keys = list(dict.fromkeys(["method.name", *results.keys]))
     chosen = set(selected(results).run_ids)
+    factors = {name: 100 if measure(name).unit == "%" else 1 for name in names}
     rows = []
     for run_id, run in results.runs.iterrows():
-        numbers = [_measured(name, run[name]) for name in names]
+        numbers = [_measured(factors[name] * run[name]) for name in names]
         rows.append({
             "id": run_id, "status": run["status"], "selected": run_id in chosen, "error": run["error"] or "",
             "keys": [value_label(run[key]) for key in keys], "numbers": numbers,
@@ -180,8 +181,8 @@ def _run_rows(results: Results) -> dict[str, Any]:
     return {"keys": [capitalized(key_label(key)) for key in keys], "heads": heads, "rows": rows}
 
 
-def _measured(name: str, value: float) -> str:
-    return "–" if value != value else plain(value * 100 if measure(name).unit == "%" else value)
+def _measured(value: float) -> str:
+    return "–" if value != value else plain(value)
 
 
 def _provenance(tables: dict[str, dict[str, Any]]) -> list[tuple[str, list[tuple[str, int]]]]:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from lorabench.record import MEASURES, RunRecord, RunState, Status, Store
-from lorabench.spec import flatten, is_tables, task_names
+from lorabench.spec import is_tables, task_names
 from lorabench.sweep import Sweep, known_measures
 
 Analyze = Callable[[Store, Sweep, list[str]], dict[str, pd.DataFrame]]
@@ -60,6 +60,11 @@ class Results:
             return ["label"]
         return list(dict.fromkeys(["method.name", *(k for k in self.keys if k not in ("seed", *self.over))]))
 
+    @cached_property
+    def selection(self) -> Selection:
+        """What `selected` gives."""
+        return _select(self)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Selection:
@@ -88,10 +93,12 @@ class Selection:
         return self.runs[self.runs["status"] == Status.DONE]
 
 
-def load_results(store: Store, sweep: Sweep, analyze: Analyze | None = None) -> Results:
-    """Read every run of `sweep`; `analyze(store, sweep, run_ids)` makes the analyses of the selected runs."""
-    states = list(store.states(list(sweep.runs)))
-    runs = _frame(states, [flatten(spec.to_json()) for spec in sweep.runs])
+def load_results(
+    store: Store, sweep: Sweep, analyze: Analyze | None = None, states: list[RunState] | None = None
+) -> Results:
+    """Read every run of `sweep`, or take its `states`; `analyze(store, sweep, run_ids)` makes the analyses."""
+    states = list(store.states(list(sweep.runs))) if states is None else states
+    runs = _frame(states, [spec.flat for spec in sweep.runs])
     if sweep.labels:
         runs.insert(0, "label", [sweep.labels[run_id] for run_id in runs.index])
     records = {state.run_id: state.record for state in states if state.record}
@@ -110,7 +117,8 @@ def load_results(store: Store, sweep: Sweep, analyze: Analyze | None = None) -> 
 def with_analyses(results: Results, analyses: dict[str, pd.DataFrame]) -> Results:
     """The results with their analyses; each layer metric becomes a column of `runs`, its mean over `shared` layers.
 
-    `spectrum.rank_90` is the mean, `spectrum.rank_90:null` that of the null model of the same shapes.
+    `spectrum.rank_90` is the mean, `spectrum.rank_90:null` that of the null model of the same shapes. Of a metric with
+    a value for each side of a layer it is the mean over both.
     """
     columns = {}
     for name in known_measures():
@@ -121,10 +129,11 @@ def with_analyses(results: Results, analyses: dict[str, pd.DataFrame]) -> Result
         rows = shared(frame[frame["metric"] == metric])
         for column, source in ((name, "value"), (f"{name}:null", "null")):
             if source in rows and rows[source].notna().any():
-                columns[column] = rows[source].astype(float).groupby(rows["run_id"].astype(str)).mean()
+                means = rows[source].astype(float).groupby(rows["run_id"], observed=True).mean()
+                columns[column] = means.set_axis(means.index.astype(object))
     joined = results.runs.drop(columns=list(columns), errors="ignore")
     joined = joined.join(pd.DataFrame(columns, dtype=float)) if columns else joined
-    return dataclasses.replace(results, runs=joined, analyses=analyses)
+    return dataclasses.replace(results, runs=joined.copy(), analyses=analyses)
 
 
 def shared(frame: pd.DataFrame) -> pd.DataFrame:
@@ -140,11 +149,17 @@ def shared(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def selected(results: Results) -> Selection:
-    """For every setting (all axes but `select.over` and `seed`) the runs at the best value of `over`.
+    """The runs that are compared; made once for all tables and figures.
+
+    For every setting (all axes but `select.over` and `seed`) the runs at the best value of `over`.
 
     Best is the mean of `select.by` over the seeds that are done; a value with each seed done beats one with failed
     or missing seeds; of equal values the smaller wins. Without `[select]` every run is used.
     """
+    return results.selection
+
+
+def _select(results: Results) -> Selection:
     runs, over, select = results.runs, results.over, results.sweep.select
     if select is None or not over:
         return Selection(runs=runs, choices=pd.DataFrame())

@@ -106,6 +106,11 @@ class RunSpec:
         """`<method>-<first 12 hex digits of the SHA-256 of the canonical JSON>`."""
         return spec_id(self.to_json())
 
+    @cached_property
+    def flat(self) -> dict[str, Any]:
+        """The keys of sweep files and the columns of tables, as `flatten` gives them; not to be changed."""
+        return flatten(self.to_json())
+
     def to_json(self) -> dict[str, Any]:
         """Holds `task` or `tasks`, never both, and `snapshot_every` only where it is given.
 

@@ -1,9 +1,12 @@
-"""Whether a sweep's tables and figures are up to date, told without loading torch or pandas."""
+"""Whether a sweep's tables and figures are up to date, told without loading torch or pandas, or expanding the sweep."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorabench.decode import InputError
@@ -14,44 +17,60 @@ from lorabench.sweep import Sweep, read_sweep
 STAMP_FILE = ".analyze.json"
 
 
-def analysis_key(store: Store, sweep: Sweep) -> str:
+@dataclass(frozen=True, kw_only=True)
+class SweepFile:
+    """A sweep that is not read yet: thousands of runs take seconds to expand."""
+
+    file: Path
+    default_name: str | None = None
+
+    def read(self) -> Sweep:
+        """Raises InputError with all problems of the file."""
+        return read_sweep(self.file, self.default_name)
+
+    def up_to_date(self, store: Store) -> list[Path] | None:
+        """The files that were written of this sweep; None if anything has changed since or is gone."""
+        try:
+            text = self.file.read_text("utf-8")
+            folder = store.root / str(tomllib.loads(text).get("name", self.default_name or self.file.stem))
+            stamp = json.loads((folder / STAMP_FILE).read_text())
+            files = [folder / name for name in stamp["files"]]
+            same = stamp["key"] == analysis_key(store, text, stamp["runs"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return files if same and all(file.is_file() for file in files) else None
+
+
+def analysis_key(store: Store, text: str, run_ids: Iterable[str]) -> str:
     """Hash of all that the output depends on: the sweep's text, lorabench's own source, and each run's record."""
-    digest = hashlib.sha256(sweep.text.encode())
+    digest = hashlib.sha256(text.encode())
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
-    for spec in sweep.runs:
-        file = store.folder(spec.id) / "record.json"
+    for run_id in run_ids:
         try:
-            found = file.stat()
-            digest.update(f"\0{spec.id} {found.st_mtime_ns} {found.st_size}".encode())
+            found = (store.folder(run_id) / "record.json").stat()
+            digest.update(f"\0{run_id} {found.st_mtime_ns} {found.st_size}".encode())
         except FileNotFoundError:
-            digest.update(f"\0{spec.id} -".encode())
+            digest.update(f"\0{run_id} -".encode())
     return digest.hexdigest()
 
 
-def read_stamp(folder: Path, key: str) -> list[Path] | None:
-    """The files that were written under this key; None if anything has changed since or is gone."""
-    try:
-        table = json.loads((folder / STAMP_FILE).read_text())
-        files = [folder / name for name in table["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return files if table.get("key") == key and all(file.is_file() for file in files) else None
+def write_stamp(store: Store, sweep: Sweep, key: str, files: list[Path]) -> None:
+    """Say that these files were written of the sweep as it was when it had this key."""
+    folder = store.root / sweep.name
+    names = [str(file.relative_to(folder)) for file in files]
+    write_json(folder / STAMP_FILE, {"key": key, "files": names, "runs": [spec.id for spec in sweep.runs]})
 
 
-def write_stamp(folder: Path, key: str, files: list[Path]) -> None:
-    write_json(folder / STAMP_FILE, {"key": key, "files": [str(file.relative_to(folder)) for file in files]})
-
-
-def find_sweeps(store: Store, name: str | None) -> list[Sweep]:
+def find_sweeps(store: Store, name: str | None) -> list[SweepFile]:
     """The sweep in the file `name`, or called so in the results; every sweep of the results if None."""
     found = {file.parent.name: file for file in sorted(store.root.glob("*/sweep.toml"))}
     if name is not None and Path(name).is_file():
-        return [read_sweep(Path(name))]
+        return [SweepFile(file=Path(name))]
     if name is not None:
         if name not in found:
             raise InputError(f"SWEEP = {name}: {unknown('sweep', name, list(found))}, or the path of a sweep file")
-        return [read_sweep(found[name], name)]
+        return [SweepFile(file=found[name], default_name=name)]
     if not found:
         raise InputError(f"{store.root}: holds no sweep; `lorabench run SWEEP --results {store.root}` makes one")
-    return [read_sweep(file, sweep) for sweep, file in found.items()]
+    return [SweepFile(file=file, default_name=sweep) for sweep, file in found.items()]

@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,10 +79,10 @@ class Sweep:
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
 
-    @property
+    @cached_property
     def axes(self) -> list[str]:
         """The keys in which the runs differ, in the order of the specs."""
-        flats = [flatten(run.to_json()) for run in self.runs]
+        flats = [run.flat for run in self.runs]
         keys = dict.fromkeys(key for flat in flats for key in flat)
         return [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
 
@@ -211,7 +212,7 @@ def _expand(table: dict[str, Any], problems: list[str]) -> tuple[list[RunSpec], 
 
 def _label(template: Any, spec: RunSpec, where: str, problems: list[str]) -> str:
     """`"LoRA, rank {method.rank}"` with the run's own values."""
-    flat = flatten(spec.to_json())
+    flat = spec.flat
     if not isinstance(template, str) or not template:
         problems.append(f"{where}label = {show(template)}: must be a text")
         return ""
@@ -224,7 +225,7 @@ def _pooled(labels: dict[str, str], runs: list[RunSpec], free: set[str]) -> list
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         if run.id in labels:
-            found.setdefault(labels[run.id], []).append(flatten(run.to_json()))
+            found.setdefault(labels[run.id], []).append(run.flat)
     problems = []
     for label, flats in found.items():
         keys = [key for key in dict.fromkeys(key for flat in flats for key in flat) if key not in free]
@@ -312,7 +313,7 @@ def _matches(cell: dict[str, Any], rule: dict[str, Any]) -> bool:
 
 
 def _known_keys(runs: list[RunSpec]) -> list[str]:
-    return list(dict.fromkeys(key for run in runs for key in flatten(run.to_json())))
+    return list(dict.fromkeys(key for keys in dict.fromkeys(tuple(run.flat) for run in runs) for key in keys))
 
 
 def _unknown_keys(keys: list[str], known: list[str], where: str) -> list[str]:
@@ -321,6 +322,8 @@ def _unknown_keys(keys: list[str], known: list[str], where: str) -> list[str]:
 
 def known_measures(runs: Sequence[RunSpec] = ()) -> dict[str, Measure]:
     """What a table can show: the measures of records, and each layer metric's mean (`spectrum.rank_90`).
+
+    Metrics with several values a layer (over k, or a threshold) are none: their mean would say nothing.
 
     Of the metrics, only those that the tasks of `runs` report, those of sequences and of serving only where some run
     has them; all of them where no runs are given.

@@ -9,8 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from lorabench import typeset
+from lorabench import longform, typeset
 from lorabench.aggregate import Cell, cell, common_places, plain, value_text
+from lorabench.columns import columns_page
 from lorabench.labels import (
     capitalized,
     column_label,
@@ -21,6 +22,7 @@ from lorabench.labels import (
     value_label,
     with_unit,
 )  # fmt: skip
+from lorabench.longform import long_tables
 from lorabench.notes import applicability, declared_notes, mixture_notes, selection_notes, single_seed
 from lorabench.record import Status, write_bytes
 from lorabench.results import Results, Selection, grouped, ordered, ordinal, selected
@@ -33,7 +35,8 @@ ARROWS = {"largest": " ↑", "smallest": " ↓"}
 
 
 def write_tables(results: Results, sheets: list[Sheet], folder: Path) -> list[Path]:
-    """Write every table as csv, md and tex, with `runs.csv` and, where there is one, `subspace.csv`."""
+    """Write every table as csv, md and tex, `runs.csv`, `subspace.csv` where there is one, the long tables of all that
+    was analyzed, and COLUMNS.md."""
     files = {}
     for sheet in sheets:
         files[f"{sheet.name}.csv"] = typeset.csv(sheet.tidy)
@@ -43,9 +46,14 @@ def write_tables(results: Results, sheets: list[Sheet], folder: Path) -> list[Pa
     subspace = subspace_table(results)
     if not subspace.empty:
         files["subspace.csv"] = typeset.csv(subspace)
-    for name, text in files.items():
-        write_bytes(folder / name, text.encode())
-    return [folder / name for name in files]
+    tables = long_tables(results)
+    files["COLUMNS.md"] = columns_page(results, tables)
+    contents = {name: text.encode() for name, text in files.items()}
+    for name, table in tables.items():
+        contents |= longform.files(name, table)
+    for name, content in contents.items():
+        write_bytes(folder / name, content)
+    return [folder / name for name in contents]
 
 
 def build_tables(results: Results) -> list[Sheet]:
@@ -53,7 +61,7 @@ def build_tables(results: Results) -> list[Sheet]:
     selection = selected(results)
     matrix = transfer_sheet(results, selection)
     sheets = [summary(results, selection), *([matrix] if matrix else [])]
-    taken = {"summary", "runs", "subspace", "transfer"}
+    taken = {"summary", "runs", "subspace", "transfer", "metrics", "pairs"}
     for table in results.sweep.tables:
         name = distinct(table.title, taken)
         taken.add(name)
@@ -148,11 +156,13 @@ def subspace_table(results: Results) -> pd.DataFrame:
         return frame
     powers = [2**exponent for exponent in range(20)]
     frame = frame[frame["i"].isin(powers) & frame["j"].isin(powers)]
-    frame = frame.join(results.runs[results.settings], on="run_a")
-    for key in results.settings:  # the compared key differs between the two runs: value_a and value_b tell it
-        frame[key] = frame[key].astype(object).where(frame["axis"] != key, None)
+    frame = frame.assign(pair=frame["run_a"].astype(str) + " " + frame["run_b"].astype(str))
+    for key in results.settings:
+        shared = {
+            pair: _shared(*(results.runs.at[run, key] for run in pair.split())) for pair in frame["pair"].unique()
+        }
+        frame[key] = pd.Series([shared[pair] for pair in frame["pair"]], index=frame.index, dtype=object)
     keys = [*results.settings, "axis", "value_a", "value_b", "side", "kind", "i", "j"]
-    frame["pair"] = frame["run_a"].astype(str) + frame["run_b"].astype(str)
     groups = frame.groupby(keys, dropna=False, sort=False, observed=True)
     table = groups.agg(
         phi=("phi", "mean"), phi_min=("phi", "min"), phi_max=("phi", "max"), chance=("chance", "mean"),
@@ -161,6 +171,11 @@ def subspace_table(results: Results) -> pd.DataFrame:
     columns = [[ordinal(value) for value in table[key]] for key in keys]
     order = sorted(range(len(table)), key=list(zip(*columns, strict=True)).__getitem__)
     return table.iloc[order].reset_index(drop=True)
+
+
+def _shared(a: Any, b: Any) -> Any:
+    """What both runs of a pair have, or the one that has the key; None where they differ: the axis tells that."""
+    return a if a == b or b is None else b if a is None else None
 
 
 def sorted_groups(runs: pd.DataFrame, keys: list[str]) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:

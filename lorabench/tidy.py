@@ -1,10 +1,10 @@
-"""Tidy tables as parquet files: written layer by layer, whole or not at all, each with the key of its content."""
+"""Tidy tables as parquet files: made layer by layer, written whole or not at all, each with the key of its content."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +20,88 @@ _ROW_GROUP = 8192
 """Rows kept in memory before they are written: one of a layer's would cost more than its analysis."""
 
 
-class TableWriter:
-    """`add` rows, then `commit`: only then the file is there. `abort` leaves what was there before."""
+class Spool:
+    """Tables one after another: in memory while they are small, else in `file`, which is open only while written to.
 
-    def __init__(self, file: Path, key: str):
-        self._file, self._key = file, key
-        self._temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        self._writer: parquet.ParquetWriter | None = None
+    So thousands of them can be filled at a time, and another process can go on with what one has filled.
+    """
+
+    def __init__(self, file: Path):
+        self._file = file
         self._waiting: list[pa.Table] = []
 
     def add(self, table: pa.Table) -> None:
         self._waiting.append(table)
         if sum(map(len, self._waiting)) >= _ROW_GROUP:
-            self._flush()
+            self.save()
 
-    def commit(self) -> None:
-        if self._writer is None and not self._waiting:
-            self.add(to_table([], {}))
-        writer = self._flush()
-        with _clear_errors(self._file):
-            writer.close()
-            os.replace(self._temporary, self._file)
+    def save(self) -> None:
+        """Put all of it into the file."""
+        with _clear_errors(self._file), open(self._file, "ab") as handle:
+            for table in self._waiting:
+                sink = pa.BufferOutputStream()
+                with pa.ipc.new_stream(sink, table.schema) as writer:
+                    writer.write_table(table)
+                content = sink.getvalue()
+                handle.write(len(content).to_bytes(8, "little") + content)
+        self._waiting = []
 
-    def _flush(self) -> parquet.ParquetWriter:
-        with _clear_errors(self._file):
-            if self._writer is None:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                schema = self._waiting[0].schema.with_metadata({_KEY: self._key.encode()})
-                self._writer = parquet.ParquetWriter(self._temporary, schema)
-            tables = [table.cast(self._writer.schema) for table in self._waiting]
-            if tables:
-                self._writer.write_table(pa.concat_tables(tables).unify_dictionaries())
-            self._waiting = []
-            return self._writer
+    def tables(self) -> Iterator[pa.Table]:
+        """Each table that was added, in order, here or by the process that has saved the file."""
+        if self._file.exists():
+            with _clear_errors(self._file), open(self._file, "rb") as handle:
+                while size := handle.read(8):
+                    yield pa.ipc.open_stream(handle.read(int.from_bytes(size, "little"))).read_all()
+        yield from self._waiting
 
-    def abort(self) -> None:
-        with contextlib.suppress(OSError):
-            if self._writer is not None:
-                self._writer.close()
-            self._temporary.unlink()
+    def remove(self) -> None:
+        self._waiting = []
+        self._file.unlink(missing_ok=True)
+
+
+def write_table(file: Path, key: str, tables: Iterable[pa.Table], temporary: Path | None = None) -> None:
+    """Write tables of one set of columns as one file: whole or not at all, by way of `temporary`."""
+    temporary = temporary or file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with _clear_errors(file), contextlib.ExitStack() as stack:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stack.callback(temporary.unlink, missing_ok=True)
+        writer: parquet.ParquetWriter | None = None
+        for group in _groups(tables):
+            if writer is None:
+                schema = group[0].schema.with_metadata({_KEY: key.encode()})
+                writer = stack.enter_context(parquet.ParquetWriter(temporary, schema))
+            cast = [table.cast(writer.schema) for table in group]
+            writer.write_table(pa.concat_tables(cast).unify_dictionaries())
+        assert writer is not None
+        writer.close()
+        os.replace(temporary, file)
+
+
+def _groups(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
+    """Neighbouring tables with _ROW_GROUP rows or more between them; one empty table where there is none."""
+    waiting: list[pa.Table] = []
+    empty = True
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= _ROW_GROUP:
+            yield waiting
+            waiting, empty = [], False
+    if waiting or empty:
+        yield waiting or [to_table([], {})]
 
 
 def read_table(file: Path, key: str) -> pa.Table | None:
     """The table, if there is one that was made with this key; one that cannot be read counts as none."""
     with contextlib.suppress(OSError, pa.ArrowInvalid), parquet.ParquetFile(file) as handle:
         if (handle.schema_arrow.metadata or {}).get(_KEY) == key.encode():
-            return handle.read()
+            return handle.read().replace_schema_metadata()
+    return None
+
+
+def read_keyed(file: Path) -> tuple[str, pa.Table] | None:
+    """The key that a table was written with, and the table; None where there is none that can be read."""
+    with contextlib.suppress(OSError, pa.ArrowInvalid, UnicodeDecodeError), parquet.ParquetFile(file) as handle:
+        return (handle.schema_arrow.metadata or {}).get(_KEY, b"").decode(), handle.read().replace_schema_metadata()
     return None
 
 
@@ -90,24 +126,25 @@ def constant(value: Any, size: int) -> pa.Array:
     return pa.nulls(size, pa.int32()) if value is None else pa.array(np.full(size, value, np.int32))
 
 
-def to_frame(parts: Iterable[tuple[dict[str, Any], pa.Table]], columns: list[str]) -> pd.DataFrame:
-    """One frame of all tables, each after its own constant columns; strings are categories, to stay small.
+def concatenate(tables: list[pa.Table]) -> pa.Table:
+    """Tables of like columns one after another, with one set of words for each column of words."""
+    return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
 
-    `columns` are what an empty frame has.
+
+def to_frame(table: pa.Table, counts: list[int], before: dict[str, list[Any]]) -> pd.DataFrame:
+    """A frame of `table`, of which subject i has `counts[i]` rows; `before[column][i]` stands in each of them.
+
+    Words are categories, to stay small; so is what stands before, whatever its type.
     """
-    tables = [
-        pa.table({key: constant(value, len(table)) for key, value in before.items()} | _columns(table))
-        for before, table in parts
-        if len(table)
-    ]
-    if not tables:
-        return pd.DataFrame(columns=columns)
-    whole = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
-    return whole.to_pandas(split_blocks=True, self_destruct=True)
+    frame = table.to_pandas(split_blocks=True, self_destruct=True)
+    for place, (column, values) in enumerate(before.items()):
+        frame.insert(place, column, _repeated(values, counts))
+    return frame
 
 
-def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:
-    return dict(zip(table.column_names, table.columns, strict=True))
+def _repeated(values: list[Any], counts: list[int]) -> pd.Categorical:
+    distinct = pd.Index(list(dict.fromkeys(values)), dtype=object)
+    return pd.Categorical.from_codes(np.repeat(distinct.get_indexer(values), counts), distinct)
 
 
 def _column(values: list[Any], sizes: list[int]) -> pa.Array:

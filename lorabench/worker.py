@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -16,12 +15,13 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from lorabench.machine import PATIENT_THREADS, has_gpu_driver
+from lorabench import forks
+from lorabench.forks import redirect, when_parent_ends
+from lorabench.machine import has_gpu_driver
 from lorabench.record import Store
 from lorabench.spec import RunSpec
 
@@ -38,12 +38,6 @@ PRELOAD = (
 """Imports of the fork server; none may start a thread or a CUDA context, which would not survive the fork."""
 NO_GPU_PRELOAD = ("transformers.integrations.bitsandbytes",)
 """bitsandbytes asks a GPU for its capability when imported, so it is left to the runs where there is one."""
-SERVER_ENVIRONMENT = {
-    "OPENBLAS_NUM_THREADS": "1",  # NumPy's BLAS starts its threads when imported
-    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # and so does pandas' pyarrow
-    **PATIENT_THREADS,
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # `is_available` without a CUDA context
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,38 +70,15 @@ def warm_specs(specs: Sequence[RunSpec]) -> str:
 
 
 def start_server(log: Path, preload: tuple[str, ...] = PRELOAD, specs: Sequence[RunSpec] = ()) -> Any:
-    """The fork server's context. The server is started with the signals that mean "stop" blocked.
-
-    A terminal's Ctrl-C and SLURM's SIGTERM reach every process of the group, but only the launcher decides what to
-    do. A run's process inherits the block and lifts it for SIGTERM, by which the launcher asks it to stop. What
-    libraries print while they are imported goes to `log`.
-    """
-    context = multiprocessing.get_context("forkserver")
+    """The fork server's context, warmed up for these specs; see `lorabench.forks`."""
     extra = () if has_gpu_driver() or preload != PRELOAD else NO_GPU_PRELOAD
-    context.set_forkserver_preload([*preload, *extra])
-    wanted = SERVER_ENVIRONMENT | {WARM_VARIABLE: warm_specs(specs)}
-    added = {key: value for key, value in wanted.items() if key not in os.environ}
-    os.environ.update(added)
-    resource_tracker.ensure_running()  # else the server starts it, and it unblocks SIGINT and SIGTERM
-    stops = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
-    terminal = os.dup(2)
-    try:
-        _redirect(log, 2)
-        forkserver.ensure_running()
-    finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for key in added:
-            del os.environ[key]
-    return context
+    return forks.start_server(log, [*preload, *extra], {WARM_VARIABLE: warm_specs(specs)})
 
 
 def child_main(target: Target, spec: RunSpec, root: str, settings: Settings, gpu: str | None) -> None:
     """The first function of a run's process."""
     store = Store(Path(root))
-    _redirect(store.folder(spec.id) / "log.txt", 1, 2)
+    redirect(store.folder(spec.id) / "log.txt", 1, 2)
     faulthandler.enable(all_threads=False)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -121,7 +92,7 @@ def check_main(specs: Sequence[RunSpec], answer: Connection, log: Path) -> None:
     """Sends why some of the specs cannot be run, as `lorabench.plan.refusals` tells it; in a process of its own."""
     from lorabench.plan import refusals
 
-    _redirect(log, 1, 2)
+    redirect(log, 1, 2)
     try:
         answer.send(refusals(specs))
     except Exception:  # whatever is wrong, the runs meet it and say so in their records
@@ -129,16 +100,6 @@ def check_main(specs: Sequence[RunSpec], answer: Connection, log: Path) -> None:
         answer.send([])
 
 
-def _redirect(log: Path, *descriptors: int) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for descriptor in descriptors:
-        os.dup2(file, descriptor)
-    os.close(file)
-
-
 def _stop_with_parent() -> None:
     """Ask the run to write its checkpoint and stop as soon as the launcher is gone, however it went."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+    when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 import tomllib
 from dataclasses import dataclass
 
@@ -9,13 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 from lorabench import analyze as engine
-from lorabench import bases, plugins
+from lorabench import bases, batch, bundle, formats, jobs, plugins
 from lorabench.analyses.spectrum import Spectrum
 from lorabench.analysis import Analysis
 from lorabench.analyze import analyze
 from lorabench.decode import InputError
 from lorabench.linalg import subspace_similarity, thin_svd
+from lorabench.pairs import PAIR_AXES, find_pairs
 from lorabench.record import RunRecord, Status, Store, file_digests
+from lorabench.share import WorkerFailed
 from lorabench.sweep import parse_sweep
 from lorabench.update import Update, save_svds, save_updates
 
@@ -78,14 +82,17 @@ def write_run(store, spec, status=Status.DONE):
     store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, files=files))
 
 
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
-    """Of runs on a base that is a folder with just these two weights."""
-    base = tmp_path_factory.mktemp("base")
+def make_sweep(base):
+    """Of runs on a base, the folder `base`, with just these two weights."""
     (base / "config.json").write_text('{"model_type": "llama"}')
     save_file({f"{layer}.weight": base_weight(layer) for layer in LAYERS}, base / "model.safetensors")
     text = TEXT.replace("{base}", str(base))
     return parse_sweep(tomllib.loads(text), text)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return make_sweep(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
@@ -125,9 +132,10 @@ def test_spectra_are_those_of_the_updates(store, sweep, capsys):
 def test_similarities_are_those_of_the_updates(store, sweep):
     phi = analyze(store, sweep)["subspace"]
     assert list(phi.columns)[:8] == ["run_a", "run_b", "axis", "value_a", "value_b", "layer", "kind", "depth"]
-    assert len(phi.groupby(["run_a", "run_b"])) == 4 + 4 + 1
+    pairs = phi[["run_a", "run_b", "axis"]].drop_duplicates()
+    assert pairs["axis"].value_counts().to_dict() == {"method.rank": 4, "seed": 4 + 1, "lr": 4, "method": 4}
     specs = {spec.id: spec for spec in sweep.runs}
-    for (run_a, run_b, layer), group in phi.groupby(["run_a", "run_b", "layer"]):
+    for (run_a, run_b, layer), group in phi.groupby(["run_a", "run_b", "layer"], observed=True):
         a, b = (thin_svd(delta_of(specs[run], layer).double()) for run in (run_a, run_b))
         p, q = (getattr(specs[run].method, "rank", 10) for run in (run_a, run_b))
         for side, U, V in (("output", a.U, b.U), ("input", a.Vh.mT, b.Vh.mT)):
@@ -192,15 +200,18 @@ class Steps(Analysis):
         return [{"step": layer.step, "norm": float(layer.svd.S.norm())} for layer in layers]
 
 
+def only(monkeypatch, analysis):
+    """Let this be the one analysis that there is."""
+    names, example = plugins.names, plugins.example
+    monkeypatch.setattr(plugins, "names", lambda kind: [analysis.name] if kind == "analyses" else names(kind))
+    monkeypatch.setattr(plugins, "example", lambda kind, name: analysis if kind == "analyses" else example(kind, name))
+
+
 def test_a_trajectory_has_each_snapshot_and_the_end(store, sweep, monkeypatch):
-    names, example = engine.plugins.names, engine.plugins.example
-    monkeypatch.setattr(engine.plugins, "names", lambda kind: ["steps"] if kind == "analyses" else names(kind))
-    monkeypatch.setattr(
-        engine.plugins, "example", lambda kind, name: Steps() if kind == "analyses" else example(kind, name)
-    )
+    only(monkeypatch, Steps())
     (frame,) = analyze(store, sweep).values()
     assert set(frame["step"]) == {STEP, 200} and len(frame) == 2 * len(LAYERS) * len(sweep.runs)
-    for (run_id, layer), rows in frame.groupby(["run_id", "layer"]):
+    for (run_id, layer), rows in frame.groupby(["run_id", "layer"], observed=True):
         spec = next(spec for spec in sweep.runs if spec.id == run_id)
         norm = delta_of(spec, layer).norm().item()
         assert rows.set_index("step")["norm"].to_dict() == pytest.approx({STEP: norm / 2, 200: norm}, rel=1e-5)
@@ -213,8 +224,8 @@ def test_a_second_time_only_reads(store, sweep, monkeypatch):
         raise AssertionError("computed again")
 
     for name in ("open_layers", "load_layer"):
-        monkeypatch.setattr(engine.formats, name, never)
-    monkeypatch.setattr(engine, "file_digest", never)
+        monkeypatch.setattr(formats, name, never)
+    monkeypatch.setattr(batch, "file_digest", never)
     second = analyze(store, sweep)
     assert first.keys() == second.keys() == {*plugins.names("analyses")}
     for name in first:
@@ -223,9 +234,9 @@ def test_a_second_time_only_reads(store, sweep, monkeypatch):
 
 def test_only_what_is_new_is_computed(store, sweep, monkeypatch):
     analyze(store, sweep)
-    opened, original = [], engine.formats.open_layers
+    opened, original = [], formats.open_layers
     spy = lambda folder: opened.append(folder.parent.name) or original(folder)  # noqa: E731
-    monkeypatch.setattr(engine.formats, "open_layers", spy)
+    monkeypatch.setattr(formats, "open_layers", spy)
     changed = sweep.runs[0]
     B, A = factors(changed)[next(iter(LAYERS))]
     name = f"base_model.model.{next(iter(LAYERS))}"
@@ -235,8 +246,9 @@ def test_only_what_is_new_is_computed(store, sweep, monkeypatch):
     files = file_digests(folder / "updates", folder)
     store.write(RunRecord(run_id=changed.id, spec=changed.to_json(), status=Status.DONE, files=files))
     frames = analyze(store, sweep)
-    partners = {spec.id for spec in sweep.runs if spec.method.name == "lora" and spec.lr == changed.lr}
-    assert changed.id in opened and {*opened} < partners and len(opened) == 3
+    partners = {run for pair in find_pairs(sweep, {s.id for s in sweep.runs}, PAIR_AXES)
+                for run in (pair.run_a, pair.run_b) if changed.id in (pair.run_a, pair.run_b)}  # fmt: skip
+    assert len(opened) == len({*opened}) and {*opened} == partners and len(partners) < len(sweep.runs)
     assert set(frames["spectrum"].query("run_id == @changed.id")["layer"]) == {next(iter(LAYERS))}
     opened.clear()
     monkeypatch.setattr(Spectrum, "version", 2)
@@ -329,11 +341,11 @@ def test_an_empty_store(sweep, tmp_path):
     assert all(frame.empty for frame in frames.values()) and len(notes) == 1 and "and 7 more" in notes[0]
 
 
-def test_batches_bound_the_files_and_change_nothing(store, sweep, monkeypatch):
+def test_batches_bound_what_is_lost_and_change_nothing(store, sweep, monkeypatch):
     whole = analyze(store, sweep)
     for file in store.root.rglob("*.parquet"):
         file.unlink()
-    monkeypatch.setattr(engine, "MAX_FILES", 3)
+    monkeypatch.setattr(jobs, "MAX_JOBS", 3)
     for name, frame in analyze(store, sweep).items():
         pd.testing.assert_frame_equal(whole[name], frame)
 
@@ -342,3 +354,115 @@ def test_a_folder_that_cannot_be_written(store, sweep):
     (store.root / "pairs").write_text("in the way")
     with pytest.raises(InputError, match=r"parquet: cannot be written"):
         analyze(store, sweep)
+
+
+def contents(store):
+    """Every file of an analysis below the store, with its bytes."""
+    return {str(f.relative_to(store.root)): f.read_bytes() for f in store.root.rglob("*.parquet")}
+
+
+def test_a_large_run_is_read_in_one_batch_whatever_it_is_compared_with(store, sweep, monkeypatch):
+    records = {spec.id: store.read(spec.id) for spec in sweep.runs}
+    pairs = list(find_pairs(sweep, records, PAIR_AXES))
+    angles, spectrum = (plugins.example("analyses", name) for name in ("angles", "spectrum"))
+    todo = [jobs.Job(analysis=analysis, records=tuple(records[run] for run in runs), root=store.root)
+            for analysis in (spectrum, angles) for runs in jobs.subjects(analysis, records, pairs)]  # fmt: skip
+    for name, most in (("MAX_BYTES", 1), ("MAX_JOBS", 4)):
+        monkeypatch.setattr(jobs, name, most)
+        found = list(jobs.batches(todo))
+        assert [*map(id, sorted(todo, key=id))] == sorted(id(job) for batch in found for job in batch)
+        assert len(found) > 2 and (name == "MAX_BYTES" or max(map(len, found)) <= most)
+        monkeypatch.undo()
+    monkeypatch.setattr(jobs, "MAX_BYTES", 1)
+    found = list(jobs.batches(todo))
+    for spec in sweep.runs:
+        if spec.method.name == "full":
+            having = [batch for batch in found if any(spec.id in job.runs for job in batch)]
+            assert 1 <= len(having) <= 2, "its own, and that of the other full fine-tuning"
+
+
+@pytest.mark.parametrize("parts_a_worker", [1, 4])
+def test_several_processes_give_the_same_bytes(store, sweep, monkeypatch, parts_a_worker):
+    """Also where one batch is cut into more parts than it has layers."""
+    bad = sweep.runs[0]
+    damage_byte(store.folder(bad.id) / "updates" / "adapter_model.safetensors")
+    notes = [], []
+    one = analyze(store, sweep, note=notes[0].append)
+    alone = contents(store)
+    for file in [*store.root.rglob("*.parquet"), *store.root.glob("bases/*")]:
+        file.unlink()
+    monkeypatch.setattr(engine, "PARTS_A_WORKER", parts_a_worker)
+    two = analyze(store, sweep, note=notes[1].append, workers=2)
+    assert contents(store) == alone and notes[0] == notes[1] != []
+    for name in one:
+        pd.testing.assert_frame_equal(one[name], two[name])
+    assert not list(store.root.glob(".analyze-*")) and not list(store.root.glob("bases/*.lock"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breaks(Analysis):
+    """Raises, or ends its process, on one kind of layer of rank 4."""
+
+    needs = "layer"
+    how: str
+
+    @property
+    def name(self):
+        return "breaks"
+
+    def compute(self, *layers):
+        if layers[0].kind == "q_proj" and layers[0].rank == 4:
+            if self.how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("this analysis has a mistake")
+        return [{"rank": layers[0].svd.numerical_rank}]
+
+
+@pytest.mark.parametrize(
+    ("how", "workers", "error", "message"),
+    [
+        ("raises", 1, ValueError, "has a mistake"),
+        ("raises", 2, WorkerFailed, "has a mistake(.|\n)* of the analyses were not computed; the rest is kept"),
+        ("killed", 2, WorkerFailed, "a worker was killed by SIGKILL(.|\n)*the rest is kept"),
+    ],
+)
+def test_what_fails_is_told_and_the_rest_is_kept(store, sweep, monkeypatch, how, workers, error, message):
+    only(monkeypatch, Breaks(how=how))
+    monkeypatch.setattr(jobs, "MAX_JOBS", 1)
+    with pytest.raises(error, match=message):
+        analyze(store, sweep, workers=workers)
+    kept = {file.parts[-3] for file in store.root.rglob("breaks.parquet")}
+    assert kept == {spec.id for spec in sweep.runs if getattr(spec.method, "rank", 0) != 4}
+    assert not list(store.root.glob(".analyze-*"))
+
+
+def test_what_a_killed_process_has_left_goes(store, sweep):
+    left = store.root / ".analyze-left"
+    left.mkdir()
+    (left / "lock").write_text("")
+    (left / "0-1-0.arrow").write_text("half")
+    analyze(store, sweep)
+    assert not left.exists()
+
+
+def test_a_bundle_is_read_instead_of_the_runs_own_files(store, sweep, monkeypatch):
+    monkeypatch.setattr(bundle, "MIN_JOBS", 2)
+    first = analyze(store, sweep)
+    files = {*store.root.rglob("*.parquet")}
+    bundles = {file for file in files if file.parent.name == bundle.FOLDER}
+    assert {file.stem for file in bundles} == {*plugins.names("analyses")}
+    for file in files - bundles:
+        file.unlink()
+    monkeypatch.setattr(formats, "open_layers", None)
+    for name, frame in analyze(store, sweep).items():
+        pd.testing.assert_frame_equal(first[name], frame)
+    monkeypatch.undo()
+    for spec in sweep.runs[1:3]:  # taken out of the middle, and put back
+        (store.folder(spec.id) / "record.json").rename(store.folder(spec.id) / "away.json")
+    monkeypatch.setattr(bundle, "MIN_JOBS", 2)
+    fewer = analyze(store, sweep, note=lambda _: None)
+    assert len(fewer["spectrum"]["run_id"].unique()) == len(sweep.runs) - 2
+    for spec in sweep.runs[1:3]:
+        (store.folder(spec.id) / "away.json").rename(store.folder(spec.id) / "record.json")
+    for name, frame in analyze(store, sweep).items():
+        pd.testing.assert_frame_equal(first[name], frame)

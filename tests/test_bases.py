@@ -1,5 +1,8 @@
 """W0 as runs had it: against the models that transformers and bitsandbytes load, and the SVD cache."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -96,3 +99,19 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "bases").write_text("in the way")
     with pytest.raises(InputError, match="cannot be written"):
         cached(weight(), tmp_path / "bases")
+
+
+def test_two_that_need_it_at_once_make_it_once(tmp_path, monkeypatch):
+    """The second waits for the first, then reads; flock holds between threads too, each having opened the lock."""
+    made = []
+
+    def slow(weight):
+        made.append(time.sleep(0.3))
+        return decompose(weight)
+
+    monkeypatch.setattr(bases, "decompose", slow)
+    W = weight()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: cached(W, tmp_path), range(4)))
+    assert len(made) == 1 and all(torch.equal(layer.svd.U, found[0].svd.U) for layer in found)
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]

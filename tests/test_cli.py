@@ -16,7 +16,7 @@ from lorabench.cli import COMMANDS, main
 from lorabench.plan import count
 from lorabench.record import RunRecord, Status, Store, write_bytes
 from lorabench.spec import spec_id
-from lorabench.stamp import analysis_key, read_stamp, write_stamp
+from lorabench.stamp import SweepFile, analysis_key, write_stamp
 from lorabench.status import status_text
 from lorabench.sweep import read_sweep
 
@@ -197,21 +197,26 @@ def test_an_early_end_of_the_pipe_is_no_error(sweep: Path) -> None:
 def test_a_stamp_holds_until_a_record_the_sweep_or_an_output_changes(sweep: Path) -> None:
     root = sweep.parent / "results"
     store, declared = stored(root, sweep), read_sweep(sweep)
-    folder = root / declared.name
-    output = folder / "report.html"
+    output = root / declared.name / "report.html"
+    found = SweepFile(file=sweep)
+
+    def stamp() -> None:
+        write_stamp(store, declared, analysis_key(store, declared.text, [spec.id for spec in declared.runs]), [output])
+
     write_bytes(output, b"x")
-    key = analysis_key(store, declared)
-    assert read_stamp(folder, key) is None
-    write_stamp(folder, key, [output])
-    assert read_stamp(folder, analysis_key(store, declared)) == [output]
+    assert found.up_to_date(store) is None
+    stamp()
+    assert found.up_to_date(store) == [output]
     stored(root, sweep, status=Status.FAILED)
-    assert read_stamp(folder, analysis_key(store, declared)) is None
-    write_stamp(folder, analysis_key(store, declared), [output])
-    assert read_stamp(folder, analysis_key(store, declared)) == [output]
-    sweep.write_text(sweep.read_text() + "# another question\n")
-    assert read_stamp(folder, analysis_key(store, read_sweep(sweep))) is None
+    assert found.up_to_date(store) is None
+    stamp()
+    assert found.up_to_date(store) == [output]
+    sweep.write_text(declared.text + "# another question\n")
+    assert found.up_to_date(store) is None
+    sweep.write_text(declared.text)
+    assert found.up_to_date(store) == [output]
     output.unlink()
-    assert read_stamp(folder, analysis_key(store, declared)) is None
+    assert found.up_to_date(store) is None
 
 
 def test_the_whole_journey(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 import tomllib
 
-from lorabench.pairs import find_pairs
+from lorabench import pairs as module
+from lorabench.pairs import PAIR_AXES, find_pairs
 from lorabench.spec import flatten
 from lorabench.sweep import parse_sweep
 
@@ -78,7 +79,106 @@ def test_zipped_keys_are_one_axis():
         assert {key[1:] for key in pairs} == expected
 
 
-def test_many_runs_cost_no_more_than_their_pairs():
-    seeds = ", ".join(map(str, range(1000)))
-    s = sweep(f'[base]\ntask.name = "text"\nmethod.name = "lora"\nmethod.rank = [1, 2]\nseed = [{seeds}]')
-    assert len(list(find_pairs(s, {spec.id for spec in s.runs}, ("method.rank",)))) == 1000
+def seeds(count, ranks="[1, 2]"):
+    numbers = ", ".join(map(str, range(count)))
+    return sweep(f'[base]\ntask.name = "text"\nmethod.name = "lora"\nmethod.rank = {ranks}\nseed = [{numbers}]')
+
+
+def test_of_many_pairs_that_say_the_same_a_sample_is_compared():
+    s = seeds(200)
+    ids = [spec.id for spec in s.runs]
+    flats = {spec.id: flatten(spec.to_json()) for spec in s.runs}
+    pairs = list(find_pairs(s, ids, AXES))
+    of_ranks, of_seeds = ([pair for pair in pairs if pair.axis == axis] for axis in AXES)
+    assert len(of_ranks) == module.MAX_PAIRS and len(of_seeds) == 2 * module.MAX_PAIRS
+    assert all(flats[pair.run_a]["seed"] == flats[pair.run_b]["seed"] for pair in of_ranks)
+    assert {flats[pair.run_a]["method.rank"] for pair in of_seeds} == {1, 2}
+    assert sorted(pair.order for pair in of_seeds) == [*range(2 * module.MAX_PAIRS)]
+    for first in range(0, 2 * module.MAX_PAIRS, 2):  # each further pair of every setting in its turn
+        both = [pair for pair in of_seeds if first <= pair.order < first + 2]
+        assert {flats[pair.run_a]["method.rank"] for pair in both} == {1, 2}
+    assert list(find_pairs(s, ids[::-1], AXES)) == pairs
+
+
+def test_another_run_changes_few_of_a_sample_and_none_of_a_whole():
+    few, more, many = seeds(4, "1"), seeds(300, "1"), seeds(301, "1")
+    found = [{(p.run_a, p.run_b) for p in find_pairs(s, [r.id for r in s.runs], AXES)} for s in (few, more, many)]
+    assert len(found[0]) == 6 and len(found[1]) == len(found[2]) == module.MAX_PAIRS
+    assert len(found[1] & found[2]) >= module.MAX_PAIRS - 8
+
+
+METHODS = """
+[base]
+task.name = "text"
+seed = [0, 1]
+[[grid]]
+method.name = "lora"
+method.rank = [2, 4]
+method.dora = [false, true]
+lr = [1e-3, 3e-3]
+[[grid]]
+method.name = "full"
+lr = [1e-4, 1e-3]
+[select]
+over = "lr"
+"""
+
+
+def test_methods_are_compared_at_one_rank_each_at_its_selected_lr():
+    s = sweep(METHODS)
+    flats = {spec.id: flatten(spec.to_json()) for spec in s.runs}
+    best = {"lora": 3e-3, "full": 1e-4}
+    chosen = [run for run, flat in flats.items() if flat["lr"] == best[flat["method.name"]]]
+    pairs = [p for p in find_pairs(s, flats, PAIR_AXES, chosen) if p.axis == "method"]
+    values = [(p.value_a, p.value_b) for p in pairs]
+    assert values.count(("full", "lora")) == 2 * 4
+    assert values.count(("lora (dora False)", "lora (dora True)")) == 2 * 2 and len(pairs) == 12
+    for pair in pairs:
+        a, b = flats[pair.run_a], flats[pair.run_b]
+        assert a["seed"] == b["seed"] and a.get("method.rank", b["method.rank"]) == b["method.rank"]
+    assert "lr" not in {pair.axis for pair in find_pairs(s, flats, PAIR_AXES, chosen)}
+    without = list(find_pairs(s, flats, PAIR_AXES))
+    assert {(flats[p.run_a]["lr"], flats[p.run_b]["lr"]) for p in without if p.axis == "lr"} == {
+        (1e-3, 3e-3),
+        (1e-4, 1e-3),
+    }
+    assert all(flats[p.run_a]["lr"] == flats[p.run_b]["lr"] for p in without if p.axis == "method")
+
+
+def test_labels_are_what_methods_are_called():
+    text = METHODS.replace("method.dora = [false, true]", 'label = "LoRA {method.rank}"')
+    text = text.replace('method.name = "full"', 'method.name = "full"\nlabel = "all weights"')
+    s = sweep(text)
+    ids = [spec.id for spec in s.runs]
+    found = {(p.value_a, p.value_b) for p in find_pairs(s, ids, PAIR_AXES, ids) if p.axis == "method"}
+    assert found == {("all weights", "LoRA 2"), ("all weights", "LoRA 4")}
+
+
+def test_tasks_and_quantization():
+    text = """
+    [base]
+    method.name = "lora"
+    quantization = ["none", "nf4"]
+    [[grid]]
+    task.name = "text"
+    task.data = "builtin:python-code"
+    [[grid]]
+    task.name = "text"
+    task.data = "builtin:english-docs"
+    [[grid]]
+    tasks = [{ name = "text", data = "builtin:python-code" }, { name = "text", data = "builtin:english-docs" }]
+    """
+    s = sweep(text)
+    pairs = list(find_pairs(s, [spec.id for spec in s.runs], PAIR_AXES))
+    values = {axis: {(p.value_a, p.value_b) for p in pairs if p.axis == axis} for axis in ("task", "quantization")}
+    assert values["quantization"] == {("nf4", "none")}
+    names = {"python-code", "english-docs", "python-code > english-docs"}
+    assert {frozenset(pair) for pair in values["task"]} == {frozenset(names - {name}) for name in names}
+    assert len(pairs) == 2 * 3 + 3
+
+
+def test_runs_that_differ_in_two_zipped_axes_are_one_pair():
+    text = '[base]\ntask.name = "text"\nmethod.name = "lora"\n[[grid]]\nmethod.rank = [2, 4]\nlr = [1e-3, 2e-3]\n'
+    s = sweep(text + 'zip = ["method.rank", "lr"]\n')
+    (pair,) = find_pairs(s, [spec.id for spec in s.runs], PAIR_AXES)
+    assert (pair.axis, pair.value_a, pair.value_b) == ("method.rank", 2, 4)

@@ -17,7 +17,7 @@ from lorabench import typeset
 from lorabench.aggregate import Cell, cell, interval, places, plain, value_text
 from lorabench.record import Status, Store
 from lorabench.results import load_results, selected
-from lorabench.tables import build_tables, subspace_table, write_tables
+from lorabench.tables import _shared, build_tables, subspace_table, write_tables
 from lorabench.typeset import Column, Sheet
 from tests import synthetic
 from tests.test_results import GRID, SELECT, load
@@ -208,6 +208,13 @@ def test_subspace_table_is_the_mean_over_layers(results):
         same = same[same[key] == row[key]]
     assert row["phi"] == pytest.approx(same["phi"].mean())
     assert row["num_layers"] == same["layer"].nunique() == 2
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "shared"), [(4, 4, 4), (None, 4, 4), (4, None, 4), (None, None, None), (4, 16, None)]
+)
+def test_the_setting_of_a_pair_is_what_its_runs_share(a, b, shared):
+    assert _shared(a, b) == shared
 
 
 def test_markdown_has_one_cell_a_column():

@@ -22,6 +22,14 @@ class Angles(Analysis):
     """
 
     needs: ClassVar[Literal["layer", "pair"]] = "pair"
+    columns: ClassVar[dict[str, str]] = {
+        "dim_a": "directions of run a: all meaningful ones, at most 64",
+        "dim_b": "directions of run b",
+        "angle": "principal angle number `index`, radians, the smallest first",
+        "angle_chance": "its mean over random subspaces of these dimensions",
+        "grassmann": "Grassmann distance: root of the sum of squared principal angles, radians",
+        "grassmann_chance": "its mean over random subspaces",
+    }
 
     def compute(self, *layers: LayerSVD) -> list[dict[str, Any]]:
         import numpy as np

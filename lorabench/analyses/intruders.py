@@ -40,6 +40,11 @@ class Intruders(Analysis):
         "largest_cosine": "largest |cos| of the k-th left singular vector of W0 + ΔW with any of W0",
     }
     per_layer: ClassVar[dict[str, str]] = {"num_intruders": ""}
+    columns: ClassVar[dict[str, str]] = {
+        "epsilon": "cosine below which a direction is an intruder",
+        "num_degenerate": "of how many of the intruders (for `largest_cosine`: whether of the one vector) the singular "
+        "value is within 1% of a neighbour's, so that the vector alone means little",
+    }
 
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
         import numpy as np

@@ -26,6 +26,14 @@ class Subspace(Analysis):
     """
 
     needs: ClassVar[Literal["layer", "pair"]] = "pair"
+    max_pairs: ClassVar[int] = 256  # a pair has up to 2 x 64 x 64 rows a layer
+    columns: ClassVar[dict[str, str]] = {
+        "i": "top directions of run a",
+        "j": "top directions of run b",
+        "phi": "subspace similarity φ(i, j), in [0, 1]",
+        "chance": "mean of φ(i, j) over random subspaces",
+        "chance_std": "its standard deviation",
+    }
 
     def compute(self, *layers: LayerSVD) -> list[dict[str, Any]]:
         import numpy as np
