@@ -151,10 +151,10 @@ def merge(arguments: argparse.Namespace) -> int:
     device = _device(arguments.device)
     by = [name.strip() for name in arguments.by.split(",") if name.strip()]
     _hush_libraries()
-    from lorabench.adapters import read_adapter
-    from lorabench.bodies import bodies
-    from lorabench.compose import compose
-    from lorabench.interference import change_text, interference, interference_text, merge_text, with_changes
+    from lorabench.merging.adapters import read_adapter
+    from lorabench.merging.bodies import bodies
+    from lorabench.merging.compose import compose
+    from lorabench.merging.interference import change_text, interference, interference_text, merge_text, with_changes
 
     adapters = [read_adapter(store, given) for given in arguments.runs]
     run_ids = [adapter.record.run_id for adapter in adapters]
@@ -184,10 +184,10 @@ def compress(arguments: argparse.Namespace) -> int:
 
     store, device = Store(arguments.results), _device(arguments.device)
     _hush_libraries()
-    from lorabench.compress import compress as compress_subject
-    from lorabench.compress import provenance
-    from lorabench.compressible import open_subject
-    from lorabench.compression_text import compression_text, copy_adapters
+    from lorabench.compression.compress import compress as compress_subject
+    from lorabench.compression.compress import provenance
+    from lorabench.compression.compressible import open_subject
+    from lorabench.compression.compression_text import compression_text, copy_adapters
 
     given = {key: getattr(arguments, key) for key in ("like", "base", "alpha")}
     subject = open_subject(store, arguments.adapter, **given)
@@ -209,16 +209,16 @@ def inspect(arguments: argparse.Namespace) -> int:
     same shape; and the smallest ranks that keep a share of ΔW's energy, as PEFT's `rank_pattern`.
     """
     energy = _share("--energy", arguments.energy)
-    from lorabench.inspection import inspect_adapter
+    from lorabench.examine.inspection import inspect_adapter
     from lorabench.terminal import tracked
 
     adapter = _adapter(arguments.adapter, arguments)
     found = inspect_adapter(adapter, energy, lambda layers: tracked(layers, len(adapter.entries), "inspecting"))
     if arguments.html:
-        from lorabench.inspection_page import inspection_page
+        from lorabench.examine.inspection_page import inspection_page
 
         _write_page(arguments.html, inspection_page(found, energy))
-    from lorabench.inspection_text import inspection_text
+    from lorabench.examine.inspection_text import inspection_text
 
     print(_json(found) if arguments.json else inspection_text(found, energy, bold=sys.stdout.isatty()))
     return 0
@@ -231,16 +231,16 @@ def compare(arguments: argparse.Namespace) -> int:
     output side: subspace similarity φ(i, j), principal angles, Grassmann distance, how much of each ΔW lies in the
     other's subspace, and a permutation test of whether the two share directions. Scales play no part in any of these.
     """
-    from lorabench.comparison import compare_adapters
+    from lorabench.examine.comparison import compare_adapters
     from lorabench.terminal import tracked
 
     a, b = (_adapter(source, arguments) for source in (arguments.a, arguments.b))
     found = compare_adapters(a, b, lambda pairs, total: tracked(pairs, total, "comparing"))
     if arguments.html:
-        from lorabench.comparison_page import comparison_page
+        from lorabench.examine.comparison_page import comparison_page
 
         _write_page(arguments.html, comparison_page(found))
-    from lorabench.comparison_text import comparison_text
+    from lorabench.examine.comparison_text import comparison_text
 
     print(_json(found) if arguments.json else comparison_text(found, bold=sys.stdout.isatty()))
     return 0
@@ -254,7 +254,7 @@ def convert(arguments: argparse.Namespace) -> int:
     (--base tells). OUTPUT must be new or empty.
     """
     _hush_libraries()
-    from lorabench.convert import convert as write_as_peft
+    from lorabench.examine.convert import convert as write_as_peft
 
     adapter = _adapter(arguments.adapter, arguments)
     for note in write_as_peft(adapter, arguments.output, arguments.base):
@@ -286,7 +286,7 @@ def intervene(arguments: argparse.Namespace) -> int:
     store = _store(arguments.results)
     device = _device(arguments.device)
     _hush_libraries()
-    from lorabench import intervene, intervene_report
+    from lorabench.intervention import intervene, intervene_report
 
     if arguments.figure is not None:
         intervene_report.check_figure(arguments.figure)

@@ -13,7 +13,7 @@ import jinja2
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TEMPLATES = Path(__file__).parent
+TEMPLATES = Path(__file__).parent / "templates"
 DISPLAY_SCALE = 1.45
 """Inches on the screen per inch in print."""
 
@@ -46,7 +46,7 @@ def embedded(name: str, caption: str, figure: Figure) -> Drawn:
 
 
 def fill(template: str, **values: Any) -> str:
-    """The text of a template beside this file with its values, which are escaped."""
+    """The text of a template with its values, which are escaped."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template(template).render(**values)

@@ -92,7 +92,7 @@ def _digest(results: Results) -> str:
     for name, frame in sorted(results.analyses.items()):
         digest.update(f"{name} {list(frame.columns)}".encode())
         digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
-    for file in [*sorted(TEMPLATES.rglob("*.py")), *sorted(TEMPLATES.glob("*.j2"))]:
+    for file in [*sorted(Path(__file__).parent.rglob("*.py")), *sorted(TEMPLATES.glob("*.j2"))]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

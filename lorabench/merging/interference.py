@@ -10,11 +10,11 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from lorabench.adapters import Adapter
 from lorabench.aggregate import interval, number, places, plain
 from lorabench.analyze import compare
-from lorabench.bodies import ADAPTER, Body
-from lorabench.compose import own_columns
+from lorabench.merging.adapters import Adapter
+from lorabench.merging.bodies import ADAPTER, Body
+from lorabench.merging.compose import own_columns
 from lorabench.record import Store
 from lorabench.terminal import text_table
 

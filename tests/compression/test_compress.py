@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from tests.test_truncation import best
 
 from lorabench.cli import main
-from lorabench.compress import compress
-from lorabench.compressible import open_subject
-from lorabench.compression_text import compression_text
+from lorabench.compression.compress import compress
+from lorabench.compression.compressible import open_subject
+from lorabench.compression.compression_text import compression_text
 from lorabench.decode import InputError
 from lorabench.examples import prepare
 from lorabench.execute import Options, execute, seeded_base
@@ -24,7 +25,6 @@ from lorabench.update import INITIAL_FILE, Update
 from lorabench.weights import add_update
 from tests.conftest import make_spec
 from tests.test_sequence import CODE, write_labelled
-from tests.test_truncation import best
 
 QUIET = Options(log_to_file=False, device="cpu")
 CPU = torch.device("cpu")

@@ -10,8 +10,8 @@ from typing import Any
 
 from lorabench.aggregate import Cell, interval, number, plain, value_text
 from lorabench.decode import InputError
-from lorabench.directions import INTRUDERS, KINDS
-from lorabench.intervene import BASE, TUNED, Intervention
+from lorabench.intervention.directions import INTRUDERS, KINDS
+from lorabench.intervention.intervene import BASE, TUNED, Intervention
 from lorabench.labels import capitalized, key_label, measure, measure_label, value_label
 from lorabench.spec import brief, canonical_json, flatten, swept_keys
 from lorabench.terminal import text_table

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lorabench.compress import compress
-from lorabench.compressible import open_subject
+from lorabench.compression.compress import compress
+from lorabench.compression.compressible import open_subject
+from lorabench.compression.truncation import cut
 from lorabench.decode import InputError
 from lorabench.record import Store
-from lorabench.truncation import cut
 from lorabench.update import Update, save_svds
 from tests.test_formats import ADAPTER, CASES, CONFIG, lora_layers, mathematical, tuned
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from lorabench import formats, sketch
 from lorabench.cli import main
-from lorabench.inspection import inspect_adapter, scale_text, significant
-from lorabench.inspection_page import inspection_page
-from lorabench.inspection_text import inspection_text, pasted
+from lorabench.examine.inspection import inspect_adapter, scale_text, significant
+from lorabench.examine.inspection_page import inspection_page
+from lorabench.examine.inspection_text import inspection_text, pasted
 from lorabench.update import Update, save_updates
 from tests.adapters import CONFIG, SCALE, deltas, save_dense, save_lora
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from lorabench import environment, model
-from lorabench.adapters import Adapter
-from lorabench.bodies import ADAPTER, BASE, FACTOR_WISE, MERGED, Body
 from lorabench.decode import InputError, encode
 from lorabench.examples import Examples, prepare_stages
 from lorabench.execute import pick_device
+from lorabench.merging.adapters import Adapter
+from lorabench.merging.bodies import ADAPTER, BASE, FACTOR_WISE, MERGED, Body
 from lorabench.methods._peft import PeftMethod
 from lorabench.record import Store, read_json, write_json
 from lorabench.spec import canonical_json, task_names

@@ -4,7 +4,7 @@
 
 W = W0 + ΔW + (λ − 1) Σ u σ vᵀ, the sum over the intruders of every matrix at once (Shuttleworth et al. 2024, arXiv
 2410.21228, who report for LoRA of rank 256 on MetaMath at λ = 0.3: accuracy −0.1%, forgetting −33.3%). λ = 1 is the
-run's own model; λ = 0 takes the intruders out. The same is done to the controls of `lorabench.directions`.
+run's own model; λ = 0 takes the intruders out. The same is done to the controls of `lorabench.intervention.directions`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from lorabench import environment, formats, model, weights
-from lorabench.adapters import find_run
 from lorabench.analyses.intruders import EPSILON, TOP
 from lorabench.analyze import files_of
 from lorabench.base import TUNED_VECTORS
 from lorabench.bases import FOLDER, Bases
 from lorabench.decode import InputError
-from lorabench.directions import KINDS, Directions, find_directions
 from lorabench.examples import prepare_stages
 from lorabench.execute import pick_device
+from lorabench.intervention.directions import KINDS, Directions, find_directions
+from lorabench.merging.adapters import find_run
 from lorabench.record import RunRecord, Status, Store, file_digests, read_json, write_json
 from lorabench.spec import RunSpec, canonical_json
 from lorabench.train import metrics_of

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from lorabench.adapters import find_run, read_adapter
 from lorabench.aggregate import interval, plain
 from lorabench.analyses.interference import Interference
-from lorabench.bodies import COMBINATIONS, FACTOR_WISE, MERGED, Body, bodies
 from lorabench.cli import main, merge
-from lorabench.compose import Bench, check, compose
-from lorabench.compose import merge as add_merge
 from lorabench.decode import InputError
 from lorabench.examples import prepare
 from lorabench.execute import Options, execute
 from lorabench.formats import open_layers, read_updates
-from lorabench.interference import interference, merge_text, with_changes
+from lorabench.merging.adapters import find_run, read_adapter
+from lorabench.merging.bodies import COMBINATIONS, FACTOR_WISE, MERGED, Body, bodies
+from lorabench.merging.compose import Bench, check, compose
+from lorabench.merging.compose import merge as add_merge
+from lorabench.merging.interference import interference, merge_text, with_changes
 from lorabench.methods._peft import tuner_layers
 from lorabench.model import load_base
 from lorabench.record import Status, Store

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lorabench.comparison import Row, mean_grid
-from lorabench.inspection import by_kind, significant
-from lorabench.inspection_text import heading, middle, short, wrapped
+from lorabench.examine.comparison import Row, mean_grid
+from lorabench.examine.inspection import by_kind, significant
+from lorabench.examine.inspection_text import heading, middle, short, wrapped
 from lorabench.sketch import SHADES, shades
 from lorabench.terminal import text_table
 

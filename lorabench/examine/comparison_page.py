@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorabench import comparison_figures
-from lorabench.comparison import Row
-from lorabench.comparison_text import facts, left_out, measured
-from lorabench.inspection import by_kind
+from lorabench.examine import comparison_figures
+from lorabench.examine.comparison import Row
+from lorabench.examine.comparison_text import facts, left_out, measured
+from lorabench.examine.inspection import by_kind
 from lorabench.page import embedded, fill
 
 CAPTIONS = {

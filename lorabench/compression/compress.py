@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench.compressible import Subject
-from lorabench.compressor import Compressor
+from lorabench.compression.compressible import Subject
+from lorabench.compression.compressor import Compressor
 from lorabench.decode import InputError
 from lorabench.execute import pick_device
 from lorabench.record import Store, file_digests, read_json, write_json

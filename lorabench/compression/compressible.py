@@ -12,16 +12,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorabench import formats
-from lorabench.adapters import find_run
+from lorabench.compression.truncation import Head
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
 from lorabench.locate import adapter_path
+from lorabench.merging.adapters import find_run
 from lorabench.readers._entry import Entry, Source, TensorFile, read_json
 from lorabench.readers.peft_lora import ADAPTER_FILE, CONFIG_FILE, PREFIX
 from lorabench.record import RunRecord, Status, Store, file_digests
 from lorabench.serving import stored_files
 from lorabench.spec import RunSpec, canonical_json
-from lorabench.truncation import Head
 from lorabench.update import INITIAL_FILE, Update
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz")

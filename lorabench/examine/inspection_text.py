@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lorabench.inspection import Row, by_kind, current_parameters, facts, ranks_text, significant
+from lorabench.examine.inspection import Row, by_kind, current_parameters, facts, ranks_text, significant
 from lorabench.nulls import null_spectra
 from lorabench.sketch import bars, blocks
 from lorabench.terminal import text_table

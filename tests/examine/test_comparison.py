@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from lorabench import formats
 from lorabench.cli import main
-from lorabench.comparison import compare_adapters, match_layers, mean_grid
-from lorabench.comparison_page import comparison_page
-from lorabench.comparison_text import comparison_text
+from lorabench.examine.comparison import compare_adapters, match_layers, mean_grid
+from lorabench.examine.comparison_page import comparison_page
+from lorabench.examine.comparison_text import comparison_text
 from tests.adapters import deltas, save_dense, save_lora
 
 LAYER = "model.layers.1.mlp.up_proj"

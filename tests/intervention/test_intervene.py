@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorabench import intervene as engine
 from lorabench.aggregate import interval
 from lorabench.bases import FOLDER, Bases
 from lorabench.cli import main
-from lorabench.directions import CONTROL, INTRUDERS, KINDS, RANDOM, find_directions, nearest
 from lorabench.execute import Options, execute
 from lorabench.formats import read_updates
-from lorabench.intervene import BASE, TUNED, Bench, Intervention, intervene, read_run, scaled
-from lorabench.intervene_report import by_setting, correlation, intervention_text, make_rows
+from lorabench.intervention import intervene as engine
+from lorabench.intervention.directions import CONTROL, INTRUDERS, KINDS, RANDOM, find_directions, nearest
+from lorabench.intervention.intervene import BASE, TUNED, Bench, Intervention, intervene, read_run, scaled
+from lorabench.intervention.intervene_report import by_setting, correlation, intervention_text, make_rows
 from lorabench.record import RunRecord, Status, Store, file_digests
 from lorabench.update import INITIAL_FILE, Update, save_updates
 from tests.conftest import make_spec

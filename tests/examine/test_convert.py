@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lorabench import cli, formats
-from lorabench.convert import convert
 from lorabench.decode import InputError
+from lorabench.examine.convert import convert
 from lorabench.update import Update, save_updates
 
 pytestmark = pytest.mark.filterwarnings("ignore")

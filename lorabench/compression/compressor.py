@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from lorabench import environment, model
-from lorabench.compressible import Subject, is_of_head, load_updates, matrices, saved_head, trained_head
+from lorabench.compression.compressible import Subject, is_of_head, load_updates, matrices, saved_head, trained_head
+from lorabench.compression.truncation import Cut, Head, Place, cut, places, write_adapter
 from lorabench.decode import InputError
 from lorabench.examples import Examples, prepare_stages
 from lorabench.execute import seeded_base
@@ -24,7 +25,6 @@ from lorabench.readers._entry import Entry, TensorFile
 from lorabench.readers.peft_lora import ADAPTER_FILE, CONFIG_FILE, PREFIX, Factors
 from lorabench.record import file_digests, read_json
 from lorabench.train import metrics_of
-from lorabench.truncation import Cut, Head, Place, cut, places, write_adapter
 from lorabench.update import Update
 from lorabench.weights import add_update, is_conv1d
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from statistics import median
 from typing import Any
 
-from lorabench import inspection_figures
 from lorabench.aggregate import plain
-from lorabench.inspection import Row, by_kind, current_parameters, facts
-from lorabench.inspection_text import pasted
+from lorabench.examine import inspection_figures
+from lorabench.examine.inspection import Row, by_kind, current_parameters, facts
+from lorabench.examine.inspection_text import pasted
 from lorabench.page import Drawn, embedded, fill
 
 METRICS = {

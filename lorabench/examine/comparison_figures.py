@@ -10,10 +10,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lorabench import drawing
-from lorabench.comparison import Row, mean_grid
-from lorabench.comparison_text import SIDES
+from lorabench.examine.comparison import Row, mean_grid
+from lorabench.examine.comparison_text import SIDES
+from lorabench.examine.inspection import by_kind
 from lorabench.figures.subspace_grid import FIRST_KINDS
-from lorabench.inspection import by_kind
 
 MAX_KINDS = 3
 MAX_LINES = len(drawing.COLORS)

@@ -11,8 +11,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lorabench import drawing
+from lorabench.examine.inspection import Row, by_kind, largest_kinds
 from lorabench.figures.spectra import FLOOR
-from lorabench.inspection import Row, by_kind, largest_kinds
 from lorabench.nulls import null_spectra
 
 MAX_PANELS = 9
