@@ -1,5 +1,6 @@
 """The command line: exit codes, what goes to stdout and what to stderr, start-up time, and one whole journey."""
 
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lorabench import cli
 from lorabench.claim import take
 from lorabench.cli import COMMANDS, main
 from lorabench.plan import count
@@ -77,8 +79,11 @@ def test_help_describes_every_command(capsys: pytest.CaptureFixture[str]) -> Non
         main(["--help"])
     printed = capsys.readouterr().out
     assert stop.value.code == 0
-    for name, (function, _) in COMMANDS.items():
-        assert re.search(rf"\n    {name}\s", printed) and function.__doc__  # a long one has a line of its own
+    folder = Path(cli.__file__).parent / "commands"
+    assert {*COMMANDS} == {file.stem for file in folder.glob("[!_]*.py")}
+    for name in COMMANDS:
+        assert re.search(rf"\n    {name}\s", printed)  # a long one has a line of its own
+        assert importlib.import_module(f"lorabench.commands.{name}").__doc__
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     assert "Ctrl-C stops cleanly" in capsys.readouterr().out

@@ -53,6 +53,7 @@ LAYERS = [
     {"compression/compress", "compression/compression_text"},
     {"worker", "intervention/intervene"},
     {"launch", "warm", "intervention/intervene_report"},
+    {"commands/*"},
     {"cli"},
     {"__main__"},
 ]

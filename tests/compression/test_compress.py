@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tests.test_truncation import best
+from tests.compression.test_truncation import best
 
 from lorabench.cli import main
 from lorabench.compression.compress import compress

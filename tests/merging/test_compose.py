@@ -11,7 +11,8 @@ import torch
 
 from lorabench.aggregate import interval, plain
 from lorabench.analyses.interference import Interference
-from lorabench.cli import main, merge
+from lorabench.cli import main
+from lorabench.commands import merge
 from lorabench.decode import InputError
 from lorabench.examples import prepare
 from lorabench.execute import Options, execute

@@ -1,0 +1,138 @@
+"""What the commands share: arguments, and what these mean."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench.decode import InputError
+from lorabench.terminal import talk
+
+if TYPE_CHECKING:
+    from lorabench.formats import Adapter
+    from lorabench.record import Store
+
+Argument = tuple[str, dict[str, Any]]
+"""Names, and the options of argparse's `add_argument`."""
+
+
+def argument(names: str, text: str, **options: Any) -> tuple[str, dict[str, Any]]:
+    return names, options | {"help": text}
+
+
+def number(kind: type, low: float) -> Callable[[str], Any]:
+    """An argument of at least `low`."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be a number of at least {low:g}")
+        return value
+
+    return convert
+
+
+def numbers(kind: type) -> Callable[[str], Any]:
+    """An argument of several finite numbers with commas between them."""
+
+    def convert(text: str) -> Any:
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError:
+            values = [math.nan]
+        if not all(map(math.isfinite, values)):
+            raise argparse.ArgumentTypeError(f"{text!r}: must be numbers with commas between them")
+        return values
+
+    return convert
+
+
+JSON = argument("--json", "print JSON instead of a table", action="store_true")
+SWEEP = argument("sweep", "a sweep file (TOML)", metavar="SWEEP")
+RESULTS = argument("--results", "where the runs are kept (default: results)", type=Path, default=Path("results"))
+FOLDER = argument("results", "a results folder", metavar="RESULTS", type=Path)
+HERE = argument(
+    "results", "a results folder (default: results)", metavar="RESULTS", type=Path, nargs="?", default=Path("results")
+)
+NAMED = argument("sweep", "a sweep file, or the name of a sweep in RESULTS", metavar="SWEEP", nargs="?")
+PROCESSES = argument(
+    "--workers", "processes that share what is to compute (default: one a core; 1 where there is little)",
+    type=number(int, 1), metavar="N",
+)  # fmt: skip
+BASE = argument(
+    "--base", "the untouched weights: where ΔW is a difference of checkpoints, or needs them (DoRA)", metavar="BASE"
+)
+ALPHA = argument("--alpha", "α of a format that does not keep its own", type=float, metavar="A")
+HTML = argument("--html", "write a page with figures too", type=Path, metavar="FILE")
+DEVICE = argument("--device", "auto (default), cpu, cuda or cuda:1", default="auto")
+
+
+def as_json(table: Any) -> str:
+    return json.dumps(_finite(table), indent=1, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: a diverged run's loss becomes null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def open_store(root: Path) -> Store:
+    from lorabench.record import Store
+
+    if not root.is_dir():
+        raise InputError(f"RESULTS = {root}: no such folder")
+    return Store(root)
+
+
+def device_name(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name}: must be auto, cpu, cuda or cuda:N")
+    return name
+
+
+def share_of(flag: str, value: float) -> float:
+    if not 0 < value <= 1:
+        raise InputError(f"{flag} {value:g}: must be above 0 and at most 1")
+    return value
+
+
+def open_adapter(source: str, arguments: argparse.Namespace) -> Adapter:
+    """Opened; what its reader has to say of it is said, a guessed scale as a warning."""
+    if arguments.alpha is not None and not 0 < arguments.alpha < math.inf:
+        raise InputError(f"--alpha {arguments.alpha:g}: must be a number above 0")
+    from lorabench.formats import open_adapter
+
+    adapter = open_adapter(source, base=arguments.base, alpha=arguments.alpha)
+    if adapter.scale_source == "assumed":
+        talk(f"warning: {source}: its scale is assumed; --alpha sets it")
+    for note in adapter.notes:
+        talk(f"{source}: {note}")
+    return adapter
+
+
+def write_page(file: Path, text: str) -> None:
+    from lorabench.record import write_bytes
+
+    write_bytes(file, text.encode())
+    talk(f"wrote {file}")
+
+
+def hush_libraries() -> None:
+    """Leave out what libraries have to say to their own developers."""
+    import logging
+    import warnings
+
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

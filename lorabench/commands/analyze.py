@@ -1,0 +1,18 @@
+"""Analyze what the runs have learned and write tables, figures and report.html; prints their paths.
+
+Without SWEEP, every sweep found in RESULTS. What is up to date is left as it is, and only what is new is
+computed; if it is interrupted, what is computed is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from lorabench.commands._arguments import FOLDER, NAMED, PROCESSES
+from lorabench.commands._draw import draw
+
+ARGUMENTS = [FOLDER, NAMED, PROCESSES]
+
+
+def main(arguments: argparse.Namespace) -> int:
+    return draw(arguments, again=False)

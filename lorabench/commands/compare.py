@@ -1,0 +1,38 @@
+"""Show how far two adapters changed the same directions, layer by layer, beside chance.
+
+A and B are files, folders or Hub ids, of any known formats. For every layer that both have, on its input and its
+output side: subspace similarity φ(i, j), principal angles, Grassmann distance, how much of each ΔW lies in the
+other's subspace, and a permutation test of whether the two share directions. Scales play no part in any of these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lorabench.commands._arguments import ALPHA, BASE, HTML, JSON, argument, as_json, open_adapter, write_page
+
+ARGUMENTS = [
+    argument("a", "a file, a folder or a Hub id", metavar="A"),
+    argument("b", "another", metavar="B"),
+    BASE,
+    ALPHA,
+    HTML,
+    JSON,
+]
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from lorabench.examine.comparison import compare_adapters
+    from lorabench.terminal import tracked
+
+    a, b = (open_adapter(source, arguments) for source in (arguments.a, arguments.b))
+    found = compare_adapters(a, b, lambda pairs, total: tracked(pairs, total, "comparing"))
+    if arguments.html:
+        from lorabench.examine.comparison_page import comparison_page
+
+        write_page(arguments.html, comparison_page(found))
+    from lorabench.examine.comparison_text import comparison_text
+
+    print(as_json(found) if arguments.json else comparison_text(found, bold=sys.stdout.isatty()))
+    return 0

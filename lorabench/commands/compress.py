@@ -1,0 +1,71 @@
+"""Cut an adapter to the smallest ranks that keep a share of its energy, and show what that costs.
+
+ADAPTER is a run (its id, what it begins with, or its folder), or a file, folder or Hub id of an adapter. Each
+layer gets the smallest rank k whose singular values hold the share --energy of Σσ² of ΔW, and the best
+approximation of that rank, from the exact SVD: B = U√S and A = √S Vh. It is written as a LoRA in PEFT's format
+with α = r in every layer, so that the scale is 1; a trained task head is carried over. A dense ΔW, as of full
+fine-tuning, becomes a LoRA too; its vectors (biases, norms) have no such factors and are left out.
+
+A run is evaluated on its own validation and retention data; another adapter as --like says.
+
+Results are kept in RESULTS/compressions/<id>/ (record.json, adapter/), and read from there the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lorabench.commands._arguments import (
+    ALPHA,
+    BASE,
+    DEVICE,
+    JSON,
+    RESULTS,
+    argument,
+    as_json,
+    device_name,
+    hush_libraries,
+    numbers,
+)
+from lorabench.terminal import talk
+
+ARGUMENTS = [
+    argument("adapter", "a run, or a file, folder or Hub id of an adapter", metavar="ADAPTER"),
+    argument(
+        "--energy",
+        "share of Σσ² to keep in each layer, one or several with commas (default: 0.95)",
+        type=numbers(float),
+        default=[0.95],
+        metavar="E",
+    ),
+    argument("--output", "copy the adapter there (several: to energy-E below it)", type=Path, metavar="DIR"),
+    argument("--like", "the run whose base, task and settings another adapter is evaluated with", metavar="RUN"),
+    BASE,
+    ALPHA,
+    RESULTS,
+    DEVICE,
+    JSON,
+]
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from lorabench.record import Store
+
+    store, device = Store(arguments.results), device_name(arguments.device)
+    hush_libraries()
+    from lorabench.compression.compress import compress as compress_subject
+    from lorabench.compression.compress import provenance
+    from lorabench.compression.compressible import open_subject
+    from lorabench.compression.compression_text import compression_text, copy_adapters
+
+    given = {key: getattr(arguments, key) for key in ("like", "base", "alpha")}
+    subject = open_subject(store, arguments.adapter, **given)
+    records = compress_subject(store, subject, arguments.energy, device, talk)
+    for line in subject.notes:
+        talk(line)
+    if arguments.output:
+        copy_adapters(store, records, arguments.output)
+    table = provenance(subject) | {"compressions": records}
+    print(as_json(table) if arguments.json else compression_text(store, records))
+    return 0

@@ -1,0 +1,33 @@
+"""Write any LoRA-like adapter in PEFT's format, such that PEFT computes the same ΔW.
+
+ADAPTER is a file, a folder, a run's folder or a Hub id, of any format that lorabench reads. Refused, with the
+reason, where it would not be exact: a dense ΔW, DoRA, names of which it is not certain which module they mean
+(--base tells). OUTPUT must be new or empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lorabench.commands._arguments import ALPHA, BASE, argument, hush_libraries, open_adapter
+from lorabench.terminal import talk
+
+ARGUMENTS = [
+    argument("adapter", "a file, a folder, a run's folder or a Hub id", metavar="ADAPTER"),
+    argument("output", "a folder, new or empty", metavar="OUTPUT", type=Path),
+    BASE,
+    ALPHA,
+]
+
+
+def main(arguments: argparse.Namespace) -> int:
+    hush_libraries()
+    from lorabench.examine.convert import convert as write_as_peft
+
+    adapter = open_adapter(arguments.adapter, arguments)
+    for note in write_as_peft(adapter, arguments.output, arguments.base):
+        talk(f"note: {note}")
+    talk(f"{len(adapter.entries)} layers of {adapter.format}, scale: {adapter.scale_source or 'none'}")
+    print(arguments.output)
+    return 0

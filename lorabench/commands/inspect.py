@@ -1,0 +1,41 @@
+"""Show what an adapter changed in the weights, layer by layer, beside chance.
+
+ADAPTER is a file, a folder or a Hub id, of any known format; nothing is unpickled, and no model is loaded. For
+every matrix ΔW: singular values, effective ranks, norms and power-law tail, beside those of a random update of the
+same shape; and the smallest ranks that keep a share of ΔW's energy, as PEFT's `rank_pattern`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lorabench.commands._arguments import ALPHA, BASE, HTML, JSON, argument, as_json, open_adapter, share_of, write_page
+
+ARGUMENTS = [
+    argument("adapter", "a file, a folder or a Hub id", metavar="ADAPTER"),
+    BASE,
+    ALPHA,
+    argument(
+        "--energy", "share of ‖ΔW‖² that the advised ranks keep (default: 0.95)", type=float, default=0.95, metavar="Q"
+    ),
+    HTML,
+    JSON,
+]
+
+
+def main(arguments: argparse.Namespace) -> int:
+    energy = share_of("--energy", arguments.energy)
+    from lorabench.examine.inspection import inspect_adapter
+    from lorabench.terminal import tracked
+
+    adapter = open_adapter(arguments.adapter, arguments)
+    found = inspect_adapter(adapter, energy, lambda layers: tracked(layers, len(adapter.entries), "inspecting"))
+    if arguments.html:
+        from lorabench.examine.inspection_page import inspection_page
+
+        write_page(arguments.html, inspection_page(found, energy))
+    from lorabench.examine.inspection_text import inspection_text
+
+    print(as_json(found) if arguments.json else inspection_text(found, energy, bold=sys.stdout.isatty()))
+    return 0

@@ -1,0 +1,90 @@
+"""Scale the intruder dimensions of runs, and evaluate the task and what is retained again.
+
+Runs are named by their ids, or by what these begin with; runs that differ in the seed alone are averaged. An
+intruder is one of a matrix's top --top left singular vectors of W0 + ΔW whose |cos| with each of W0 is below
+--epsilon. With its singular value σ, the model is evaluated as W0 + ΔW + (λ − 1) Σ u σ vᵀ over the intruders of
+all matrices (Shuttleworth et al. 2024, arXiv 2410.21228): λ = 1 is the model as it is, λ = 0 is without them.
+Rows, beside the untouched base and λ = 1 (tuned):
+
+intruders    all of them are scaled
+control      as many directions of the same matrices that are no intruders, those of the nearest singular values
+random       Σ σ a bᵀ in random directions a, b instead: as large a change of the weights, of no direction
+
+Merged and evaluated in float32, on the validation split of the run's (last) task and on its task.retain, with
+changes relative to λ = 1. With five runs or more, Spearman's ρ of the number of intruders with forgetting.
+
+Results are kept in RESULTS/interventions/<id>/record.json after each evaluation, and read from there the next
+time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lorabench.commands._arguments import (
+    DEVICE,
+    JSON,
+    RESULTS,
+    argument,
+    as_json,
+    device_name,
+    hush_libraries,
+    number,
+    numbers,
+    open_store,
+)
+from lorabench.terminal import talk
+
+ARGUMENTS = [
+    argument("runs", "a run's id, or what it begins with; one or more", nargs="+", metavar="RUN"),
+    argument(
+        "--lambdas",
+        "factors of the singular values, with commas (default: 0,0.3,0.5,0.7,1,1.5)",
+        type=numbers(float),
+        metavar="L",
+    ),
+    argument(
+        "--epsilon",
+        "largest |cos| of an intruder with W0's vectors (default: 0.5)",
+        type=number(float, 0),
+        default=0.5,
+        metavar="E",
+    ),
+    argument(
+        "--top",
+        "singular vectors of each matrix that are looked at (default: 10)",
+        type=number(int, 1),
+        default=10,
+        metavar="K",
+    ),
+    argument("--figure", "also draw it: FILE.pdf or FILE.png, both are written", type=Path, metavar="FILE"),
+    RESULTS,
+    DEVICE,
+    JSON,
+]
+
+
+def main(arguments: argparse.Namespace) -> int:
+    store = open_store(arguments.results)
+    device = device_name(arguments.device)
+    hush_libraries()
+    from lorabench.intervention import intervene, intervene_report
+
+    if arguments.figure is not None:
+        intervene_report.check_figure(arguments.figure)
+    wanted = intervene.Intervention(
+        lambdas=tuple(arguments.lambdas or intervene.LAMBDAS), epsilon=arguments.epsilon, top=arguments.top
+    )
+    runs = intervene.read_runs(store, arguments.runs)
+    records = [intervene.intervene(store, run, wanted, device, talk) for run in runs]
+    rows = intervene_report.make_rows(records, wanted)
+    if arguments.json:
+        correlation = intervene_report.correlation(records)
+        print(as_json({"interventions": records, "rows": [row.to_json() for row in rows], "spearman": correlation}))
+    else:
+        print(intervene_report.intervention_text(records, rows))
+    if arguments.figure is not None:
+        files = intervene_report.draw(rows, arguments.figure)
+        talk("wrote " + " and ".join(map(str, files)) if files else "nothing to draw: no run has an intruder")
+    return 0

@@ -1,0 +1,83 @@
+"""Merge the LoRA adapters of several runs, and evaluate the merges on every run's task.
+
+Runs are named by their ids, or by what these begin with; they share base and layers. Rows: the base, each adapter
+alone, and each merge; columns: the tasks' validation splits, each with its own run's head where there is one. With
+adapters ΔW = s B A and weights w, --by takes, as PEFT's add_weighted_adapter defines them:
+
+linear               (Σ √(ws) B)(Σ √(ws) A): the factors are summed apart, so that cross terms come in
+cat                  Σ w ΔW exactly, of rank Σ r
+svd                  the best approximation of Σ w ΔW of rank --rank (where not given: the largest rank)
+ties                 factor by factor: only the --density largest entries stay, a sign is elected for each entry,
+                     and those of that sign are averaged (Yadav et al. 2023, arXiv 2306.01708)
+dare_linear          factor by factor: entries stay with probability --density and are divided by it, then summed
+                     (Yu et al. 2024, arXiv 2311.03099)
+dare_ties            dropped as dare_linear does, merged as ties does
+magnitude_prune      factor by factor: only the --density largest entries stay, then summed
+ties_svd, dare_linear_svd, dare_ties_svd, magnitude_prune_svd
+                     the same on each ΔW itself, then the best approximation of rank --rank
+
+Those that go factor by factor, and linear, need adapters of one rank.
+
+Beside it: what each merge changes for each adapter on its own task, and how much every two adapters interfere
+(cosine, overlap of their directions, sign conflicts; chance beside).
+
+Results are kept in RESULTS/merges/<id>/record.json and RESULTS/pairs/, and read from there the next time.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from lorabench.commands._arguments import (
+    DEVICE,
+    JSON,
+    RESULTS,
+    argument,
+    as_json,
+    device_name,
+    hush_libraries,
+    number,
+    numbers,
+    open_store,
+)
+from lorabench.terminal import talk
+
+ARGUMENTS = [
+    argument("runs", "a run's id, or what it begins with; two or more", nargs="+", metavar="RUN"),
+    argument(
+        "--by",
+        "how, one or several with commas (default: linear,svd,ties,dare_linear,dare_ties)",
+        default="linear,svd,ties,dare_linear,dare_ties",
+        metavar="NAME",
+    ),
+    argument("--weights", "one a run, with commas (default: 1 each)", type=numbers(float), metavar="W"),
+    argument(
+        "--density", "share of the entries that stay (default: 0.5)", type=number(float, 0), default=0.5, metavar="D"
+    ),
+    argument("--rank", "of a merge that ends in svd", type=number(int, 1), metavar="R"),
+    argument("--seed", "of DARE, one or several with commas (default: 0)", type=numbers(int), metavar="S"),
+    RESULTS,
+    DEVICE,
+    JSON,
+]
+
+
+def main(arguments: argparse.Namespace) -> int:
+    store = open_store(arguments.results)
+    device = device_name(arguments.device)
+    by = [name.strip() for name in arguments.by.split(",") if name.strip()]
+    hush_libraries()
+    from lorabench.merging.adapters import read_adapter
+    from lorabench.merging.bodies import bodies
+    from lorabench.merging.compose import compose
+    from lorabench.merging.interference import change_text, interference, interference_text, merge_text, with_changes
+
+    adapters = [read_adapter(store, given) for given in arguments.runs]
+    run_ids = [adapter.record.run_id for adapter in adapters]
+    weights = arguments.weights or [1.0] * len(run_ids)
+    wanted = bodies(run_ids, by, weights, arguments.density, arguments.rank, arguments.seed or [0])
+    records = with_changes(compose(store, adapters, wanted, device, talk), wanted, adapters)
+    pairs = interference(store, adapters, talk)
+    texts = (merge_text(records, wanted), change_text(records, wanted), interference_text(pairs))
+    print(as_json({"merges": records, "interference": pairs}) if arguments.json else "\n\n".join(texts))
+    return 0

@@ -1,0 +1,89 @@
+"""Run what is missing of a sweep.
+
+Done runs are skipped, also those that another sweep made; interrupted ones go on from their checkpoint; failed
+ones are left alone unless --retry names them. Ctrl-C stops cleanly: every run writes a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorabench import plugins
+from lorabench.commands._arguments import DEVICE, RESULTS, SWEEP, argument, device_name, number
+from lorabench.decode import InputError
+from lorabench.terminal import talk
+
+if TYPE_CHECKING:
+    from lorabench.record import Status
+
+ARGUMENTS = [
+    SWEEP,
+    RESULTS,
+    argument(
+        "--workers",
+        "runs at a time (default: one a GPU, else as many as cores allow)",
+        type=number(int, 1),
+        metavar="N",
+    ),
+    DEVICE,
+    argument(
+        "--retry",
+        "repeat what has ended as: failed, oom, timeout, diverged, corrupt or all (several: comma)",
+        default="",
+        metavar="STATUS",
+    ),
+    argument("--timeout-minutes", "end a run as `timeout` after so long", type=number(float, 0.01), metavar="M"),
+    argument(
+        "--checkpoint-seconds",
+        "write a checkpoint so often (default: 60)",
+        type=number(float, 0),
+        default=60.0,
+        metavar="S",
+    ),
+]
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from lorabench.launch import check_writable, launch, summary
+    from lorabench.record import Store, write_bytes
+    from lorabench.sweep import read_sweep
+
+    retry = _retry(arguments.retry)
+    device = device_name(arguments.device)
+    sweep = read_sweep(Path(arguments.sweep))
+    store = Store(arguments.results)
+    check_writable(store.root)
+    write_bytes(store.root / sweep.name / "sweep.toml", sweep.text.encode())
+    outcome = launch(sweep, store, _pool(arguments, device, retry, max(spec.threads for spec in sweep.runs)))
+    talk(summary(sweep, outcome))
+    return outcome.exit_code
+
+
+def _retry(text: str) -> frozenset[Status]:
+    from lorabench.launch import REPEATABLE
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    choices = [str(status) for status in REPEATABLE]
+    valid = [*choices, "all"]
+    wrong = [f"--retry {name}: {plugins.unknown('status', name, valid)}" for name in names if name not in valid]
+    if wrong:
+        raise InputError(wrong)
+    return frozenset(status for status in REPEATABLE if str(status) in names or "all" in names)
+
+
+def _pool(arguments: argparse.Namespace, device: str, retry: frozenset[Status], threads: int) -> Any:
+    from lorabench.launch import Pool
+    from lorabench.machine import available_cores, visible_gpus
+    from lorabench.worker import Settings
+
+    gpus = visible_gpus(device)
+    minutes = arguments.timeout_minutes
+    settings = Settings(
+        device="cuda" if gpus else "cpu",
+        checkpoint_seconds=arguments.checkpoint_seconds,
+        timeout_seconds=None if minutes is None else 60 * minutes,
+    )
+    workers = arguments.workers or len(gpus) or max(1, available_cores() // threads)
+    return Pool(workers=workers, gpus=gpus, settings=settings, retry=retry)
