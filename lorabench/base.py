@@ -5,6 +5,7 @@ Shapes: M out features, N in features, R = min(M, N), K <= R kept right vectors,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +20,8 @@ KEEP = 256
 """Singular vectors of W0 that are kept in float32 on both sides."""
 TUNED_VECTORS = 32
 """Singular vectors of W0 + ΔW that analyses look at."""
+LARGE = 1024
+"""Shorter side from which on a dense matrix is worth several threads, or the way to a GPU."""
 _CHUNK_COLUMNS = 512
 
 
@@ -74,14 +77,21 @@ def plus(weight: Tensor, layer: LayerSVD) -> Plus:
 
 def top_triplets(base: BaseLayer, delta: ThinSVD, matrix: Matrix, k: int) -> ThinSVD:
     """The top k of W0 + ΔW by an iteration that starts from the top directions of both."""
-    start = torch.cat([base.svd.Vh[: k + 8], delta.Vh[: max(16, k)]]).mT
-    return top_svd(matrix, k, start=start[:, : matrix.shape[1]])
+    start = torch.cat([base.svd.Vh[: k + 8], delta.Vh[: max(16, k)]]).mT[:, : matrix.shape[1]]
+    device = best_device(matrix.shape)
+    svd = top_svd(matrix.to(device), k, start=start.to(device))
+    return ThinSVD(U=svd.U.cpu(), S=svd.S.cpu(), Vh=svd.Vh.cpu())
+
+
+def best_device(shape: Sequence[int]) -> torch.device:
+    """The GPU, where there is one and a matrix of this shape is worth the way to it."""
+    worth = min(shape) >= LARGE and torch.cuda.is_available()
+    return torch.device("cuda" if worth else "cpu")
 
 
 def decompose(weight: Tensor) -> BaseLayer:
-    """W0 (M, N) with its whole SVD, on the GPU where there is one and it is worth the way."""
-    worth = min(weight.shape) >= 1024 and torch.cuda.is_available()
-    svd = thin_svd(weight.cuda() if worth else weight)
+    """W0 (M, N) with its whole SVD."""
+    svd = thin_svd(weight.to(best_device(weight.shape)))
     left = svd.U if svd.U.shape[1] <= KEEP else svd.U.half()
     top = svd.top(KEEP)
     return BaseLayer(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lorabench import plugins
+from lorabench.base import LARGE, best_device
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
 from lorabench.linalg import ThinSVD, one_thread, thin_svd
@@ -31,7 +32,6 @@ DENSE_VECTORS = 64
 """Singular vectors kept of a dense ΔW; of a factored one all r are."""
 BATCH_BYTES = 2 * 2**20
 """Of factors that are decomposed together: what a core's cache holds."""
-_LARGE = 1024
 OWN = ("delta", "peft_lora", "svd")
 """Readers of what lorabench writes."""
 LAST = "checkpoints"
@@ -188,9 +188,9 @@ def decompose(update: Update, keep: int | None = None) -> ThinSVD:
 
     Only a large dense ΔW is worth several threads, and its way to the GPU.
     """
-    large = update.A is None and min(update.shape) >= _LARGE
+    large = update.A is None and min(update.shape) >= LARGE
     with contextlib.nullcontext() if large else one_thread(), _named(update.parameter):
-        B = update.B.cuda() if large and torch.cuda.is_available() else update.B
+        B = update.B.to(best_device(update.shape)) if large else update.B
         svd = thin_svd(B, update.A, keep=keep)
     return ThinSVD(U=svd.U.cpu(), S=svd.S.cpu(), Vh=svd.Vh.cpu())
 

@@ -26,6 +26,11 @@ class Matrix(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
 
+    @property
+    def device(self) -> torch.device: ...
+
+    def to(self, device: torch.device) -> Matrix: ...
+
     def times(self, X: Tensor) -> Tensor:
         """W X (M, c) of X (N, c)."""
 
@@ -45,6 +50,13 @@ class Dense:
     @property
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def to(self, device: torch.device) -> Dense:
+        return Dense(self.weight.to(device))
 
     def times(self, X: Tensor) -> Tensor:
         return self.weight @ X
@@ -67,6 +79,13 @@ class Plus:
     @property
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def to(self, device: torch.device) -> Plus:
+        return Plus(self.weight.to(device), self.B.to(device), None if self.A is None else self.A.to(device))
 
     def times(self, X: Tensor) -> Tensor:
         return self.weight @ X + (self.B @ X if self.A is None else self.B @ (self.A @ X))
@@ -96,7 +115,7 @@ def top_svd(matrix: Matrix, k: int, *, start: Tensor | None = None, tolerance: f
 
 def _start_block(matrix: Matrix, start: Tensor | None, k: int) -> Tensor:
     """Orthonormal columns (N, b): `start`, filled up with random ones to k and a few more."""
-    given = matrix.times(torch.zeros(matrix.shape[1], 0)) if start is None else start
+    given = matrix.times(torch.zeros(matrix.shape[1], 0, device=matrix.device)) if start is None else start
     lacking = max(0, k + OVERSAMPLING - given.shape[1])
     generator = torch.Generator().manual_seed(0)
     filling = torch.randn(matrix.shape[1], lacking, generator=generator).to(given)

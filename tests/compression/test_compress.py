@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tests.compression.test_truncation import best
 
 from lorabench.cli import main
 from lorabench.compression.compress import compress
@@ -23,6 +22,7 @@ from lorabench.record import Status, Store
 from lorabench.train import metrics_of
 from lorabench.update import INITIAL_FILE, Update
 from lorabench.weights import add_update
+from tests.compression.test_truncation import best
 from tests.conftest import make_spec
 from tests.test_sequence import CODE, write_labelled
 
