@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorabench.commands._arguments import open_store
+from lorabench.commands._arguments import hush_libraries, open_store
 from lorabench.terminal import talk
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def draw(arguments: argparse.Namespace, again: bool) -> int:
     from lorabench.stamp import find_sweeps
 
     store = open_store(arguments.results)
+    hush_libraries()
     for found in find_sweeps(store, arguments.sweep):
         files = None if again else found.up_to_date(store)
         try:
