@@ -30,6 +30,7 @@ _EMBEDDING = re.compile(
     r"(?!patch)(?:\w+_)?embeddings?)\.weight$"
 )
 """Names of embeddings in transformers, torchtune and loralib's examples."""
+_FLAT = re.compile(r"(?:lora_unet|lora_te\d?|lora_transformer|lycoris)_([^.]+)\.weight")
 
 
 class WeightFiles:
@@ -57,11 +58,13 @@ class WeightFiles:
 
         Models with and without a head, and wrappers, put another prefix before the same name (`model.`, `bert.`,
         `base_model.model.`): the name itself, else the only one that ends as it does or as which it ends. What the
-        two differ by must be a wrapper, not a block (`layers.0.`).
+        two differ by must be a wrapper, not a block (`layers.0.`). Of a name of kohya's (`lora_unet_…`), which has `_`
+        for `.`, the only one that ends so.
         """
         if parameter in self._files:
             return parameter
-        for candidates in (self._longer(parameter), self._shorter(parameter), self._alike(parameter)):
+        ways = (self._longer, self._shorter, self._alike, self._flat)
+        for candidates in (way(parameter) for way in ways):
             if candidates:
                 return candidates[0] if len(candidates) == 1 else None
         return None
@@ -127,12 +130,22 @@ class WeightFiles:
         inner = parameter.partition(".")[2]
         return [name for name in self._by_end[_end(parameter)] if name.partition(".")[2] == inner and "." in inner]
 
+    def _flat(self, parameter: str) -> list[str]:
+        flat = flat_name(parameter)
+        return [name for name in self._files if flat and f"_{name.replace('.', '_')}".endswith(f"_{flat}_weight")]
+
     @cached_property
     def _by_end(self) -> defaultdict[str, list[str]]:
         found: defaultdict[str, list[str]] = defaultdict(list)
         for name in self._files:
             found[_end(name)].append(name)
         return found
+
+
+def flat_name(parameter: str) -> str | None:
+    """The name of a module in kohya's form, without its prefix; None for another."""
+    match = _FLAT.fullmatch(parameter)
+    return match[1] if match else None
 
 
 def is_embedding(name: str) -> bool:
