@@ -59,7 +59,7 @@ class WeightFiles:
         Models with and without a head, and wrappers, put another prefix before the same name (`model.`, `bert.`,
         `base_model.model.`): the name itself, else the only one that ends as it does or as which it ends. What the
         two differ by must be a wrapper, not a block (`layers.0.`). Of a name of kohya's (`lora_unet_…`), which has `_`
-        for `.`, the only one that ends so.
+        for `.`, the one that is so written, else the only one that ends so.
         """
         if parameter in self._files:
             return parameter
@@ -132,7 +132,12 @@ class WeightFiles:
 
     def _flat(self, parameter: str) -> list[str]:
         flat = flat_name(parameter)
-        return [name for name in self._files if flat and f"_{name.replace('.', '_')}".endswith(f"_{flat}_weight")]
+        if flat is None:
+            return []
+        ends = [(name, name.removesuffix(".weight").split(".")) for name in self._files if name.endswith(".weight")]
+        if whole := [name for name, parts in ends if "_".join(parts) == flat]:
+            return whole
+        return [name for name, parts in ends if _is_flat_end(parts, flat)]
 
     @cached_property
     def _by_end(self) -> defaultdict[str, list[str]]:
@@ -195,6 +200,12 @@ def _is_wrapped(long: str, short: str) -> bool:
     """Whether a name is another with a wrapper before it."""
     prefix = long.removesuffix(f".{short}")
     return prefix != long and not any(part.isdigit() for part in prefix.split("."))
+
+
+def _is_flat_end(parts: list[str], flat: str) -> bool:
+    """Whether the last modules of a name are `flat`, and a wrapper before them."""
+    starts = (i for i in range(1, len(parts)) if "_".join(parts[i:]) == flat)
+    return any(not any(part.isdigit() for part in parts[:i]) for i in starts)
 
 
 def some(names: list[str]) -> str:

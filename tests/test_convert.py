@@ -201,3 +201,35 @@ def test_the_command(tmp_path, capsys):
     assert load_file(tmp_path / "output" / "adapter_model.safetensors").keys() == written.keys()
     config = json.loads((tmp_path / "output" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+def convolution(kind, folder):
+    """A convolution's LoRA as diffusers and loralib write it, and its ΔW (out, in, height, width)."""
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 4, 2, 3), torch.randn(6, 2, 1, 1)
+    folder.mkdir()
+    if kind == "diffusers":
+        save_file({"two.lora_A.weight": A, "two.lora_B.weight": B}, folder / "pytorch_lora_weights.safetensors")
+        return torch.einsum("or,rihw->oihw", B[:, :, 0, 0].double(), A.double())
+    layer = loralib_convolution(out=24, width=4, kernel=2)
+    torch.save({f"two.{name}": tensor for name, tensor in layer.items()}, folder / "lora.pt")
+    return (layer["lora_B"] @ layer["lora_A"]).reshape(24, 4, 2, 2).double()
+
+
+def loralib_convolution(out, width, kernel, r=1):
+    """By `loralib.layers.ConvLoRA`."""
+    shapes = {"lora_A": (r * kernel, width * kernel), "lora_B": (out * kernel, r * kernel)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()} | {
+        "conv.weight": torch.zeros(out, width, kernel, kernel)
+    }
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "loralib"])
+def test_a_convolution_has_its_kernel_without_a_base(kind, tmp_path):
+    delta = convolution(kind, tmp_path / "source")
+    convert(formats.open_adapter(tmp_path / "source"), tmp_path / "output")
+    model = nn.Module()
+    model.two = nn.Conv2d(delta.shape[1], delta.shape[0], tuple(delta.shape[2:]))
+    before = model.two.weight.detach().double().clone()
+    merged = PeftModel.from_pretrained(model, tmp_path / "output").double().merge_and_unload()
+    assert torch.allclose(merged.two.weight - before, delta, atol=1e-5)

@@ -123,13 +123,18 @@ class Layer:
         )
 
 
+def as_part(layer: Layer) -> Layer:
+    """`MODULE[sBA].weight`, the part s B A of DoRA's ΔW."""
+    name = f"{layer.parameter.removesuffix('.weight')}[{DORA_PART}].weight"
+    return replace(layer, parameter=name, part=DORA_PART)
+
+
 def as_dora(layer: Layer, source: Source, magnitude: str, *, by_input: bool = False) -> Iterator[Layer | Dora]:
-    """`MODULE[sBA].weight`, the part s B A of DoRA's ΔW; and ΔW itself, where the source has a base with that weight.
+    """The part s B A of DoRA's ΔW; and ΔW itself, where the source has a base with that weight.
 
     `magnitude` is the name of the tensor of m, one number an output, or `by_input` one an input.
     """
-    name = f"{layer.parameter.removesuffix('.weight')}[{DORA_PART}].weight"
-    part = replace(layer, parameter=name, part=DORA_PART)
+    part = as_part(layer)
     yield part
     if source.weights is not None and source.weights.find(layer.parameter):
         yield Dora(
@@ -167,8 +172,18 @@ def configuration(source: Source) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
-def found(format: str, layers: Iterable[Layer | Dora], *, assumed: str = "", notes: Iterable[str] = ()) -> Found:
-    """What a reader has found, its scale's source and notes. `assumed` is the note where a scale was assumed."""
+def found(
+    format: str,
+    layers: Iterable[Layer | Dora],
+    *,
+    assumed: str = "",
+    dora: str = "ΔW needs W0 by the same names (--base)",
+    notes: Iterable[str] = (),
+) -> Found:
+    """What a reader has found, its scale's source and notes.
+
+    `assumed` is the note where a scale was assumed, `dora` why DoRA's part alone is given.
+    """
     entries: dict[str, Entry] = {}
     scales: list[str] = []
     parts, told = [], list(notes)
@@ -184,7 +199,7 @@ def found(format: str, layers: Iterable[Layer | Dora], *, assumed: str = "", not
         few = f"{guessed} of {counted(count, 'layer')}: " if guessed < count else ""
         told.insert(0, few + assumed)
     if alone := sum(name.replace(f"[{DORA_PART}]", "") not in entries for name in parts):
-        told.append(f"DoRA in {counted(alone, 'layer')}: what is read is s B A; ΔW needs W0 by the same names (--base)")
+        told.append(f"DoRA in {counted(alone, 'layer')}: what is read is s B A; {dora}")
     scale_source = "assumed" if guessed else next(iter(scales), None)
     return Found(format=format, entries=entries, scale_source=scale_source, notes=tuple(told))
 

@@ -2,9 +2,9 @@
 
 Its configuration lies under `config`, and has an `architecture`. LoRA: ΔW = s B A with `MODULE.loras.NAME.lora_A` (r,
 in), `lora_B` (out, r), s = `alpha` / `r`. A fused linear of q, k and v is as loralib's, and `attn_matrices` tells which
-of them have a LoRA. With `use_dora`, ΔW needs W0; without, and of fused or transposed weights, what is read is s B A.
-Bottleneck adapters, prefixes and prompts have no ΔW, and those that scale activations or gate them by the input none of
-this form: all are refused.
+of them have a LoRA. With `use_dora`, what is read is s B A: its forward pass leaves s out of the norms and its merge
+leaves it out altogether, so that ΔW is not one matrix. Bottleneck adapters, prefixes and prompts have no ΔW, and those
+that scale activations or gate them by the input none of this form: all are refused.
 
 Source: `adapters/methods/lora.py`.
 """
@@ -16,13 +16,12 @@ from functools import partial
 from typing import Any
 
 from lorabench.decode import InputError
-from lorabench.readers._dora import Dora
 from lorabench.readers._entry import CONFIG_FILE, Found, Source, Tensors
 from lorabench.readers._factors import (
     Layer,
     Scale,
     adapter_file,
-    as_dora,
+    as_part,
     configuration,
     found,
     grouped,
@@ -35,6 +34,8 @@ from lorabench.readers._peft_config import is_number
 ADAPTER_FILE = r"pytorch_adapter\.bin|adapter\.safetensors"
 FUSED = ("c_attn", "in_proj", "Wqkv", "qkv")
 """What `adapters` wraps as a fused linear: GPT-2, DeBERTa, ModernBERT."""
+
+DORA = "what adapters computes with is not what it merges, so that ΔW itself is not told"
 
 _NAME = re.compile(r"(?P<module>.+)\.loras\.[^.]+\.lora_A")
 
@@ -50,18 +51,10 @@ def find(source: Source) -> Found | None:
     if tensors is None:
         raise InputError(f"{source.path}: no LoRA factors (….loras.NAME.lora_A) beside {CONFIG_FILE}")
     modules = _modules(tensors)
-    layers: list[Layer | Dora] = []
-    for stem, module in modules.items():
-        layer = _layer(tensors, stem, module, config)
-        if not config.get("use_dora"):
-            layers.append(layer)
-            continue
-        part, *whole = as_dora(layer, source, f"{stem}.m.weight")
-        by_row = layer.form is plain and not (source.weights and source.weights.has_conv1d)
-        layers += [part, *whole] if by_row else [part]
+    layers = [_layer(tensors, stem, module, config) for stem, module in modules.items()]
     dora = {f"{stem}.m.weight" for stem in modules} if config.get("use_dora") else set()
     used = {f"{stem}.{factor}" for stem in modules for factor in ("lora_A", "lora_B")} | dora
-    return found("adapterhub", layers, notes=left_out(set(tensors.names) - used))
+    return found("adapterhub", layers, dora=DORA, notes=left_out(set(tensors.names) - used))
 
 
 def _check_readable(config: dict[str, Any], where: str) -> None:
@@ -93,10 +86,11 @@ def _layer(tensors: Tensors, stem: str, module: str, config: dict[str, Any]) -> 
         raise InputError(
             f"{tensors.file}: {module}: its factors have rank {rank:g}, and {CONFIG_FILE} r = {config['r']}"
         )
-    return Layer(
+    layer = Layer(
         tensors=tensors,
         parameter=f"{module}.weight",
         names={"B": f"{stem}.lora_B", "A": f"{stem}.lora_A"},
         scale=Scale(value=config["alpha"] / rank, source="config"),
         form=partial(grouped, on=on) if fused else plain,
     )
+    return as_part(layer) if config.get("use_dora") else layer
