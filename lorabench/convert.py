@@ -62,7 +62,8 @@ class Target:
 
 
 def convert(adapter: Adapter, folder: Path, base_model: str | None = None) -> list[str]:
-    """Write `adapter` in PEFT's format into `folder`, new or empty, so that PEFT computes the same ΔW; returns notes.
+    """Write `adapter` in PEFT's format into `folder`, new or empty, so that PEFT computes the same ΔW; returns notes
+    beside the adapter's own.
 
     `base_model` (a folder, a file, a Hub id, `builtin:NAME`) is named in the configuration, and its weights say how
     the modules are really called and what they are. Without it, adapters of several models in one file (diffusers)
@@ -85,7 +86,7 @@ def convert(adapter: Adapter, folder: Path, base_model: str | None = None) -> li
     for model, targets in found.items():
         _write(targets, folder / model if len(found) > 1 else folder, name)
     several = [f"one folder a model: {', '.join(found)}"] if len(found) > 1 else []
-    return [*adapter.notes, *several, *_notes(adapter, base, name)]
+    return [*several, *_notes(adapter, base, name)]
 
 
 def _write(targets: list[Target], folder: Path, base_model: str | None) -> None:

@@ -15,6 +15,7 @@ from lorabench import cli, formats
 from lorabench.convert import convert
 from lorabench.decode import InputError
 from lorabench.update import Update, save_updates
+from tests.wild import FIXTURES
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
@@ -233,3 +234,13 @@ def test_a_convolution_has_its_kernel_without_a_base(kind, tmp_path):
     before = model.two.weight.detach().double().clone()
     merged = PeftModel.from_pretrained(model, tmp_path / "output").double().merge_and_unload()
     assert torch.allclose(merged.two.weight - before, delta, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["diffusers_plain", "peft_pissa", "peft_whole"])
+def test_the_command_tells_each_note_once(name, tmp_path, capsys):
+    source = str(FIXTURES / "adapters" / name / "adapter")
+    assert cli.main(["convert", source, str(tmp_path / "output")]) == 0
+    told = [line.partition(": ")[2].removeprefix("note: ") for line in capsys.readouterr().err.splitlines()]
+    told = [line.removeprefix(f"{source}: ") for line in told]
+    notes = formats.open_adapter(source).notes
+    assert notes and all(told.count(note) == 1 for note in notes) and len(told) == len(set(told))

@@ -32,7 +32,7 @@ class Dora:
     magnitude: str
     """Name of m, one number a row, in `tensors`."""
     by_input: bool = False
-    """Whether m has one number an input instead: of embeddings (a token), and in older files of LyCORIS."""
+    """Whether m has one number an input instead: of MLX's embeddings (a token), and where LyCORIS is told so."""
     weights: WeightFiles
     parameter: str
 

@@ -101,7 +101,7 @@ def _layers(tensors: Tensors, name: str, module: Module, source: Source) -> Iter
     )
     for part in split_rows(layer, name):
         if "dora_scale" in module:
-            m = tensors.shape(module["dora_scale"])  # (out, 1, …), or of older files (1, in, …)
+            m = tensors.shape(module["dora_scale"])  # (out, 1, …), or (1, in, …) with wd_on_out = False
             by_input = len(m) > 1 and m[0] == 1 < part.shape[0]
             yield from as_dora(part, source, module["dora_scale"], by_input=by_input)
         else:

@@ -48,7 +48,8 @@ class Adapter:
 
     @property
     def is_dora(self) -> bool:
-        return bool(self.config.get("use_dora"))
+        """torchtune writes magnitudes, and a configuration that does not say so."""
+        return bool(self.config.get("use_dora")) or any(".lora_magnitude_vector" in name for name in self.tensors.names)
 
 
 def find(source: Source) -> Found | None:
@@ -110,7 +111,6 @@ def _lora_entries(adapter: Adapter) -> dict[str, Entry]:
             entries[f"{module}.weight"] = Dora(
                 sBA=factors, tensors=adapter.tensors, magnitude=_magnitude(adapter.tensors, match["module"]),
                 weights=adapter.source.weights, parameter=f"{module}.weight",
-                by_input=match["kind"].startswith("lora_embedding"),
             )  # fmt: skip
     if not entries:
         raise InputError(f"{adapter.tensors.file}: holds no LoRA factors (…lora_A.weight)")

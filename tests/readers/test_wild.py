@@ -178,6 +178,13 @@ def test_torchtunes_folder_is_read_in_pefts_form_which_has_the_same_spectrum():
         assert same == (kind == "v_proj")
 
 
+def test_torchtunes_dora_is_one_in_pefts_form_too():
+    """Its configuration does not say so; the magnitudes are there."""
+    adapter = formats.open_adapter(ADAPTERS / "torchtune_dora" / "adapter")
+    assert all(entry.load().part == "sBA" for entry in adapter.entries.values()) and len(adapter.entries) == 6
+    assert adapter.notes == ("DoRA: ΔW needs W0; this is its s B A; give --base",)
+
+
 @pytest.mark.parametrize("name", ["lycoris_lora", "lycoris_loha", "lycoris_lokr_whole", "diffusers_metadata"])
 def test_half_precision_is_read_as_float32(name, tmp_path):
     file = copy(name, tmp_path)
