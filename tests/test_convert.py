@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -15,7 +15,7 @@ from lorabench import cli, formats
 from lorabench.convert import convert
 from lorabench.decode import InputError
 from lorabench.update import Update, save_updates
-from tests.wild import FIXTURES
+from tests.wild import FIXTURES, expected_of, opened
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
@@ -45,6 +45,7 @@ CASES = {
     ),
     "conv1d": ("gpt2", LoraConfig(r=2, lora_alpha=5, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
     "convolutions": ("convolutions", LoraConfig(r=2, lora_alpha=5, target_modules=["one", "two", "lin"])),
+    "lokr": ("convolutions", LoKrConfig(r=1, alpha=3, target_modules=["two"], use_effective_conv2d=True)),
     "loha": ("llama", LoHaConfig(r=2, alpha=3, target_modules=["q_proj", "down_proj"])),
 }  # fmt: skip
 
@@ -244,3 +245,17 @@ def test_the_command_tells_each_note_once(name, tmp_path, capsys):
     told = [line.removeprefix(f"{source}: ") for line in told]
     notes = formats.open_adapter(source).notes
     assert notes and all(told.count(note) == 1 for note in notes) and len(told) == len(set(told))
+
+
+@pytest.mark.parametrize("name", ["lycoris_lora", "lycoris_locon", "lycoris_loha", "lycoris_lokr"])
+def test_kohyas_convolutions_on_their_base_are_the_librarys(name, tmp_path):
+    convert(opened(name), tmp_path / "output", str(FIXTURES / "adapters" / "lycoris_dora" / "base.safetensors"))
+    model = nn.Module()
+    model.proj, model.conv, model.point = nn.Linear(16, 12), nn.Conv2d(8, 12, 3), nn.Conv2d(8, 8, 1)
+    before = {layer: module.weight.detach().double().clone() for layer, module in model.named_children()}
+    merged = PeftModel.from_pretrained(model, tmp_path / "output").double().merge_and_unload()
+    expected = expected_of(name)
+    assert len(expected) == 3
+    for layer, old in before.items():
+        delta = merged.get_submodule(layer).weight.detach() - old
+        assert torch.allclose(delta.flatten(1), expected[f"lora_unet_{layer}.weight"], atol=1e-5)

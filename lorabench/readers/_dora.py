@@ -31,10 +31,10 @@ class Dora:
     tensors: Tensors
     magnitude: str
     """Name of m, one number a row, in `tensors`."""
-    by_input: bool = False
-    """Whether m has one number an input instead: of MLX's embeddings (a token), and where LyCORIS is told so."""
     weights: WeightFiles
     parameter: str
+    by_input: bool = False
+    """Whether m has one number an input instead: of MLX's embeddings (a token), and where LyCORIS is told so."""
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from lorabench.products import Pair, hadamard, kronecker
 
+KERNELS = ("hada_t1", "lokr_t2", "lokr_w2")
+"""Names of the tensors that end in a convolution's (height, width)."""
+
 
 def locon(lora_up: Tensor, lora_down: Tensor, lora_mid: Tensor) -> Pair:
     """Tucker: up (out, r), core (r, r', height, width), down (r', in)."""

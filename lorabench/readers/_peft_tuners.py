@@ -14,6 +14,7 @@ from torch import Tensor
 from lorabench.decode import InputError
 from lorabench.readers._difference import Difference
 from lorabench.readers._entry import Entry, Found, Source, Tensors
+from lorabench.readers._lycoris import KERNELS
 from lorabench.readers._peft_config import PREFIX, check_patterns
 from lorabench.readers._peft_forms import FORMS, NEED_BASE, Form
 from lorabench.update import Update
@@ -63,6 +64,7 @@ class Module:
             precision="float32" if A is None else None,
             scale=scale,
             scale_source="config" if scale is not None else None,
+            kernel=next((self.sizes(part)[2:] for part in KERNELS if part in self.names), ()),
         )
 
     def read(self, part: str) -> Tensor:

@@ -42,7 +42,7 @@ LOKR = tuple(f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2
 WHOLE = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
 LYCORIS = {*LOHA, *LOHA_CORES, *LOKR, *WHOLE}
 PRODUCTS = {*LOCON, *LYCORIS} - WHOLE.keys()
-KERNELS = ("lora_mid.weight", "lora_down.weight", "hada_t1", "lokr_t2", "lokr_w2")
+KERNELS = ("lora_mid.weight", "lora_down.weight", *_lycoris.KERNELS)
 """Roles whose tensor ends in a convolution's (height, width)."""
 RANKED = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 """Roles whose tensor has r rows."""
