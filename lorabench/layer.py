@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lorabench.linalg import ThinSVD
 from lorabench.update import Update
+from lorabench.weightfile import flat_name
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _SHARED_NAMES = ("dense", "c_proj")
@@ -47,7 +48,7 @@ class LayerSVD:
     @property
     def depth(self) -> int | None:
         """Index of the layer's block; None outside the blocks."""
-        block = _BLOCK.search(self.layer)
+        block = _BLOCK.search(_dotted(self.layer))
         return int(block[1]) if block else None
 
     @property
@@ -65,10 +66,19 @@ def layer_kind(layer: str) -> str:
     """`model.layers.3.self_attn.q_proj` -> `q_proj`.
 
     Names that BERT and GPT-2 give to several layers of a block keep their path in it: `attn.c_proj`, `mlp.c_proj`.
-    A number alone says nothing of its kind: `to_out.0` in diffusion models.
+    A number alone says nothing of its kind: `to_out.0` in diffusion models. Of kohya's names, which have `_` for `.`,
+    it is all that follows the last number: `attn1_to_q`. A part keeps its mark: `c_proj[q]`.
     """
+    layer = _dotted(layer)
     last = layer.rpartition(".")[2]
-    if last.isdigit():
+    stem = last.partition("[")[0]
+    if stem.isdigit():
         return ".".join(layer.split(".")[-2:])
     block = _BLOCK.search(layer)
-    return layer[block.end() :] if last in _SHARED_NAMES and block else last
+    return layer[block.end() :] if stem in _SHARED_NAMES and block else last
+
+
+def _dotted(layer: str) -> str:
+    """A name of kohya's with points around its numbers, and without its prefix; any other as it is."""
+    flat = flat_name(f"{layer}.weight")
+    return layer if flat is None else re.sub(r"(\.\d+)_", r"\1.", re.sub(r"_(\d+)(?=_|\[|$)", r".\1", flat))

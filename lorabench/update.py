@@ -28,7 +28,7 @@ class Update:
     An embedding counts as a layer whose input is a one-hot token: ΔW is (width, vocabulary), as PEFT's factors have it.
     A vector (bias, norm) is dense with shape (M, 1). `parameter` is its full name in the untouched base model;
     `base_norm` is ‖W0‖_F where known; `precision` names the dtype that a dense ΔW was stored in.
-    `scale` is the s folded into `B`; None where unknown or dense.
+    `scale` is the s folded into `B`; None where unknown, or there is none (a difference of weights).
     `part` names a share of ΔW that is reported beside the whole (DoRA's `sBA`); None for ΔW itself.
     `scale_source` says where the scale came from: `config`, `file`, `assumed` or `--alpha`; None for a dense ΔW.
     `kernel` is the (height, width) over which the columns of a convolution's ΔW, (in, height, width), are flattened.

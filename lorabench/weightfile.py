@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,12 @@ _EMBEDDING = re.compile(
     r"(?!patch)(?:\w+_)?embeddings?)\.weight$"
 )
 """Names of embeddings in transformers, torchtune and loralib's examples."""
+_INPUT = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings|shared)\.weight$")
+_OUTPUT = re.compile(
+    r"(?:^|\.)(?:lm_head|embed_out|proj_out|generator_lm_head|(?:lm_head|predictions)\.decoder)\.weight$"
+)
+"""Names of the two matrices that may be tied, in transformers."""
+_FLAT = re.compile(r"(?:lora_unet|lora_te\d?|lora_transformer|lycoris)_([^.]+)\.weight")
 
 
 class WeightFiles:
@@ -57,39 +64,43 @@ class WeightFiles:
 
         Models with and without a head, and wrappers, put another prefix before the same name (`model.`, `bert.`,
         `base_model.model.`): the name itself, else the only one that ends as it does or as which it ends. What the
-        two differ by must be a wrapper, not a block (`layers.0.`).
+        two differ by must be a wrapper, not a block (`layers.0.`). Of a name of kohya's (`lora_unet_…`), which has `_`
+        for `.`, the one that is so written, else the only one that ends so. An output matrix that is tied to the input
+        embedding, and so is not stored, is found by its own name.
         """
         if parameter in self._files:
             return parameter
-        for candidates in (self._longer(parameter), self._shorter(parameter), self._alike(parameter)):
+        ways = (self._longer, self._shorter, self._alike, self._flat)
+        for candidates in (way(parameter) for way in ways):
             if candidates:
                 return candidates[0] if len(candidates) == 1 else None
-        return None
+        return parameter if _OUTPUT.search(parameter) and self._tied_embedding else None
 
     def shape(self, parameter: str) -> tuple[int, int]:
         """(out, in) of a parameter, from the header: an embedding is (width, vocabulary), a vector (n, 1), and a
         convolution (out, in · kernel)."""
         name = self._name(parameter)
-        stored = self._files[name].shape(name)
+        stored = self.stored_shape(name)
         if len(stored) < 2:
             return math.prod(stored), 1
         return (stored[1], stored[0]) if self._is_transposed(name) else (stored[0], math.prod(stored[1:]))
 
     def stored_shape(self, parameter: str) -> tuple[int, ...]:
         """As it is in the file."""
-        name = self._name(parameter)
-        return self._files[name].shape(name)
+        tensors, name = self._place(self._name(parameter))
+        return tensors.shape(name)
 
     def dtype(self, parameter: str) -> str:
         """As stored: `bfloat16`."""
-        name = self._name(parameter)
-        return self._files[name].dtype(name)
+        tensors, name = self._place(self._name(parameter))
+        return tensors.dtype(name)
 
     def read(self, parameter: str) -> Tensor:
         """(out, in) in float32 (float64 stays). InputError where it is not there, quantized, or holds NaN or Inf."""
         name = self._name(parameter)
         shape = self.shape(name)
-        tensor = self._files[name].read(name)
+        tensors, stored = self._place(name)
+        tensor = tensors.read(stored)
         tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         return tensor.T if self._is_transposed(name) else tensor.reshape(shape)
 
@@ -97,15 +108,47 @@ class WeightFiles:
     def has_conv1d(self) -> bool:
         """Whether the attention's and feed-forward's weights are stored as (in, out): by `config.json`, else by their
         shapes."""
-        config = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
-        if config.is_file():
-            return read_json(config).get("model_type") in CONV1D_TYPES
+        if self._config:
+            return self._config.get("model_type") in CONV1D_TYPES
         fused = [name for name in self._files if name.endswith("attn.c_attn.weight")]
         shapes = [self._files[name].shape(name) for name in fused]
         return any(len(shape) == 2 and shape[1] == 3 * shape[0] for shape in shapes)
 
+    def _place(self, name: str) -> tuple[Tensors, str]:
+        """The file of what `find` gave, and its name there: a tied output matrix is the embedding, (vocabulary, width)
+        as it is stored."""
+        stored = name if name in self._files else self._tied_embedding
+        assert stored is not None  # `find` has seen to it
+        return self._files[stored], stored
+
+    @cached_property
+    def _tied_embedding(self) -> str | None:
+        """The input embedding that is the output matrix too; None where there is none, or it is not certain."""
+        embeddings = [name for name in self._files if _INPUT.search(name)]
+        return embeddings[0] if len(embeddings) == 1 and self._is_tied else None
+
+    @property
+    def _is_tied(self) -> bool:
+        """By `config.json`; where that is silent, as transformers takes it for the type of model."""
+        told = self._config.get("tie_word_embeddings")
+        if told is not None or "model_type" not in self._config:
+            return told is True
+        from transformers import CONFIG_MAPPING
+
+        kind = self._config["model_type"]
+        return (
+            isinstance(kind, str)
+            and kind in CONFIG_MAPPING
+            and getattr(CONFIG_MAPPING[kind](), "tie_word_embeddings", False) is True
+        )
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        file = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
+        return read_json(file) if file.is_file() else {}
+
     def _is_transposed(self, name: str) -> bool:
-        if len(self._files[name].shape(name)) != 2:
+        if len(self.stored_shape(name)) != 2:
             return False
         module = name.removesuffix(".weight").rpartition(".")[2]
         return is_embedding(name) or (self.has_conv1d and module in CONV1D_NAMES)
@@ -127,12 +170,27 @@ class WeightFiles:
         inner = parameter.partition(".")[2]
         return [name for name in self._by_end[_end(parameter)] if name.partition(".")[2] == inner and "." in inner]
 
+    def _flat(self, parameter: str) -> list[str]:
+        flat = flat_name(parameter)
+        if flat is None:
+            return []
+        ends = [(name, name.removesuffix(".weight").split(".")) for name in self._files if name.endswith(".weight")]
+        if whole := [name for name, parts in ends if "_".join(parts) == flat]:
+            return whole
+        return [name for name, parts in ends if _is_flat_end(parts, flat)]
+
     @cached_property
     def _by_end(self) -> defaultdict[str, list[str]]:
         found: defaultdict[str, list[str]] = defaultdict(list)
         for name in self._files:
             found[_end(name)].append(name)
         return found
+
+
+def flat_name(parameter: str) -> str | None:
+    """The name of a module in kohya's form, without its prefix; None for another."""
+    match = _FLAT.fullmatch(parameter)
+    return match[1] if match else None
 
 
 def is_embedding(name: str) -> bool:
@@ -182,6 +240,12 @@ def _is_wrapped(long: str, short: str) -> bool:
     """Whether a name is another with a wrapper before it."""
     prefix = long.removesuffix(f".{short}")
     return prefix != long and not any(part.isdigit() for part in prefix.split("."))
+
+
+def _is_flat_end(parts: list[str], flat: str) -> bool:
+    """Whether the last modules of a name are `flat`, and a wrapper before them."""
+    starts = (i for i in range(1, len(parts)) if "_".join(parts[i:]) == flat)
+    return any(not any(part.isdigit() for part in parts[:i]) for i in starts)
 
 
 def some(names: list[str]) -> str:

@@ -44,6 +44,17 @@ def test_weights_are_those_of_the_loaded_model(tiny_bases, tmp_path, name, quant
     assert compared > 8
 
 
+@pytest.mark.parametrize("name", ["builtin:tiny-llama", "gpt2"])
+def test_a_tied_head_has_the_embedding_below_it(tiny_bases, tmp_path, name):
+    spec = make_spec(model=tiny_bases.get(name, name))
+    loaded = model.load_base(spec, torch.device("cpu"), {})
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    found = Base(key(spec.model), tmp_path).layer("lm_head.weight")
+    assert torch.equal(found.weight, loaded.lm_head.weight.detach())
+    exact = torch.linalg.svdvals(loaded.lm_head.weight.detach().double())
+    assert torch.allclose(found.svd.S.double(), exact, rtol=1e-5)
+
+
 def test_a_new_head_is_not_in_the_files(tiny_bases, tmp_path):
     base = Base(key(tiny_bases["bert"]), tmp_path)
     assert base.weight("classifier.weight") is None and base.layer("classifier.weight") is None

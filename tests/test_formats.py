@@ -259,6 +259,13 @@ def test_a_damaged_configuration(adapter):
         ("bert.pooler.dense", "dense", None),
         ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0", "to_out.0", 1),
         ("lm_head", "lm_head", None),
+        ("h.3.attn.c_proj[sBA]", "attn.c_proj[sBA]", 3),
+        ("down_blocks.1.attn1.to_out.0[sBA]", "to_out.0[sBA]", 1),
+        ("lora_unet_down_blocks_2_attentions_0_transformer_blocks_1_attn1_to_q", "attn1_to_q", 2),
+        ("lora_unet_down_blocks_2_attentions_0_transformer_blocks_1_attn2_to_out_0", "attn2_to_out.0", 2),
+        ("lora_te1_text_model_encoder_layers_11_self_attn_q_proj", "self_attn_q_proj", 11),
+        ("lora_unet_single_blocks_37_linear1[mlp]", "linear1[mlp]", 37),
+        ("lora_unet_conv2_in", "conv2_in", None),
     ],
 )
 def test_names_of_layers(layer, kind, depth):

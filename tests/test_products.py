@@ -40,9 +40,23 @@ def test_kronecker(a, b, c, d, rank, factored):
     assert A is None or B.shape[1] < min(B.shape[0], A.shape[1])
 
 
+@pytest.mark.parametrize("rank", [1, 5])
+def test_without_content_the_shapes_are_the_same(rank):
+    factors = [random(6, rank), random(rank, 4), random(6, rank), random(rank, 4)]
+    for product, arguments in ((hadamard, factors), (kronecker, [random(4, 6).T, (factors[0], factors[1])])):
+        empty = [tuple(x.to("meta") for x in a) if isinstance(a, tuple) else a.to("meta") for a in arguments]
+        told, real = product(*empty), product(*arguments)
+        assert [x is None or x.shape for x in told] == [x is None or x.shape for x in real]
+
+
+def test_no_hadamard_product_of_other_shapes():
+    with pytest.raises(ValueError, match=r"\(3, 4\) and \(1, 4\)"):  # which would be broadcast
+        hadamard(random(3, 1), random(1, 4), random(1, 1), random(1, 4))
+
+
 def test_what_would_be_huge_is_refused_before_it_is_made():
     side = int(LARGEST**0.25) + 1
-    with pytest.raises(ValueError, match="takes 4 GiB"):
+    with pytest.raises(ValueError, match="takes 8 GiB"):
         kronecker(torch.ones(side, side), torch.ones(side, side))
     row, column = torch.ones(1, 10**6), torch.ones(10**6, 1)
     B, A = kronecker(column, row)

@@ -177,3 +177,51 @@ def test_one_weight_is_read_at_a_time(tmp_path):
     assert torch.equal(files.read("a.weight"), torch.ones(2, 2))
     with pytest.raises(InputError, match=r"b\.weight: holds NaN or Inf"):
         files.read("b.weight")
+
+
+TIED = {
+    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**COMMON, vocab_size=30, tie_word_embeddings=True)),
+    "gpt2": MODELS["gpt2"],
+    "bert": lambda: t.BertForMaskedLM(t.BertConfig(**COMMON, vocab_size=30)),
+    "roberta": lambda: t.RobertaForMaskedLM(t.RobertaConfig(**COMMON, vocab_size=30)),
+    "t5": lambda: t.T5ForConditionalGeneration(
+        t.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=30)
+    ),
+}
+
+
+def head_of(model):
+    (name,) = (n for n, module in model.named_modules() if module is model.get_output_embeddings())
+    return f"{name}.weight"
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "default"])
+@pytest.mark.parametrize("kind", TIED)
+def test_a_tied_output_matrix_is_the_input_embedding(kind, told, tmp_path):
+    torch.manual_seed(0)
+    TIED[kind]().save_pretrained(tmp_path)
+    if not told:
+        file = tmp_path / "config.json"
+        config = json.loads(file.read_text())
+        config.pop("tie_word_embeddings")
+        file.write_text(json.dumps(config))
+    model, files = type(TIED[kind]()).from_pretrained(tmp_path), WeightFiles(tmp_path)
+    head = head_of(model)
+    assert head not in files.names
+    if kind == "llama" and not told:  # whose default is not tied
+        assert files.find(head) is None
+        return
+    expected = model.get_output_embeddings().weight.detach()
+    assert files.find(head) == head and files.shape(head) == files.stored_shape(head) == tuple(expected.shape)
+    assert torch.equal(files.read(head), expected) and files.dtype(head) == "float32"
+    assert torch.equal(model.get_input_embeddings().weight.detach(), expected)
+
+
+def test_a_head_of_its_own_is_not_the_embedding(tmp_path):
+    model = t.LlamaForCausalLM(t.LlamaConfig(**COMMON, vocab_size=30, tie_word_embeddings=False))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(WeightFiles(tmp_path).read("lm_head.weight"), model.lm_head.weight.detach())
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert WeightFiles(tmp_path).find("lm_head.weight") is None  # it is lacking, and not tied

@@ -43,6 +43,7 @@ CASES = {
         format="loralib", scale="--alpha", alpha=6, notes=("1 fused linear, such as first", "convolutions", "left out")
     ),
     "lycoris_dora": Case(format="kohya", scale="file", notes=(DORA,)),
+    "lycoris_dora_input": Case(format="kohya", scale="file", notes=(DORA,)),
     "lycoris_full": Case(format="lycoris", scale=None),
     "lycoris_locon": Case(format="kohya", scale="file"),
     "lycoris_loha": Case(format="lycoris", scale="file"),

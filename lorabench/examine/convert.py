@@ -20,15 +20,14 @@ from lorabench.decode import InputError
 from lorabench.formats import Adapter
 from lorabench.layer import LayerSVD
 from lorabench.locate import adapter_path, weights_path
+from lorabench.readers.peft_lora import ADAPTER_FILE, CONFIG_FILE
 from lorabench.tensorfile import read_json
 from lorabench.update import Update
-from lorabench.weightfile import WeightFiles, is_embedding
+from lorabench.weightfile import WeightFiles, flat_name, is_embedding
 
-CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 NOT_EXACT = {"torchtune": "it permutes the rows of queries and keys for its rotary embedding, and the model that PEFT "
              "loads does not"}  # fmt: skip
 """Formats of which the names or rows are not those of the model that PEFT would attach to."""
-_FLAT = re.compile(r"(?:lora_unet|lora_te\d?|lora_transformer|lycoris)_(?P<name>.+)")
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder(?:_\d)?|prior|decoder)\.(?=.)")
 
 
@@ -63,7 +62,8 @@ class Target:
 
 
 def convert(adapter: Adapter, folder: Path, base_model: str | None = None) -> list[str]:
-    """Write `adapter` in PEFT's format into `folder`, new or empty, so that PEFT computes the same ΔW; returns notes.
+    """Write `adapter` in PEFT's format into `folder`, new or empty, so that PEFT computes the same ΔW; returns notes
+    beside the adapter's own.
 
     `base_model` (a folder, a file, a Hub id, `builtin:NAME`) is named in the configuration, and its weights say how
     the modules are really called and what they are. Without it, adapters of several models in one file (diffusers)
@@ -86,7 +86,7 @@ def convert(adapter: Adapter, folder: Path, base_model: str | None = None) -> li
     for model, targets in found.items():
         _write(targets, folder / model if len(found) > 1 else folder, name)
     several = [f"one folder a model: {', '.join(found)}"] if len(found) > 1 else []
-    return [*adapter.notes, *several, *_notes(adapter, base, name)]
+    return [*several, *_notes(adapter, base, name)]
 
 
 def _write(targets: list[Target], folder: Path, base_model: str | None) -> None:
@@ -162,16 +162,11 @@ def _module(parameter: str, base: WeightFiles | None) -> str:
     layer = parameter.removesuffix(".weight")
     if "[" in layer:
         raise InputError(f"{parameter}: is some rows of a fused layer, and no module of its own")
-    flat = _FLAT.fullmatch(layer)
     if base is None:
-        if flat:
+        if flat_name(parameter):
             raise InputError(f"{parameter}: `_` may stand for `.`: which module it is, only --base can tell")
         return layer
     name = base.find(parameter)
-    if name is None and flat:
-        end = f"_{flat['name']}_weight"
-        fits = [name for name in base.names if f"_{name.replace('.', '_')}".endswith(end)]
-        name = fits[0] if len(fits) == 1 else None
     if name is None:
         raise InputError(f"{parameter}: the base {base.path} has no such weight, or several")
     return name.removesuffix(".weight")

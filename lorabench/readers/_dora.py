@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from lorabench.decode import InputError
 from lorabench.readers._entry import Entry, Tensors
 from lorabench.update import Update
@@ -19,7 +21,10 @@ DORA_PART = "sBA"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dora:
-    """ΔW = m ⊙ (W0 + s B A) / ‖W0 + s B A‖ - W0, by row: Liu et al. 2024, arXiv 2402.09353, equation 5."""
+    """ΔW = m ⊙ (W0 + s B A) / ‖W0 + s B A‖ - W0, by row: Liu et al. 2024, arXiv 2402.09353, equation 5.
+
+    `parameter` names it as the file does; the base's name may be another.
+    """
 
     sBA: Entry
     """Its factors, whichever the format."""
@@ -28,12 +33,15 @@ class Dora:
     """Name of m, one number a row, in `tensors`."""
     weights: WeightFiles
     parameter: str
+    by_input: bool = False
+    """Whether m has one number an input instead: of MLX's embeddings (a token), and where LyCORIS is told so."""
 
     @property
     def shape(self) -> tuple[int, int]:
         shape, base = self.sBA.shape, self.weights.shape(self.parameter)
         m = math.prod(self.tensors.shape(self.magnitude))
-        if not (shape == base and m == shape[0]):
+        fits = m > 0 and shape[1] % m == 0 if self.by_input else m == shape[0]
+        if not (shape == base and fits):
             raise InputError(
                 f"{self.tensors.file}: {self.parameter}: ΔW {shape}, m {m} and W0 {base} of "
                 f"{self.weights.path} do not fit"
@@ -45,10 +53,7 @@ class Dora:
         update = self.sBA.load()
         assert isinstance(update, Update)  # of singular vectors alone there is no DoRA
         part = update.dense()
-        norms = (W0 + part).double().norm(dim=1)
-        if not norms.all():
-            raise InputError(f"{self.tensors.file}: {self.parameter}: a row of W0 + s B A is zero")
-        ratio = (m.double().flatten() / norms)[:, None]
+        ratio = self._ratio(W0 + part, m.double().flatten())
         delta = (ratio - 1) * W0 + ratio * part  # so that ΔW = 0 is 0, to the last digit of m
         return Update(
             parameter=self.parameter,
@@ -57,3 +62,14 @@ class Dora:
             precision="float32",
             scale_source=update.scale_source,
         )
+
+    def _ratio(self, weight: Tensor, m: Tensor) -> Tensor:
+        """m / ‖weight‖ as (M, 1), or by input as (1, N), over the inputs' kernels."""
+        M, N = weight.shape
+        norms = (
+            weight.double().reshape(M, len(m), -1).norm(dim=(0, 2)) if self.by_input else weight.double().norm(dim=1)
+        )
+        if not norms.all():
+            side = "an input" if self.by_input else "a row"
+            raise InputError(f"{self.tensors.file}: {self.parameter}: {side} of W0 + s B A is zero")
+        return (m / norms).repeat_interleave(N // len(m))[None] if self.by_input else (m / norms)[:, None]

@@ -12,7 +12,10 @@ from lorabench.tensorfile import TensorFile, Tensors, TorchFile, open_tensors, r
 from lorabench.update import Update
 from lorabench.weightfile import WeightFiles
 
-__all__ = ["Entry", "Found", "Source", "TensorFile", "Tensors", "TorchFile", "open_tensors", "read_json"]
+__all__ = ["CONFIG_FILE", "Entry", "Found", "Source", "TensorFile", "Tensors", "TorchFile", "open_tensors", "read_json"]
+
+CONFIG_FILE = "adapter_config.json"
+"""That of PEFT, and of others who took up its name."""
 
 
 class Entry(Protocol):

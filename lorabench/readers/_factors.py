@@ -6,7 +6,7 @@ Shapes: M out features, N in features, r rank.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from lorabench.decode import InputError
-from lorabench.readers._entry import Entry, Found, Source, Tensors, open_tensors, read_json
+from lorabench.products import LARGEST
+from lorabench.readers._dora import DORA_PART, Dora
+from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Source, Tensors, open_tensors, read_json
 from lorabench.update import Update
 
 Form = Callable[..., tuple[Tensor, Tensor | None]]
 """Named tensors of a file -> ΔW / s: its factors (M, r) and (r, N), or dense (M, N) and None."""
-DORA_PART = "sBA"
-LARGEST = 2**31
-"""Entries: a small file's products may be as large as its author likes."""
-CONFIG_FILE = "adapter_config.json"
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -75,7 +73,10 @@ def grouped(B: Tensor, A: Tensor, *, on: tuple[bool, ...]) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
-    """One ΔW: `names` says which tensor is which argument of `form`; `rows` are those of ΔW to keep (all)."""
+    """One ΔW: `names` says which tensor is which argument of `form`; `rows` are those of ΔW to keep (all).
+
+    `kernel` is as in `Update`.
+    """
 
     tensors: Tensors
     parameter: str
@@ -84,6 +85,7 @@ class Layer:
     form: Form = plain
     rows: range | None = None
     part: str | None = None
+    kernel: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -115,14 +117,30 @@ class Layer:
             B=B * (self.scale.value if self.scale else 1.0),
             A=A,
             precision=stored if A is None else None,
+            scale=self.scale.value if self.scale else None,
             scale_source=self.scale.source if self.scale else None,
+            kernel=self.kernel,
         )
 
 
-def as_dora(layer: Layer) -> Layer:
+def as_part(layer: Layer) -> Layer:
     """`MODULE[sBA].weight`, the part s B A of DoRA's ΔW."""
     name = f"{layer.parameter.removesuffix('.weight')}[{DORA_PART}].weight"
     return replace(layer, parameter=name, part=DORA_PART)
+
+
+def as_dora(layer: Layer, source: Source, magnitude: str, *, by_input: bool = False) -> Iterator[Layer | Dora]:
+    """The part s B A of DoRA's ΔW; and ΔW itself, where the source has a base with that weight.
+
+    `magnitude` is the name of the tensor of m, one number an output, or `by_input` one an input.
+    """
+    part = as_part(layer)
+    yield part
+    if source.weights is not None and source.weights.find(layer.parameter):
+        yield Dora(
+            sBA=part, tensors=layer.tensors, magnitude=magnitude, weights=source.weights, parameter=layer.parameter,
+            by_input=by_input,
+        )  # fmt: skip
 
 
 def adapter_file(source: Source, recognized: Callable[[Tensors], bool], *, named: str | None = None) -> Tensors | None:
@@ -154,25 +172,36 @@ def configuration(source: Source) -> dict[str, Any]:
     return read_json(file) if file.exists() else {}
 
 
-def found(format: str, layers: Iterable[Layer], *, assumed: str = "", notes: Iterable[str] = ()) -> Found:
-    """What a reader has found, its scale's source and notes. `assumed` is the note where a scale was assumed."""
+def found(
+    format: str,
+    layers: Iterable[Layer | Dora],
+    *,
+    assumed: str = "",
+    dora: str = "ΔW needs W0 by the same names (--base)",
+    notes: Iterable[str] = (),
+) -> Found:
+    """What a reader has found, its scale's source and notes.
+
+    `assumed` is the note where a scale was assumed, `dora` why DoRA's part alone is given.
+    """
     entries: dict[str, Entry] = {}
-    sources, parts, told = [], 0, list(notes)
+    scales: list[str] = []
+    parts, told = [], list(notes)
     for layer in layers:
         if layer.parameter in entries:
             raise InputError(f"{layer.tensors.file}: {layer.parameter}: more than one ΔW")
         entries[layer.parameter] = layer
-        sources += [layer.scale.source] if layer.scale else []
-        parts += layer.part is not None
-    if guessed := sources.count("assumed"):
-        few = f"{guessed} of {counted(len(entries), 'layer')}: " if guessed < len(entries) else ""
+        if isinstance(layer, Layer):
+            scales += [layer.scale.source] if layer.scale else []
+            parts += [layer.parameter] if layer.part else []
+    count = sum(isinstance(entry, Layer) for entry in entries.values())
+    if guessed := scales.count("assumed"):
+        few = f"{guessed} of {counted(count, 'layer')}: " if guessed < count else ""
         told.insert(0, few + assumed)
-    if parts:
-        told.append(
-            f"DoRA in {counted(parts, 'layer')}: what is read is s B A, for ΔW itself needs W0 and the magnitudes"
-        )
-    source = "assumed" if guessed else next(iter(sources), None)
-    return Found(format=format, entries=entries, scale_source=source, notes=tuple(told))
+    if alone := sum(name.replace(f"[{DORA_PART}]", "") not in entries for name in parts):
+        told.append(f"DoRA in {counted(alone, 'layer')}: what is read is s B A; {dora}")
+    scale_source = "assumed" if guessed else next(iter(scales), None)
+    return Found(format=format, entries=entries, scale_source=scale_source, notes=tuple(told))
 
 
 def left_out(names: Iterable[str]) -> list[str]:

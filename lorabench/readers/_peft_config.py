@@ -1,4 +1,4 @@
-"""PEFT's configuration of a LoRA adapter: what it must say, and rank and scale of each module by it."""
+"""PEFT's configuration of a LoRA adapter, in its own file or another's header: rank and scale of each module by it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from lorabench.decode import InputError
 
 PREFIX = "base_model.model."
 """Of the names in PEFT's files."""
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.bin")
+REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initializations whose first B A is not zero and was taken out of the base: ΔW is what was added to it."""
 _OTHER_FORMS = ("target_parameters", "use_bdlora", "use_qalora", "kasa_config", "monteclora_config")
 _REPEATED_GROUP = re.compile(r"\)\s*[*+{]")
 
 
-def check_lora(config: dict[str, Any], file: Path) -> None:
+def check_lora(config: dict[str, Any], file: Path | str) -> None:
     """Refuse what is not ΔW = s B A, or no sensible number, rather than give wrong ones."""
     if not _is_rank(config.get("r")):
         raise InputError(f"{file}: r = {config.get('r')}: must be a whole number, at least 1")
-    if not _is_number(config.get("lora_alpha")):
+    if not is_number(config.get("lora_alpha")):
         raise InputError(f"{file}: lora_alpha = {config.get('lora_alpha')}: must be a number")
     check_patterns(config, file)
     for key in _OTHER_FORMS:
@@ -27,21 +31,41 @@ def check_lora(config: dict[str, Any], file: Path) -> None:
             raise InputError(f"{file}: {key} = {str(config[key])[:80]}: its ΔW is not s B A, and cannot be read")
 
 
-def check_patterns(config: dict[str, Any], file: Path) -> None:
-    for key, valid in {"rank_pattern": _is_rank, "alpha_pattern": _is_number}.items():
+def check_patterns(config: dict[str, Any], file: Path | str) -> None:
+    for key, valid in {"rank_pattern": _is_rank, "alpha_pattern": is_number}.items():
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict) or not all(map(valid, patterns.values())):
             raise InputError(f"{file}: {key} = {str(patterns)[:80]}: must give a number for each pattern")
 
 
-def rank_and_scale(config: dict[str, Any], module: str, file: Path) -> tuple[int, float]:
+def rank_and_scale(config: dict[str, Any], module: str, file: Path | str) -> tuple[int, float]:
     """r, and s = α / r (rsLoRA: α / √r), of one module."""
     rank = by_pattern(config, "rank_pattern", module, config["r"], file)
     alpha = by_pattern(config, "alpha_pattern", module, config["lora_alpha"], file)
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def by_pattern(config: dict[str, Any], key: str, module: str, default: Any, file: Path) -> Any:
+def scale_of_factors(config: dict[str, Any], module: str, rank: int, file: Path | str) -> float:
+    """s of a module whose factors have this rank, where `file` has no initial factors beside it.
+
+    InputError where the configuration says another rank, no number, or that the first B A is not zero.
+    """
+    check_lora(config, file)
+    if start := rebased(config):
+        raise InputError(f"{file}: init_lora_weights = {start}: ΔW needs the initial factors, not in the file")
+    told, scale = rank_and_scale(config, module, file)
+    if told != rank:
+        raise InputError(f"{file}: r = {told} for {module}: its factors have rank {rank}")
+    return scale
+
+
+def rebased(config: dict[str, Any]) -> str | None:
+    """The name of an initialization whose first B A is not zero; None for another."""
+    start = str(config.get("init_lora_weights", True)).lower()
+    return start if start.startswith(REBASED) else None
+
+
+def by_pattern(config: dict[str, Any], key: str, module: str, default: Any, file: Path | str) -> Any:
     """The value of the first pattern that matches, by PEFT's rule (`peft.utils.other.get_pattern_key`)."""
     patterns = config.get(key) or {}
     for pattern, value in patterns.items():
@@ -59,5 +83,6 @@ def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """A finite one, of a size that scales have."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lorabench.products import hadamard, kronecker
+from lorabench.readers._lycoris import loha, lokr
 from lorabench.readers._peft_config import by_pattern
 
 if TYPE_CHECKING:
@@ -22,77 +24,47 @@ if TYPE_CHECKING:
 
 Factored = tuple[Tensor, Tensor | None]
 """(B, A), or (ΔW, None)."""
-Form = Callable[["Module"], Factored]
-Outline = Callable[["Module"], tuple[int, int]]
-"""(M, N) from the shapes of the tensors."""
 NEED_BASE = ("IA3", "OFT", "VERA")
 
 
+@dataclass(frozen=True)
+class Form:
+    """How one tuner makes ΔW."""
+
+    product: Callable[[Module], Factored]
+    """ΔW / s."""
+    shape: Callable[[Module], tuple[int, int]]
+    """(M, N) from the shapes of the tensors."""
+    scale: Callable[[Module], float] | None = None
+    """s; None where there is none."""
+
+
 def _adalora(module: Module) -> Factored:
-    """s = α / init_r, whatever is left of the directions, as in PEFT; of a matrix that has lost all, one of zero."""
+    """Of a matrix that has lost all directions, one of zero."""
     B, A, E = module.read("lora_B"), module.read("lora_A"), module.read("lora_E")
-    alpha, start = module.config["lora_alpha"], float(module.config["init_r"])
     if not len(E):
         return B.new_zeros(B.shape[0], 1), A.new_zeros(1, A.shape[1])
-    return B * ((alpha if alpha > 0 else start) / (start + 1e-5)), A * E.reshape(-1, 1)
+    return B, A * E.reshape(-1, 1)
 
 
 def _adalora_shape(module: Module) -> tuple[int, int]:
     return module.sizes("lora_B")[0], module.sizes("lora_A")[1]
 
 
-def _loha(module: Module) -> Factored:
-    """A Tucker core t (r, r, height, width) of a convolution makes it dense."""
-    scale = _scale(module)
-    parts = [module.read(part) for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")]
-    if "hada_t1" not in module.names:
-        B, A = hadamard(*parts)
-        return B * scale, A
-    first = _tucker(module.read("hada_t1"), *parts[:2])
-    return (first * _tucker(module.read("hada_t2"), *parts[2:])).flatten(1) * scale, None
+def _adalora_scale(module: Module) -> float:
+    """α / init_r, whatever is left of the directions, as in PEFT."""
+    alpha, start = module.config["lora_alpha"], float(module.config["init_r"])
+    return float((alpha if alpha > 0 else start) / (start + 1e-5))
 
 
-def _loha_shape(module: Module) -> tuple[int, int]:
-    a, b = module.sizes("hada_w1_a"), module.sizes("hada_w1_b")
-    return (a[1], b[1] * math.prod(module.sizes("hada_t1")[2:])) if "hada_t1" in module.names else (a[0], b[1])
+def _product(form: Callable[..., Factored], module: Module) -> Factored:
+    return form(**{part: module.read(part) for part in module.names})
 
 
-def _lokr(module: Module) -> Factored:
-    """W2 of a convolution is (b, d, height, width): the Kronecker product is over the first two."""
-    scale = _scale(module)
-    first = _whole_or_pair(module, "lokr_w1")
-    if "lokr_t2" in module.names:
-        second: Any = _tucker(module.read("lokr_t2"), module.read("lokr_w2_a"), module.read("lokr_w2_b")).flatten(1)
-    else:
-        second = _whole_or_pair(module, "lokr_w2")
-    B, A = kronecker(first, second)
-    return B * scale, A
-
-
-def _lokr_shape(module: Module) -> tuple[int, int]:
-    first, second = _kron_sizes(module, "lokr_w1"), _kron_sizes(module, "lokr_w2")
-    if "lokr_t2" in module.names:
-        a, b = module.sizes("lokr_w2_a"), module.sizes("lokr_w2_b")
-        second = a[1], b[1] * math.prod(module.sizes("lokr_t2")[2:])
-    return first[0] * second[0], first[1] * second[1]
-
-
-def _kron_sizes(module: Module, part: str) -> tuple[int, int]:
-    if part in module.names:
-        sizes = module.sizes(part)
-        return sizes[0], math.prod(sizes[1:])
-    return module.sizes(f"{part}_a")[0], module.sizes(f"{part}_b")[1]
-
-
-def _whole_or_pair(module: Module, part: str) -> Tensor | tuple[Tensor, Tensor]:
-    if part in module.names:
-        return module.read(part).flatten(1)
-    return module.read(f"{part}_a"), module.read(f"{part}_b")
-
-
-def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """(out, in, height, width)"""
-    return torch.einsum("ijkl,ip,jr->prkl", core, a, b)
+def _product_shape(form: Callable[..., Factored], module: Module) -> tuple[int, int]:
+    """By the product itself, of tensors without content."""
+    B, A = form(**{part: torch.empty(module.sizes(part), device="meta") for part in module.names})
+    return B.shape[0], (B if A is None else A).shape[1]
 
 
 def _scale(module: Module) -> float:
@@ -157,11 +129,11 @@ def _shape_in_base(module: Module) -> tuple[int, int]:
     return module.base().shape(module.parameter)
 
 
-FORMS: dict[str, tuple[Form, Outline]] = {
-    "ADALORA": (_adalora, _adalora_shape),
-    "LOHA": (_loha, _loha_shape),
-    "LOKR": (_lokr, _lokr_shape),
-    "VERA": (_vera, _shape_in_base),
-    "IA3": (_ia3, _shape_in_base),
-    "OFT": (_oft, _shape_in_base),
+FORMS = {
+    "ADALORA": Form(_adalora, _adalora_shape, _adalora_scale),
+    "LOHA": Form(partial(_product, loha), partial(_product_shape, loha), _scale),
+    "LOKR": Form(partial(_product, lokr), partial(_product_shape, lokr), _scale),
+    "VERA": Form(_vera, _shape_in_base),
+    "IA3": Form(_ia3, _shape_in_base),
+    "OFT": Form(_oft, _shape_in_base),
 }

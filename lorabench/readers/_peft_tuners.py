@@ -14,14 +14,17 @@ from torch import Tensor
 from lorabench.decode import InputError
 from lorabench.readers._difference import Difference
 from lorabench.readers._entry import Entry, Found, Source, Tensors
+from lorabench.readers._lycoris import KERNELS
 from lorabench.readers._peft_config import PREFIX, check_patterns
-from lorabench.readers._peft_forms import FORMS, NEED_BASE, Form, Outline
+from lorabench.readers._peft_forms import FORMS, NEED_BASE, Form
 from lorabench.update import Update
 from lorabench.weightfile import WeightFiles, some
 
 _PARTS = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_[ABE]|hada_\w+|lokr_\w+|vera_lambda_[bd]|ia3_l|oft_R)(?:\.default)?(?:\.weight)?"
 )
+_MISFIT = (RuntimeError, ValueError, TypeError, KeyError, IndexError)
+"""What a product of tensors raises that do not fit each other."""
 _TRAINED = re.compile(r"\.(lora_|hada_|lokr_|vera_|ia3_|oft_|trainable_tokens_|base_layer\.)")
 
 
@@ -36,30 +39,32 @@ class Module:
     config: dict[str, Any]
     weights: WeightFiles | None
     form: Form
-    outline: Outline
 
     @property
     def shape(self) -> tuple[int, int]:
         try:
-            return self.outline(self)
-        except (IndexError, KeyError) as error:
+            return self.form.shape(self)
+        except _MISFIT as error:
             raise InputError(f"{self.tensors.file}: {self.parameter}: its tensors do not fit: {error}") from None
 
     def load(self) -> Update:
         shape = self.shape
         try:
-            B, A = self.form(self)
+            B, A = self.form.product(self)
+            scale = self.form.scale(self) if self.form.scale else None
             B = B.reshape(shape) if A is None else B
             if (B.shape[0], (B if A is None else A).shape[1]) != shape:
                 raise ValueError(f"{tuple(B.shape)} for {shape}")
-        except (RuntimeError, ValueError, KeyError, IndexError) as error:
+        except _MISFIT as error:
             raise InputError(f"{self.tensors.file}: {self.parameter}: its tensors do not fit: {error}") from None
         return Update(
             parameter=self.parameter,
-            B=B.contiguous(),
+            B=(B if scale is None else B * scale).contiguous(),
             A=A,
             precision="float32" if A is None else None,
-            scale_source="config" if A is not None else None,
+            scale=scale,
+            scale_source="config" if scale is not None else None,
+            kernel=next((self.sizes(part)[2:] for part in KERNELS if part in self.names), ()),
         )
 
     def read(self, part: str) -> Tensor:
@@ -83,7 +88,6 @@ def find(config: dict[str, Any], file: Path, tensors: Tensors, source: Source) -
             f"{', '.join(FORMS)}"
         )
     _check(config, file, tensors, source)
-    form, outline = FORMS[kind]
     modules: dict[str, dict[str, str]] = {}
     for name in tensors.names:
         if match := _PARTS.fullmatch(name):
@@ -91,7 +95,7 @@ def find(config: dict[str, Any], file: Path, tensors: Tensors, source: Source) -
     entries: dict[str, Entry] = {
         f"{module}.weight": Module(
             tensors=tensors, names=parts, parameter=f"{module}.weight", config=config, weights=source.weights,
-            form=form, outline=outline,
+            form=FORMS[kind],
         )
         for module, parts in modules.items()
     }  # fmt: skip

@@ -2,8 +2,9 @@
 
 Its configuration lies under `config`, and has an `architecture`. LoRA: ΔW = s B A with `MODULE.loras.NAME.lora_A` (r,
 in), `lora_B` (out, r), s = `alpha` / `r`. A fused linear of q, k and v is as loralib's, and `attn_matrices` tells which
-of them have a LoRA. With `use_dora`, what is read is s B A. Bottleneck adapters, prefixes and prompts have no ΔW, and
-those that scale activations or gate them by the input none of this form: all are refused.
+of them have a LoRA. With `use_dora`, what is read is s B A: its forward pass leaves s out of the norms and its merge
+leaves it out altogether, so that ΔW is not one matrix. Bottleneck adapters, prefixes and prompts have no ΔW, and those
+that scale activations or gate them by the input none of this form: all are refused.
 
 Source: `adapters/methods/lora.py`.
 """
@@ -15,13 +16,12 @@ from functools import partial
 from typing import Any
 
 from lorabench.decode import InputError
-from lorabench.readers._entry import Found, Source, Tensors
+from lorabench.readers._entry import CONFIG_FILE, Found, Source, Tensors
 from lorabench.readers._factors import (
-    CONFIG_FILE,
     Layer,
     Scale,
     adapter_file,
-    as_dora,
+    as_part,
     configuration,
     found,
     grouped,
@@ -29,11 +29,13 @@ from lorabench.readers._factors import (
     plain,
     rank_of,
 )
-from lorabench.readers._patterns import is_number
+from lorabench.readers._peft_config import is_number
 
 ADAPTER_FILE = r"pytorch_adapter\.bin|adapter\.safetensors"
 FUSED = ("c_attn", "in_proj", "Wqkv", "qkv")
 """What `adapters` wraps as a fused linear: GPT-2, DeBERTa, ModernBERT."""
+
+DORA = "what adapters computes with is not what it merges, so that ΔW itself is not told"
 
 _NAME = re.compile(r"(?P<module>.+)\.loras\.[^.]+\.lora_A")
 
@@ -52,7 +54,7 @@ def find(source: Source) -> Found | None:
     layers = [_layer(tensors, stem, module, config) for stem, module in modules.items()]
     dora = {f"{stem}.m.weight" for stem in modules} if config.get("use_dora") else set()
     used = {f"{stem}.{factor}" for stem in modules for factor in ("lora_A", "lora_B")} | dora
-    return found("adapterhub", layers, notes=left_out(set(tensors.names) - used))
+    return found("adapterhub", layers, dora=DORA, notes=left_out(set(tensors.names) - used))
 
 
 def _check_readable(config: dict[str, Any], where: str) -> None:
@@ -91,4 +93,4 @@ def _layer(tensors: Tensors, stem: str, module: str, config: dict[str, Any]) -> 
         scale=Scale(value=config["alpha"] / rank, source="config"),
         form=partial(grouped, on=on) if fused else plain,
     )
-    return as_dora(layer) if config.get("use_dora") else layer
+    return as_part(layer) if config.get("use_dora") else layer

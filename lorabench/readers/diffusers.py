@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from lorabench.decode import InputError
+from lorabench.readers._dora import Dora
 from lorabench.readers._entry import Found, Source, Tensors
 from lorabench.readers._factors import (
     Layer,
@@ -29,7 +30,7 @@ from lorabench.readers._factors import (
     rank_of,
 )
 from lorabench.readers._fused import split_rows
-from lorabench.readers._patterns import module_scale
+from lorabench.readers._peft_config import scale_of_factors
 
 METADATA = "lora_adapter_metadata"
 SUFFIXES = {
@@ -73,23 +74,25 @@ class _File:
     tensors: Tensors
     source: Source
 
-    def layers(self, stem: str, A: str, B: str) -> Iterator[Layer]:
+    def layers(self, stem: str, A: str, B: str) -> Iterator[Layer | Dora]:
         module = _todays_name(stem, A)
         layer = Layer(
             tensors=self.tensors,
             parameter=f"{module}.weight",
             names={"B": B, "A": A},
             scale=self._scale(stem, module, rank_of(self.tensors, A)),
+            kernel=self.tensors.shape(A)[2:],
         )
-        dora = any(stem + suffix in self._names for suffix in MAGNITUDES)
-        yield from (as_dora(part) if dora else part for part in split_rows(layer, module))
+        magnitude = next((stem + suffix for suffix in MAGNITUDES if stem + suffix in self._names), None)
+        for part in split_rows(layer, module):
+            yield from as_dora(part, self.source, magnitude) if magnitude else [part]
 
     def _scale(self, stem: str, module: str, rank: int) -> Scale:
         component, _, path = module.partition(".")
         for prefix, name in ((component, path), ("", module)):
             if config := self._configs.get(prefix):
                 where = f"{self.tensors.file}: {METADATA}"
-                return Scale(value=module_scale(config, name, rank, where), source="file")
+                return Scale(value=scale_of_factors(config, name, rank, where), source="file")
         alpha = number(self.tensors, f"{stem}.alpha") if f"{stem}.alpha" in self._names else 0.0
         return Scale(value=alpha / rank, source="file") if alpha else by_convention(self.source, rank)
 

@@ -2,9 +2,9 @@
 
 ΔW = s B A with s = α / r, α of `alpha` in the file; where there is none, or 0, of `--alpha`; else s = 1, kohya's own
 rule. LoRA: `lora_up` (out, r) and `lora_down` (r, in), convolutions flattened; LoCon with a core `lora_mid`; LoHa
-`hada_*`; LoKr `lokr_*`; whole changes `diff`, `diff_b`, `w_norm`, `b_norm`. Where there is a `dora_scale`, what is read
-is s B A. A parameter's name is that of its module in the file with `.weight`; points are not put back, for `_` is part
-of names too.
+`hada_*`; LoKr `lokr_*`; whole changes `diff`, `diff_b`, `w_norm`, `b_norm`. Where there is a `dora_scale`, ΔW needs W0;
+without, what is read is s B A. A parameter's name is that of its module in the file with `.weight`; points are not put
+back, for `_` is part of names too.
 
 Source: kohya-ss/sd-scripts, `networks/lora.py`; LyCORIS, `lycoris/modules`. Fused linears are split (`_fused`).
 """
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from lorabench.readers import _lycoris
+from lorabench.readers._dora import Dora
 from lorabench.readers._entry import Found, Source, Tensors
 from lorabench.readers._factors import (
     Form,
@@ -41,6 +42,8 @@ LOKR = tuple(f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2
 WHOLE = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias"}
 LYCORIS = {*LOHA, *LOHA_CORES, *LOKR, *WHOLE}
 PRODUCTS = {*LOCON, *LYCORIS} - WHOLE.keys()
+KERNELS = ("lora_mid.weight", "lora_down.weight", *_lycoris.KERNELS)
+"""Roles whose tensor ends in a convolution's (height, width)."""
 RANKED = ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
 """Roles whose tensor has r rows."""
 ASSUMED = "no alpha in the file, or 0: the scale is assumed to be 1"
@@ -80,7 +83,7 @@ def _modules(tensors: Tensors) -> dict[str, Module]:
     }
 
 
-def _layers(tensors: Tensors, name: str, module: Module, source: Source) -> Iterator[Layer]:
+def _layers(tensors: Tensors, name: str, module: Module, source: Source) -> Iterator[Layer | Dora]:
     """The ΔW of one module: of its weight, whole or by parts, and of its bias."""
     for role, kind in WHOLE.items():
         if role in module:
@@ -94,9 +97,15 @@ def _layers(tensors: Tensors, name: str, module: Module, source: Source) -> Iter
         names={argument: module.get(role, f"{name}.{role}") for role, argument in roles.items()},
         form=form,
         scale=_scale(tensors, module, source),
+        kernel=next((tensors.shape(module[role])[2:] for role in KERNELS if role in module), ()),
     )
     for part in split_rows(layer, name):
-        yield as_dora(part) if "dora_scale" in module else part
+        if "dora_scale" in module:
+            m = tensors.shape(module["dora_scale"])  # (out, 1, …), or (1, in, …) with wd_on_out = False
+            by_input = len(m) > 1 and m[0] == 1 < part.shape[0]
+            yield from as_dora(part, source, module["dora_scale"], by_input=by_input)
+        else:
+            yield part
 
 
 def _whole(delta: Tensor) -> tuple[Tensor, None]:

@@ -125,6 +125,7 @@ class _Module:
             names={"B": self.B, "A": self.A},
             scale=by_convention(source, rank),
             form=self._form(),
+            kernel=self.convolution[2:] if self.convolution else (),
         )
 
     def _form(self) -> Form:

@@ -2,7 +2,8 @@
 
 ΔW = s bᵀ aᵀ with `lora_a` (N, r) and `lora_b` (r, M), and s is `scale` itself, not α / r. Embeddings have a
 (vocabulary, r) and b (r, dim), so that ΔW is (dim, vocabulary). Experts (`LoRASwitchLinear`) have a (experts, r, N) and
-b (experts, M, r): a layer each, `MODULE[e]`. With a DoRA's magnitude `m`, what is read is its part s bᵀ aᵀ.
+b (experts, M, r): a layer each, `MODULE[e]`. DoRA (`m`): ΔW needs W0;
+without, what is read is its part s bᵀ aᵀ.
 Source: `mlx_lm/tuner/lora.py` and `dora.py`.
 """
 
@@ -15,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from lorabench.decode import InputError
-from lorabench.readers._entry import Found, Source, Tensors
+from lorabench.readers._dora import Dora
+from lorabench.readers._entry import CONFIG_FILE, Found, Source, Tensors
 from lorabench.readers._factors import (
-    CONFIG_FILE,
     Layer,
     Scale,
     adapter_file,
@@ -28,7 +29,8 @@ from lorabench.readers._factors import (
     left_out,
     rank_of,
 )
-from lorabench.readers._patterns import is_number
+from lorabench.readers._peft_config import is_number
+from lorabench.weightfile import is_embedding
 
 ADAPTER_FILE = r"adapters\.safetensors"
 A_LEAF, B_LEAF, MAGNITUDE = ".lora_a", ".lora_b", ".m"
@@ -43,9 +45,12 @@ def find(source: Source) -> Found | None:
     if tensors is None:
         return None
     modules, names = _modules(tensors), set(tensors.names)
-    dora = {module for module in modules if module + MAGNITUDE in names}
     scale = partial(_scale, config, source)
-    layers = [layer for module in modules for layer in _layers(tensors, module, scale, module in dora)]
+    layers: list[Layer | Dora] = []
+    for module in modules:
+        for layer in _layers(tensors, module, scale):
+            m, by_input = module + MAGNITUDE, is_embedding(layer.parameter)
+            layers += as_dora(layer, source, m, by_input=by_input) if m in names else [layer]
     used = {module + leaf for module in modules for leaf in (A_LEAF, B_LEAF, MAGNITUDE)}
     return found("mlx", layers, assumed=ASSUMED, notes=left_out(names - used))
 
@@ -59,7 +64,7 @@ def _refuse_tuned_weights(source: Source, config: dict[str, Any]) -> None:
         raise InputError(f"{source.path}: fine_tune_type = full: tuned weights, no adapter: compare with their base")
 
 
-def _layers(tensors: Tensors, module: str, scale_of: Callable[[int], Scale], dora: bool) -> Iterator[Layer]:
+def _layers(tensors: Tensors, module: str, scale_of: Callable[[int], Scale]) -> Iterator[Layer]:
     names = {"B": module + B_LEAF, "A": module + A_LEAF}
     shape = tensors.shape(names["A"])
     scale = scale_of(rank_of(tensors, names["A"], axis=1))
@@ -68,8 +73,7 @@ def _layers(tensors: Tensors, module: str, scale_of: Callable[[int], Scale], dor
             form = partial(_expert, index=index)
             yield Layer(tensors=tensors, parameter=f"{module}[{index}].weight", names=names, scale=scale, form=form)
         return
-    layer = Layer(tensors=tensors, parameter=f"{module}.weight", names=names, scale=scale, form=_transposed)
-    yield as_dora(layer) if dora else layer
+    yield Layer(tensors=tensors, parameter=f"{module}.weight", names=names, scale=scale, form=_transposed)
 
 
 def _scale(config: dict[str, Any], source: Source, rank: int) -> Scale:

@@ -18,17 +18,13 @@ from typing import Any
 from lorabench.decode import InputError
 from lorabench.readers import _peft_tuners
 from lorabench.readers._dora import DORA_PART, Dora
-from lorabench.readers._entry import Entry, Found, Source, TensorFile, Tensors, open_tensors, read_json
-from lorabench.readers._peft_config import PREFIX, check_lora, rank_and_scale
+from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Source, TensorFile, Tensors, open_tensors, read_json
+from lorabench.readers._peft_config import ADAPTER_FILE, ADAPTER_FILES, PREFIX, check_lora, rank_and_scale, rebased
 from lorabench.readers._peft_factors import Factors
 from lorabench.update import DELTA_FILE, INITIAL_FILE
 from lorabench.weightfile import some
 
-CONFIG_FILE, NORMS_FILE = "adapter_config.json", "base_norms.json"
-REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations whose first B A is not zero and was taken out of the base: ΔW is what was added to it."""
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.bin")
+NORMS_FILE = "base_norms.json"
 _A = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A(?:\.default)?\.weight|lora_embedding_A(?:\.default)?)")
 _USED = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.default)?(\.weight|\.bias)?$")
 _INITIAL_FOLDER = re.compile(r"(.*[_-])?init(ial)?", re.IGNORECASE)
@@ -52,7 +48,8 @@ class Adapter:
 
     @property
     def is_dora(self) -> bool:
-        return bool(self.config.get("use_dora"))
+        """torchtune writes magnitudes, and a configuration that does not say so."""
+        return bool(self.config.get("use_dora")) or any(".lora_magnitude_vector" in name for name in self.tensors.names)
 
 
 def find(source: Source) -> Found | None:
@@ -98,7 +95,7 @@ def _is_torchtune(source: Source) -> bool:
 
 def _adapter_file(folder: Path) -> Path:
     """InputError where it is missing, with the name that PEFT gives it now."""
-    return next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), folder / ADAPTER_FILES[0])
+    return next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), folder / ADAPTER_FILE)
 
 
 def _lora_entries(adapter: Adapter) -> dict[str, Entry]:
@@ -154,8 +151,8 @@ def _initial(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The factors that training began with: lorabench's file, or the adapter that PEFT's PiSSA example saves first."""
     if (folder / INITIAL_FILE).exists():
         return {"initial": TensorFile(folder / INITIAL_FILE)}
-    start = str(config.get("init_lora_weights", True)).lower()
-    if not start.startswith(REBASED):
+    start = rebased(config)
+    if start is None:
         return {}
     for other in [*sorted(folder.iterdir()), *sorted(folder.parent.iterdir())]:
         if other != folder and _INITIAL_FOLDER.fullmatch(other.name) and (other / CONFIG_FILE).exists():

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -15,6 +15,7 @@ from lorabench import cli, formats
 from lorabench.decode import InputError
 from lorabench.examine.convert import convert
 from lorabench.update import Update, save_updates
+from tests.wild import FIXTURES, expected_of, opened
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
@@ -44,6 +45,7 @@ CASES = {
     ),
     "conv1d": ("gpt2", LoraConfig(r=2, lora_alpha=5, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
     "convolutions": ("convolutions", LoraConfig(r=2, lora_alpha=5, target_modules=["one", "two", "lin"])),
+    "lokr": ("convolutions", LoKrConfig(r=1, alpha=3, target_modules=["two"], use_effective_conv2d=True)),
     "loha": ("llama", LoHaConfig(r=2, alpha=3, target_modules=["q_proj", "down_proj"])),
 }  # fmt: skip
 
@@ -201,3 +203,59 @@ def test_the_command(tmp_path, capsys):
     assert load_file(tmp_path / "output" / "adapter_model.safetensors").keys() == written.keys()
     config = json.loads((tmp_path / "output" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+def convolution(kind, folder):
+    """A convolution's LoRA as diffusers and loralib write it, and its ΔW (out, in, height, width)."""
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 4, 2, 3), torch.randn(6, 2, 1, 1)
+    folder.mkdir()
+    if kind == "diffusers":
+        save_file({"two.lora_A.weight": A, "two.lora_B.weight": B}, folder / "pytorch_lora_weights.safetensors")
+        return torch.einsum("or,rihw->oihw", B[:, :, 0, 0].double(), A.double())
+    layer = loralib_convolution(out=24, width=4, kernel=2)
+    torch.save({f"two.{name}": tensor for name, tensor in layer.items()}, folder / "lora.pt")
+    return (layer["lora_B"] @ layer["lora_A"]).reshape(24, 4, 2, 2).double()
+
+
+def loralib_convolution(out, width, kernel, r=1):
+    """By `loralib.layers.ConvLoRA`."""
+    shapes = {"lora_A": (r * kernel, width * kernel), "lora_B": (out * kernel, r * kernel)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()} | {
+        "conv.weight": torch.zeros(out, width, kernel, kernel)
+    }
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "loralib"])
+def test_a_convolution_has_its_kernel_without_a_base(kind, tmp_path):
+    delta = convolution(kind, tmp_path / "source")
+    convert(formats.open_adapter(tmp_path / "source"), tmp_path / "output")
+    model = nn.Module()
+    model.two = nn.Conv2d(delta.shape[1], delta.shape[0], tuple(delta.shape[2:]))
+    before = model.two.weight.detach().double().clone()
+    merged = PeftModel.from_pretrained(model, tmp_path / "output").double().merge_and_unload()
+    assert torch.allclose(merged.two.weight - before, delta, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["diffusers_plain", "peft_pissa", "peft_whole"])
+def test_the_command_tells_each_note_once(name, tmp_path, capsys):
+    source = str(FIXTURES / "adapters" / name / "adapter")
+    assert cli.main(["convert", source, str(tmp_path / "output")]) == 0
+    told = [line.partition(": ")[2].removeprefix("note: ") for line in capsys.readouterr().err.splitlines()]
+    told = [line.removeprefix(f"{source}: ") for line in told]
+    notes = formats.open_adapter(source).notes
+    assert notes and all(told.count(note) == 1 for note in notes) and len(told) == len(set(told))
+
+
+@pytest.mark.parametrize("name", ["lycoris_lora", "lycoris_locon", "lycoris_loha", "lycoris_lokr"])
+def test_kohyas_convolutions_on_their_base_are_the_librarys(name, tmp_path):
+    convert(opened(name), tmp_path / "output", str(FIXTURES / "adapters" / "lycoris_dora" / "base.safetensors"))
+    model = nn.Module()
+    model.proj, model.conv, model.point = nn.Linear(16, 12), nn.Conv2d(8, 12, 3), nn.Conv2d(8, 8, 1)
+    before = {layer: module.weight.detach().double().clone() for layer, module in model.named_children()}
+    merged = PeftModel.from_pretrained(model, tmp_path / "output").double().merge_and_unload()
+    expected = expected_of(name)
+    assert len(expected) == 3
+    for layer, old in before.items():
+        delta = merged.get_submodule(layer).weight.detach() - old
+        assert torch.allclose(delta.flatten(1), expected[f"lora_unet_{layer}.weight"], atol=1e-5)

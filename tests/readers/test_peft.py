@@ -170,6 +170,17 @@ def test_dora_is_what_peft_merges_where_the_base_is_given(case, tmp_path):
     assert only_parts.keys() == parts.keys() and all(update.part == "sBA" for update in only_parts.values())
 
 
+def test_dora_of_an_embedding_is_what_peft_computes(tmp_path):
+    model = saved(tmp_path, "llama", LoraConfig(r=2, lora_alpha=5, use_dora=True, target_modules=["embed_tokens"]))
+    layer = model.get_base_model().model.embed_tokens
+    before = layer.get_base_layer().weight.detach().double().clone()
+    tokens = torch.arange(len(before))
+    with torch.no_grad():
+        expected = layer(tokens).double() - before
+    _, found = updates(tmp_path / "adapter", base=tmp_path / "base")
+    assert torch.allclose(found["model.embed_tokens.weight"].dense().double(), expected.T, atol=1e-5)
+
+
 def test_dora_that_was_not_trained_changes_nothing(tmp_path):
     saved(tmp_path, "llama", LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]), random=False)
     _, found = updates(tmp_path / "adapter", base=tmp_path / "base")

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorabench import formats
+from lorabench.decode import InputError
 from lorabench.readers import kohya, loralib
 from lorabench.readers._entry import Source, TensorFile
 from tests.wild import ADAPTERS, CASES, FIXTURES, copy, distance, edit, expected_of, opened, path_of
@@ -58,6 +59,54 @@ def test_the_singular_value_decomposition_is_that_of_the_librarys(name):
             assert layer.precision == "float32"
         else:
             assert torch.linalg.matrix_rank(delta, rtol=1e-6) <= layer.rank < max(delta.shape)
+
+
+DORA = ["diffusers_model", "lycoris_dora", "lycoris_dora_input", "mlx_dora", "torchtune_dora"]
+
+
+@pytest.mark.parametrize("name", DORA)
+def test_dora_on_its_base_is_what_the_library_merges(name):
+    folder = ADAPTERS / name
+    adapter, alone = opened(name, base=folder / "base.safetensors"), opened(name)
+    whole = {key: delta.flatten(1).double() for key, delta in load_file(folder / "whole.safetensors").items()}
+    assert adapter.entries.keys() == whole.keys() | alone.entries.keys() and len(whole) == len(alone.entries)
+    assert not any("DoRA" in note for note in adapter.notes)
+    for parameter, delta in whole.items():
+        update = adapter.entries[parameter].load()
+        assert distance(update.dense(), delta) < 1e-5 and (update.part, update.scale) == (None, None)
+
+
+def test_dora_of_layers_that_the_base_has_not(tmp_path):
+    base = load_file(ADAPTERS / "lycoris_dora" / "base.safetensors")
+    proj = base.pop("proj.weight")
+    base |= {f"{wrapper}.proj.weight": proj.clone() for wrapper in ("one", "two")}  # so that it is not certain which
+    base["x_conv.weight"] = base["conv.weight"].clone()  # no module `conv`
+    save_file(base, tmp_path / "base.safetensors")
+    adapter = opened("lycoris_dora", base=tmp_path / "base.safetensors")
+    assert adapter.notes == ("DoRA in 1 layer: what is read is s B A; ΔW needs W0 by the same names (--base)",)
+    assert "lora_unet_proj.weight" not in adapter.entries and "lora_unet_conv.weight" in adapter.entries
+
+
+@pytest.mark.parametrize("name", ["lycoris_dora", "lycoris_dora_input"])
+def test_magnitudes_that_do_not_fit_the_base(name, tmp_path):
+    key = "lora_unet_proj.dora_scale"
+    shape = (1, 7) if name.endswith("input") else (7, 1)
+    edit(copy(name, tmp_path), lambda tensors: tensors.update({key: torch.ones(shape)}))
+    with pytest.raises(InputError, match=r"lora_unet_proj.weight: ΔW \(12, 16\), m 7 and W0 \(12, 16\)"):
+        formats.open_adapter(tmp_path, base=ADAPTERS / name / "base.safetensors")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_scale_is_told_wherever_there_is_one(name):
+    for layer in formats.load_layers(opened(name)):
+        assert layer.scale_source == CASES[name].scale and (layer.scale is None) == (layer.scale_source is None)
+
+
+def test_the_scale_is_the_one_in_the_update():
+    scales = {"mlx_lora": 2.5, "torchtune_lora": 2.5, "loralib_weights": 3.0, "adapterhub_bert": 3.0,
+              "lycoris_loha": 0.5, "lycoris_lokr": 3.0, "lycoris_lokr_whole": 1.0}  # fmt: skip
+    for name, scale in scales.items():
+        assert {entry.load().scale for entry in opened(name).entries.values()} == {scale}, name
 
 
 RANKS = {
@@ -127,6 +176,13 @@ def test_torchtunes_folder_is_read_in_pefts_form_which_has_the_same_spectrum():
         assert torch.allclose(own[kind].Vh.abs(), peft[kind].Vh.abs(), atol=1e-5)
         same = torch.allclose(own[kind].U.abs(), peft[kind].U.abs(), atol=1e-5)
         assert same == (kind == "v_proj")
+
+
+def test_torchtunes_dora_is_one_in_pefts_form_too():
+    """Its configuration does not say so; the magnitudes are there."""
+    adapter = formats.open_adapter(ADAPTERS / "torchtune_dora" / "adapter")
+    assert all(entry.load().part == "sBA" for entry in adapter.entries.values()) and len(adapter.entries) == 6
+    assert adapter.notes == ("DoRA: ΔW needs W0; this is its s B A; give --base",)
 
 
 @pytest.mark.parametrize("name", ["lycoris_lora", "lycoris_loha", "lycoris_lokr_whole", "diffusers_metadata"])

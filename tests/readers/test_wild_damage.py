@@ -114,9 +114,11 @@ HEADERS = {
     "{": "not valid JSON",
     "[]": "must be a JSON object",
     '{"unet.r": 7, "unet.lora_alpha": 1}': "r = 7 for .*: its factors have rank 2",
-    '{"unet.r": 2}': "lora_alpha = None for to_q: must be a number",
+    '{"unet.r": 2}': "lora_alpha = None: must be a number",
     '{"unet.r": 2, "unet.lora_alpha": 2, "unet.init_lora_weights": "pissa"}': "needs the initial factors",
     '{"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": {"(": 1}}': "not a regular expression",
+    '{"unet.r": 2, "unet.lora_alpha": 2, "unet.alpha_pattern": {"(a+)+b": 1}}': "may take without end to match",
+    '{"unet.r": 2, "unet.lora_alpha": 2, "unet.use_qalora": true}': "its ΔW is not s B A",
 }
 
 
