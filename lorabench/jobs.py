@@ -19,7 +19,7 @@ from lorabench.bases import BaseKey
 from lorabench.pairs import Pair
 from lorabench.record import RunRecord
 
-VERSION = 1
+VERSION = 2
 """Part of every cache key: raise it when the engine's own columns change."""
 UPDATES, SNAPSHOTS = "updates", "snapshots"
 MAX_JOBS, MAX_BYTES = 500, 2**30
