@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorabench.linalg import inner_product
 from lorabench.update import Update
 
 BLOCK_ENTRIES = 2**20
@@ -32,16 +33,8 @@ class SignConflicts:
 
 
 def inner(a: Update, b: Update) -> float:
-    """⟨ΔW_a, ΔW_b⟩, the sum over entries of their product: of factors, tr((B_aᵀ B_b)(A_b A_aᵀ))."""
-    if a.A is not None and b.A is not None:
-        return float(((a.B.double().mT @ b.B.double()) * (a.A.double() @ b.A.double().mT)).sum())
-    if a.A is None and b.A is None:
-        return sum(float((x.double() * y.double()).sum()) for x, y in zip(_blocks(a), _blocks(b), strict=True))
-    dense, factored = (a, b) if a.A is None else (b, a)
-    assert factored.A is not None
-    rows = zip(_blocks(dense), factored.B.split(_num_rows(dense)), strict=True)
-    projected = sum(B.double().mT @ W.double() for W, B in rows)
-    return float((projected * factored.A.double()).sum())
+    """⟨ΔW_a, ΔW_b⟩, the sum over entries of their product."""
+    return inner_product(a.B, a.A, b.B, b.A)
 
 
 def gram_overlap(X: Tensor, Y: Tensor) -> float:
