@@ -57,6 +57,17 @@ def test_where_it_does_not_converge_the_dense_svd_is_taken(monkeypatch):
     check(top_svd(Dense(W), 6), W, 6)
 
 
+def test_beside_one_huge_singular_value_the_others_have_their_own_vectors():
+    g = torch.Generator().manual_seed(0)
+    S = torch.cat([torch.tensor([1000.0]), torch.exp(-torch.arange(499) / 10) + 1e-3]).double()
+    U, V = (torch.linalg.qr(torch.randn(d, 500, generator=g, dtype=torch.float64)).Q for d in (600, 500))
+    W = ((U * S) @ V.mT).float() + 2e-3 * torch.randn(600, 500, generator=g)
+    exact, values, _ = np.linalg.svd(W.double().numpy(), full_matrices=False)
+    svd = top_svd(Dense(W), 24, start=V[:, :40].float())  # 4e-5 · σ₁ and further than 5% from their neighbours
+    assert svd.S.numpy() == pytest.approx(values[:24], rel=1e-3)
+    assert abs((svd.U.numpy() * exact[:, :24]).sum(0)).min() > 0.999
+
+
 def test_equal_singular_values_and_zero():
     check(top_svd(Dense(torch.eye(200)), 4), torch.eye(200), 4)
     svd = top_svd(Dense(torch.zeros(200, 150)), 4)
