@@ -72,10 +72,10 @@ def projected_norms(U: Tensor, W: Tensor, Vh: Tensor) -> Tensor:
 
 
 def typical_share(r: int) -> float:
-    """Geometric mean of ‖Uᵀ W V‖_F over its root mean square, of random U (M, r) and V (N, r): 0.53 at r = 1, 0.99 at 8.
+    """Geometric mean of ‖Uᵀ W V‖_F over its root mean square, of random U (M, r) and V (N, r).
 
-    The square is χ² with r² degrees of freedom, whose mean logarithm is ψ(r² / 2) + ln 2: for a W of many directions
-    and r far below its size, where the r × r entries are independent and normal.
+    0.53 at r = 1, 0.99 at 8. The square is χ² with r² degrees of freedom, whose mean logarithm is ψ(r² / 2) + ln 2: for
+    a W of many directions and r far below its size, where the r × r entries are independent and normal.
     """
     from scipy.special import digamma
 
