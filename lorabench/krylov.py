@@ -117,11 +117,13 @@ def _expand(matrix: Matrix, block: Tensor, k: int) -> Iterator[tuple[ThinSVD, fl
         return
     Q = torch.linalg.qr(matrix.times(block)).Q
     T = matrix.transposed_times(Q)
-    images = matrix.times(T)
+    unit = 2.0 ** torch.frexp(T.abs().max()).exponent  # σ² may be more than float32 holds, or less
+    images = matrix.times(T / unit)
     for _ in range(MAX_BLOCKS):
         triplets, coefficients = _ritz(Q, T, k)
         S = triplets.S
-        residual = (images @ coefficients - triplets.U * S.to(Q.dtype)).norm(dim=0)
+        misfit = images @ (unit * coefficients) - triplets.U * S.to(Q.dtype)
+        residual = torch.linalg.vector_norm(misfit, dim=0, dtype=torch.float64)
         yield triplets, float((residual / S.clamp_min(SMALLEST * S[0]).clamp_min(torch.finfo(Q.dtype).tiny)).max())
         if 2 * (Q.shape[1] + width) > min(matrix.shape):
             return
@@ -130,7 +132,7 @@ def _expand(matrix: Matrix, block: Tensor, k: int) -> Iterator[tuple[ThinSVD, fl
             fresh = torch.linalg.qr(fresh - Q @ (Q.mT @ fresh)).Q
         grown = matrix.transposed_times(fresh)
         Q, T = torch.cat([Q, fresh], 1), torch.cat([T, grown], 1)
-        images = torch.cat([images, matrix.times(grown)], 1)
+        images = torch.cat([images, matrix.times(grown / unit)], 1)
 
 
 def _ritz(Q: Tensor, T: Tensor, k: int) -> tuple[ThinSVD, Tensor]:
