@@ -17,7 +17,9 @@ from lorabench.linalg import ThinSVD, thin_svd
 OVERSAMPLING = 8
 MAX_BLOCKS = 16
 TOLERANCE = 1e-4
-"""Largest residual ‖W v - σ u‖ of a wanted triplet, relative to σ₁."""
+"""Largest residual ‖W v - σ u‖ of a wanted triplet, relative to its own σ."""
+SMALLEST = 0.01
+"""Below this share of σ₁ relative to that share: products in float32 round by some 1e-7 · σ₁."""
 
 
 class Matrix(Protocol):
@@ -101,9 +103,10 @@ def top_svd(matrix: Matrix, k: int, *, start: Tensor | None = None, tolerance: f
     """The k largest singular values, with vectors, by block Krylov iteration (Musco and Musco 2015, arXiv 1504.05477).
 
     `start` (N, c) are guesses of right singular vectors; random columns fill them up. It ends when each of the k
-    residuals ‖W v - σ u‖ is at most `tolerance` · σ₁: the error of a vector is then about that over the gap between
-    its σ and the next, that of the σ the square of it. Where this takes more than MAX_BLOCKS blocks, or a basis that
-    is not small beside the matrix, the dense SVD is taken instead. Products in float32, the small SVD in float64.
+    residuals ‖W v - σ u‖ is at most `tolerance` · max(σ, σ₁ / 100): the error of a vector is then about that over the
+    gap between its σ and the next, and σ is that near to a singular value of W. Where this takes more than MAX_BLOCKS
+    blocks, or a basis that is not small beside the matrix, the dense SVD is taken instead. Products in float32, the
+    small SVD in float64. What is orthogonal to all of `start` to the last digit, and stays so, is not found.
     """
     k = min(k, *matrix.shape)
     for triplets, residual in _expand(matrix, _start_block(matrix, start, k), k):
@@ -123,7 +126,7 @@ def _start_block(matrix: Matrix, start: Tensor | None, k: int) -> Tensor:
 
 
 def _expand(matrix: Matrix, block: Tensor, k: int) -> Iterator[tuple[ThinSVD, float]]:
-    """Rayleigh-Ritz triplets, and their largest residual relative to σ₁, of ever larger Krylov spaces.
+    """Rayleigh-Ritz triplets of ever larger Krylov spaces, and their largest residual relative to max(σ, σ₁ / 100).
 
     With an orthonormal basis Q (M, m) and T = WᵀQ (N, m) = V S Gᵀ, u = Q g and v satisfy Wᵀu = σ v exactly. What is
     left is W v - σ u, and W v comes from products W T that the next block needs anyway. Reorthogonalized in full.
@@ -133,11 +136,14 @@ def _expand(matrix: Matrix, block: Tensor, k: int) -> Iterator[tuple[ThinSVD, fl
         return
     Q = torch.linalg.qr(matrix.times(block)).Q
     T = matrix.transposed_times(Q)
-    images = matrix.times(T)
+    unit = 2.0 ** torch.frexp(T.abs().max()).exponent  # σ² may be more than float32 holds, or less
+    images = matrix.times(T / unit)
     for _ in range(MAX_BLOCKS):
         triplets, coefficients = _ritz(Q, T, k)
-        residual = images @ coefficients - triplets.U * triplets.S.to(Q.dtype)
-        yield triplets, float(residual.norm(dim=0).max() / triplets.S[0].clamp_min(torch.finfo(Q.dtype).tiny))
+        S = triplets.S
+        misfit = images @ (unit * coefficients) - triplets.U * S.to(Q.dtype)
+        residual = torch.linalg.vector_norm(misfit, dim=0, dtype=torch.float64)
+        yield triplets, float((residual / S.clamp_min(SMALLEST * S[0]).clamp_min(torch.finfo(Q.dtype).tiny)).max())
         if 2 * (Q.shape[1] + width) > min(matrix.shape):
             return
         fresh = images[:, -width:]
@@ -145,7 +151,7 @@ def _expand(matrix: Matrix, block: Tensor, k: int) -> Iterator[tuple[ThinSVD, fl
             fresh = torch.linalg.qr(fresh - Q @ (Q.mT @ fresh)).Q
         grown = matrix.transposed_times(fresh)
         Q, T = torch.cat([Q, fresh], 1), torch.cat([T, grown], 1)
-        images = torch.cat([images, matrix.times(grown)], 1)
+        images = torch.cat([images, matrix.times(grown / unit)], 1)
 
 
 def _ritz(Q: Tensor, T: Tensor, k: int) -> tuple[ThinSVD, Tensor]:

@@ -50,8 +50,8 @@ class ThinSVD:
 def thin_svd(B: Tensor, A: Tensor | None = None, *, keep: int | None = None) -> ThinSVD:
     """The exact thin SVD of `B @ A`, never formed; of `B` itself, which is dense, without `A`.
 
-    `keep` bounds the vectors, not the values. Vectors are float32, or float64 where the input is. Relative error of
-    the values: about 6e-7 for float32 factors (QR in float32, r x r core in float64), 1e-8 · σ₁ for a dense float32 ΔW.
+    `keep` bounds the vectors, not the values. Vectors are float32, or float64 where the input is. Error of the values:
+    about 6e-7 · σ₁ for float32 factors (QR in float32, r x r core in float64), 1e-8 · σ₁ for a dense float32 ΔW.
     Raises ValueError for NaN or Inf and for factors that do not fit.
     """
     if A is None:

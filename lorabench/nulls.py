@@ -96,7 +96,9 @@ def permutation_p_value(U: Tensor, V: Tensor, draws: int = 199, seed: int = 0) -
     observed = (U.mT @ V).square().sum()
     orders = _permutations(len(V), draws, seed)
     at_a_time = max(1, _PERMUTED_ENTRIES // V.numel())
-    drawn = torch.cat([(U.mT @ V[some]).square().sum((-2, -1)) for some in orders.split(at_a_time)])
+    rows = V.contiguous()  # whole rows are copied, by `index_select`: a third of the time of indexing columns
+    permuted = (rows.index_select(0, some.flatten()).view(-1, *rows.shape) for some in orders.split(at_a_time))
+    drawn = torch.cat([(U.mT @ each).square().sum((-2, -1)) for each in permuted])
     as_large = drawn >= observed * (1 - 1e-5)  # ties count: of the whole space all draws are equal but for rounding
     return (1 + int(as_large.sum())) / (draws + 1)
 

@@ -34,6 +34,7 @@ class Intruders(Analysis):
     """
 
     needs: ClassVar[Literal["base"]] = "base"
+    version: ClassVar[int] = 2
     metrics: ClassVar[dict[str, str]] = {
         "num_intruders": "intruder dimensions among the top 10 of a matrix, ε = 0.5; null: random directions",
         "count": "intruder dimensions among the top k at ε; null: ΔW's singular values in random directions",

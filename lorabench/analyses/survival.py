@@ -22,6 +22,7 @@ class Survival(Analysis):
     """
 
     needs: ClassVar[Literal["base"]] = "base"
+    version: ClassVar[int] = 2
     metrics: ClassVar[dict[str, str]] = {
         "survival": "share of the top 32 directions of W0 that lies in the top 32 of W0 + ΔW; null: random ones",
         "survival_at": "the same for the top k directions",

@@ -59,7 +59,7 @@ class Dora:
             parameter=self.parameter,
             B=delta.to(W0.dtype),
             base_norm=float(W0.double().norm()),
-            precision="float32",
+            precision=self.tensors.dtype(self.magnitude),  # m rounded makes of W0 a ΔW of full rank
             scale_source=update.scale_source,
         )
 

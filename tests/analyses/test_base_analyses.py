@@ -81,6 +81,17 @@ def test_random_directions_project_as_the_null_says():
     assert value(rows, "projected_norm", "null") == pytest.approx(float(expected[-1]), rel=1e-6)
 
 
+@pytest.mark.parametrize("r", [1, 2, 4])
+def test_random_updates_amplify_as_the_null_says(r):
+    """A geometric mean, as layers are averaged: at r = 1 it is 1.9 times the reciprocal of the mean square's root."""
+    W = torch.randn(60, 80, generator=torch.Generator().manual_seed(0))
+    found = [frame(Alignment(), tuned(W, *factors(60, 80, r, seed))) for seed in range(400)]
+    logs = [[np.log(value(rows, "amplification", column)) for rows in found] for column in ("value", "null")]
+    spread = np.std(np.subtract(*logs)) / 400**0.5
+    assert abs(np.subtract(*logs).mean()) < 4 * spread
+    assert np.exp(np.mean(logs[1])) == pytest.approx(np.exp(np.mean(logs[0])), rel=0.3 / r)
+
+
 @pytest.mark.parametrize(("r", "published"), [(4, 0.02), (64, 0.33)])
 def test_the_random_rows_of_the_papers_table_7(r, published):
     """GPT-3's query matrix of layer 48: ‖W‖_F = 61.95, 12288 x 12288; to the digits that are printed."""

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lorabench import formats
+from lorabench.analyses.spectrum import rounding_norm
 from lorabench.decode import InputError
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
@@ -188,6 +189,17 @@ def test_dora_that_was_not_trained_changes_nothing(tmp_path):
     assert len(whole) == 2 and all(update.dense().abs().max() < 1e-7 for update in whole)
     base = dict(make("llama").named_parameters())
     assert all(update.base_norm == pytest.approx(float(base[update.parameter].norm())) for update in whole)
+
+
+def test_doras_magnitudes_say_how_exact_its_change_is(tmp_path):
+    saved(tmp_path, "llama", LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]), random=False)
+    file = tmp_path / "adapter" / ADAPTER
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(file).items()}, file)
+    _, found = updates(tmp_path / "adapter", base=tmp_path / "base")
+    for update in (update for update in found.values() if update.part is None):
+        assert update.precision == "bfloat16"
+        noise = rounding_norm(update.base_norm, update.precision)  # of rows' norms, not of entries: to a factor
+        assert noise / 2 < float(update.dense().norm()) < 2 * noise
 
 
 @pytest.mark.parametrize("case", TUNERS)
