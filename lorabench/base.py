@@ -78,7 +78,7 @@ def plus(weight: Tensor, layer: LayerSVD) -> Plus:
 
 def top_triplets(base: BaseLayer, delta: ThinSVD, matrix: Matrix, k: int) -> ThinSVD:
     """The top k of W0 + ΔW by an iteration that starts from the top directions of both."""
-    start = torch.cat([base.svd.Vh[: k + 8], delta.Vh[: max(16, k)]]).mT[:, : matrix.shape[1]]
+    start = torch.cat([base.svd.Vh[: k + 8], delta.Vh[: max(16, k)].to(base.svd.Vh.dtype)]).mT[:, : matrix.shape[1]]
     device = best_device(matrix.shape)
     svd = top_svd(matrix.to(device), k, start=start.to(device))
     return ThinSVD(U=svd.U.cpu(), S=svd.S.cpu(), Vh=svd.Vh.cpu())

@@ -67,7 +67,7 @@ class Alignment(Analysis):
 
 def projected_norms(U: Tensor, W: Tensor, Vh: Tensor) -> Tensor:
     """‖U[:, :r]ᵀ W Vh[:r]ᵀ‖_F for r = 1, 2, … (K,), of U (M, K), W (M, N) and Vh (K, N)."""
-    core = (U.mT @ (W @ Vh.mT)).double()
+    core = (U.mT.to(W.dtype) @ (W @ Vh.mT.to(W.dtype))).double()
     return core.square().cumsum(0).cumsum(1).diagonal().sqrt()
 
 

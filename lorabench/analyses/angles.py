@@ -22,6 +22,7 @@ class Angles(Analysis):
     """
 
     needs: ClassVar[Literal["layer", "pair"]] = "pair"
+    version: ClassVar[int] = 2
     columns: ClassVar[dict[str, str]] = {
         "dim_a": "directions of run a: all meaningful ones, at most 64",
         "dim_b": "directions of run b",

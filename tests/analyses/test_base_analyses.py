@@ -181,3 +181,10 @@ def test_everything_survives_no_update_and_chance_a_random_one():
     ]
     mean = pd.concat(random).groupby(["metric", "side", "k"])[["value", "null"]].mean().loc["survival_at"]
     assert mean["value"].to_numpy() == pytest.approx(mean["null"].to_numpy(), rel=0.6, abs=0.02)
+
+
+@pytest.mark.parametrize("analysis", [Alignment(), Intruders(), Survival()])
+def test_updates_in_float64_are_taken_too(analysis):
+    W, (B, A) = decaying(330, 300), factors(330, 300, 4)
+    double, single = (frame(analysis, tuned(W, B.to(dtype), A.to(dtype))) for dtype in (torch.float64, torch.float32))
+    assert double["value"].to_numpy() == pytest.approx(single["value"].to_numpy(), rel=1e-2, abs=1e-2, nan_ok=True)
