@@ -11,6 +11,7 @@ import argparse
 import errno
 import importlib
 import os
+import shutil
 import sys
 from typing import Any
 
@@ -33,7 +34,9 @@ COMMANDS = (
     "list",
 )
 """In the order of `--help`."""
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+UNWRITABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,11 +57,20 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        talk(f"error: {error.filename}: {error.strerror}")
+        talk(f"error: {_unwritable(error)}")
         return 2
     return code
+
+
+def _unwritable(error: OSError) -> str:
+    """Which file cannot be written and why; raises what is no such error."""
+    if isinstance(error, shutil.Error):  # of a folder that is copied: of each file (source, target, why)
+        _, target, reason = error.args[0][0]
+        return f"{target}: cannot be copied there: {reason}"
+    if error.errno not in UNWRITABLE:
+        raise error
+    name = error.filename2 or error.filename
+    return f"{name}: {error.strerror}" if name else f"{error.strerror}"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -42,7 +42,8 @@ def find_pairs(
     """The pairs among `run_ids` for each of `axes`; keys that are zipped with the axis move with it.
 
     With `selected`, only those runs are compared, and `select.over` is no difference between them (and no axis): each
-    setting stands with its own selected value. Methods are compared at one rank, where both have one.
+    setting stands with its own selected value. Methods are compared at one rank, where both have one; and, where no
+    setting has two learning rates, each at its own: one rate does not suit all of them.
 
     Of more than MAX_PAIRS pairs that say the same (one axis, one setting, two values; all but the seed alike) those
     with the smallest hash of their run ids are taken: a sample that depends on nothing else, and that another run
@@ -54,10 +55,19 @@ def find_pairs(
     seen: set[tuple[str, str]] = set()
     for axis in axes:
         if axis not in free:
-            moving = _together(sweep, axis) | free
+            moving = _together(sweep, axis) | free | (_own_rate(flats) if axis == "method" else set())
             found = _sample(_alike(flats, axis, moving, _differ(sweep, axis, flats)))
             yield from (pair for pair in found if (pair.run_a, pair.run_b) not in seen)
             seen |= {(pair.run_a, pair.run_b) for pair in found}
+
+
+def _own_rate(flats: dict[str, dict[str, Any]]) -> set[str]:
+    """`lr`, where each setting was run at one learning rate only; so that it says nothing beside the method."""
+    rates: dict[str, set[float]] = {}
+    for flat in flats.values():
+        setting = json.dumps({key: flat[key] for key in flat if key not in ("lr", "seed")}, sort_keys=True)
+        rates.setdefault(setting, set()).add(flat["lr"])
+    return {"lr"} if all(len(values) == 1 for values in rates.values()) else set()
 
 
 Differ = Callable[[str, str], tuple[Any, Any] | None]

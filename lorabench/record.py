@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -370,6 +371,20 @@ def write_bytes(file: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+@contextlib.contextmanager
+def disk_errors(file: Path) -> Iterator[None]:
+    """What safetensors raises for a full disk becomes the OSError that it is."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        if not (found := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(file)) from None
 
 
 def file_digests(folder: Path, below: Path) -> dict[str, str]:

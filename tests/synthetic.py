@@ -178,7 +178,7 @@ def analyses(results: Results) -> dict[str, pd.DataFrame]:
         "spectrum": [row for metrics, _ in spectra for row in metrics],
         "singular_values": [row for _, values in spectra for row in values],
         "subspace": [
-            place | row for place, a, b in pairs if place["axis"] != "method.name" for row in _subspace(a[2], b[2])
+            place | row for place, a, b in pairs if place["axis"] != "method" for row in _subspace(a[2], b[2])
         ],
         "overlap": [place | row for place, a, b in pairs for row in synthetic_base.overlap(a, b)],
     }
@@ -297,13 +297,13 @@ def _axis(a: RunSpec, b: RunSpec) -> str | None:
     if differ in (["method.rank"], ["seed"]) and flats[0][differ[0]] < flats[1][differ[0]]:
         return differ[0]
     if (a.method.name, b.method.name) == ("full", "lora") and (a.seed, a.quantization) == (b.seed, b.quantization):
-        return "method.name"
+        return "method"
     return None
 
 
 def _pair(a: RunSpec, b: RunSpec, axis: str) -> dict:
     """The engine's columns of a pair."""
-    values = [flatten(spec.to_json())[axis] for spec in (a, b)]
+    values = [flatten(spec.to_json())["method.name" if axis == "method" else axis] for spec in (a, b)]
     return {"run_a": a.id, "run_b": b.id, "axis": axis, "value_a": values[0], "value_b": values[1]}
 
 

@@ -5,10 +5,12 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,6 +125,7 @@ def test_wrong_input_is_one_line_a_problem_on_stderr_and_exit_code_2(
         (["run", "{tmp}/tiny.toml", "--device", "gpu"], "--device gpu: must be auto, cpu, cuda or cuda:N"),
         (["run", "{tmp}/tiny.toml", "--device", "cpu", "--results", "{tmp}/data.txt"],
          "--results {tmp}/data.txt: cannot be written:"),
+        (["run", "{tmp}/tiny.toml", "--device", "cuda:99"], "--device cuda:99: there is no such device here"),
         (["plan", "{tmp}/none.toml"], "{tmp}/none.toml: no such sweep file"),
     ],
 )  # fmt: skip
@@ -255,3 +258,22 @@ def test_the_whole_journey(sweep: Path, capsys: pytest.CaptureFixture[str]) -> N
     drawn = call("analyze", str(root))
     assert str(root / "tiny" / "report.html") in drawn.splitlines()
     assert call("analyze", str(root), "tiny") == drawn
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (IsADirectoryError(21, "Is a directory", "t.tmp", None, "page"), "page: Is a directory"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (shutil.Error([("a", "b", "[Errno 28] No space left on device")]), "b: cannot be copied there: [Errno 28]"),
+    ],
+)
+def test_what_cannot_be_written_is_said_in_a_line(
+    error: OSError, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: Any) -> int:
+        raise error
+
+    monkeypatch.setattr("lorabench.commands.list.main", fails)
+    assert main(["list"]) == 2
+    assert capsys.readouterr().err.startswith(f"lorabench: error: {message}")

@@ -37,10 +37,17 @@ def test_the_inner_product_of_any_two_forms(ranks, block):
     assert inner(a, a) == pytest.approx(np.square(dense(a)).sum(), rel=1e-5)
 
 
-def test_the_overlap_of_gram_matrices(block):
-    X, Y = torch.randn(5, 9), torch.randn(11, 9, dtype=torch.float64)
+@pytest.mark.parametrize(("p", "q", "d"), [(5, 11, 9), (60, 110, 9)])
+def test_the_overlap_of_gram_matrices(block, p, q, d):
+    X, Y = torch.randn(p, d), torch.randn(q, d, dtype=torch.float64)
     x, y = X.double().numpy(), Y.numpy()
     assert gram_overlap(X, Y) == pytest.approx(np.trace(x.T @ x @ y.T @ y), rel=1e-5)
+
+
+def test_the_overlap_of_tall_orthogonal_updates_is_nothing(block):
+    Q = torch.linalg.qr(torch.randn(64, 8, dtype=torch.float64))[0].float()
+    X, Y = (torch.randn(500, 4) @ half.T for half in Q.split(4, dim=1))
+    assert 0 <= gram_overlap(X, Y) < 1e-10 * float(X.square().sum() * Y.square().sum())
 
 
 @pytest.mark.parametrize("ranks", FORMS)

@@ -182,3 +182,22 @@ def test_runs_that_differ_in_two_zipped_axes_are_one_pair():
     s = sweep(text + 'zip = ["method.rank", "lr"]\n')
     (pair,) = find_pairs(s, [spec.id for spec in s.runs], PAIR_AXES)
     assert (pair.axis, pair.value_a, pair.value_b) == ("method.rank", 2, 4)
+
+
+def test_methods_are_compared_each_at_its_only_learning_rate():
+    text = """
+    [base]
+    task.name = "text"
+    seed = [0, 1]
+    [[grid]]
+    method.name = "lora"
+    lr = {rates}
+    [[grid]]
+    method.name = "full"
+    lr = 2e-4
+    """
+    for rates, expected in (("2e-3", {(2e-3, 2e-4)}), ("[2e-3, 1e-2]", set())):
+        s = sweep(text.replace("{rates}", rates))
+        pairs = named(s, find_pairs(s, {spec.id for spec in s.runs}, ("method",)), "method.name", "lr", "seed")
+        assert {tuple(run[1] for run in sorted(key[1:], reverse=True)) for key in pairs} == expected
+        assert all(a[2] == b[2] for _, a, b in pairs)

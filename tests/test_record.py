@@ -1,16 +1,18 @@
 """Records and the store: whole or not at all, and damage is a status with a reason, never a crash."""
 
+import errno
 import json
 import multiprocessing
 import os
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from lorabench import record as records
 from lorabench.claim import take
 from lorabench.decode import InputError
-from lorabench.record import MEASURES, RunRecord, Status, Store, write_bytes
+from lorabench.record import MEASURES, RunRecord, Status, Store, disk_errors, write_bytes
 from lorabench.spec import RunSpec
 
 SPEC = RunSpec.from_json({"method": {"name": "lora"}, "task": {"name": "text"}})
@@ -135,3 +137,11 @@ def test_every_measure_says_what_it_is_in() -> None:
         assert measure.text and measure.group
         for suffix, unit in [("_gib", "GiB"), ("_seconds", "s"), ("_bytes", "bytes"), ("_joules", "J")]:
             assert not name.endswith(suffix) or measure.unit == unit
+
+
+def test_a_full_disk_is_an_os_error_whoever_writes() -> None:
+    with pytest.raises(OSError, match="No space left") as caught, disk_errors(Path("adapter")):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == "adapter"
+    with pytest.raises(SafetensorError), disk_errors(Path("x")):
+        raise SafetensorError("header too large")

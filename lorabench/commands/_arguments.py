@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,14 @@ def device_name(name: str) -> str:
     return name
 
 
+def device_here(name: str) -> str:
+    """The device's name, as `device_name` checks it; InputError where this machine has none such."""
+    from lorabench.machine import visible_gpus
+
+    visible_gpus(device_name(name))
+    return name
+
+
 def share_of(flag: str, value: float) -> float:
     if not 0 < value <= 1:
         raise InputError(f"{flag} {value:g}: must be above 0 and at most 1")
@@ -134,5 +143,7 @@ def hush_libraries() -> None:
     import logging
     import warnings
 
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else a report for each load that the head is a new one
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -24,7 +24,7 @@ from lorabench.commands._arguments import (
     RESULTS,
     argument,
     as_json,
-    device_name,
+    device_here,
     hush_libraries,
     numbers,
 )
@@ -52,7 +52,7 @@ ARGUMENTS = [
 def main(arguments: argparse.Namespace) -> int:
     from lorabench.record import Store
 
-    store, device = Store(arguments.results), device_name(arguments.device)
+    store, device = Store(arguments.results), device_here(arguments.device)
     hush_libraries()
     from lorabench.compression.compress import compress as compress_subject
     from lorabench.compression.compress import provenance

@@ -28,7 +28,7 @@ from lorabench.commands._arguments import (
     RESULTS,
     argument,
     as_json,
-    device_name,
+    device_here,
     hush_libraries,
     number,
     numbers,
@@ -67,7 +67,7 @@ ARGUMENTS = [
 
 def main(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.results)
-    device = device_name(arguments.device)
+    device = device_here(arguments.device)
     hush_libraries()
     from lorabench.intervention import intervene, intervene_report
 

@@ -34,7 +34,7 @@ from lorabench.commands._arguments import (
     RESULTS,
     argument,
     as_json,
-    device_name,
+    device_here,
     hush_libraries,
     number,
     numbers,
@@ -64,7 +64,7 @@ ARGUMENTS = [
 
 def main(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.results)
-    device = device_name(arguments.device)
+    device = device_here(arguments.device)
     by = [name.strip() for name in arguments.by.split(",") if name.strip()]
     hush_libraries()
     from lorabench.merging.adapters import read_adapter

@@ -74,4 +74,8 @@ def copy_adapters(store: Store, records: Sequence[dict[str, Any]], output: Path)
     if full:
         raise InputError([f"--output {target}: is there already, and not empty" for target in full])
     for record, target in zip(made, targets, strict=True):
-        shutil.copytree(adapter_folder(store, record), target, dirs_exist_ok=True)
+        try:
+            shutil.copytree(adapter_folder(store, record), target, dirs_exist_ok=True)
+        except OSError:
+            shutil.rmtree(target, ignore_errors=True)  # half a copy; the folder was new or empty
+            raise

@@ -22,6 +22,7 @@ from lorabench.linalg import thin_svd
 from lorabench.model import sort_config
 from lorabench.readers._entry import Entry
 from lorabench.readers.peft_lora import ADAPTER_FILE, NORMS_FILE, PREFIX, Factors
+from lorabench.record import disk_errors
 from lorabench.update import Update, save_updates
 from lorabench.weights import is_linear_layer, is_transposed
 
@@ -178,7 +179,8 @@ def write_adapter(
     )
     config.save_pretrained(str(folder))
     sort_config(folder)
-    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    with disk_errors(folder / ADAPTER_FILE):
+        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     norms = {f"{each.layer}.weight": each.base_norm for each in cuts if each.base_norm is not None}
     (folder / NORMS_FILE).write_text(json.dumps(norms, indent=1))
     if head.updates:

@@ -21,6 +21,7 @@ from lorabench.formats import Adapter
 from lorabench.layer import LayerSVD
 from lorabench.locate import adapter_path, weights_path
 from lorabench.readers.peft_lora import ADAPTER_FILE, CONFIG_FILE
+from lorabench.record import disk_errors
 from lorabench.tensorfile import read_json
 from lorabench.update import Update
 from lorabench.weightfile import WeightFiles, flat_name, is_embedding
@@ -94,7 +95,8 @@ def _write(targets: list[Target], folder: Path, base_model: str | None) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor for target in targets for name, tensor in target.tensors().items()}
-    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    with disk_errors(folder / ADAPTER_FILE):
+        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(configuration(targets, base_model), indent=2, sort_keys=True) + "\n")
 
 

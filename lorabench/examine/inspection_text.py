@@ -68,8 +68,10 @@ def _kinds(found: dict[str, Any]) -> str:
 
 
 def short(kind: str) -> str:
-    """At most 14 characters, so that a table keeps to the line: `….output.dense`."""
-    return kind if len(kind) <= 14 else f"…{kind[-13:]}"
+    """At most 15 characters, so that a table keeps to the line: `…n.output.dense`, but `token_type_emb…`."""
+    if len(kind) <= 15:
+        return kind
+    return f"…{kind[-14:]}" if "." in kind else f"{kind[:14]}…"
 
 
 def middle(values: Iterable[float | None], digits: int = 3) -> str:

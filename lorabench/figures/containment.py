@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 MAX_ROWS = 12
 WIDEST = 26
 """Characters of a name that stands in one line."""
-PREFERRED = ("method.name", "label", "method.rank", "seed")
+PREFERRED = ("method", "method.rank", "seed")
 ROLES = {"energy_a_in_b": ("a", "b"), "energy_b_in_a": ("b", "a")}
 
 

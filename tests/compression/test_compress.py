@@ -13,7 +13,7 @@ from peft import PeftModel
 from lorabench.cli import main
 from lorabench.compression.compress import compress
 from lorabench.compression.compressible import open_subject
-from lorabench.compression.compression_text import compression_text
+from lorabench.compression.compression_text import compression_text, copy_adapters
 from lorabench.decode import InputError
 from lorabench.examples import prepare
 from lorabench.execute import Options, execute, seeded_base
@@ -240,3 +240,17 @@ def test_the_command(runs, tmp_path, capsys) -> None:
     assert "ADAPTER = nowhere: no such file or folder, and no run of" in capsys.readouterr().err
     assert main(["compress", "lora", "--results", str(store.root)]) == 2
     assert "runs begin so" in capsys.readouterr().err
+
+
+def test_half_a_copy_is_taken_away(tmp_path):
+    adapter = tmp_path / "compressions" / "cut" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    weights = adapter / "adapter_model.safetensors"
+    weights.symlink_to("nowhere")  # cannot be copied
+    record = {"compression_id": "cut", "body": "energy 0.9", "kept": 0.9}
+    with pytest.raises(shutil.Error):
+        copy_adapters(Store(tmp_path), [record], tmp_path / "out")
+    weights.unlink()
+    copy_adapters(Store(tmp_path), [record], tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["adapter_config.json"]

@@ -237,7 +237,7 @@ def test_containment_draws_both_ways_beside_chance(results):
     labels = [text.get_text() for text in axes.get_yticklabels()]
     assert labels[:2] == ["full in lora, rank 1", "lora, rank 1 in full"]
     frame = results.analyses["overlap"]
-    frame = frame[(frame["axis"] == "method.name") & (frame["side"] == "output")]
+    frame = frame[(frame["axis"] == "method") & (frame["side"] == "output")]
     runs = results.runs.loc[frame["run_b"], "method.rank"].to_numpy()
     expected = {
         "full in lora, rank 4": frame[(runs == 4) & (frame["metric"] == "energy_a_in_b")],
