@@ -222,7 +222,8 @@ def _unknown(source: Source, names: list[str]) -> str:
     files = source.files(*SUFFIXES)
     keys = [key for file in files[:4] for key in open_tensors(file).names]
     if not keys:
-        return f"holds no file of tensors ({', '.join(SUFFIXES)})"
+        what = "holds no" if source.path.is_dir() else "is no"
+        return f"{what} file of tensors ({', '.join(SUFFIXES)})"
     known = sorted({"lorabench", "peft", *names} - set(OWN))
     return f"of no known format. Keys found: {some(keys)}. Known formats: {', '.join(known)}, two {LAST} (with --base)"
 

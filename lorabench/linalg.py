@@ -42,6 +42,11 @@ class ThinSVD:
         cut = self.S[0] * torch.finfo(self.U.dtype).eps * (size + 1) ** 0.5
         return int((cut < self.S).sum())
 
+    def __repr__(self) -> str:
+        largest = f", σ₁ = {float(self.S[0]):.4g}" if self.S.ndim == 1 and len(self.S) else ""
+        shape = " × ".join(map(str, (*self.U.shape[:-1], self.Vh.shape[-1])))
+        return f"ThinSVD({shape}, {self.S.shape[-1]} values, {self.U.shape[-1]} vectors{largest})"
+
     def top(self, k: int) -> ThinSVD:
         """All singular values, and the first `k` vectors of each side."""
         return ThinSVD(U=self.U[..., :k], S=self.S, Vh=self.Vh[..., :k, :])

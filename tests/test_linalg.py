@@ -92,6 +92,12 @@ def test_a_batch_gives_what_its_members_give():
     assert torch.allclose(product(svd).float(), B @ A, atol=1e-5)
 
 
+def test_an_svd_is_told_in_a_line():
+    svd = thin_svd(2 * torch.eye(6)[:, :3], torch.eye(3, 5), keep=2)
+    assert repr(svd) == "ThinSVD(6 × 5, 3 values, 2 vectors, σ₁ = 2)"
+    assert repr(thin_svd(torch.ones(4, 6, 1), torch.ones(4, 1, 5))) == "ThinSVD(4 × 6 × 5, 1 values, 1 vectors)"
+
+
 def test_zero_update():
     for svd in (thin_svd(torch.zeros(6, 2), torch.randn(2, 5)), thin_svd(torch.zeros(6, 5))):
         assert svd.S.abs().max() == 0 and svd.numerical_rank == 0

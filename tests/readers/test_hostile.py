@@ -351,7 +351,7 @@ def test_nothing_there(tmp_path):
     assert "holds no file of tensors" in refusal(tmp_path)
     assert "no such file or folder" in refusal(tmp_path / "absent")
     (tmp_path / "note.txt").write_text("hello")
-    assert "holds no file of tensors" in refusal(tmp_path / "note.txt")
+    assert "is no file of tensors" in refusal(tmp_path / "note.txt")
     assert formats.open_layers(tmp_path) == {}
 
 
