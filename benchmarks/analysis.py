@@ -36,7 +36,7 @@ from lorabench import formats
 from lorabench.base import BaseLayer, Tuned, decompose, top_triplets
 from lorabench.krylov import Dense, top_svd
 from lorabench.layer import LayerSVD
-from lorabench.linalg import spectrum_metrics, subspace_similarity, thin_svd
+from lorabench.linalg import similarities_of_all, spectrum_metrics, subspace_similarity, thin_svd
 from lorabench.update import Update
 
 LLAMA_7B = {"q_proj": (1, 1), "k_proj": (1, 1), "v_proj": (1, 1), "o_proj": (1, 1),
@@ -63,6 +63,8 @@ def main() -> None:
         "spectra_rank_64": lambda: spectra(d, wide, 64, arguments),
         "similarity_rank_16": lambda: similarity(d, 16, arguments),
         "similarity_rank_64": lambda: similarity(d, 64, arguments),
+        "similarity_24_runs_rank_16": lambda: similarity_of_all(d, 16, 24, arguments),
+        "similarity_24_runs_rank_64": lambda: similarity_of_all(d, 64, 24, arguments),
         "dense_top_16": lambda: dense_top(d, 16, arguments),
         "dense_values": lambda: dense_values(d, arguments),
         "intruders": lambda: intruders(d, arguments),
@@ -144,6 +146,23 @@ def similarity(d: int, r: int, arguments: argparse.Namespace) -> dict[str, Any]:
     exact = double_loop(U.double(), V.double())
     errors = {name: float((call().double() - exact).abs().max()) for name, call in found.items()}
     return {"dimension": d, "rank": r, "largest_error": errors} | take_turns(found, arguments.rounds, arguments.device)
+
+
+def similarity_of_all(d: int, r: int, n: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """φ(i, j) of every two of n runs; the double loop is timed on two of them, and multiplied."""
+    g = torch.Generator().manual_seed(0)
+    U = torch.linalg.qr(torch.randn(n, d, r, generator=g)).Q.to(arguments.device)
+    pairs = n * (n - 1) // 2
+    found = {
+        "lorabench similarities_of_all": lambda: similarities_of_all(U),
+        "double loop over i and j, one pair": lambda: double_loop(U[0], U[1]),
+    }
+    error = float((similarities_of_all(U)[0, 1] - double_loop(U[0].double(), U[1].double())).abs().max())
+    raced = take_turns(found, arguments.rounds, arguments.device)
+    (name, ratio), *_ = raced["times_slower_than_lorabench"].items()
+    ratios = [pairs * value for value in ratio["rounds"]]
+    raced["times_slower_than_lorabench"] = {f"double loop over i and j, {pairs} pairs": spread(ratios)}
+    return {"dimension": d, "rank": r, "runs": n, "pairs": pairs, "largest_error": {name: error}} | raced
 
 
 def double_loop(U: Tensor, V: Tensor) -> Tensor:

@@ -129,24 +129,25 @@ def _expand(matrix: Matrix, block: Tensor, k: int) -> Iterator[tuple[ThinSVD, fl
     """Rayleigh-Ritz triplets of ever larger Krylov spaces, and their largest residual relative to max(σ, σ₁ / 100).
 
     With an orthonormal basis Q (M, m) and T = WᵀQ (N, m) = V S Gᵀ, u = Q g and v satisfy Wᵀu = σ v exactly. What is
-    left is W v - σ u, and W v comes from products W T that the next block needs anyway. Reorthogonalized in full.
+    left is W v - σ u: how far they are from right, and where the basis grows. Reorthogonalized in full.
     """
-    width = block.shape[1]
-    if 4 * width > min(matrix.shape):
+    width = min(k + OVERSAMPLING, *matrix.shape)
+    if 4 * block.shape[1] > min(matrix.shape):
         return
     Q = torch.linalg.qr(matrix.times(block)).Q
     T = matrix.transposed_times(Q)
     unit = 2.0 ** torch.frexp(T.abs().max()).exponent  # σ² may be more than float32 holds, or less
     images = matrix.times(T / unit)
     for _ in range(MAX_BLOCKS):
-        triplets, coefficients = _ritz(Q, T, k)
-        S = triplets.S
-        misfit = images @ (unit * coefficients) - triplets.U * S.to(Q.dtype)
+        found, coefficients = _ritz(Q, T, width)
+        S = found.S
+        misfit = images @ (unit * coefficients) - found.U * S.to(Q.dtype)
         residual = torch.linalg.vector_norm(misfit, dim=0, dtype=torch.float64)
-        yield triplets, float((residual / S.clamp_min(SMALLEST * S[0]).clamp_min(torch.finfo(Q.dtype).tiny)).max())
+        relative = residual / S.clamp_min(SMALLEST * S[0]).clamp_min(torch.finfo(Q.dtype).tiny)
+        yield ThinSVD(U=found.U[:, :k], S=S[:k], Vh=found.Vh[:k]), float(relative[:k].max())
         if 2 * (Q.shape[1] + width) > min(matrix.shape):
             return
-        fresh = images[:, -width:]
+        fresh = misfit / residual.clamp_min(torch.finfo(Q.dtype).tiny).to(Q.dtype)
         for _ in range(2):
             fresh = torch.linalg.qr(fresh - Q @ (Q.mT @ fresh)).Q
         grown = matrix.transposed_times(fresh)

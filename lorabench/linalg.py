@@ -204,6 +204,16 @@ def subspace_similarity(U: Tensor, V: Tensor) -> Tensor:
     return (overlap / torch.minimum(i, j)).clamp_max_(1)
 
 
+def similarities_of_all(U: Tensor) -> Tensor:
+    """φ (n, n, p, p) between every two of n subspaces, `U` (n, d, p) of orthonormal columns, from one Gram matrix."""
+    n, d, p = U.shape
+    columns = U.permute(1, 0, 2).reshape(d, n * p)
+    gram = (columns.mT @ columns).view(n, p, n, p).permute(0, 2, 1, 3)
+    overlap = gram.double().square_().cumsum(-1).cumsum(-2)
+    k = torch.arange(1, p + 1, device=U.device)
+    return (overlap / torch.minimum(k[:, None], k)).clamp_max_(1)
+
+
 def principal_angles(U: Tensor, V: Tensor) -> Tensor:
     """The min(p, q) principal angles between the column spaces of `U` (d, p) and `V` (d, q), ascending, in radians.
 

@@ -11,6 +11,7 @@ from lorabench.linalg import (
     grassmann_distance,
     powerlaw_fit,
     principal_angles,
+    similarities_of_all,
     spectrum_metrics,
     subspace_similarity,
     thin_svd,
@@ -183,6 +184,14 @@ def test_similarity_is_the_definition():
         for j in range(1, 7):
             direct = torch.linalg.norm(U[:, :i].T @ V[:, :j]) ** 2 / min(i, j)
             assert phi[i - 1, j - 1] == pytest.approx(direct.item())
+
+
+def test_similarities_of_all_are_those_of_each_two():
+    U = torch.stack([orthonormal(20, 4, seed) for seed in range(5)])
+    phi = similarities_of_all(U)
+    for a in range(5):
+        for b in range(5):
+            assert torch.allclose(phi[a, b], subspace_similarity(U[a], U[b]), atol=1e-12)
 
 
 def test_similarity_of_identical_nested_and_orthogonal_subspaces():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Adapter:
     initial: Tensors | None = None
     initial_is_peft: bool = False
 
-    @property
+    @cached_property
     def is_dora(self) -> bool:
         """torchtune writes magnitudes, and a configuration that does not say so."""
         return bool(self.config.get("use_dora")) or any(".lora_magnitude_vector" in name for name in self.tensors.names)
