@@ -45,9 +45,14 @@ def start(sweep: Path, results: Path) -> subprocess.Popen:
     )
 
 
-def kill_within(store: Store, process: subprocess.Popen, launcher: bool, random_: random.Random) -> int:
-    """Kill the workers some moments after each has begun its work, or the launcher; the number of workers killed."""
-    killed, waiting = 0, {run_id: random_.uniform(0.1, 4.0) for run_id in store.run_ids()}
+def kill_within(
+    store: Store, process: subprocess.Popen, launcher: bool, random_: random.Random, seconds: dict[str, float]
+) -> int:
+    """Kill the workers some moments after each has begun its work, or the launcher; the number of workers killed.
+
+    `seconds`: what each run takes, so that a quick machine does not end them before.
+    """
+    killed, waiting = 0, {run_id: random_.uniform(0.02, 0.8) * seconds[run_id] for run_id in store.run_ids()}
     seen: dict[int, float] = {}
     while process.poll() is None:
         for state in store.states():
@@ -71,10 +76,11 @@ def test_killed_runs_end_with_the_same_bits(tmp_path):
     assert start(sweep, alone.root).wait(300) == 0
     for spec in specs:
         battered.write_spec(spec)
+    seconds = {spec.id: alone.read(spec.id).measures["total_seconds"] for spec in specs}
     random_, killed = random.Random(5), 0
     for attempt in range(3):
         process = start(sweep, battered.root)
-        killed += kill_within(battered, process, launcher=attempt == 2, random_=random_)
+        killed += kill_within(battered, process, launcher=attempt == 2, random_=random_, seconds=seconds)
         for state in battered.states():
             while state.status == Status.RUNNING:  # an orphan writes its checkpoint and stops
                 time.sleep(0.1)
