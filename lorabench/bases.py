@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorabench import plugins
-from lorabench.base import BaseLayer, Tuned, decompose
+from lorabench.base import BaseLayer, Tuned, decompose, with_exact_top
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
 from lorabench.linalg import ThinSVD
@@ -170,12 +170,12 @@ def _read(file: Path, weight: Tensor) -> BaseLayer | None:
         U, S, Vh, left = (tensors.read(name) for name in ("U", "S", "Vh", "left"))
     except InputError:
         return None
-    return BaseLayer(weight=weight, svd=ThinSVD(U=U, S=S, Vh=Vh), left=left)
+    return BaseLayer(weight=weight, svd=ThinSVD(U=U, S=S, Vh=Vh), left=with_exact_top(left, U))
 
 
 def _write(file: Path, layer: BaseLayer) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    save_file({"U": layer.svd.U, "S": layer.svd.S, "Vh": layer.svd.Vh, "left": layer.left}, temporary)
+    save_file({"U": layer.svd.U, "S": layer.svd.S, "Vh": layer.svd.Vh, "left": layer.left.half()}, temporary)
     os.replace(temporary, file)
 
 

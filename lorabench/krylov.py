@@ -99,17 +99,20 @@ class Plus:
         return self.weight + (self.B if self.A is None else self.B @ self.A)
 
 
-def top_svd(matrix: Matrix, k: int, *, start: Tensor | None = None, tolerance: float = TOLERANCE) -> ThinSVD:
+def top_svd(
+    matrix: Matrix, k: int, *, start: Tensor | None = None, left: Tensor | None = None, tolerance: float = TOLERANCE
+) -> ThinSVD:
     """The k largest singular values, with vectors, by block Krylov iteration (Musco and Musco 2015, arXiv 1504.05477).
 
-    `start` (N, c) are guesses of right singular vectors; random columns fill them up. It ends when each of the k
-    residuals ‖W v - σ u‖ is at most `tolerance` · max(σ, σ₁ / 100): the error of a vector is then about that over the
+    `start` (N, c) are guesses of right singular vectors; random columns fill them up. `left` (M, c) are guesses of
+    more than k left ones, in the place of all that. It ends when each of the k residuals ‖W v - σ u‖ is at most `tolerance` · max(σ, σ₁ / 100): the error of a vector is then about that over the
     gap between its σ and the next, and σ is that near to a singular value of W. Where this takes more than MAX_BLOCKS
     blocks, or a basis that is not small beside the matrix, the dense SVD is taken instead. Products in float32, the
     small SVD in float64. What is orthogonal to all of `start` to the last digit, and stays so, is not found.
     """
     k = min(k, *matrix.shape)
-    for triplets, residual in _expand(matrix, _start_block(matrix, start, k), k):
+    block = matrix.times(_start_block(matrix, start, k)) if left is None else left
+    for triplets, residual in _expand(matrix, block, k):
         if residual <= tolerance:
             return triplets
     svd = thin_svd(matrix.dense(), keep=k)
@@ -128,13 +131,13 @@ def _start_block(matrix: Matrix, start: Tensor | None, k: int) -> Tensor:
 def _expand(matrix: Matrix, block: Tensor, k: int) -> Iterator[tuple[ThinSVD, float]]:
     """Rayleigh-Ritz triplets of ever larger Krylov spaces, and their largest residual relative to max(σ, σ₁ / 100).
 
-    With an orthonormal basis Q (M, m) and T = WᵀQ (N, m) = V S Gᵀ, u = Q g and v satisfy Wᵀu = σ v exactly. What is
+    The first is spanned by `block` (M, b). With an orthonormal basis Q (M, m) and T = WᵀQ (N, m) = V S Gᵀ, u = Q g and v satisfy Wᵀu = σ v exactly. What is
     left is W v - σ u: how far they are from right, and where the basis grows. Reorthogonalized in full.
     """
     width = min(k + OVERSAMPLING, *matrix.shape)
     if 4 * block.shape[1] > min(matrix.shape):
         return
-    Q = torch.linalg.qr(matrix.times(block)).Q
+    Q = torch.linalg.qr(block).Q
     T = matrix.transposed_times(Q)
     unit = 2.0 ** torch.frexp(T.abs().max()).exponent  # σ² may be more than float32 holds, or less
     images = matrix.times(T / unit)

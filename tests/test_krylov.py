@@ -86,5 +86,5 @@ def test_equal_singular_values_and_zero():
 def test_a_start_of_the_right_directions_needs_one_block():
     W = with_spectrum(300, 300, 1)
     exact = torch.linalg.svd(W).Vh[:20].mT
-    (_, residual), *_ = krylov._expand(Dense(W), krylov._start_block(Dense(W), exact, 4), 4)
+    (_, residual), *_ = krylov._expand(Dense(W), W @ krylov._start_block(Dense(W), exact, 4), 4)
     assert residual < krylov.TOLERANCE

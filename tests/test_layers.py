@@ -20,7 +20,7 @@ LAYERS = [
         "sequence",
         "sketch",
     },
-    {"decode", "nulls", "update", "meter", "advice", "krylov"},
+    {"decode", "nulls", "update", "meter", "advice", "krylov", "perturbed"},
     {"weights", "tensorfile", "locate", "conflict"},
     {"weightfile"},
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
