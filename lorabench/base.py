@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorabench import perturbed
-from lorabench.krylov import OVERSAMPLING, Matrix, Plus, top_svd
+from lorabench.krylov import OVERSAMPLING, Matrix, Plus, top_svd, transposed_product
 from lorabench.layer import LayerSVD
 from lorabench.linalg import ThinSVD, thin_svd
 
@@ -39,7 +39,7 @@ class BaseLayer:
 
     def largest_cosines(self, Y: Tensor) -> tuple[Tensor, Tensor]:
         """For each unit column of `Y` (M, k): max over all i of |cos(x_i, y)| with W0's left vectors, and that i."""
-        best, where = (self.left.mT @ Y).abs().max(0)
+        best, where = transposed_product(self.left, Y).abs().max(0)
         return best.clamp_max_(1), where
 
 

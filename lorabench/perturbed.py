@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorabench.krylov import transposed_product
 from lorabench.linalg import ThinSVD
 
 HEAD = 4
@@ -38,7 +39,7 @@ def top_left(weight: Tensor, S: Tensor, left: Tensor, delta: ThinSVD, w: int) ->
     unit = 2.0 ** float(torch.frexp(torch.maximum(S[0], delta.S[0])).exponent)  # squares neither overflow nor vanish
     U = delta.U * (delta.S / unit).to(delta.U.dtype)
     X = torch.cat([U, weight @ (delta.Vh.mT / unit)], 1)
-    F, D, beyond = left.mT @ X, (S / unit).square(), None
+    F, D, beyond = transposed_product(left, X), (S / unit).square(), None
     if weight.shape[0] > weight.shape[1]:  # ΔW may reach where W0 does not
         beyond = torch.linalg.qr(U - left @ F[:, : U.shape[1]]).Q
         F, D = torch.cat([F, beyond.mT @ X]), torch.cat([D, D.new_zeros(beyond.shape[1])])

@@ -86,5 +86,18 @@ def test_equal_singular_values_and_zero():
 def test_a_start_of_the_right_directions_needs_one_block():
     W = with_spectrum(300, 300, 1)
     exact = torch.linalg.svd(W).Vh[:20].mT
-    (_, residual), *_ = krylov._expand(Dense(W), W @ krylov._start_block(Dense(W), exact, 4), 4)
+    block = torch.linalg.qr(W @ krylov._start_block(Dense(W), exact, 4)).Q
+    _, residual = krylov._Bases(Dense(W), block).look(4)
     assert residual < krylov.TOLERANCE
+
+
+def test_the_residual_that_is_told_is_the_residual():
+    W = with_spectrum(300, 280, 0.3)
+    bases = krylov._Bases(Dense(W), torch.linalg.qr(torch.randn(300, 12, generator=torch.Generator().manual_seed(0))).Q)
+    for _ in range(3):
+        triplets, told = bases.look(5)
+        svd = triplets()
+        residual = (W @ svd.Vh.mT - svd.U * svd.S.float()).norm(dim=0) / svd.S
+        assert told == pytest.approx(float(residual.max()), rel=1e-3)
+        assert torch.allclose(W.mT @ svd.U, svd.Vh.mT * svd.S.float(), atol=1e-6)
+        bases.grow()
