@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
 from lorabench.linalg import ThinSVD, one_thread, thin_svd
 from lorabench.locate import adapter_folders, adapter_path, weights_path
+from lorabench.machine import available_cores
 from lorabench.readers._entry import Entry, Found, Source
 from lorabench.tensorfile import SUFFIXES, open_tensors
 from lorabench.update import Update
@@ -32,6 +34,8 @@ DENSE_VECTORS = 64
 """Singular vectors kept of a dense ΔW; of a factored one all r are."""
 BATCH_BYTES = 2 * 2**20
 """Of factors that are decomposed together: what a core's cache holds."""
+BATCHES = 4
+"""Read before the first of them is waited for."""
 OWN = ("delta", "peft_lora", "svd")
 """Readers of what lorabench writes."""
 LAST = "checkpoints"
@@ -83,48 +87,61 @@ def open_adapter(source: str | Path, *, base: str | Path | None = None, alpha: f
 
 
 def load_layers(adapter: Adapter) -> Iterator[LayerSVD]:
-    """Every matrix ΔW as a thin SVD, by parameter, in a stream: memory holds one layer, or several small ones.
+    """Every matrix ΔW as a thin SVD, by parameter, in a stream: memory holds one dense layer, or several of factors.
 
     Factors of one shape are decomposed together up to BATCH_BYTES: ten times as fast where layers are tiny, since most
-    of the time is then that of calls, and no slower where they are large.
+    of the time is then that of calls, and no slower where they are large. Batches go to a thread a core, while the
+    next are read.
     """
-    window: list[Update | LayerSVD] = []
-    size = 0
-    for entry in adapter.entries.values():
-        loaded = entry.load()
-        if window and size + _bytes(loaded) > BATCH_BYTES:
-            yield from _decomposed(window)
-            window, size = [], 0
-        window.append(loaded)
-        size += _bytes(loaded)
-    yield from _decomposed(window)
+    entries = iter(adapter.entries.values())
+    with ThreadPoolExecutor(available_cores()) as pool:
+        while layers := _next_layers(entries, pool):
+            yield from layers
 
 
-def _bytes(loaded: Update | LayerSVD) -> int:
-    if isinstance(loaded, LayerSVD) or loaded.A is None:
-        return BATCH_BYTES  # stands alone
-    return loaded.B.nbytes + loaded.A.nbytes
+def _next_layers(entries: Iterator[Entry], pool: ThreadPoolExecutor) -> list[LayerSVD]:
+    """The next BATCHES batches, or fewer before a dense ΔW, which stands alone on all threads; empty at the end."""
+    batches, batch, size, dense = [], [], 0, None
+    with one_thread():
+        for entry in entries:
+            loaded = entry.load()
+            if isinstance(loaded, LayerSVD) or loaded.A is None:
+                dense = loaded
+                break
+            batch.append(loaded)
+            size += loaded.B.nbytes + loaded.A.nbytes
+            if size >= BATCH_BYTES:
+                batches.append(pool.submit(_decomposed, batch))
+                batch, size = [], 0
+                if len(batches) == BATCHES:
+                    break
+        last = _decomposed(batch)
+        layers = [layer for done in batches for layer in done.result()] + last
+    if isinstance(dense, Update):
+        dense = _as_layer(dense, decompose(dense, DENSE_VECTORS))
+    return layers if dense is None else [*layers, dense]
 
 
-def _decomposed(window: list[Update | LayerSVD]) -> Iterator[LayerSVD]:
+def _decomposed(updates: list[Update]) -> list[LayerSVD]:
     """The layers in their order; those that have factors of one shape are decomposed together."""
     groups: dict[Any, list[int]] = {}
-    for index, loaded in enumerate(window):
-        if isinstance(loaded, Update) and loaded.A is not None:
-            groups.setdefault((loaded.B.shape, loaded.A.shape, loaded.B.dtype, loaded.A.dtype), []).append(index)
+    for index, update in enumerate(updates):
+        groups.setdefault((update.shape, update.B.shape, *_dtypes(update)), []).append(index)
     svds: dict[int, ThinSVD] = {}
     for members in groups.values():
-        updates = [window[index] for index in members]
-        B, A = (torch.stack([getattr(update, factor) for update in updates]) for factor in ("B", "A"))
-        with one_thread(), _named(updates[0].parameter):
+        first, *others = (updates[index] for index in members)
+        with _named(first.parameter):
+            if not others:
+                svds[members[0]] = thin_svd(first.B, first.A)
+                continue
+            B, A = (torch.stack([getattr(updates[index], factor) for index in members]) for factor in ("B", "A"))
             svd = thin_svd(B, A)
         svds |= {i: ThinSVD(U=U, S=S, Vh=Vh) for i, U, S, Vh in zip(members, svd.U, svd.S, svd.Vh, strict=True)}
-    for index, loaded in enumerate(window):
-        yield (
-            loaded
-            if isinstance(loaded, LayerSVD)
-            else _as_layer(loaded, svds.get(index) or decompose(loaded, _kept(loaded)))
-        )
+    return [_as_layer(update, svds[index]) for index, update in enumerate(updates)]
+
+
+def _dtypes(update: Update) -> list[torch.dtype]:
+    return [factor.dtype for factor in (update.B, update.A) if factor is not None]
 
 
 def read_updates(folder: Path) -> Iterator[Update]:

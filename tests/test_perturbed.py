@@ -108,6 +108,6 @@ def test_an_update_that_is_not_small_is_left_to_the_iteration(monkeypatch):
     B, A = update(W, 40, 0.5)
     delta = thin_svd(B, A)
     assert not perturbed.is_small((300, 300), 40, 18)
-    for given in (delta, ThinSVD(U=delta.U[:, :5], S=delta.S, Vh=delta.Vh[:5])):
-        top = top_triplets(decompose(W), given, Plus(W, B, A), 4)
+    for svd in (delta, ThinSVD(U=delta.U[:, :5], S=delta.S, Vh=delta.Vh[:5])):
+        top = top_triplets(decompose(W), svd, Plus(W, B, A), 4)
         assert top.S.numpy() == pytest.approx(np.linalg.svd((W + B @ A).double().numpy())[1][:4], rel=1e-5)
