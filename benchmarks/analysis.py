@@ -222,8 +222,8 @@ def intruders(d: int, arguments: argparse.Namespace) -> dict[str, Any]:
     ΔW is large enough for some of them to be intruders.
     """
     W, (B, A) = base_weight(d), factors(d, d, 16, "cpu")
-    B = B * (0.6 * float(base.svd.S[0]) / float(torch.linalg.matrix_norm(B @ A, 2)))
     base = decompose(W)
+    B = B * (0.6 * float(base.svd.S[0]) / float(torch.linalg.matrix_norm(B @ A, 2)))
     layer = LayerSVD(parameter="w.weight", svd=thin_svd(B, A), rank=16, update=Update(parameter="w.weight", B=B, A=A))
     found = {
         "lorabench, W0's SVD cached": lambda: cosines(Tuned(layer=layer, base=base)),
