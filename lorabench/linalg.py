@@ -17,6 +17,8 @@ from torch import Tensor
 ENERGIES = (50, 90, 95, 99)
 MIN_EIGENVALUES = 50
 """Fewest for a power-law fit: below, its exponent is biased (Clauset et al. 2009, arXiv 0706.1062, section 3.2)."""
+LARGE_GRAM = 512
+"""Size of a Gram matrix from which on it is worth leaving vectors out."""
 _CHUNK_ROWS = 1024
 
 
@@ -73,7 +75,7 @@ def thin_svd(B: Tensor, A: Tensor | None = None, *, keep: int | None = None) -> 
 
 
 def _dense_svd(W: Tensor, keep: int | None) -> ThinSVD:
-    """Through the float64 Gram matrix of the shorter side: 2.7 times faster than `svd` in float64 at 2048².
+    """Through the float64 Gram matrix of the shorter side, of which only the kept vectors are computed.
 
     Squaring loses what lies below 1e-8 · σ₁, which is below the rounding of float32 data; float64 data go
     through `svd`. QR of X V makes the other side orthonormal also where σ = 0.
@@ -86,13 +88,39 @@ def _dense_svd(W: Tensor, keep: int | None) -> ThinSVD:
     X = W.mT if wide else W  # (..., long, short)
     gram = sum(chunk.double().mT @ chunk.double() for chunk in X.split(_CHUNK_ROWS, dim=-2))
     _check_finite(gram)
-    values, vectors = torch.linalg.eigh(gram)
-    V = vectors.flip(-1)[..., :keep]
+    values, V = _eigh(gram, keep)
     Q, R = torch.linalg.qr(torch.cat([chunk.double() @ V for chunk in X.split(_CHUNK_ROWS, dim=-2)], dim=-2))
     signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
     long, short = (Q * signs[..., None, :]).float(), V.float()
-    S = values.flip(-1).clamp_min(0).sqrt()
+    S = values.clamp_min(0).sqrt()
     return ThinSVD(U=short, S=S, Vh=long.mT) if wide else ThinSVD(U=long, S=S, Vh=short.mT)
+
+
+def _eigh(gram: Tensor, keep: int | None) -> tuple[Tensor, Tensor]:
+    """All eigenvalues, descending, and the vectors of the `keep` largest."""
+    size = gram.shape[-1]
+    if gram.ndim > 2 or gram.device.type != "cpu" or keep is None or size < LARGE_GRAM or 8 * keep > size:
+        values, vectors = torch.linalg.eigh(gram)
+        return values.flip(-1), vectors.flip(-1)[..., :keep]
+    return _top_eigh(gram, keep)
+
+
+def _top_eigh(gram: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """LAPACK's steps one by one, since none of its drivers gives all values and some vectors.
+
+    Measured at 4096², 64 vectors, two cores: 3.7 s; `torch.linalg.eigh` 10 s.
+    """
+    from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal, lapack
+
+    size = gram.shape[0]
+    work = int(lapack.dsytrd_lwork(size, lower=1)[0])
+    reflectors, diagonal, below, tau, _ = lapack.dsytrd(gram.numpy().T, lower=1, lwork=work)
+    values = eigvalsh_tridiagonal(diagonal, below, lapack_driver="sterf")
+    _, vectors = eigh_tridiagonal(diagonal, below, select="i", select_range=(size - keep, size - 1))
+    last = np.asfortranarray(vectors[1:])  # the first row is left as it is by Q = H₁ H₂ …
+    _, work, _ = lapack.dormqr("L", "N", reflectors[1:, :-1], tau, last, -1)
+    vectors[1:], _, _ = lapack.dormqr("L", "N", reflectors[1:, :-1], tau, last, int(work[0]))
+    return torch.from_numpy(values[::-1].copy()), torch.from_numpy(vectors[:, ::-1].copy())
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorabench import linalg
 from lorabench.linalg import (
     energy_in_subspace,
     grassmann_distance,
@@ -60,6 +61,26 @@ def test_dense_svd(shape):
     assert ((svd.S - exact) / exact[0]).abs().max() < 1e-8
     assert (product(svd) - W).abs().max() < 1e-5
     assert_orthonormal(svd, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["decaying", "rank 20", "equal values", "zero"])
+def test_only_the_kept_vectors_of_a_large_matrix(kind):
+    """Where the other vectors are left out, values and kept vectors are what all of LAPACK's SVD gives."""
+    n, keep, g = linalg.LARGE_GRAM + 40, 16, torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(d, n, generator=g, dtype=torch.float64)).Q for d in (n + 30, n))
+    S = {
+        "decaying": torch.linspace(2, 0, n).exp(),
+        "rank 20": torch.cat([torch.linspace(3, 1, 20), torch.zeros(n - 20)]),
+        "equal values": torch.ones(n),
+        "zero": torch.zeros(n),
+    }[kind].double()
+    W = ((U * S) @ V.mT).float()
+    svd = thin_svd(W, keep=keep)
+    assert torch.allclose(svd.S, torch.linalg.svdvals(W.double()), rtol=1e-7, atol=3e-7 * float(S[0]))
+    assert svd.U.shape == (n + 30, keep) and svd.Vh.shape == (keep, n)
+    eye = torch.eye(keep)
+    assert torch.allclose(svd.U.mT @ svd.U, eye, atol=1e-5) and torch.allclose(svd.Vh @ svd.Vh.mT, eye, atol=1e-5)
+    assert (W @ svd.Vh.mT - svd.U * svd.S[:keep].float()).abs().max() < 2e-6 * max(1, float(S[0]))
 
 
 def test_dense_svd_of_a_rank_deficient_matrix_has_orthonormal_vectors():
