@@ -25,7 +25,7 @@ LAYERS = [
     {"weightfile"},
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
     {"spec", "base", "forks"},
-    {"record", "share"},
+    {"record", "share", "cluster/slurm"},
     {"sweep"},
     {"model", "readers/*"},
     {"formats", "bases", "pairs", "results", "labels"},
