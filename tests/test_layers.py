@@ -26,6 +26,7 @@ LAYERS = [
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
     {"spec", "base", "forks"},
     {"record", "share", "cluster/slurm"},
+    {"cluster/queue"},
     {"sweep"},
     {"model", "readers/*"},
     {"formats", "bases", "pairs", "results", "labels"},
