@@ -113,7 +113,7 @@ def read_submission(folder: Path) -> Submission | None:
             folder=folder,
             arrays=arrays,
             jobs=tuple(map(tuple, plan["jobs"])),
-            user=plan.get("user") or _owner(folder / "plan.json"),
+            user=plan.get("user") or user_name((folder / "plan.json").stat().st_uid),
             slurm_cluster=plan.get("slurm_cluster"),
             complete=bool(jobs.get("complete", False)),
             **{key: plan[key] for key in ("sweep", "cluster", "kind", "submitted", "host", "profile", "specs")},
@@ -124,9 +124,10 @@ def read_submission(folder: Path) -> Submission | None:
     return submission
 
 
-def _owner(file: Path) -> str:
-    owner = file.stat().st_uid
+def user_name(number: int | None = None) -> str:
+    """Of this process, or of the user with this number; the number where it has no name here."""
+    number = os.getuid() if number is None else number
     try:
-        return pwd.getpwuid(owner).pw_name
+        return pwd.getpwuid(number).pw_name
     except KeyError:
-        return str(owner)
+        return str(number)
