@@ -15,13 +15,11 @@ from lorabench.cluster import slurm
 from lorabench.cluster.lookup import Lookup, Seen, Tell
 from lorabench.cluster.queue import Submission, read_submissions, user_name
 from lorabench.cluster.verdict import began_by, judge
+from lorabench.record import CANCEL_MARKER as CANCEL_MARKER
 from lorabench.record import FAILURES, RunState, Status, Store
 from lorabench.settle import settle
 from lorabench.spec import RunSpec
 from lorabench.terminal import duration
-
-CANCEL_MARKER = "cancel"
-"""In a run's folder: it is not to be begun, or goes no further than its next step. `submit` and `run` take it away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +109,7 @@ def _may_wait(store: Store, state: RunState, latest: Place) -> bool:
     if state.status in (Status.MISSING, Status.INTERRUPTED):
         return True
     if state.status == Status.CANCELLED:  # also what wrote its checkpoint when its job was preempted
-        return not (store.folder(state.run_id) / CANCEL_MARKER).exists()
+        return not store.cancel_marker(state.run_id).exists()
     ended = state.record.finished if state.record else None
     return state.status in FAILURES and ended is not None and _unix(ended) <= latest.submission.time  # --retry
 
@@ -144,11 +142,14 @@ def _reason(state: RunState, seen: Seen) -> str | None:
     claim = state.claim
     if claim and not claim.released and claim.progress.get("job") == seen.job_id:
         return f"no heartbeat for {duration(time.time() - claim.time)}"
-    return "its job is running; other runs come first"
+    return "its job is running; this run has not begun"
 
 
 def _settled(store: Store, found: list[Standing], tell: Tell | None) -> list[Standing]:
-    """The same, with a verdict on each run whose job is gone; the run's record keeps it, but for `lost`."""
+    """The same, with a verdict on each run whose job is gone.
+
+    The record of a run that had begun keeps it, but for `lost`; of what had not begun there is nothing to keep.
+    """
     gone = [standing for standing in found if standing.gone]
     if not gone:
         return found
@@ -170,21 +171,24 @@ def _ask_accounting(gone: list[Standing], tell: Tell | None) -> tuple[dict[str, 
         return known, "why is not known: the accounting did not answer"
     if found is None:
         return known, "why is not known: this cluster keeps no accounting"
+    found = {id: end for id, end in found.items() if end.state in slurm.ENDED or id not in known}  # sacct lags behind
     return known | found, "SLURM has no trace of it: cancelled while it waited?"
 
 
 def _judged(store: Store, standing: Standing, ended: dict[str, slurm.Ended], why: str) -> Standing:
     state, place, seen = standing.state, standing.place, standing.gone
     assert place and seen and seen.job_id
-    is_local = place.submission.kind == "local"
+    submission, is_local = place.submission, place.submission.kind == "local"
     end = None if is_local else ended.get(seen.job_id)
-    began = began_by(state.claim, seen.job_id, place.submission.time, end)
+    if place.job in submission.cancelled and (end is None or end.state not in slurm.ENDED):
+        end = slurm.Ended(id=seen.job_id, state="CANCELLED")
+    began = began_by(state.claim, seen.job_id, submission.time, end)
     if began is None:
         return standing
-    verdict = judge(seen.job_id, began, end, f"its process ended on {place.submission.host}" if is_local else why)
-    if verdict.status == Status.LOST or place.submission.user != user_name():
-        return replace(standing, state=replace(state, status=verdict.status, error=verdict.error))
-    return replace(standing, state=settle(store, state, verdict.status, verdict.error))
+    verdict = judge(seen.job_id, began, end, f"its process ended on {submission.host}" if is_local else why)
+    if began and verdict.status != Status.LOST and submission.user == user_name():
+        return replace(standing, state=settle(store, state, verdict.status, verdict.error))
+    return replace(standing, state=replace(state, status=verdict.status, error=verdict.error))
 
 
 def _unix(moment: str) -> float:
