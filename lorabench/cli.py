@@ -23,6 +23,8 @@ COMMANDS = (
     "plan",
     "run",
     "status",
+    "logs",
+    "cancel",
     "analyze",
     "report",
     "merge",
