@@ -67,6 +67,13 @@ class Submission:
     arrays: tuple[Array, ...]
     complete: bool
     """Whether all arrays were submitted and their ids written."""
+    retry: dict[str, int]
+    """Of each run that had ended badly, the number of its last claim: its job repeats it while that is the last."""
+
+    @property
+    def submitit(self) -> Path:
+        """submitit's own folder: pickles, scripts, and what the jobs print."""
+        return self.folder / "submitit"
 
     @cached_property
     def job_ids(self) -> list[str | None]:
@@ -116,6 +123,7 @@ def read_submission(folder: Path) -> Submission | None:
             user=plan.get("user") or user_name((folder / "plan.json").stat().st_uid),
             slurm_cluster=plan.get("slurm_cluster"),
             complete=bool(jobs.get("complete", False)),
+            retry=plan.get("retry", {}),
             **{key: plan[key] for key in ("sweep", "cluster", "kind", "submitted", "host", "profile", "specs")},
         )
         submission.time, submission.job_ids  # noqa: B018  # both fail here, and not at a reader's, if the plan is damaged
