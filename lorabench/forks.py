@@ -24,8 +24,9 @@ STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SI
 def start_server(log: Path, preload: Sequence[str], environment: dict[str, str]) -> Any:
     """The fork server's context. The server is started with the signals that mean "stop" blocked.
 
-    A terminal's Ctrl-C and SLURM's SIGTERM and SIGUSR2 reach every process there is, but only the one that started the
-    server decides what to do. Its processes inherit the block, and lift it for SIGTERM, by which they are asked to stop.
+    A terminal's Ctrl-C, and SLURM's SIGTERM and SIGUSR2, reach every process there is, but only the one that started
+    the server decides what to do. Its processes inherit the block, and lift it for SIGTERM, by which they are asked to
+    stop.
     None of `preload`'s imports may start a thread or a CUDA context, which would not survive the fork; what is printed
     meanwhile goes to `log`.
     """

@@ -46,6 +46,8 @@ class Pool:
     gpus: tuple[str, ...] = ()
     settings: Settings = field(default_factory=Settings)
     retry: frozenset[Status] = frozenset()
+    again: frozenset[str] = frozenset()
+    """Runs that are repeated whatever they have ended as."""
     preload: tuple[str, ...] = PRELOAD
     check: bool = True
     """Refuse, before anything runs, methods that do not fit their model."""
@@ -152,7 +154,7 @@ class _Launch:
                 self._settle(state, "already")
             elif state.status == Status.RUNNING:
                 self.elsewhere.append(spec)
-            elif state.status in REPEATABLE and state.status not in self.pool.retry:
+            elif state.status in REPEATABLE and state.status not in self.pool.retry and spec.id not in self.pool.again:
                 self._settle(state)
             else:
                 if state.status in REPEATABLE:

@@ -334,9 +334,7 @@ def _totals(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _assumptions(
-    sweep: Sweep, runs: list[dict[str, Any]], device: torch.device, gpu: str | None = None
-) -> list[str]:
+def _assumptions(sweep: Sweep, runs: list[dict[str, Any]], device: torch.device, gpu: str | None = None) -> list[str]:
     """What the estimates rest on, one sentence each."""
     bases = {run["estimate"]["basis"] for run in runs}
     lines = []

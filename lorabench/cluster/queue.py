@@ -69,8 +69,15 @@ class Submission:
     arrays: tuple[Array, ...]
     complete: bool
     """Whether all arrays were submitted and their ids written."""
+    retry: dict[str, int]
+    """Of each run that had ended badly, the number of its last claim: its job repeats it while that is the last."""
     cancelled: frozenset[int] = frozenset()
     """Jobs that `lorabench cancel` has cancelled: SLURM forgets those that had not begun."""
+
+    @property
+    def submitit(self) -> Path:
+        """submitit's own folder: pickles, scripts, and what the jobs print."""
+        return self.folder / "submitit"
 
     @cached_property
     def job_ids(self) -> list[str | None]:
@@ -121,6 +128,7 @@ def read_submission(folder: Path) -> Submission | None:
             slurm_cluster=plan.get("slurm_cluster"),
             complete=bool(jobs.get("complete", False)),
             cancelled=frozenset((read_json(folder / CANCELLED_FILE) or {}).get("jobs", [])),
+            retry=plan.get("retry", {}),
             **{key: plan[key] for key in ("sweep", "cluster", "kind", "submitted", "host", "profile", "specs")},
         )
         submission.time, submission.job_ids  # noqa: B018  # both fail here, and not at a reader's, if the plan is damaged

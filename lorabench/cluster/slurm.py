@@ -158,6 +158,12 @@ def config() -> dict[str, str]:
     return {key.strip(): value.strip() for key, mark, value in lines if mark}
 
 
+def job_details(job_id: str) -> dict[str, str]:
+    """What SLURM knows of a job by its plain number: JobState, Reason, EndTime, PreemptTime, … Raises Unreachable."""
+    text = _call(["scontrol", "--oneliner", "show", "job", job_id]) or ""
+    return {key: value for key, mark, value in (part.partition("=") for part in text.split()) if mark}
+
+
 def max_array_size() -> int:
     """The array index that no element may reach. Raises Unreachable."""
     found = config().get("MaxArraySize", "")
