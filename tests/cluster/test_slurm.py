@@ -58,7 +58,8 @@ def test_what_waits_and_runs_is_queued_with_the_reason(
     ("name", "state"),
     [
         ("done_1", "COMPLETED"), ("failed", "FAILED"), ("killed", "FAILED"), ("timeout", "TIMEOUT"),
-        ("cancelled", "CANCELLED"), ("node_fail", "NODE_FAIL"), ("requeued", "COMPLETED"), ("all_cancelled_4", "CANCELLED"),
+        ("cancelled", "CANCELLED"), ("node_fail", "NODE_FAIL"), ("requeued", "COMPLETED"),
+        ("all_cancelled_4", "CANCELLED"),
     ],
 )  # fmt: skip
 def test_the_accounting_and_the_queue_tell_the_same_end(name: str, state: str, slurm_commands: FakeSlurm) -> None:
