@@ -74,7 +74,8 @@ def test_exit_codes_and_whether_a_job_ever_ran(slurm_commands: FakeSlurm) -> Non
     names = ("failed", "killed", "cancelled", "all_cancelled")
     elements = [JOBS[name] + "_0" * (name == "all_cancelled") for name in names]
     failed, killed, cancelled, never = ended(slurm_commands, *elements).values()
-    assert (failed.exit_code, killed.exit_code, failed.began) == (3, 9, True)  # of a signal, srun makes an exit code
+    assert (failed.exit_code, failed.signal, failed.began) == (3, 0, True)
+    assert (killed.exit_code, killed.signal, killed.began) == (0, 9, True)
     assert cancelled.began and not never.began
     assert failed.nodes in ("n1", "n2") and failed.end and never.nodes is None
 
