@@ -79,7 +79,7 @@ def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold) -> Statu
     )  # fmt: skip
     store.write(record)
     deadline = time.monotonic() + options.timeout_seconds if options.timeout_seconds else None
-    stop = Stop(deadline=deadline)
+    stop = Stop(deadline=deadline, marker=store.cancel_marker(spec.id))
     try:
         with stop_on_signals(stop):
             _run(spec, store, options, hold, record, stop)

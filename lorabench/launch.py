@@ -7,7 +7,6 @@ started, watched and, if it dies, accounted for.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import re
 import signal
@@ -20,10 +19,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from lorabench.claim import current_claim, take
+from lorabench.claim import current_claim
 from lorabench.decode import InputError
 from lorabench.machine import count_oom_kills
-from lorabench.record import FAILURES, RunRecord, RunState, Status, Store
+from lorabench.record import FAILURES, RunState, Status, Store
+from lorabench.settle import settle
 from lorabench.spec import RunSpec, brief, swept_keys
 from lorabench.sweep import Sweep
 from lorabench.terminal import Display, count_statuses, text_table
@@ -262,21 +262,12 @@ class _Launch:
 
     def _fail(self, spec: RunSpec, status: Status, error: str) -> RunState:
         """Write the record that a run could not write itself, unless another worker has it by now."""
-        record = RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, error=error)
+        claim = current_claim(self.store.folder(spec.id))
+        state = RunState(run_id=spec.id, status=status, spec=spec.to_json(), claim=claim, error=error)
         try:
-            claim = current_claim(self.store.folder(spec.id))
-            hold = take(self.store.folder(spec.id))
-            if hold is None:
-                return self.store.state(spec.id, spec)
-            with hold:
-                hold.progress |= claim.progress if claim else {}
-                with contextlib.suppress(InputError):
-                    record = replace(self.store.read(spec.id) or record, status=status, error=error)
-                record.finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-                self.store.write(record)
+            return settle(self.store, state, status, error)
         except OSError as problem:
-            record.error = f"{error} (and its record could not be written: {problem.strerror})"
-        return RunState(run_id=spec.id, status=status, spec=record.spec, record=record, error=record.error)
+            return replace(state, error=f"{error} (and its record could not be written: {problem.strerror})")
 
     def _look_elsewhere(self) -> None:
         """Take up what other workers have given up; settle what they have ended.
