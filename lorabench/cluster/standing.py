@@ -161,7 +161,7 @@ def _reason(state: RunState, seen: Seen) -> str | None:
     claim = state.claim
     if claim and not claim.released and claim.progress.get("job") == seen.job_id:
         return f"no heartbeat for {duration(time.time() - claim.time)}"
-    return "its job is running; this run has not begun"
+    return "in a running job"
 
 
 def _settled(store: Store, found: list[Standing], tell: Tell | None) -> list[Standing]:

@@ -60,11 +60,9 @@ def _chosen(store: Store, what: str) -> set[str]:
     if submitted:
         return submitted
     try:
-        return {find_run(store, what)}
+        return {find_run(store, what, others=names)}
     except InputError as error:
-        sweeps = ", ".join(sorted(names)) or "none"
-        message = error.problems[0].replace("RUN =", "SWEEP|RUN =", 1)
-        raise InputError(f"{message} Sweeps there: {sweeps}") from None
+        raise InputError([problem.replace("RUN =", "SWEEP|RUN =", 1) for problem in error.problems]) from None
 
 
 def _say(plan: Cancellation, done: str) -> None:

@@ -63,7 +63,7 @@ def test_what_waits_shows_slurm_s_reason(store: Store, slurm_commands: FakeSlurm
         found = stand(store, *SPECS[:4])
     assert [s.status for s in found] == ["pending", "running", "pending", "pending"]
     reasons = [s.queue and s.queue.reason for s in found]
-    assert reasons == ["Priority", None, "its job is running; this run has not begun", "BeginTime"]
+    assert reasons == ["Priority", None, "in a running job", "BeginTime"]
     assert [s.queue and s.queue.job_id for s in found] == ["5_0", "5_1", "5_1", "5_2"]
     assert {s.run_id for s in standings(store)} == {spec.id for spec in SPECS[:4]}  # also those without a folder
     assert standings(store, [SPECS[0].id])[0].state.spec == SPECS[0].to_json()
