@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import pwd
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -102,10 +102,19 @@ def submission_folders(root: Path) -> list[Path]:
     return sorted(Path(entry.path) for entry in os.scandir(queue) if entry.is_dir() and entry.name[0] != ".")
 
 
-def read_submissions(root: Path) -> Iterator[Submission]:
-    """The submissions below results folder `root`, oldest first. InputError names a damaged file."""
+def read_submissions(root: Path, tell: Callable[[str], None] | None = None) -> Iterator[Submission]:
+    """The submissions below results folder `root`, oldest first.
+
+    InputError names a damaged file; with `tell` it is told instead, and its submission left out.
+    """
     for folder in submission_folders(root):
-        submission = read_submission(folder)
+        try:
+            submission = read_submission(folder)
+        except InputError as error:
+            if tell is None:
+                raise
+            tell(f"{error.problems[0]}; what is submitted there is not known")
+            continue
         if submission is not None:
             yield submission
 

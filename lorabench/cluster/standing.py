@@ -75,7 +75,7 @@ def standings(
     Raises slurm.Unreachable where squeue does not answer; with `tell` it is told instead, and what cannot be known
     stays as the store has it.
     """
-    submissions = list(read_submissions(store.root))
+    submissions = list(read_submissions(store.root, tell))
     places = _places(submissions)
     states = _states(store, submissions, runs)
     placed = [state for state in states if state.run_id in places]

@@ -58,7 +58,8 @@ def test_what_waits_and_runs_is_queued_with_the_reason(
     ("name", "state"),
     [
         ("done_1", "COMPLETED"), ("failed", "FAILED"), ("killed", "FAILED"), ("timeout", "TIMEOUT"),
-        ("cancelled", "CANCELLED"), ("node_fail", "NODE_FAIL"), ("requeued", "COMPLETED"), ("all_cancelled_4", "CANCELLED"),
+        ("cancelled", "CANCELLED"), ("node_fail", "NODE_FAIL"), ("requeued", "COMPLETED"),
+        ("all_cancelled_4", "CANCELLED"),
     ],
 )  # fmt: skip
 def test_the_accounting_and_the_queue_tell_the_same_end(name: str, state: str, slurm_commands: FakeSlurm) -> None:
@@ -73,7 +74,8 @@ def test_exit_codes_and_whether_a_job_ever_ran(slurm_commands: FakeSlurm) -> Non
     names = ("failed", "killed", "cancelled", "all_cancelled")
     elements = [JOBS[name] + "_0" * (name == "all_cancelled") for name in names]
     failed, killed, cancelled, never = ended(slurm_commands, *elements).values()
-    assert (failed.exit_code, killed.exit_code, failed.began) == (3, 9, True)  # of a signal, srun makes an exit code
+    assert (failed.exit_code, failed.signal, failed.began) == (3, 0, True)
+    assert (killed.exit_code, killed.signal, killed.began) == (0, 9, True)
     assert cancelled.began and not never.began
     assert failed.nodes in ("n1", "n2") and failed.end and never.nodes is None
 
