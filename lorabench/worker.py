@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench import forks
+from lorabench.distributed import Place, RankFailed, Sharding
 from lorabench.forks import redirect, when_parent_ends
 from lorabench.machine import has_gpu_driver
 from lorabench.record import Store
@@ -47,6 +48,9 @@ class Settings:
     device: str = "auto"
     checkpoint_seconds: float = 60
     timeout_seconds: float | None = None
+    place: Place = Place()
+    """Among the processes that compute the run together."""
+    sharding: Sharding = "auto"
 
 
 Target = Callable[[RunSpec, Store, Settings], Any]
