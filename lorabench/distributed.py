@@ -50,14 +50,11 @@ class Place:
     @classmethod
     def from_environment(cls) -> Place:
         """By RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, as torchrun and submitit set them; alone without."""
-        read = lambda name, default: int(os.environ.get(name, default))  # noqa: E731
-        size = read("WORLD_SIZE", 1)
-        return cls(
-            rank=read("RANK", 0),
-            size=size,
-            local_rank=read("LOCAL_RANK", read("RANK", 0)),
-            local_size=read("LOCAL_WORLD_SIZE", size),
-        )
+        given = {key: int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+                 if key in os.environ}  # fmt: skip
+        rank, size = given.get("RANK", 0), given.get("WORLD_SIZE", 1)
+        local_rank, local_size = given.get("LOCAL_RANK", rank), given.get("LOCAL_WORLD_SIZE", size)
+        return cls(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
 
 
 class RankFailed(Exception):
@@ -246,7 +243,7 @@ class Gradients:
             self._used = [p for p, flag in zip(self.parameters, flags, strict=True) if flag]
         for p in self._used:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for bucket in _buckets([p.grad for p in self._used]):
+        for bucket in _buckets(p.grad for p in self._used if p.grad is not None):
             flat = _flatten_dense_tensors(bucket)
             torch.distributed.all_reduce(flat)
             for gradient, summed in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,7 @@ class Options:
     """End with status `timeout` after so long; the checkpoint stays."""
     log_to_file: bool = True
     """Send stdout and stderr to the run's log.txt."""
-    place: Place = Place()
+    place: Place = field(default_factory=Place)
     """Among the processes that compute the run together; each of them calls `execute`."""
     sharding: Sharding = "auto"
 

@@ -25,6 +25,7 @@ from lorabench.distributed import ALONE, Gradients, World, whole
 from lorabench.examples import RETAIN, Batch, Examples, Order, collate
 from lorabench.spec import RunSpec
 from lorabench.steps import StepLog
+from lorabench.task import Example
 
 CPU = torch.device("cpu")  # where batches are made and counted: to count on a GPU would wait for it
 FLUSH_EVERY = 10
@@ -197,13 +198,8 @@ def train(training: Training, examples: Examples, log: StepLog, stop: Stop, save
             raise
         batch = [examples.splits["train"][i] for i in world.share(order.indices(training.task_step))]
         parts = [collate(batch[i : i + micro], examples.padding, CPU) for i in range(0, len(batch), micro)]
-        count, tokens, padded = world.sum(
-            [
-                sum(task.count(part) for part in parts),
-                sum(len(example["input_ids"]) for example in batch),
-                sum(part["input_ids"].numel() for part in parts),
-            ]
-        )
+        own = [task.count(part) for part in parts], map(example_length, batch), map(batch_length, parts)
+        count, tokens, padded = map(int, world.sum([sum(each) for each in own]))
         lr_share = schedule(spec, training.task_step)
         for group in training.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_share
@@ -237,6 +233,15 @@ def train(training: Training, examples: Examples, log: StepLog, stop: Stop, save
         if world.any(log.checkpoint_due()):
             flush(training, pending, log, hold)
             saves.checkpoint()
+
+
+def example_length(example: Example) -> int:
+    return len(example["input_ids"])
+
+
+def batch_length(batch: Batch) -> int:
+    """Padding included."""
+    return batch["input_ids"].numel()
 
 
 def evaluation_due(training: Training) -> bool:
