@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorabench.claim import current_claim, take
-from lorabench.decode import InputError
-from lorabench.record import RunRecord, RunState, Status, Store
+from lorabench.record import RunState, Status, Store
+from lorabench.settle import settle
 from lorabench.spec import RunSpec
 
 
@@ -74,21 +72,11 @@ def common_cause(endings: Sequence[Ending]) -> tuple[Status, str]:
 
 def write_ending(store: Store, spec: RunSpec, status: Status, error: str) -> RunState:
     """Write the record that a run could not write itself, unless another worker has it by now."""
-    record = RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, error=error)
     try:
-        claim = current_claim(store.folder(spec.id))
-        hold = take(store.folder(spec.id))
-        if hold is None:
-            return store.state(spec.id, spec)
-        with hold:
-            hold.progress |= claim.progress if claim else {}
-            with contextlib.suppress(InputError):
-                record = replace(store.read(spec.id) or record, status=status, error=error)
-            record.finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            store.write(record)
+        return settle(store, store.state(spec.id, spec), status, error)
     except OSError as problem:
-        record.error = f"{error} (and its record could not be written: {problem.strerror})"
-    return RunState(run_id=spec.id, status=status, spec=record.spec, record=record, error=record.error)
+        error = f"{error} (and its record could not be written: {problem.strerror})"
+    return RunState(run_id=spec.id, status=status, spec=spec.to_json(), error=error)
 
 
 def record_stamp(store: Store, spec: RunSpec) -> int | None:

@@ -62,6 +62,8 @@ class Options:
     checkpoint_seconds: float = 60.0
     timeout_seconds: float | None = None
     """End with status `timeout` after so long; the checkpoint stays."""
+    job: str | None = None
+    """The cluster's id of the job; it stands in the claim."""
     log_to_file: bool = True
     """Send stdout and stderr to the run's log.txt."""
     place: Place = field(default_factory=Place)
@@ -76,7 +78,7 @@ def execute(spec: RunSpec, store: Store, options: Options) -> Status:
     failed: whoever has started them knows of all, and says in the record what it was.
     """
     place, meeting = options.place, meet(options.place)
-    hold = _take(spec, store) if place.rank == 0 else Followed()
+    hold = _take(spec, store, options) if place.rank == 0 else Followed()
     word = told(place, meeting, lambda: str(Status.MISSING if isinstance(hold, Hold) else hold))
     if not isinstance(hold, Hold) or word != Status.MISSING:
         return Status(word)
@@ -84,12 +86,12 @@ def execute(spec: RunSpec, store: Store, options: Options) -> Status:
         return _attempt(spec, store, options, hold, meeting)
 
 
-def _take(spec: RunSpec, store: Store) -> Hold | Status:
+def _take(spec: RunSpec, store: Store, options: Options) -> Hold | Status:
     """The claim on the run, or how it stands where there is nothing to do: done, or running elsewhere."""
     store.write_spec(spec)
     if store.state(spec.id).status == Status.DONE:
         return Status.DONE
-    hold = claim.take(store.folder(spec.id))
+    hold = claim.take(store.folder(spec.id), {"job": options.job} if options.job else None)
     if hold is None:
         return Status.RUNNING
     if store.state(spec.id).status == Status.DONE:  # finished between the look and the claim

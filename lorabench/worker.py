@@ -51,6 +51,8 @@ class Settings:
     device: str = "auto"
     checkpoint_seconds: float = 60
     timeout_seconds: float | None = None
+    job: str | None = None
+    """The cluster's id of the job that the run is computed in."""
     place: Place = field(default_factory=Place)
     """Among the processes that compute the run together."""
     sharding: Sharding = "auto"
