@@ -55,6 +55,8 @@ class Profile:
     """What runs compute on (None: cuda with GPUs, else cpu). `auto` would quietly take a CPU where a GPU is broken."""
     ranks_per_node: Annotated[int, Ge(1), Le(64)] | None = None
     """Processes on each node that train one run together (None: one for each GPU)."""
+    sharding: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Of several ranks: whether each holds the whole model, or a part (`auto`: a part where the base is trained)."""
     cpus: Annotated[int, Ge(1), Le(4096)] = 4
     """Cores of each rank."""
     mem_gib: Annotated[float, Gt(0), Le(65536)] | None = None

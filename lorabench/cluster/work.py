@@ -63,6 +63,8 @@ class Work:
             raise InputError(f"{self.submission}: its plan is gone")
         profile: Profile = decode(Profile, submission.profile)
         outcome = compute(store, submission, profile, self.number, job_id)
+        if outcome is None:
+            return {}
         if outcome.signal:
             ending = Ending(store=store, profile=profile, job_id=job_id, began=began)
             if ending.is_to_be_queued_again(outcome):
@@ -82,21 +84,35 @@ class Work:
         return DelayedSubmission(self)
 
 
-def compute(store: Store, submission: Submission, profile: Profile, number: int, job_id: str) -> Outcome:
-    """Launch the runs of job `number` that are not settled since they were submitted."""
+def compute(store: Store, submission: Submission, profile: Profile, number: int, job_id: str) -> Outcome | None:
+    """Launch the runs of job `number` that are not settled since they were submitted.
+
+    Of several tasks, which compute each run together, the first one launches; None on the others.
+    """
     run_ids = [run_id for run_id in submission.jobs[number] if not store.cancel_marker(run_id).exists()]
     specs = [RunSpec.from_json(submission.specs[run_id]) for run_id in run_ids]
     device = profile.run_device
     pool = Pool(
         workers=profile.cells_at_once,
         gpus=visible_gpus(device),
-        settings=Settings(device=device, checkpoint_seconds=profile.checkpoint_seconds, job=job_id),
+        settings=Settings(
+            device=device, checkpoint_seconds=profile.checkpoint_seconds, job=job_id, sharding=profile.sharding
+        ),
         again=frozenset(id for id, claim in submission.retry.items() if _claims(store.folder(id)) == claim),
         check=False,
         patience_seconds=max(1.0, profile.signal_seconds - MARGIN_SECONDS),
         server_log=submission.submitit / f"{job_id}_server.log",
     )
-    return launch(Sweep(name=f"job {job_id}", text="", runs=tuple(specs)), store, pool)
+    sweep = Sweep(name=f"job {job_id}", text="", runs=tuple(specs))
+    if profile.world_size == 1:
+        return launch(sweep, store, pool)
+    from submitit.helpers import TorchDistributedEnvironment
+
+    from lorabench.distributed import Place
+    from lorabench.team import launch_together
+
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    return launch_together(sweep, store, pool, Place.from_environment())
 
 
 def _claims(folder: Path) -> int:

@@ -1,6 +1,7 @@
 """Packing against what it promises, for any grid; and against a simulation of workers that become free."""
 
 import heapq
+import itertools
 
 import pytest
 from hypothesis import given
@@ -58,7 +59,7 @@ def test_no_job_of_several_runs_takes_longer_than_its_time_limit(found: list[Cel
 @given(cells(), limits())
 def test_a_job_is_closed_only_when_the_next_run_would_not_fit(found: list[Cell], bound: Limits) -> None:
     jobs = pack(found, bound)
-    for job, after in zip(jobs, jobs[1:], strict=False):
+    for job, after in itertools.pairwise(jobs):
         if job[0].kind == after[0].kind:
             times = [cell.seconds for cell in [*job, after[0]]]
             most = bound.seconds if bound.cells else min(bound.seconds, bound.target_seconds)

@@ -32,7 +32,7 @@ def problems(text: str, tmp_path: Path, **changes: object) -> list[str]:
         ("signal_seconds = 60\nminutes = 1", "signal_seconds = 60: must be less than the job's 1 min"),
         ("gpus = 2\nranks_per_node = 4", "ranks_per_node = 4: must be at most gpus = 2"),
         ('gpus = 0\ngpu_type = "a100"', 'gpu_type = "a100": there are none, with gpus = 0'),
-        ("gpus = 2\ncells_at_once = 2", "cells_at_once = 2: must be 1 where a run takes 2 ranks: set ranks_per_node = 1"),
+        ("gpus = 2\ncells_at_once = 2", "cells_at_once = 2: must be 1 where a run takes 2 ranks"),
         ('kind = "local"\npartition = "gpu"', 'partition = "gpu": only kind = "slurm" has it'),
         ('kind = "local"\nnodes = 2', 'nodes = 2: must be 1 with kind = "local"'),
         ('extra.mem = "4G"', 'extra.mem = "4G": use mem_gib'),
