@@ -53,11 +53,6 @@ def run_log(store: Store, run_id: str) -> Path:
     return store.folder(run_id) / "log.txt"
 
 
-def job_logs(submission: Submission, job_id: str) -> list[Path]:
-    """What submitit keeps of a job's stdout and stderr, of each of its tasks."""
-    return sorted(submission.submitit.glob(f"{job_id}_*_log.*"))
-
-
 def last_lines(file: Path, count: int) -> list[str]:
     """The last lines of a file, without their ends; none where there is no such file."""
     text = b""

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lorabench.cluster.standing import Standing
-from lorabench.logs import job_logs, last_lines, run_log
+from lorabench.logs import last_lines, run_log
 from lorabench.record import FAILURES, Status, Store
 from lorabench.spec import brief, flatten, swept_keys
 from lorabench.terminal import count_statuses, duration, text_table
@@ -74,7 +74,7 @@ def error_lines(store: Store, standing: Standing) -> list[str]:
         return []
     files = [run_log(store, standing.run_id)]
     if standing.place and standing.queue and standing.queue.job_id:
-        files += job_logs(standing.place.submission, standing.queue.job_id)  # stderr comes before stdout
+        files += standing.place.submission.job_logs(standing.queue.job_id)
     for file in files:
         lines = [line for line in last_lines(file, 4 * NUM_LINES) if line.strip()]
         if lines:

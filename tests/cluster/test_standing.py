@@ -150,6 +150,22 @@ def test_a_cluster_without_accounting_says_what_it_cannot_know(store: Store, slu
     assert gone.state.error == "its job 5_1 is gone; why is not known: this cluster keeps no accounting"
 
 
+def test_a_kill_for_memory_is_read_in_the_job_s_log_where_nobody_else_tells(
+    store: Store, slurm_commands: FakeSlurm
+) -> None:
+    """SLURM writes it there; without accounting the job itself has merely FAILED."""
+    folder = submitted(store.root, [[SPECS[0], SPECS[1]], [SPECS[2]]], ["5"])
+    (folder / "submitit").mkdir()
+    said = "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0. Some of the step tasks have been OOM Killed.\n"
+    (folder / "submitit" / "5_0_0_log.err").write_text("x\n" * 100 + said)
+    (folder / "submitit" / "5_1_0_log.err").write_text("no oom kill event\n")
+    slurm_commands.no_accounting()
+    died(store, SPECS[0], "5_0")
+    died(store, SPECS[2], "5_1")
+    assert [s.status for s in stand(store, *SPECS[:3])] == ["oom", "lost", "lost"]
+    assert store.read(SPECS[0].id).status == Status.OOM
+
+
 def test_an_accounting_that_lags_behind_does_not_outdo_the_queue(store: Store, slurm_commands: FakeSlurm) -> None:
     submitted(store.root, [[SPECS[0]]], ["5"])
     died(store, SPECS[0], "5")
