@@ -122,11 +122,13 @@ def _columns(standing: Standing, flat: dict[str, Any], swept: list[str]) -> dict
 
 
 def reason(standing: Standing) -> str | None:
-    """Why a run waits, or that nothing is known of its job; else what its error is, if it has one."""
-    queue = standing.queue
-    if queue and (standing.status == Status.PENDING or (queue.state is None and standing.status not in BAD)):
-        return queue.reason or (queue.state or "").lower() or standing.state.error
-    return None if standing.status == Status.RUNNING else standing.state.error
+    """Why a run waits; else what its error is, or why nothing is known of its job."""
+    queue, error = standing.queue, standing.state.error
+    if queue is None or standing.status == Status.RUNNING:
+        return None if standing.status == Status.RUNNING else error
+    if standing.status == Status.PENDING:
+        return queue.reason or (queue.state or "").lower()
+    return error or (queue.reason if queue.state is None else None)
 
 
 def _settings_table(standings: Sequence[Standing], flats: list[dict[str, Any]], swept: list[str]) -> str:
