@@ -151,6 +151,10 @@ class World:
             torch.distributed.destroy_process_group()
         return World()
 
+    def spread(self, choice: Literal["ddp", "fsdp"]) -> World:
+        """The same ranks, with the model shared out over them if one of them has chosen so."""
+        return replace(self, sharding="fsdp" if self.any(choice == "fsdp") else "ddp")
+
     def describe(self) -> dict[str, Any]:
         """For the record's environment."""
         return {"ranks": self.size, "nodes": self.place.num_nodes, "sharding": self.sharding}
@@ -283,7 +287,3 @@ def is_peer_loss(error: BaseException) -> bool:
     kinds = (dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError)
     words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL", "Timed out waiting")
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
-
-
-def with_sharding(world: World, sharding: Literal["ddp", "fsdp"]) -> World:
-    return world if world.size == 1 else replace(world, sharding=sharding)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorabench import claim, environment, model, ranks, sequence, serving
+from lorabench import claim, environment, model, ranks, sequence, serving, sharding
 from lorabench import meter as meters
 from lorabench.claim import Followed, Hold, Lost
 from lorabench.decode import InputError, encode
@@ -27,6 +27,7 @@ from lorabench.distributed import (
     Place,
     RankFailed,
     Sharding,
+    World,
     is_peer_loss,
     joined,
     local_device,
@@ -148,29 +149,24 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     if device.type == "cuda":
         torch.cuda.set_device(device)
     hold.progress |= {"phase": "load", "step": 0, "steps": spec.total_steps}
-    record.environment = environment.describe(device) | world.describe()
+    record.environment = environment.describe(device)
     meter = meters.Meter(device, spec.total_steps)
     with meter.clock("load"):
         stages = prepare_stages(spec)
-        examples = stages[0]
+        options_of_model = stages[0].model_options
         meter.set_baseline()
-        with meter.phase("load"):
-            base = seeded_base(spec, examples, device)
-    model.check_length(spec, model.max_length(base))
-    record.environment |= model.fingerprint(spec) | _data(stages)
-    num_base = _count(base)
-    torch.manual_seed(method_seed(spec))
-    tuned = spec.method.attach(base, spec)
-    if spec.gradient_checkpointing:
-        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    record.measures |= _counts(tuned, num_base, stages)
+    if world.size > 1:
+        stop.world = world = world.spread(sharding.choose(spec, options.sharding, device, options_of_model))
+    tuned, counts = sharding.in_turn(world, lambda: _load_tuned(spec, stages, meter, world))
+    record.environment |= world.describe() | model.fingerprint(spec) | _data(stages)
+    record.measures |= counts
     content: dict[str, Any] = {key: record.environment.get(key) for key in ("model_commit", "model_sha256", "data")}
     training = Training(spec, tuned, make_optimizer(spec, tuned), meter, world, content=content)
     _seed_rank(training)
     if world.from_first(checkpoint.exists):
         record.resumed_from_step = _resume(training, checkpoint)
     if not training.rows:
-        _evaluate_base(training, stages, lambda: seeded_base(spec, examples, device), stop, hold)
+        _evaluate_base(training, stages, base_loader(training, stages), stop, hold)
         _seed_rank(training)
     if world.is_first:
         drop_unknown(folder, training.snapshots, hold)
@@ -180,16 +176,45 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
         raise Diverged(f"step {training.step}: trained weights are not finite")
     hold.progress["phase"] = "save"
     if spec.keep != "none":
-        load_base = partial(seeded_base, spec, examples, device)
+        load_base = base_loader(training, stages)
         record.files = write_update(training, load_base, folder, "updates", hold) | training.snapshots
     _fill(record, training, folder)
     stop.world = world.leave()
-    if spec.serving and world.is_first:
+    if spec.serving and world.is_sharded:
+        record.provenance["serving"] = "not measured: no process has the whole model (fsdp)"
+    elif spec.serving and world.is_first:
         _write_unserved(record, store, hold)
         hold.progress["phase"] = "serve"
         with meter.clock("serve"):
             _serve(record, training, stages, folder, stop)
         record.measures |= meter.wall_time()
+
+
+def _load_tuned(
+    spec: RunSpec, stages: list[Examples], meter: meters.Meter, world: World
+) -> tuple[nn.Module, dict[str, float]]:
+    """The base with the method attached, and its counts."""
+    with meter.clock("load"), meter.phase("load"):
+        base = seeded_base(spec, stages[0], sharding.loads_on(world, meter.device))
+    model.check_length(spec, model.max_length(base))
+    num_base = _count(base)
+    torch.manual_seed(method_seed(spec))
+    tuned = spec.method.attach(base, spec)
+    if spec.gradient_checkpointing:
+        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    counts = _counts(tuned, num_base, stages)
+    return sharding.shard(tuned, world, meter.device, spec.method.trains_base), counts
+
+
+def base_loader(training: Training, stages: list[Examples]) -> Callable[[], nn.Module]:
+    """Loads the untouched base, shared out over the ranks where the tuned model is."""
+    world, device = training.world, training.meter.device
+
+    def load() -> nn.Module:
+        base = seeded_base(training.spec, stages[0], sharding.loads_on(world, device))
+        return sharding.shard(base, world, device, trains_base=True)
+
+    return partial(sharding.in_turn, world, load)
 
 
 def checkpoint_file(folder: Path) -> Path:
@@ -221,8 +246,7 @@ def _train_and_evaluate(
         training.save(checkpoint_file(folder))
 
     def snapshot() -> None:
-        load_base = partial(seeded_base, training.spec, stages[0], meter.device)
-        keep_snapshot(training, load_base, folder, hold)
+        keep_snapshot(training, base_loader(training, stages), folder, hold)
 
     @contextlib.contextmanager
     def evaluating() -> Iterator[None]:
@@ -306,7 +330,7 @@ def _serve(record: RunRecord, training: Training, stages: list[Examples], folder
     subject = serving.Subject(
         spec=spec,
         model=training.model,
-        load_base=lambda: seeded_base(spec, stages[0], device),
+        load_base=base_loader(training, stages),
         examples=stages[-1],
         folder=folder / "updates",
         device=device,
