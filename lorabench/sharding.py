@@ -78,7 +78,7 @@ def shard(model: nn.Module, world: World, device: torch.device, trains_base: boo
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     mesh = init_device_mesh(device.type, (world.size,))
-    kept = set() if trains_base else {p for p in model.parameters() if p.requires_grad}
+    kept = set() if trains_base else {p for p in model.parameters() if p.requires_grad or p.numel() == 1}
     for module in [*blocks(model), model]:
         fully_shard(module, mesh=mesh, ignored_params=kept)
     for module in model.modules():

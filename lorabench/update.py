@@ -88,23 +88,23 @@ def stream_updates(updates: Iterable[Update], folder: Path) -> None:
     spool.unlink()
 
 
-_DTYPES = {"float64": ("F64", 8), "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
-"""Of safetensors: its name, and bytes of an element; the file has the wider ones first."""
+_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""Of safetensors, in the order in which its files have the tensors."""
 
 
 def _spooled(tensor: Tensor, file: Any) -> dict[str, Any]:
     import torch
 
-    dtype, width = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
-    begin = file.tell()
+    dtype, begin = _DTYPES[str(tensor.dtype).removeprefix("torch.")], file.tell()
     file.write(tensor.contiguous().view(torch.uint8).numpy())
-    return {"dtype": dtype, "shape": [*tensor.shape], "width": width, "begin": begin, "bytes": tensor.nbytes}
+    return {"dtype": dtype, "shape": [*tensor.shape], "begin": begin, "bytes": tensor.nbytes}
 
 
 def _assemble(entries: dict[str, dict[str, Any]], metadata: dict[str, str], spool: Path, file: Path) -> None:
     """A safetensors file of what was spooled, in the order in which that library writes it."""
     header: dict[str, Any] = {"__metadata__": metadata}
-    names = sorted(entries, key=lambda name: (-entries[name]["width"], name))
+    order = [*_DTYPES.values()]
+    names = sorted(entries, key=lambda name: (order.index(entries[name]["dtype"]), name))
     end = 0
     for name in names:
         begin, end = end, end + entries[name]["bytes"]
