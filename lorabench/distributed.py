@@ -147,7 +147,7 @@ class World:
         if self.size > 1:
             import torch
 
-            torch.distributed.barrier()
+            self.any(False)
             torch.distributed.destroy_process_group()
         return World()
 
@@ -213,13 +213,13 @@ def told(place: Place, store: Any, make: Callable[[], str]) -> str:
     return store.get("told").decode()
 
 
-def local_device(place: Place, name: str) -> str:
+def own_device(place: Place, device: torch.device) -> torch.device:
     """The device of a rank: of several GPUs that it sees, the one of its place on its machine."""
     import torch
 
-    if name != "cuda" or place.size == 1:
-        return name
-    return f"cuda:{place.local_rank % max(1, torch.cuda.device_count())}"
+    if device.type != "cuda" or device.index is not None or place.size == 1:
+        return device
+    return torch.device("cuda", place.local_rank % torch.cuda.device_count())
 
 
 def log_name(rank: int) -> str:

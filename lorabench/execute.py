@@ -29,11 +29,12 @@ from lorabench.distributed import (
     Sharding,
     World,
     is_peer_loss,
+    is_sharded,
     joined,
-    local_device,
     local_part,
     log_name,
     meet,
+    own_device,
     told,
 )
 from lorabench.examples import Examples, prepare_stages
@@ -111,7 +112,7 @@ def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold, meeting:
     deadline = time.monotonic() + options.timeout_seconds if options.timeout_seconds else None
     stop = Stop(deadline=deadline)
     try:
-        device = pick_device(local_device(place, options.device))
+        device = _use_device(options)
         with stop_on_signals(stop), joined(place, meeting, device) as stop.world:
             _run(spec, store, options, hold, record, stop)
         record.status = Status.DONE
@@ -144,10 +145,8 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     """Load, evaluate, train, evaluate, save: fills `record`."""
     folder, world = store.folder(spec.id), stop.world
     checkpoint = checkpoint_file(folder)
-    device = pick_device(local_device(world.place, options.device))
+    device = _use_device(options)
     torch.set_num_threads(spec.threads)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     hold.progress |= {"phase": "load", "step": 0, "steps": spec.total_steps}
     record.environment = environment.describe(device)
     meter = meters.Meter(device, spec.total_steps)
@@ -171,9 +170,7 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     if world.is_first:
         drop_unknown(folder, training.snapshots, hold)
     _train_and_evaluate(training, stages, options, stop, hold, folder)
-    parts = map(local_part, spec.method.trained_state(tuned).values())
-    if world.any(not all(tensor.isfinite().all() for tensor in parts)):
-        raise Diverged(f"step {training.step}: trained weights are not finite")
+    _check_weights(training)
     hold.progress["phase"] = "save"
     if spec.keep != "none":
         load_base = base_loader(training, stages)
@@ -385,6 +382,22 @@ def method_seed(spec: RunSpec, **also: int) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
 
 
+def _check_weights(training: Training) -> None:
+    """Raises Diverged where trained weights are not finite, and RuntimeError where ranks differ in what all hold."""
+    world, trained = training.world, training.spec.method.trained_state(training.model)
+    if world.any(not all(local_part(tensor).isfinite().all() for tensor in trained.values())):
+        raise Diverged(f"step {training.step}: trained weights are not finite")
+    if world.size > 1:
+        content = hashlib.sha256()
+        for tensor in trained.values():
+            if not is_sharded(tensor):
+                content.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+        digests = world.gather(content.digest())
+        strange = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if strange:
+            raise RuntimeError(f"the ranks have drifted apart: {strange} hold other trained weights than rank 0")
+
+
 def _seed_rank(training: Training) -> None:
     """Dropout of its own for each rank but the first, which goes on as one process would."""
     if not training.world.is_first:
@@ -420,6 +433,14 @@ def _count(module: nn.Module) -> int:
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+
+
+def _use_device(options: Options) -> torch.device:
+    """This process's device, made the current one."""
+    device = own_device(options.place, pick_device(options.device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_device(name: str) -> torch.device:

@@ -297,6 +297,21 @@ def test_the_kernel_s_kill_of_any_rank_is_out_of_memory(specs, tmp_path, monkeyp
     assert (record.status, record.error) == (Status.OOM, "rank 1: killed by the kernel: out of memory")
 
 
+def drifting(spec: RunSpec, store: Store, settings: Settings) -> None:
+    """Rank 1 changes its weights by itself, as no run should."""
+
+    def noise() -> None:
+        torch.optim.AdamW.step = lambda self: None
+
+    at_step(3, settings.place.rank == 1, noise)
+    execute_run(spec, store, settings)
+
+
+def test_ranks_that_have_drifted_apart_give_no_result(specs, tmp_path):
+    (record,) = run(tmp_path, 2, specs["lora"], target=drifting)
+    assert record.status == Status.FAILED and "drifted apart: [1]" in record.error and record.files == {}
+
+
 def test_what_is_wrong_on_all_ranks_is_said_once(tmp_path):
     (record,) = run(tmp_path, 2, make_spec(seq_len=1024))
     assert record.status == Status.FAILED and record.error.startswith("seq_len = 1024: must be at most 512")
