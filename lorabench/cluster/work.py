@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,6 +21,7 @@ from lorabench.cluster import slurm
 from lorabench.cluster.profile import Profile, requeue_file
 from lorabench.cluster.queue import Submission, read_submission
 from lorabench.decode import InputError, decode
+from lorabench.distributed import Place
 from lorabench.launch import Outcome, Pool, launch
 from lorabench.machine import visible_gpus
 from lorabench.record import FAILURES, Status, Store, read_json, write_json
@@ -108,11 +110,22 @@ def compute(store: Store, submission: Submission, profile: Profile, number: int,
         return launch(sweep, store, pool)
     from submitit.helpers import TorchDistributedEnvironment
 
-    from lorabench.distributed import Place
     from lorabench.team import launch_together
 
-    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    meeting = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    os.environ["MASTER_ADDR"] = _address(meeting.master_addr, profile.nodes)
     return launch_together(sweep, store, pool, Place.from_environment())
+
+
+def _address(host: str, num_nodes: int) -> str:
+    """Where the first node's processes are to be reached."""
+    if num_nodes == 1:
+        return "127.0.0.1"
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return slurm.node_address(host)  # a name that only SLURM knows
+    return host
 
 
 def _claims(folder: Path) -> int:
