@@ -231,6 +231,8 @@ class _Launch:
             state = self.store.state(spec.id, spec)
             if state.status == Status.RUNNING:
                 self.elsewhere.append(spec)
+            elif self.store.cancel_marker(spec.id).exists():
+                self._settle(replace(state, status=Status.CANCELLED, error="not begun: cancelled"))
             elif state.status == Status.DONE or (state.status in REPEATABLE and spec.id not in self.retrying):
                 self._settle(state)  # another worker was faster
             else:

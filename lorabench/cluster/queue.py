@@ -1,8 +1,9 @@
 """What was submitted, and in which job: `results/queue/<submission>/`.
 
-    plan.json   written whole before anything is submitted: the runs, and which job each is in
-    jobs.json   rewritten whole after each array that the cluster has taken
-    submitit/   submitit's own files: scripts, pickles, the jobs' stdout and stderr
+    plan.json        written whole before anything is submitted: the runs, and which job each is in
+    jobs.json        rewritten whole after each array that the cluster has taken
+    cancelled.json   the jobs that `lorabench cancel` has cancelled
+    submitit/        submitit's own files: scripts, pickles, the jobs' stdout and stderr
 
 Job k of a plan is element k - first of the array that begins at job `first`: SLURM's `<job_id>_<k - first>`, or
 `<job_id>` itself where the array is of one job.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import os
 import pwd
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.decode import InputError
-from lorabench.record import read_json
+from lorabench.record import read_json, write_json
 
+CANCELLED_FILE = "cancelled.json"
 COMMENT = "lorabench:"
 """With a submission's name behind it, the comment of its jobs."""
 
@@ -69,11 +71,17 @@ class Submission:
     """Whether all arrays were submitted and their ids written."""
     retry: dict[str, int]
     """Of each run that had ended badly, the number of its last claim: its job repeats it while that is the last."""
+    cancelled: frozenset[int] = frozenset()
+    """Jobs that `lorabench cancel` has cancelled: SLURM forgets those that had not begun."""
 
     @property
     def submitit(self) -> Path:
         """submitit's own folder: pickles, scripts, and what the jobs print."""
         return self.folder / "submitit"
+
+    def job_logs(self, job_id: str) -> list[Path]:
+        """What a job has printed, of each of its tasks: stderr, then stdout."""
+        return sorted(self.submitit.glob(f"{job_id}_*_log.*"))
 
     @cached_property
     def job_ids(self) -> list[str | None]:
@@ -98,10 +106,19 @@ def submission_folders(root: Path) -> list[Path]:
     return sorted(Path(entry.path) for entry in os.scandir(queue) if entry.is_dir() and entry.name[0] != ".")
 
 
-def read_submissions(root: Path) -> Iterator[Submission]:
-    """The submissions below results folder `root`, oldest first. InputError names a damaged file."""
+def read_submissions(root: Path, tell: Callable[[str], None] | None = None) -> Iterator[Submission]:
+    """The submissions below results folder `root`, oldest first.
+
+    InputError names a damaged file; with `tell` it is told instead, and its submission left out.
+    """
     for folder in submission_folders(root):
-        submission = read_submission(folder)
+        try:
+            submission = read_submission(folder)
+        except InputError as error:
+            if tell is None:
+                raise
+            tell(f"{error.problems[0]}; what is submitted there is not known")
+            continue
         if submission is not None:
             yield submission
 
@@ -123,6 +140,7 @@ def read_submission(folder: Path) -> Submission | None:
             user=plan.get("user") or user_name((folder / "plan.json").stat().st_uid),
             slurm_cluster=plan.get("slurm_cluster"),
             complete=bool(jobs.get("complete", False)),
+            cancelled=frozenset((read_json(folder / CANCELLED_FILE) or {}).get("jobs", [])),
             retry=plan.get("retry", {}),
             **{key: plan[key] for key in ("sweep", "cluster", "kind", "submitted", "host", "profile", "specs")},
         )
@@ -130,6 +148,13 @@ def read_submission(folder: Path) -> Submission | None:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(f"{folder}: plan.json and jobs.json cannot be read: {error!r}") from None
     return submission
+
+
+def note_cancelled(submission: Submission, jobs: Iterable[int]) -> None:
+    """Keep it with the submission that these of its jobs were cancelled."""
+    file = submission.folder / CANCELLED_FILE
+    before = (read_json(file) or {}).get("jobs", [])
+    write_json(file, {"jobs": sorted({*before, *jobs})})
 
 
 def user_name(number: int | None = None) -> str:

@@ -108,7 +108,9 @@ def list_ended(job_ids: Iterable[str]) -> dict[str, Ended] | None:
         text = _call([*SACCT, f"--jobs={','.join(batch)}"], none_if=_NO_ACCOUNTING)
         if text is None:
             return None
-        found |= {ended.id: ended for ended in parse_ended(text) if ended.id in wanted}
+        for ended in parse_ended(text):
+            if ended.id in wanted and not (ended.id in found and ended.state == "PENDING"):
+                found[ended.id] = ended  # a started element may for a while be among those that wait, too
     return found
 
 
@@ -160,6 +162,13 @@ def job_details(job_id: str) -> dict[str, str]:
     """What SLURM knows of a job by its plain number: JobState, Reason, EndTime, PreemptTime, … Raises Unreachable."""
     text = _call(["scontrol", "--oneliner", "show", "job", job_id]) or ""
     return {key: value for key, mark, value in (part.partition("=") for part in text.split()) if mark}
+
+
+def node_address(name: str) -> str:
+    """Where a node is to be reached, which need not be its name. Raises Unreachable."""
+    text = _call(["scontrol", "--oneliner", "show", "node", name]) or ""
+    found = re.search(r"\bNodeAddr=(\S+)", text)
+    return found[1] if found else name
 
 
 def max_array_size() -> int:
