@@ -71,7 +71,7 @@ def make_plan(sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | 
     """
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
     counts = _count_all(sweep)
-    history = History(store, {spec.model for spec in sweep.runs}, device, gpu)
+    history = History(store, sweep.runs, device, gpu)
     runs = []
     for spec, state in zip(sweep.runs, store.states(list(sweep.runs)), strict=True):
         done = state.status == Status.DONE
@@ -226,7 +226,7 @@ def formula(spec: RunSpec, counts: Counts, device: torch.device, gpu: str | None
 
 
 def updates_bytes(spec: RunSpec, counts: Counts) -> float:
-    """About what a run keeps of ΔW on disk, its snapshots included; nothing below `num_trainable` float32 is known.
+    """About what a run keeps of ΔW on disk in float32, its snapshots included.
 
     Of `svd:K`, K singular vectors of both sides of every linear layer of the blocks: four of attention, three between.
     """
@@ -258,10 +258,12 @@ def flop_rate(device: torch.device, dtype: str, threads: int, gpu: str | None = 
 
 
 class History:
-    """What the store's finished runs of the same models on the same kind of device say of the formula."""
+    """What the store's finished runs of the specs' models on the same kind of device say of the formula."""
 
-    def __init__(self, store: Store, model_names: set[str], device: torch.device, gpu: str | None = None):
+    def __init__(self, store: Store, specs: Sequence[RunSpec], device: torch.device, gpu: str | None = None):
         self.device, self.gpu = device, gpu
+        self._known = {spec.id: spec for spec in specs}  # decoded already: thousands take many seconds
+        model_names = {spec.model for spec in specs}
         self._factors: dict[tuple[str, ...], list[tuple[float, float, float]]] = {}
         for state in store.states():
             if state.status == Status.DONE and state.record and state.spec.get("model") in model_names:
@@ -274,7 +276,7 @@ class History:
         if not same or not all(measures.get(key) for key in needed):
             return
         try:
-            spec = RunSpec.from_json(record.spec)
+            spec = self._known.get(record.run_id) or RunSpec.from_json(record.spec)
             expected = formula(spec, count(spec), self.device, self.gpu)
         except InputError:
             return  # made by another version, or its model or data is gone
