@@ -265,6 +265,7 @@ class History:
         self._known = {spec.id: spec for spec in specs}  # decoded already: thousands take many seconds
         model_names = {spec.model for spec in specs}
         self._factors: dict[tuple[str, ...], list[tuple[float, float, float]]] = {}
+        self._medians: dict[tuple[str, ...], list[float]] = {}
         for state in store.states():
             if state.status == Status.DONE and state.record and state.spec.get("model") in model_names:
                 self._learn(state.record)
@@ -288,6 +289,11 @@ class History:
         for key in self._keys(spec):
             self._factors.setdefault(key, []).append(seen)
 
+    def _median(self, key: tuple[str, ...]) -> list[float]:
+        if key not in self._medians:
+            self._medians[key] = [statistics.median(column) for column in zip(*self._factors[key], strict=True)]
+        return self._medians[key]
+
     @staticmethod
     def _keys(spec: RunSpec) -> list[tuple[str, ...]]:
         """From the most similar runs to the least."""
@@ -296,15 +302,15 @@ class History:
 
     def estimate(self, spec: RunSpec, counts: Counts) -> dict[str, Any]:
         expected, basis, num_similar = formula(spec, counts, self.device, self.gpu), "formula", 0
-        seen = next((self._factors[key] for key in self._keys(spec) if key in self._factors), None)
-        if seen:
-            memory, train, other = (statistics.median(column) for column in zip(*seen, strict=True))
+        key = next((key for key in self._keys(spec) if key in self._factors), None)
+        if key:
+            memory, train, other = self._median(key)
             expected = Estimate(
                 peak_gib=expected.peak_gib * memory,
                 train_seconds=expected.train_seconds * train,
                 other_seconds=other,
             )
-            basis, num_similar = "similar runs", len(seen)
+            basis, num_similar = "similar runs", len(self._factors[key])
         return {
             "num_parameters": counts.num_parameters,
             "num_trainable": counts.num_trainable,
