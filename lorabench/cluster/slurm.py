@@ -164,6 +164,24 @@ def job_details(job_id: str) -> dict[str, str]:
     return {key: value for key, mark, value in (part.partition("=") for part in text.split()) if mark}
 
 
+def try_script(text: str) -> str:
+    """What sbatch says to a script that it is not to submit: where and when it would start.
+
+    InputError with its words if it would refuse it. Raises Unreachable.
+    """
+    try:
+        done = subprocess.run(
+            ["sbatch", "--test-only"], input=text, capture_output=True, text=True, errors="replace",
+            timeout=TIMEOUT_SECONDS, env=_environment(), check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unreachable(f"sbatch: cannot be asked: {error}") from None
+    said = " ".join(line.removeprefix("sbatch: ") for line in done.stderr.splitlines())
+    if done.returncode:
+        raise InputError(said.removeprefix("error: "), "sbatch")
+    return said
+
+
 def node_address(name: str) -> str:
     """Where a node is to be reached, which need not be its name. Raises Unreachable."""
     text = _call(["scontrol", "--oneliner", "show", "node", name]) or ""

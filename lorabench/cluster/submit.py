@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,6 +137,12 @@ def scripts(prospect: Prospect, root: Path) -> list[str]:
     return texts
 
 
+def try_out(prospect: Prospect, root: Path, tell: Callable[[str], None]) -> None:
+    """Have the cluster look at the first script, where it can be asked. InputError if it would refuse it."""
+    if prospect.config and prospect.arrays:
+        tell(f"sbatch --test-only: {slurm.try_script(scripts(prospect, root)[0])}")
+
+
 def parameters(prospect: Prospect, parallel: int, folder: Path) -> dict[str, Any]:
     """For submitit's SlurmExecutor."""
     name = f"lorabench-{prospect.order.sweep.name}"
@@ -204,8 +211,11 @@ def _send_arrays(prospect: Prospect, root: Path, submission: Submission) -> None
                 executor.update_parameters(**parameters(prospect, parallel, folder))
                 jobs = executor.submit_array(works)
         except (FailedJobError, FailedSubmissionError, OSError, RuntimeError) as error:
+            if isinstance(error, FailedJobError) and not taken:  # sbatch said no: nothing was submitted
+                shutil.rmtree(submission.folder)
             done = f"; {len(taken)} of {len(prospect.arrays)} arrays were submitted" if taken else ""
-            raise InputError(f"{' '.join(str(error).split())}{done}", "sbatch") from None
+            said = " ".join(str(error).replace("sbatch: error: ", "").split())
+            raise InputError(f"{said}{done}", "sbatch") from None
         taken.append(Array(first=first, count=count, job_id=jobs[0].job_id.partition("_")[0]))
         write_jobs(submission, taken)
 
