@@ -159,8 +159,13 @@ def config() -> dict[str, str]:
 
 
 def job_details(job_id: str) -> dict[str, str]:
-    """What SLURM knows of a job by its plain number: JobState, Reason, EndTime, PreemptTime, … Raises Unreachable."""
+    """What SLURM knows of a job: JobState, Reason, EndTime, PreemptTime, … Raises Unreachable.
+
+    An array's own number would name all of its elements at once.
+    """
     text = _call(["scontrol", "--oneliner", "show", "job", job_id]) or ""
+    if len(text.strip().splitlines()) != 1:
+        raise Unreachable(f"scontrol show job {job_id}: does not tell of one job")
     return {key: value for key, mark, value in (part.partition("=") for part in text.split()) if mark}
 
 
