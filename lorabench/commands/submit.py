@@ -45,7 +45,7 @@ CHANGES = ("partition", "account", "qos", "minutes", "mem_gib", "parallel", "cel
 def main(arguments: argparse.Namespace) -> int:
     from lorabench.cluster.enqueue import only_one
     from lorabench.cluster.profile import read_profile
-    from lorabench.cluster.submit import Order, prepare, send
+    from lorabench.cluster.submit import Order, prepare, send, try_out
     from lorabench.cluster.submit_text import as_table, as_text
     from lorabench.launch import check_writable
     from lorabench.record import Store, write_bytes
@@ -59,7 +59,9 @@ def main(arguments: argparse.Namespace) -> int:
     plan = _plan(order, store)
     show: Any = (lambda p: as_json(as_table(p, store.root))) if arguments.json else (lambda p: as_text(p, store.root))
     if arguments.dry_run:
-        print(show(prepare(order, store, plan, talk)))
+        prospect = prepare(order, store, plan, talk)
+        print(show(prospect), flush=True)
+        try_out(prospect, store.root, talk)
         return 0
     check_writable(store.root)
     with only_one(store.root, talk):
