@@ -161,8 +161,12 @@ def submitit_folder(root: Path, name: str) -> Path:
     return folder
 
 
-def send(prospect: Prospect, store: Store) -> Submission:
-    """Submit; to be called while the queue is held. InputError with the cluster's words where it refuses."""
+def send(prospect: Prospect, store: Store, check: Callable[[], None] = lambda: None) -> Submission:
+    """Submit; to be called while the queue is held, which `check` makes sure of before each array.
+
+    InputError with the cluster's words where it refuses.
+    """
+    check()
     order, profile = prospect.order, prospect.order.profile
     specs = {spec.id: spec.to_json() for spec in order.sweep.runs}
     plan = Plan(
@@ -181,7 +185,7 @@ def send(prospect: Prospect, store: Store) -> Submission:
     if profile.kind == "local":
         background.start(submission)
     else:
-        _send_arrays(prospect, store.root.absolute(), submission)
+        _send_arrays(prospect, store.root.absolute(), submission, check)
     return read_submission(submission.folder) or submission
 
 
@@ -198,7 +202,7 @@ def _clear(prospect: Prospect, store: Store) -> dict[str, int]:
     return retry
 
 
-def _send_arrays(prospect: Prospect, root: Path, submission: Submission) -> None:
+def _send_arrays(prospect: Prospect, root: Path, submission: Submission, check: Callable[[], None]) -> None:
     os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.slurm.slurm import SlurmExecutor
@@ -206,6 +210,7 @@ def _send_arrays(prospect: Prospect, root: Path, submission: Submission) -> None
     profile, folder = prospect.order.profile, submitit_folder(root, prospect.name)
     taken: list[Array] = []
     for (first, count), parallel in zip(prospect.arrays, _parallel(prospect), strict=True):
+        check()
         works = [Work(root=str(root), submission=prospect.name, number=first + index) for index in range(count)]
         try:
             with _plain_environment(profile):

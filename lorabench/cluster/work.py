@@ -111,7 +111,7 @@ def compute(store: Store, submission: Submission, profile: Profile, number: int,
         settings=Settings(
             device=device, checkpoint_seconds=profile.checkpoint_seconds, job=job_id, sharding=profile.sharding
         ),
-        again=frozenset(id for id, claim in submission.retry.items() if _claims(store.folder(id)) == claim),
+        again=frozenset(id for id in run_ids if submission.retry.get(id) == _claims(store.folder(id))),
         check=False,
         patience_seconds=max(1.0, profile.signal_seconds - MARGIN_SECONDS),
         server_log=submission.submitit / f"{job_id}_server.log",

@@ -57,19 +57,24 @@ def main(arguments: argparse.Namespace) -> int:
     sweep, store = read_sweep(Path(arguments.sweep)), Store(arguments.results)
     order = Order(sweep=sweep, profile=profile, cluster=arguments.cluster.stem, retry=retry)
     plan = _plan(order, store)
-    show: Any = (lambda p: as_json(as_table(p, store.root))) if arguments.json else (lambda p: as_text(p, store.root))
     if arguments.dry_run:
         prospect = prepare(order, store, plan, talk)
-        print(show(prospect), flush=True)
+        table = as_table(prospect, store.root)
+        print(as_json(table) if arguments.json else as_text(prospect, table), flush=True)
         try_out(prospect, store.root, talk)
         return 0
     check_writable(store.root)
-    with only_one(store.root, talk):
+    job_ids: list[str | None] = []
+    with only_one(store.root, talk) as hold:
         prospect = prepare(order, store, plan)
         if prospect.jobs:
             write_bytes(store.root / sweep.name / "sweep.toml", sweep.text.encode())
-            send(prospect, store)
-    print(show(prospect))
+            job_ids = send(prospect, store, hold.check).job_ids
+    table = as_table(prospect, store.root) | {"job_ids": job_ids}
+    print(as_json(table) if arguments.json else as_text(prospect, table | {"scripts": []}).rstrip())
+    if job_ids:
+        arrays = dict.fromkeys(str(job_id).partition("_")[0] for job_id in job_ids)
+        talk(f"submitted as {', '.join(arrays)}; `lorabench status {store.root}` tells how they stand")
     return 0
 
 
