@@ -63,7 +63,10 @@ class Profile:
     mem_gib: Annotated[float, Gt(0), Le(65536)] | None = None
     """Memory of each node (None: what the cluster gives)."""
     minutes: Annotated[int, Ge(1), Le(YEAR_MINUTES)] = 60
-    """Time limit of a job. A run that does not fit goes on in the next start; see `max_timeouts`."""
+    """Time limit of a job. A run that does not fit goes on in the next start; see `max_timeouts`.
+
+    A local job is started 6 times at most, by submitit: give it the days that it may take.
+    """
     parallel: Annotated[int, Ge(1), Le(100_000)] = 50
     """Jobs that may run at a time."""
     max_array: Annotated[int, Ge(1), Le(10_000_000)] | None = None

@@ -259,6 +259,12 @@ def warnings(prospect: Prospect, specs: Sequence[RunSpec]) -> list[str]:
     long = sum(cell.seconds > profile.usable_seconds for job in prospect.jobs for cell in job)
     if long:
         lines.append(f"minutes = {profile.minutes}: {long} runs are expected to take longer, and go on after requeues")
+    unseen = [
+        id for id in prospect.run_ids if (queue := prospect.standings[id].queue) and not queue.state and queue.reason
+    ]
+    if unseen:
+        why = prospect.standings[unseen[0]].queue
+        lines.append(f"{len(unseen)} runs may be queued already, where it is not seen from here: {why and why.reason}")
     told = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
     if config.get("PreemptType", "preempt/none") != "preempt/none" and "send_user_signal" not in told:
         lines.append("this cluster preempts jobs without the signal that they ask for: runs have its GraceTime alone")
