@@ -59,7 +59,7 @@ class Hold:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
         self.number = claim.number
-        self.progress: dict[str, Any] = {}
+        self.progress: dict[str, Any] = dict(claim.progress)
 
     def __enter__(self) -> Hold:
         self._thread.start()
@@ -88,13 +88,30 @@ class Hold:
         os.replace(temporary, self._file)
 
 
+class Followed(Hold):
+    """What the other ranks of a run go by: the first one holds the claim for all of them."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.progress = {}
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+
 def current_claim(folder: Path) -> Claim | None:
     """The newest claim on the run in `folder`, dead or alive."""
     numbers = _numbers(folder)
     return _read(folder, numbers[-1]) if numbers else None
 
 
-def take(folder: Path) -> Hold | None:
+def take(folder: Path, progress: dict[str, Any] | None = None) -> Hold | None:
     """Claim the run in `folder`; None if a live worker holds it or another was faster."""
     newest = current_claim(folder)
     if newest and newest.is_alive():
@@ -106,6 +123,7 @@ def take(folder: Path) -> Hold | None:
         pid=os.getpid(),
         process_start=_process_start(os.getpid()),
         time=time.time(),
+        progress=progress or {},
     )
     (folder / "claims").mkdir(parents=True, exist_ok=True)
     try:

@@ -22,7 +22,10 @@ from lorabench.terminal import talk
 COMMANDS = (
     "plan",
     "run",
+    "submit",
     "status",
+    "logs",
+    "cancel",
     "analyze",
     "report",
     "merge",

@@ -2,6 +2,7 @@
 
     results/runs/<run_id>/  spec.json  record.json  steps.jsonl  updates/  snapshots/  log.txt  claims/  checkpoint/
 
+Of a run on several processes, log.1.txt, log.2.txt, … are those of the further ones.
 Everything is written whole or not at all (temporary file, fsync, rename), so a reader never sees half a record.
 """
 
@@ -26,11 +27,17 @@ from lorabench.spec import RunSpec, canonical_json, spec_id
 
 
 class Status(StrEnum):
-    """How a run stands. `interrupted` is never written: it is a `running` record whose worker is gone."""
+    """How a run stands.
+
+    `interrupted` is never written: it is a `running` record whose worker is gone. Nor are `pending`, which waits in a
+    cluster's queue, and `lost`, whose job went away without a result and without a reason that is the run's own.
+    """
 
     MISSING = "missing"
+    PENDING = "pending"
     RUNNING = "running"
     INTERRUPTED = "interrupted"
+    LOST = "lost"
     DONE = "done"
     OOM = "oom"
     TIMEOUT = "timeout"
@@ -39,6 +46,8 @@ class Status(StrEnum):
     CANCELLED = "cancelled"
     CORRUPT = "corrupt"
 
+
+CANCEL_MARKER = "cancel"
 
 FAILURES = (Status.OOM, Status.TIMEOUT, Status.DIVERGED, Status.FAILED)
 """Ended without a result, and not tried again unless asked (`--retry`)."""
@@ -90,6 +99,7 @@ MEASURES: dict[str, Measure] = (
     | _measures(
         "memory",
         ("peak_gib", "GiB", False, "highest of the training phases: CUDA allocated, or CPU above the baseline"),
+        ("all_ranks_peak_gib", "GiB", False, "of a run on several ranks, the sum of their peak_gib"),
         ("load_peak_gib", "GiB", False, "peak while the base is loaded and quantized"),
         ("forward_backward_peak_gib", "GiB", False, "peak of forward and backward"),
         ("optimizer_peak_gib", "GiB", False, "peak of the optimizer step"),
@@ -257,6 +267,13 @@ class Store:
 
     def folder(self, run_id: str) -> Path:
         return self.root / "runs" / run_id
+
+    def cancel_marker(self, run_id: str) -> Path:
+        """A file that `lorabench cancel` makes: a worker neither begins the run nor takes it past its next step.
+
+        Whoever asks for the run again, with `run` or `submit`, takes it away.
+        """
+        return self.folder(run_id) / CANCEL_MARKER
 
     def run_ids(self) -> list[str]:
         """Every run that has a folder, sorted."""

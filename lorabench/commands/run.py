@@ -10,8 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench import plugins
-from lorabench.commands._arguments import DEVICE, RESULTS, SWEEP, argument, device_name, number
+from lorabench.commands._arguments import DEVICE, RESULTS, RETRY, SWEEP, argument, device_name, number, statuses
 from lorabench.decode import InputError
 from lorabench.terminal import talk
 
@@ -27,13 +26,21 @@ ARGUMENTS = [
         type=number(int, 1),
         metavar="N",
     ),
-    DEVICE,
     argument(
-        "--retry",
-        "repeat what has ended as: failed, oom, timeout, diverged, corrupt or all (several: comma)",
-        default="",
-        metavar="STATUS",
+        "--processes",
+        "of each run, which share every batch among them: one a GPU where there are GPUs (default: 1)",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
     ),
+    argument(
+        "--sharding",
+        "of a run over several processes: ddp copies the model, fsdp shares out its base weights (default: auto)",
+        choices=["auto", "ddp", "fsdp"],
+        default="auto",
+    ),
+    DEVICE,
+    RETRY,
     argument("--timeout-minutes", "end a run as `timeout` after so long", type=number(float, 0.01), metavar="M"),
     argument(
         "--checkpoint-seconds",
@@ -50,27 +57,17 @@ def main(arguments: argparse.Namespace) -> int:
     from lorabench.record import Store, write_bytes
     from lorabench.sweep import read_sweep
 
-    retry = _retry(arguments.retry)
+    retry = statuses(arguments.retry)
     device = device_name(arguments.device)
     sweep = read_sweep(Path(arguments.sweep))
     store = Store(arguments.results)
     check_writable(store.root)
     write_bytes(store.root / sweep.name / "sweep.toml", sweep.text.encode())
+    for spec in sweep.runs:
+        store.cancel_marker(spec.id).unlink(missing_ok=True)
     outcome = launch(sweep, store, _pool(arguments, device, retry, max(spec.threads for spec in sweep.runs)))
     talk(summary(sweep, outcome))
     return outcome.exit_code
-
-
-def _retry(text: str) -> frozenset[Status]:
-    from lorabench.launch import REPEATABLE
-
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    choices = [str(status) for status in REPEATABLE]
-    valid = [*choices, "all"]
-    wrong = [f"--retry {name}: {plugins.unknown('status', name, valid)}" for name in names if name not in valid]
-    if wrong:
-        raise InputError(wrong)
-    return frozenset(status for status in REPEATABLE if str(status) in names or "all" in names)
 
 
 def _pool(arguments: argparse.Namespace, device: str, retry: frozenset[Status], threads: int) -> Any:
@@ -78,12 +75,15 @@ def _pool(arguments: argparse.Namespace, device: str, retry: frozenset[Status], 
     from lorabench.machine import available_cores, visible_gpus
     from lorabench.worker import Settings
 
-    gpus = visible_gpus(device)
+    gpus, processes = visible_gpus(device), arguments.processes
+    if gpus and processes > len(gpus):
+        raise InputError(f"--processes {processes}: a GPU each, and only {len(gpus)} can be seen here")
     minutes = arguments.timeout_minutes
     settings = Settings(
         device="cuda" if gpus else "cpu",
         checkpoint_seconds=arguments.checkpoint_seconds,
         timeout_seconds=None if minutes is None else 60 * minutes,
+        sharding=arguments.sharding,
     )
-    workers = arguments.workers or len(gpus) or max(1, available_cores() // threads)
-    return Pool(workers=workers, gpus=gpus, settings=settings, retry=retry)
+    workers = arguments.workers or len(gpus) // processes or max(1, available_cores() // (threads * processes))
+    return Pool(workers=workers, processes=processes, gpus=gpus, settings=settings, retry=retry)
