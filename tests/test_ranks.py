@@ -25,7 +25,9 @@ from lorabench.worker import Settings, Target, execute_run
 from tests.conftest import make_spec
 
 TOLERANCE = 1e-5
-"""Of losses, and of what was learned relative to its norm: sums of float32 in another order, over six steps."""
+"""Of losses: sums of float32 in another order, over six steps."""
+WEIGHT_TOLERANCE = 3e-5
+"""Of what was learned, relative to its norm. ΔW of a norm's gain is some 1e-3 of the gain, whose last bit is 6e-8."""
 SAME = {"batch_size": 5, "epsilon": 1e-5, "steps": 6}
 """Five examples are no equal shares for any number of ranks here. With an epsilon near 0 AdamW would make steps of
 full length of what is rounding alone (the gradient of an attention key's bias is zero)."""
@@ -59,7 +61,7 @@ def assert_same(root: Path, record: RunRecord, other_root: Path, other: RunRecor
     wanted, got = learned(root, record), learned(other_root, other)
     assert wanted.keys() == got.keys() and wanted
     for name, tensor in wanted.items():
-        assert float((got[name] - tensor).norm()) <= TOLERANCE * float(tensor.norm()) + 1e-8, name
+        assert float((got[name] - tensor).norm()) <= WEIGHT_TOLERANCE * float(tensor.norm()) + 1e-8, name
     assert any(float(tensor.norm()) for tensor in wanted.values())
 
 
