@@ -1,4 +1,5 @@
-# Writes the sandbox's configuration below $FOLDER/etc; read by `up`, which sets $ADDRESS, $ACCOUNTING and $PREEMPT_SIGNAL.
+# Writes the sandbox's configuration below $FOLDER/etc; read by `up`, which sets $ADDRESS, $ACCOUNTING,
+# $PREEMPT_SIGNAL and $CONTROL_GROUPS.
 
 configure() {
   umask 022
@@ -10,7 +11,8 @@ configure() {
     head -c 1024 /dev/urandom >"$FOLDER/etc/munge.key"
     chmod 600 "$FOLDER/etc/munge.key"
   fi
-  { controller_settings; accounting_settings; } >"$FOLDER/etc/slurm.conf"
+  { controller_settings; process_settings; accounting_settings; } >"$FOLDER/etc/slurm.conf"
+  control_group_settings >"$FOLDER/etc/cgroup.conf"
   echo "NodeName=n[1-2] Name=gpu File=$FOLDER/dev/gpu[0-$((GPUS - 1))]" >"$FOLDER/etc/gres.conf"
   (umask 077; database_daemon_settings >"$FOLDER/etc/slurmdbd.conf")
   database_statements >"$FOLDER/etc/init.sql"
@@ -35,8 +37,6 @@ StateSaveLocation=$FOLDER/state
 SlurmdSpoolDir=$FOLDER/spool/%n
 SlurmctldLogFile=$FOLDER/log/slurmctld.log
 SlurmdLogFile=$FOLDER/log/slurmd.%n.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
 MailProg=/bin/true
@@ -49,6 +49,8 @@ JobRequeue=1
 ReturnToService=2
 # from SIGTERM to SIGKILL at the time limit and at scancel
 KillWait=10
+# sandboxes share the names of their control groups, so those of their jobs must differ
+FirstJobId=$((PORT * 100))
 MinJobAge=300
 InactiveLimit=0
 SlurmctldTimeout=30
@@ -62,8 +64,29 @@ ${PREEMPT_SIGNAL:+SlurmctldParameters=preempt_send_user_signal}
 # the nodes are declared larger than the machine
 SlurmdParameters=config_overrides
 NodeName=n[1-2] NodeHostname=localhost NodeAddr=$ADDRESS Port=[$PORT_NODES-$((PORT_NODES + 1))] CPUs=4 RealMemory=8000 Gres=gpu:$GPUS State=UNKNOWN
-PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE DefMemPerCPU=500 PriorityTier=1 GraceTime=20 State=UP
-PartitionName=high Nodes=n[1-2] MaxTime=INFINITE DefMemPerCPU=500 PriorityTier=10 PreemptMode=OFF State=UP
+PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE DefMemPerCPU=1000 PriorityTier=1 GraceTime=20 State=UP
+PartitionName=high Nodes=n[1-2] MaxTime=INFINITE DefMemPerCPU=1000 PriorityTier=10 PreemptMode=OFF State=UP
+END
+}
+
+process_settings() {
+  if [ -n "$CONTROL_GROUPS" ]; then
+    echo "ProctrackType=proctrack/cgroup"
+    echo "TaskPlugin=task/cgroup"
+  else
+    echo "ProctrackType=proctrack/pgid"
+    echo "TaskPlugin=task/none"
+  fi
+}
+
+# A job that takes more memory than it has asked for is killed by the kernel, as on clusters.
+control_group_settings() {
+  cat <<END
+CgroupPlugin=cgroup/v1
+CgroupAutomount=no
+CgroupMountpoint=/sys/fs/cgroup
+ConstrainRAMSpace=yes
+ConstrainSwapSpace=no
 END
 }
 
