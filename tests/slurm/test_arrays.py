@@ -1,0 +1,100 @@
+"""Sweeps on a real SLURM, left alone: arrays, jobs of several runs, overlapping submits, ranks, cancelling."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from conftest import BASE, LONG, SHORT
+
+from lorabench.record import Status
+from tests.sandbox import Sandbox, assert_same, attempts, slowed, started
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with started() as sandbox:
+        yield sandbox
+
+
+def test_an_array_larger_than_its_parallelism(study, short):
+    sweep = study.sweep("short", SHORT)
+    study.lorabench("submit", sweep, "--cluster", study.profile(parallel=2), "--dry-run")
+    assert not study.sandbox.queue()
+    at_once, over = [], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.3):
+            at_once.append(sum(job["state"] == "RUNNING" for job in study.sandbox.queue()))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    study.submit(sweep, parallel=2, gpus=1, device="cpu")
+    assert len(study.sandbox.queue()) == 6
+    assert study.statuses() <= {"pending", "running"}
+    study.wait_until_idle()
+    over.set()
+    thread.join()
+    assert max(at_once) == 2
+    assert_same(study.store, short)
+    assert set(attempts(study.store).values()) == {1}
+    study.submit(sweep)
+    assert not study.sandbox.queue()  # all is done: nothing is submitted
+
+
+def test_several_runs_share_a_job(study, short):
+    study.submit(study.sweep("short", SHORT), cells_per_job=4)
+    jobs = {row["queue"]["job_id"] for row in study.status().values()}
+    assert len(jobs) == 2 and len(study.sandbox.queue()) == 2
+    study.wait_until_idle()
+    assert_same(study.store, short)
+    assert set(attempts(study.store).values()) == {1}
+    for run_id, row in study.status().items():
+        assert row["status"] == "done"
+        assert run_id in study.lorabench("logs", run_id) or "pid" in study.lorabench("logs", run_id)
+
+
+def test_two_submits_of_overlapping_sweeps_at_once_compute_each_run_once(study, short):
+    sweeps = [
+        study.sweep("narrow", BASE + "steps = 12\n[[grid]]\nmethod.rank = [1, 2]\nseed = [0, 1]\n"),
+        study.sweep("wide", BASE + "steps = 12\n[[grid]]\nmethod.rank = [2, 4]\nseed = [0, 1]\n"),
+    ]
+    profile = study.profile()
+    processes = [study.start("submit", sweep, "--cluster", profile) for sweep in sweeps]
+    assert [(process.communicate(timeout=120), process.returncode)[1] for process in processes] == [0, 0]
+    assert len(study.sandbox.queue()) <= 6
+    study.wait_until_idle()
+    assert_same(study.store, short)
+    assert set(attempts(study.store).values()) == {1}
+
+
+def test_two_tasks_train_one_run(study, short):
+    """On two nodes; as two processes on one machine do it, and as one process up to rounding."""
+    text = BASE + "steps = 12\n[[grid]]\nmethod.rank = 1\nseed = 0\n"
+    sweep = study.sweep("ranks", text)
+    study.submit(sweep, nodes=2, ranks_per_node=1)
+    study.wait_until_idle()
+    (run_id,) = study.store.run_ids()
+    record, alone = study.record(run_id), short.read(run_id)
+    assert record.status == Status.DONE and record.attempts == 1
+    assert record.measures["valid_loss"] == pytest.approx(alone.measures["valid_loss"], rel=1e-4)
+    here = type(study)(study.sandbox, study.folder / "here")
+    here.folder.mkdir()
+    here.lorabench("run", sweep, "--processes", "2", "--device", "cpu", "--workers", "1")
+    assert_same(study.store, here.store)
+
+
+def test_cancelled_runs_stop_with_a_checkpoint_and_go_on_when_submitted_again(study, long):
+    sweep = study.sweep("long", LONG)
+    with slowed(study.store):
+        study.submit(sweep, parallel=1)
+        study.wait_until(study.running)
+        study.lorabench("cancel", sweep)
+        study.wait_until_idle(60)
+    assert study.statuses() == {"cancelled"}
+    study.submit(sweep)
+    study.wait_until_idle()
+    assert_same(study.store, long)
+    assert sorted(attempts(study.store).values()) == [1, 2]
+    assert any(study.record(run_id).resumed_from_step for run_id in study.store.run_ids())
