@@ -59,7 +59,7 @@ class Hold:
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
         self.number = claim.number
-        self.progress: dict[str, Any] = {}
+        self.progress: dict[str, Any] = dict(claim.progress)
 
     def __enter__(self) -> Hold:
         self._thread.start()
@@ -94,7 +94,7 @@ def current_claim(folder: Path) -> Claim | None:
     return _read(folder, numbers[-1]) if numbers else None
 
 
-def take(folder: Path) -> Hold | None:
+def take(folder: Path, progress: dict[str, Any] | None = None) -> Hold | None:
     """Claim the run in `folder`; None if a live worker holds it or another was faster."""
     newest = current_claim(folder)
     if newest and newest.is_alive():
@@ -106,6 +106,7 @@ def take(folder: Path) -> Hold | None:
         pid=os.getpid(),
         process_start=_process_start(os.getpid()),
         time=time.time(),
+        progress=progress or {},
     )
     (folder / "claims").mkdir(parents=True, exist_ok=True)
     try:

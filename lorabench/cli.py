@@ -22,6 +22,7 @@ from lorabench.terminal import talk
 COMMANDS = (
     "plan",
     "run",
+    "submit",
     "status",
     "analyze",
     "report",

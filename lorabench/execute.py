@@ -50,6 +50,8 @@ class Options:
     checkpoint_seconds: float = 60.0
     timeout_seconds: float | None = None
     """End with status `timeout` after so long; the checkpoint stays."""
+    job: str | None = None
+    """The cluster's id of the job; it stands in the claim."""
     log_to_file: bool = True
     """Send stdout and stderr to the run's log.txt."""
 
@@ -61,7 +63,7 @@ def execute(spec: RunSpec, store: Store, options: Options) -> Status:
     state = store.state(spec.id)
     if state.status == Status.DONE:
         return Status.DONE
-    hold = claim.take(folder)
+    hold = claim.take(folder, {"job": options.job} if options.job else None)
     if hold is None:
         return Status.RUNNING
     with hold, _log(folder / "log.txt", options.log_to_file):

@@ -18,14 +18,15 @@ SERVER_ENVIRONMENT = {
     **PATIENT_THREADS,
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # `is_available` without a CUDA context
 }
-STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
 
 def start_server(log: Path, preload: Sequence[str], environment: dict[str, str]) -> Any:
     """The fork server's context. The server is started with the signals that mean "stop" blocked.
 
-    A terminal's Ctrl-C and SLURM's SIGTERM reach every process of the group, but only the one that started the server
-    decides what to do. Its processes inherit the block, and lift it for SIGTERM, by which they are asked to stop.
+    A terminal's Ctrl-C, and SLURM's SIGTERM and SIGUSR2, reach every process there is, but only the one that started
+    the server decides what to do. Its processes inherit the block, and lift it for SIGTERM, by which they are asked to
+    stop.
     None of `preload`'s imports may start a thread or a CUDA context, which would not survive the fork; what is printed
     meanwhile goes to `log`.
     """
@@ -33,8 +34,9 @@ def start_server(log: Path, preload: Sequence[str], environment: dict[str, str])
     context.set_forkserver_preload([*preload])
     added = {key: value for key, value in (SERVER_ENVIRONMENT | environment).items() if key not in os.environ}
     os.environ.update(added)
-    resource_tracker.ensure_running()  # else the server starts it, and it unblocks SIGINT and SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    resource_tracker.ensure_running()  # else the server starts it, and it unblocks SIGINT and SIGTERM
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     terminal = os.dup(2)
     try:
         redirect(log, 2)

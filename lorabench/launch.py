@@ -33,6 +33,7 @@ TICK_SECONDS = 0.2
 GRACE_SECONDS = 60.0
 """A run that is so long past its time limit does not reach its own check any more, and is killed."""
 STARTS_WITHOUT_RECORD = 3
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REPEATABLE = (*FAILURES, Status.CORRUPT)
 """What `--retry` can name."""
 
@@ -45,7 +46,15 @@ class Pool:
     gpus: tuple[str, ...] = ()
     settings: Settings = field(default_factory=Settings)
     retry: frozenset[Status] = frozenset()
+    again: frozenset[str] = frozenset()
+    """Runs that are repeated whatever they have ended as."""
     preload: tuple[str, ...] = PRELOAD
+    check: bool = True
+    """Refuse, before anything runs, methods that do not fit their model."""
+    patience_seconds: float | None = None
+    """How long a run that was told to stop may take over its checkpoint before it is killed (None: any time)."""
+    server_log: Path | None = None
+    """Where the fork server's output goes (None: `.server.log` beside the runs)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,8 @@ class Outcome:
 
     states: list[RunState]
     signal: int | None = None
+    stopped: tuple[str, ...] = ()
+    """Runs that were being computed when the signal came."""
 
     @property
     def exit_code(self) -> int:
@@ -113,14 +124,16 @@ class _Launch:
         self.retrying: set[str] = set()
         self.starts: dict[str, int] = {}
         self.oom_kills = count_oom_kills()
-        self.server_log = store.root / "runs" / ".server.log"
+        self.server_log = pool.server_log or store.root / "runs" / ".server.log"
         self.context: Any = None
         self.signals: list[int] = []
         self.obeyed = 0
+        self.stopped: tuple[str, ...] = ()
+        self.stopping_since = 0.0
 
     def go(self) -> Outcome:
         self._sort()
-        if self.pending and self.target is execute_run:
+        if self.pending and self.pool.check and self.target is execute_run:
             self._check()
         with self._handlers():
             while self.pending or self.children or self.elsewhere:
@@ -132,7 +145,7 @@ class _Launch:
                 self._kill_overdue()
                 self._show()
         states = [self.settled.get(spec.id) or self.store.state(spec.id, spec) for spec in self.sweep.runs]
-        return Outcome(states=states, signal=self.signals[0] if self.signals else None)
+        return Outcome(states=states, signal=self.signals[0] if self.signals else None, stopped=self.stopped)
 
     def _sort(self) -> None:
         """Split the sweep into what is settled already and what is to do."""
@@ -141,7 +154,7 @@ class _Launch:
                 self._settle(state, "already")
             elif state.status == Status.RUNNING:
                 self.elsewhere.append(spec)
-            elif state.status in REPEATABLE and state.status not in self.pool.retry:
+            elif state.status in REPEATABLE and state.status not in self.pool.retry and spec.id not in self.pool.again:
                 self._settle(state)
             else:
                 if state.status in REPEATABLE:
@@ -266,10 +279,17 @@ class _Launch:
         return RunState(run_id=spec.id, status=status, spec=record.spec, record=record, error=record.error)
 
     def _look_elsewhere(self) -> None:
-        """Take up what other workers have given up; settle what they have ended."""
+        """Take up what other workers have given up; settle what they have ended.
+
+        A job holds what others might use, so it waits for its own earlier start only, which a crash may have left.
+        """
+        job = self.pool.settings.job
         for spec in list(self.elsewhere):
             state = self.store.state(spec.id, spec)
             if state.status == Status.RUNNING:
+                if job and state.claim and state.claim.progress.get("job") != job:
+                    self.elsewhere.remove(spec)
+                    self.display.say(f"{spec.id}: another worker has it ({state.claim.host})")
                 continue
             self.elsewhere.remove(spec)
             if state.status == Status.DONE or state.status in REPEATABLE:
@@ -285,16 +305,26 @@ class _Launch:
                 child.process.kill()
 
     def _obey_signals(self) -> None:
-        """The first signal: no new runs, and the running ones write a checkpoint; the second: kill them."""
-        if len(self.signals) == self.obeyed:
-            return
-        self.obeyed = len(self.signals)
-        self.pending.clear()
-        self.elsewhere.clear()
-        for child in self.children:
-            child.process.kill() if self.obeyed > 1 else child.process.terminate()
-        if self.obeyed == 1 and self.children:
-            self.display.say(f"stopping: {len(self.children)} runs write a checkpoint (again: kill them)")
+        """The first signal: no new runs, and the running ones write a checkpoint; the second: kill them.
+
+        With a limit to its patience, it is that which kills them: a cluster may send a signal several times.
+        """
+        patience = self.pool.patience_seconds
+        if len(self.signals) > self.obeyed:
+            self.pending.clear()
+            self.elsewhere.clear()
+            if not self.obeyed:
+                self.stopping_since = time.monotonic()
+                self.stopped = tuple(child.spec.id for child in self.children)
+            self.obeyed = len(self.signals)
+            for child in self.children:
+                child.process.kill() if self.obeyed > 1 and patience is None else child.process.terminate()
+            if self.obeyed == 1 and self.children:
+                hint = "again: kill them" if patience is None else f"at most {patience:.0f} s"
+                self.display.say(f"stopping: {len(self.children)} runs write a checkpoint ({hint})")
+        elif self.obeyed and patience is not None and time.monotonic() > self.stopping_since + patience:
+            for child in self.children:
+                child.process.kill()
 
     @contextlib.contextmanager
     def _handlers(self) -> Iterator[None]:
@@ -304,7 +334,7 @@ class _Launch:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
         try:
             yield
         finally:

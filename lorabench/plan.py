@@ -16,7 +16,7 @@ from lorabench import targets
 from lorabench.data import read_data
 from lorabench.decode import InputError
 from lorabench.examples import shared_options
-from lorabench.meter import GIB, model_flops_per_token, peak_flops
+from lorabench.meter import GIB, PEAK_FLOPS, model_flops_per_token, peak_flops
 from lorabench.record import RunRecord, RunState, Status, Store
 from lorabench.spec import RunSpec, brief, flatten, swept_keys
 from lorabench.sweep import Sweep
@@ -27,6 +27,8 @@ BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
 """Of a weight; nf4 with an 8-bit scale for each block of 64."""
 EFFICIENCY = 0.4
 """Share of the matrix product's FLOP rate that training is taken to reach, until a finished run tells."""
+USUAL_GPU = "A100"
+"""What a GPU that is neither here nor known by its name is taken for."""
 LARGEST_RANDOM = 500e6
 """Parameters of the largest model that is made of random weights to attach a method to it."""
 CPU_OVERHEAD_BYTES = 0.2 * GIB
@@ -61,14 +63,15 @@ class Estimate:
         return self.train_seconds + self.other_seconds
 
 
-def make_plan(sweep: Sweep, store: Store, device_name: str = "auto") -> dict[str, Any]:
+def make_plan(sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | None = None) -> dict[str, Any]:
     """`{"runs": [{"run_id", "spec", "done", "status", "estimate"}], "totals", "assumptions"}`.
 
+    `gpu` names the kind that the runs will have, where this machine has none of it.
     InputError with every problem that shows only when a method meets the model (targets that fit no layer).
     """
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
     counts = _count_all(sweep)
-    history = History(store, {spec.model for spec in sweep.runs}, device)
+    history = History(store, {spec.model for spec in sweep.runs}, device, gpu)
     runs = []
     for spec, state in zip(sweep.runs, store.states(list(sweep.runs)), strict=True):
         done = state.status == Status.DONE
@@ -81,7 +84,7 @@ def make_plan(sweep: Sweep, store: Store, device_name: str = "auto") -> dict[str
                 "estimate": _measured(state) if done else history.estimate(spec, counts[spec.id]),
             }
         )
-    return {"runs": runs, "totals": _totals(runs), "assumptions": _assumptions(sweep, runs, device)}
+    return {"runs": runs, "totals": _totals(runs), "assumptions": _assumptions(sweep, runs, device, gpu)}
 
 
 def plan_text(sweep: Sweep, plan: dict[str, Any]) -> str:
@@ -203,7 +206,7 @@ def _weight_bytes(spec: RunSpec, base: torch.nn.Module) -> float:
     return total - (exact - BYTES[spec.quantization]) * quantized
 
 
-def formula(spec: RunSpec, counts: Counts, device: torch.device) -> Estimate:
+def formula(spec: RunSpec, counts: Counts, device: torch.device, gpu: str | None = None) -> Estimate:
     """Peak memory and training time from first principles.
 
     Memory: weights; gradient and AdamW's two moments in float32 for what trains; activations kept for the backward
@@ -218,13 +221,34 @@ def formula(spec: RunSpec, counts: Counts, device: torch.device) -> Estimate:
     memory += tokens * (kept * BYTES[spec.dtype] + 3 * 4 * counts.vocabulary)
     memory += CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
     flops = counts.flops_per_token * spec.batch_size * spec.seq_len * spec.total_steps
-    rate, _ = flop_rate(device, spec.dtype, spec.threads)
+    rate, _ = flop_rate(device, spec.dtype, spec.threads, gpu)
     return Estimate(peak_gib=memory / GIB, train_seconds=flops / (EFFICIENCY * rate))
 
 
+def updates_bytes(spec: RunSpec, counts: Counts) -> float:
+    """About what a run keeps of ΔW on disk, its snapshots included; nothing below `num_trainable` float32 is known.
+
+    Of `svd:K`, K singular vectors of both sides of every linear layer of the blocks: four of attention, three between.
+    """
+    whole = 4.0 * counts.num_trainable
+    if spec.keep.startswith("svd:"):
+        sides = counts.layers * (8 * counts.width + 3 * (counts.width + counts.inner))
+        whole = min(whole, 4.0 * int(spec.keep.removeprefix("svd:")) * sides)
+    num_kept = 1 + ((spec.total_steps - 1) // spec.snapshot_every if spec.snapshot_every else 0)
+    return 0.0 if spec.keep == "none" else whole * num_kept
+
+
 @cache
-def flop_rate(device: torch.device, dtype: str, threads: int) -> tuple[float, str]:
-    """FLOP per second of a matrix product on this device with so many threads, and how it is known."""
+def flop_rate(device: torch.device, dtype: str, threads: int, gpu: str | None = None) -> tuple[float, str]:
+    """FLOP per second of a matrix product on this device with so many threads, and how it is known.
+
+    Where this machine has no such device (a login node), by the data sheet of what `gpu` names.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        known = [key for key in PEAK_FLOPS if gpu and key.lower().replace(" ", "_") in gpu.lower().replace("-", "_")]
+        rates = PEAK_FLOPS[known[0] if known else USUAL_GPU]
+        source = f"data sheet of {known[0] if known else USUAL_GPU}, {dtype}"
+        return rates[dtype != "bfloat16"] or rates[1], source if known else f"{source}: taken for want of a better"
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -236,8 +260,8 @@ def flop_rate(device: torch.device, dtype: str, threads: int) -> tuple[float, st
 class History:
     """What the store's finished runs of the same models on the same kind of device say of the formula."""
 
-    def __init__(self, store: Store, model_names: set[str], device: torch.device):
-        self.device = device
+    def __init__(self, store: Store, model_names: set[str], device: torch.device, gpu: str | None = None):
+        self.device, self.gpu = device, gpu
         self._factors: dict[tuple[str, ...], list[tuple[float, float, float]]] = {}
         for state in store.states():
             if state.status == Status.DONE and state.record and state.spec.get("model") in model_names:
@@ -251,7 +275,7 @@ class History:
             return
         try:
             spec = RunSpec.from_json(record.spec)
-            expected = formula(spec, count(spec), self.device)
+            expected = formula(spec, count(spec), self.device, self.gpu)
         except InputError:
             return  # made by another version, or its model or data is gone
         seen = (
@@ -269,7 +293,7 @@ class History:
         return [full, full[:3], full[:1]]
 
     def estimate(self, spec: RunSpec, counts: Counts) -> dict[str, Any]:
-        expected, basis, num_similar = formula(spec, counts, self.device), "formula", 0
+        expected, basis, num_similar = formula(spec, counts, self.device, self.gpu), "formula", 0
         seen = next((self._factors[key] for key in self._keys(spec) if key in self._factors), None)
         if seen:
             memory, train, other = (statistics.median(column) for column in zip(*seen, strict=True))
@@ -282,6 +306,7 @@ class History:
         return {
             "num_parameters": counts.num_parameters,
             "num_trainable": counts.num_trainable,
+            "updates_bytes": updates_bytes(spec, counts),
             "peak_gib": expected.peak_gib,
             "seconds": expected.seconds,
             "basis": basis,
@@ -292,7 +317,7 @@ class History:
 def _measured(state: RunState) -> dict[str, Any]:
     assert state.record is not None
     measures = state.record.measures
-    keys = ("num_parameters", "num_trainable", "peak_gib")
+    keys = ("num_parameters", "num_trainable", "updates_bytes", "peak_gib")
     found = {key: measures.get(key, 0) for key in keys} | {"seconds": measures.get("total_seconds", 0.0)}
     return found | {"basis": "measured", "num_similar": 0}
 
@@ -309,13 +334,13 @@ def _totals(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _assumptions(sweep: Sweep, runs: list[dict[str, Any]], device: torch.device) -> list[str]:
+def _assumptions(sweep: Sweep, runs: list[dict[str, Any]], device: torch.device, gpu: str | None = None) -> list[str]:
     """What the estimates rest on, one sentence each."""
     bases = {run["estimate"]["basis"] for run in runs}
     lines = []
     if "formula" in bases:
         kinds = dict.fromkeys((spec.dtype, spec.threads) for spec in sweep.runs)
-        for rate, source in (flop_rate(device, *kind) for kind in kinds):
+        for rate, source in (flop_rate(device, *kind, gpu) for kind in kinds):
             lines.append(f"formula: training at {EFFICIENCY:.0%} of {rate / 1e12:.3g} TFLOP/s ({source})")
         lines.append("formula: loading and evaluation are not in the time; memory from tensor sizes")
     if "similar runs" in bases:

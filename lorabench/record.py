@@ -26,11 +26,17 @@ from lorabench.spec import RunSpec, canonical_json, spec_id
 
 
 class Status(StrEnum):
-    """How a run stands. `interrupted` is never written: it is a `running` record whose worker is gone."""
+    """How a run stands.
+
+    `interrupted` is never written: it is a `running` record whose worker is gone. Nor are `pending`, which waits in a
+    cluster's queue, and `lost`, whose job went away without a result and without a reason that is the run's own.
+    """
 
     MISSING = "missing"
+    PENDING = "pending"
     RUNNING = "running"
     INTERRUPTED = "interrupted"
+    LOST = "lost"
     DONE = "done"
     OOM = "oom"
     TIMEOUT = "timeout"

@@ -19,7 +19,7 @@ from lorabench.spec import RunSpec, flatten, is_tables, unflatten
 
 SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure"]
 
-RESERVED = ("runs", "pairs", ".", "..")
+RESERVED = ("runs", "pairs", "queue", ".", "..")
 """Folders of results/ that are no sweep's."""
 
 

@@ -47,6 +47,8 @@ class Settings:
     device: str = "auto"
     checkpoint_seconds: float = 60
     timeout_seconds: float | None = None
+    job: str | None = None
+    """The cluster's id of the job that the run is computed in."""
 
 
 Target = Callable[[RunSpec, Store, Settings], Any]

@@ -22,7 +22,7 @@ MODEL = Path(plans.models.BUILTIN) / "tiny-llama"
 @pytest.fixture(autouse=True)
 def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """1 GFLOP/s, so that times are the same on every machine."""
-    monkeypatch.setattr(plans, "flop_rate", lambda device, dtype, threads: (1e9, "set by the test"))
+    monkeypatch.setattr(plans, "flop_rate", lambda *_: (1e9, "set by the test"))
 
 
 def sweep(**base: object) -> Sweep:

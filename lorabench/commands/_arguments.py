@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench import plugins
 from lorabench.decode import InputError
 from lorabench.terminal import talk
 
 if TYPE_CHECKING:
     from lorabench.formats import Adapter
-    from lorabench.record import Store
+    from lorabench.record import Status, Store
 
 Argument = tuple[str, dict[str, Any]]
 """Names, and the options of argparse's `add_argument`."""
@@ -73,6 +74,12 @@ BASE = argument(
 )
 ALPHA = argument("--alpha", "α of a format that does not keep its own", type=float, metavar="A")
 HTML = argument("--html", "write a page with figures too", type=Path, metavar="FILE")
+RETRY = argument(
+    "--retry",
+    "repeat what has ended as: failed, oom, timeout, diverged, corrupt or all (several: comma)",
+    default="",
+    metavar="STATUS",
+)
 DEVICE = argument("--device", "auto (default), cpu, cuda or cuda:1", default="auto")
 
 
@@ -109,6 +116,19 @@ def device_here(name: str) -> str:
 
     visible_gpus(device_name(name))
     return name
+
+
+def statuses(text: str) -> frozenset[Status]:
+    """What `--retry` names. InputError with the choices."""
+    from lorabench.launch import REPEATABLE
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    choices = [str(status) for status in REPEATABLE]
+    valid = [*choices, "all"]
+    wrong = [f"--retry {name}: {plugins.unknown('status', name, valid)}" for name in names if name not in valid]
+    if wrong:
+        raise InputError(wrong)
+    return frozenset(status for status in REPEATABLE if str(status) in names or "all" in names)
 
 
 def share_of(flag: str, value: float) -> float:

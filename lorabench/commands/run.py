@@ -10,9 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench import plugins
-from lorabench.commands._arguments import DEVICE, RESULTS, SWEEP, argument, device_name, number
-from lorabench.decode import InputError
+from lorabench.commands._arguments import DEVICE, RESULTS, RETRY, SWEEP, argument, device_name, number, statuses
 from lorabench.terminal import talk
 
 if TYPE_CHECKING:
@@ -28,12 +26,7 @@ ARGUMENTS = [
         metavar="N",
     ),
     DEVICE,
-    argument(
-        "--retry",
-        "repeat what has ended as: failed, oom, timeout, diverged, corrupt or all (several: comma)",
-        default="",
-        metavar="STATUS",
-    ),
+    RETRY,
     argument("--timeout-minutes", "end a run as `timeout` after so long", type=number(float, 0.01), metavar="M"),
     argument(
         "--checkpoint-seconds",
@@ -50,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
     from lorabench.record import Store, write_bytes
     from lorabench.sweep import read_sweep
 
-    retry = _retry(arguments.retry)
+    retry = statuses(arguments.retry)
     device = device_name(arguments.device)
     sweep = read_sweep(Path(arguments.sweep))
     store = Store(arguments.results)
@@ -59,18 +52,6 @@ def main(arguments: argparse.Namespace) -> int:
     outcome = launch(sweep, store, _pool(arguments, device, retry, max(spec.threads for spec in sweep.runs)))
     talk(summary(sweep, outcome))
     return outcome.exit_code
-
-
-def _retry(text: str) -> frozenset[Status]:
-    from lorabench.launch import REPEATABLE
-
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    choices = [str(status) for status in REPEATABLE]
-    valid = [*choices, "all"]
-    wrong = [f"--retry {name}: {plugins.unknown('status', name, valid)}" for name in names if name not in valid]
-    if wrong:
-        raise InputError(wrong)
-    return frozenset(status for status in REPEATABLE if str(status) in names or "all" in names)
 
 
 def _pool(arguments: argparse.Namespace, device: str, retry: frozenset[Status], threads: int) -> Any:

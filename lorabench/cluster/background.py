@@ -1,0 +1,55 @@
+"""Jobs on this machine: starts submitit's local executor in a session of its own, so that jobs outlive the command.
+
+A process of this module reads the submission's plan, starts its jobs, notes their process ids and ends; closing the
+terminal or a pipe behind the command then means nothing to them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from lorabench.cluster.enqueue import write_jobs
+from lorabench.cluster.profile import Profile
+from lorabench.cluster.queue import Array, Submission, read_submission
+from lorabench.cluster.work import ENDLESS, Work
+from lorabench.decode import InputError, decode
+
+
+def start(submission: Submission) -> None:
+    """Start the jobs of a submission. InputError with the last words of what went wrong."""
+    log = submission.folder / "start.txt"
+    with open(log, "wb") as file:
+        done = subprocess.run(
+            [sys.executable, "-m", "lorabench.cluster.background", str(submission.folder.absolute())],
+            stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        lines = log.read_text("utf-8", "replace").strip().splitlines()
+        raise InputError(f"{submission.folder}: jobs could not be started: {lines[-1] if lines else 'for no reason'}")
+
+
+def _main(folder: Path) -> None:
+    from submitit.local.local import LocalExecutor
+
+    submission = read_submission(folder)
+    assert submission is not None
+    profile: Profile = decode(Profile, submission.profile)
+    executor = LocalExecutor(submission.submitit, max_num_timeout=ENDLESS, python=profile.command)
+    executor.update_parameters(
+        timeout_min=profile.minutes,
+        gpus_per_node=profile.gpus,
+        tasks_per_node=profile.ranks,
+        signal_delay_s=profile.signal_seconds,
+        setup=profile.shell,
+    )
+    taken: list[Array] = []
+    for number in range(len(submission.jobs)):
+        job = executor.submit(Work(root=str(folder.parents[1]), submission=submission.name, number=number))
+        taken.append(Array(first=number, count=1, job_id=job.job_id))
+        write_jobs(submission, taken)
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]))

@@ -1,0 +1,126 @@
+"""Which jobs of the submissions are still there: SLURM's queue and this machine's processes, asked once for all."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from lorabench.claim import current_claim
+from lorabench.cluster import local, slurm
+from lorabench.cluster.queue import COMMENT, Submission, user_name
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """A job as it stands now."""
+
+    job_id: str | None = None
+    is_queued: bool | None = None
+    """Waiting or running; None where that cannot be known."""
+    state: str | None = None
+    """SLURM's word; None where it does not know the job (any more)."""
+    reason: str | None = None
+    start: str | None = None
+    nodes: str | None = None
+
+
+class Lookup:
+    """How the jobs of these submissions stand.
+
+    Where SLURM does not answer, Unreachable is raised; with `tell` it is told once instead, and nothing is known of
+    its jobs.
+    """
+
+    def __init__(self, submissions: Iterable[Submission], tell: Tell | None = None):
+        submissions = list(submissions)
+        self._jobs: dict[str, slurm.Job] = {}
+        self._arrays: dict[str, set[str]] = {}
+        self._problem: str | None = None
+        self._cluster: str | None = None
+        if any(submission.kind == "slurm" for submission in submissions):
+            self._ask(submissions, tell)
+        self._seen = {submission.name: self._look(submission) for submission in submissions}
+
+    def seen(self, submission: Submission, job: int) -> Seen:
+        if submission.name not in self._seen:  # was not asked: all of its runs are settled
+            return Seen(job_id=submission.job_ids[job])
+        return self._seen[submission.name][job]
+
+    def _ask(self, submissions: list[Submission], tell: Tell | None) -> None:
+        try:
+            jobs = slurm.list_jobs({user_name(), *(s.user for s in submissions if s.kind == "slurm")})
+            if any(submission.slurm_cluster for submission in submissions):
+                self._cluster = slurm.config().get("ClusterName")
+        except slurm.Unreachable as error:
+            if tell is None:
+                raise
+            self._problem = error.problems[0]
+            tell(f"{self._problem}; what waits or runs on the cluster is not known")
+            return
+        for job in jobs:
+            self._jobs[job.id] = job
+            if job.comment and job.comment.startswith(COMMENT):
+                self._arrays.setdefault(job.comment, set()).add(job.id.partition("_")[0])
+
+    def _look(self, submission: Submission) -> list[Seen]:
+        why = self._unknown(submission)
+        if why:
+            return [Seen(job_id=job_id, reason=why) for job_id in submission.job_ids]
+        comment = COMMENT + submission.name
+        if not submission.complete:
+            submission = self._with_unwritten(submission)
+        unwritten = Seen(is_queued=False)
+        if not submission.complete and is_submitting(submission):
+            unwritten = Seen(is_queued=True, state="SUBMITTING")
+        look = self._process(submission) if submission.kind == "local" else self._job(comment)
+        return [unwritten if job_id is None else look(job_id) for job_id in submission.job_ids]
+
+    def _unknown(self, submission: Submission) -> str | None:
+        """Why nothing can be known of a submission's jobs."""
+        if submission.kind == "local":
+            here = submission.host == socket.gethostname()
+            return None if here else f"on {submission.host}; not seen from here"
+        if self._problem:
+            return "SLURM did not answer"
+        if submission.slurm_cluster not in (None, self._cluster):
+            return f"on cluster {submission.slurm_cluster}; not seen from here"
+        return None
+
+    def _job(self, comment: str) -> Callable[[str], Seen]:
+        def look(job_id: str) -> Seen:
+            job = self._jobs.get(job_id)
+            of_another = job and job.comment and job.comment.startswith(COMMENT) and job.comment != comment
+            if job is None or of_another:  # a cluster that was set up anew counts its jobs from one again
+                return Seen(job_id=job_id, is_queued=False)
+            return Seen(
+                job_id=job_id, is_queued=job.is_queued, state=job.state, reason=job.reason, start=job.start,
+                nodes=job.nodes,
+            )  # fmt: skip
+
+        return look
+
+    def _process(self, submission: Submission) -> Callable[[str], Seen]:
+        def look(pid: str) -> Seen:
+            alive = local.is_alive(pid, submission.folder / "submitit")
+            return Seen(job_id=pid, is_queued=alive, state="RUNNING" if alive else None)
+
+        return look
+
+    def _with_unwritten(self, submission: Submission) -> Submission:
+        """The submission with the ids of arrays that SLURM took before its submitter, who died, could write them."""
+        written = {array.job_id for array in submission.arrays}
+        unwritten = iter(sorted(self._arrays.get(COMMENT + submission.name, set()) - written, key=int))
+        arrays = [a if a.job_id else replace(a, job_id=next(unwritten, None)) for a in submission.arrays]
+        return replace(submission, arrays=tuple(arrays))
+
+
+def is_submitting(submission: Submission) -> bool:
+    """Whether another process is submitting just now; the lock of `lorabench submit` says so."""
+    claim = current_claim(submission.folder.parent)
+    if claim is None or (claim.pid, claim.host) == (os.getpid(), socket.gethostname()):
+        return False
+    return claim.is_alive()

@@ -1,0 +1,191 @@
+"""How each run stands: the store, which alone says what is done, joined with the queue and with SLURM.
+
+In the order of truth: a whole record; a live claim, whose run is running; a job in the queue, for which the run
+waits; and of a job that is gone without a result, what the accounting says of its end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from lorabench.cluster import slurm
+from lorabench.cluster.lookup import Lookup, Seen, Tell
+from lorabench.cluster.queue import Submission, read_submissions, user_name
+from lorabench.cluster.verdict import began_by, judge
+from lorabench.record import FAILURES, RunState, Status, Store
+from lorabench.settle import settle
+from lorabench.spec import RunSpec
+from lorabench.terminal import duration
+
+CANCEL_MARKER = "cancel"
+"""In a run's folder: it is not to be begun, or goes no further than its next step. `submit` and `run` take it away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A run's place in a submission."""
+
+    submission: Submission
+    job: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queued:
+    """The job that a run waits for, is computed by, or was last given to."""
+
+    submission: str
+    cluster: str
+    job_id: str | None
+    state: str | None
+    """SLURM's word, or for a local job RUNNING; None where it is gone or not known."""
+    reason: str | None
+    start: str | None
+    """When the job started, or is expected to; the cluster's local time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """A run as it stands now."""
+
+    state: RunState
+    """Its status may also be `pending` or `lost`."""
+    queue: Queued | None = None
+    place: Place | None = None
+    gone: Seen | None = None
+    """The job that went away without a result of the run."""
+
+    @property
+    def run_id(self) -> str:
+        return self.state.run_id
+
+    @property
+    def status(self) -> Status:
+        return self.state.status
+
+
+def standings(store: Store, specs: Sequence[RunSpec] | None = None, tell: Tell | None = None) -> list[Standing]:
+    """These runs, or all that the store and its queue hold, by their ids; what ended jobs left is settled on the way.
+
+    Raises slurm.Unreachable where squeue does not answer; with `tell` it is told instead, and what cannot be known
+    stays as the store has it.
+    """
+    submissions = list(read_submissions(store.root))
+    places = _places(submissions)
+    states = list(store.states(None if specs is None else list(specs)))
+    if specs is None:
+        states = sorted([*states, *_without_folder(states, submissions)], key=lambda state: state.run_id)
+    waits = {s.run_id: _may_wait(store, s, places[s.run_id][0]) for s in states if s.run_id in places}
+    asked = [place.submission for s in states if waits.get(s.run_id) or _runs(s) for place in places.get(s.run_id, [])]
+    lookup = Lookup({submission.name: submission for submission in asked}.values(), tell)
+    found = [_join(state, places.get(state.run_id, []), waits.get(state.run_id, False), lookup) for state in states]
+    return _settled(store, found, tell)
+
+
+def _places(submissions: Iterable[Submission]) -> dict[str, list[Place]]:
+    """Run id -> where it was submitted, the latest first."""
+    places: dict[str, list[Place]] = {}
+    for submission in submissions:
+        for job, run_ids in enumerate(submission.jobs):
+            for run_id in run_ids:
+                places.setdefault(run_id, []).insert(0, Place(submission=submission, job=job))
+    return places
+
+
+def _without_folder(states: list[RunState], submissions: list[Submission]) -> list[RunState]:
+    """The runs that were submitted, but have not begun: only the queue knows of them."""
+    specs = {run_id: spec for submission in submissions for run_id, spec in submission.specs.items()}
+    for state in states:
+        specs.pop(state.run_id, None)
+    return [RunState(run_id=run_id, status=Status.MISSING, spec=spec) for run_id, spec in specs.items()]
+
+
+def _runs(state: RunState) -> bool:
+    return state.status == Status.RUNNING
+
+
+def _may_wait(store: Store, state: RunState, latest: Place) -> bool:
+    """Whether the run is not settled since its latest submission: its job, if it is there, will compute it."""
+    if state.status in (Status.MISSING, Status.INTERRUPTED):
+        return True
+    if state.status == Status.CANCELLED:  # also what wrote its checkpoint when its job was preempted
+        return not (store.folder(state.run_id) / CANCEL_MARKER).exists()
+    ended = state.record.finished if state.record else None
+    return state.status in FAILURES and ended is not None and _unix(ended) <= latest.submission.time  # --retry
+
+
+def _join(state: RunState, places: list[Place], may_wait: bool, lookup: Lookup) -> Standing:
+    if not places:
+        return Standing(state=state)
+    place = next((p for p in places if lookup.seen(p.submission, p.job).is_queued), places[0])
+    seen = lookup.seen(place.submission, place.job)
+    if seen.job_id is None and not seen.is_queued:  # its submitter died before this array's turn
+        return Standing(state=state)
+    if may_wait and seen.is_queued:
+        state = replace(state, status=Status.PENDING, error=None)
+    queued = Queued(
+        submission=place.submission.name,
+        cluster=place.submission.cluster,
+        job_id=seen.job_id,
+        state=seen.state,
+        reason=_reason(state, seen),
+        start=seen.start,
+    )
+    gone = may_wait and seen.is_queued is False and state.status in (Status.MISSING, Status.INTERRUPTED)
+    return Standing(state=state, queue=queued, place=place, gone=seen if gone else None)
+
+
+def _reason(state: RunState, seen: Seen) -> str | None:
+    """Why a run waits whose job is in the queue, or runs already."""
+    if state.status != Status.PENDING or seen.reason or seen.state != "RUNNING":
+        return seen.reason
+    claim = state.claim
+    if claim and not claim.released and claim.progress.get("job") == seen.job_id:
+        return f"no heartbeat for {duration(time.time() - claim.time)}"
+    return "its job is running; other runs come first"
+
+
+def _settled(store: Store, found: list[Standing], tell: Tell | None) -> list[Standing]:
+    """The same, with a verdict on each run whose job is gone; the run's record keeps it, but for `lost`."""
+    gone = [standing for standing in found if standing.gone]
+    if not gone:
+        return found
+    ended, why = _ask_accounting(gone, tell)
+    return [_judged(store, standing, ended, why) if standing.gone else standing for standing in found]
+
+
+def _ask_accounting(gone: list[Standing], tell: Tell | None) -> tuple[dict[str, slurm.Ended], str]:
+    """What is known of how these jobs ended, by their ids, and what to say of one of which nothing is known."""
+    seen = [s.gone for s in gone if s.gone and s.place and s.place.submission.kind == "slurm"]
+    known = {s.job_id: slurm.Ended(id=s.job_id, state=s.state, nodes=s.nodes) for s in seen if s.job_id and s.state}
+    if not seen:
+        return {}, ""
+    try:
+        found = slurm.list_ended({s.job_id for s in seen if s.job_id})
+    except slurm.Unreachable as error:
+        if tell is not None:
+            tell(f"{error.problems[0]}; why jobs ended is not known")
+        return known, "why is not known: the accounting did not answer"
+    if found is None:
+        return known, "why is not known: this cluster keeps no accounting"
+    return known | found, "SLURM has no trace of it: cancelled while it waited?"
+
+
+def _judged(store: Store, standing: Standing, ended: dict[str, slurm.Ended], why: str) -> Standing:
+    state, place, seen = standing.state, standing.place, standing.gone
+    assert place and seen and seen.job_id
+    is_local = place.submission.kind == "local"
+    end = None if is_local else ended.get(seen.job_id)
+    began = began_by(state.claim, seen.job_id, place.submission.time, end)
+    if began is None:
+        return standing
+    verdict = judge(seen.job_id, began, end, f"its process ended on {place.submission.host}" if is_local else why)
+    if verdict.status == Status.LOST or place.submission.user != user_name():
+        return replace(standing, state=replace(state, status=verdict.status, error=verdict.error))
+    return replace(standing, state=settle(store, state, verdict.status, verdict.error))
+
+
+def _unix(moment: str) -> float:
+    return datetime.fromisoformat(moment).timestamp()

@@ -1,0 +1,248 @@
+"""What to submit, and its submission through submitit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorabench.claim import current_claim
+from lorabench.cluster import background, slurm
+from lorabench.cluster.enqueue import Plan, new_name, write_jobs, write_plan
+from lorabench.cluster.packing import Cell, Limits, pack, share, split, spread
+from lorabench.cluster.profile import Profile
+from lorabench.cluster.queue import COMMENT, Array, Submission
+from lorabench.cluster.standing import CANCEL_MARKER, Standing, standings
+from lorabench.cluster.work import ENDLESS, Work, forget_timeouts
+from lorabench.decode import InputError, encode
+from lorabench.record import FAILURES, Status, Store
+from lorabench.spec import RunSpec
+from lorabench.sweep import Sweep
+
+START_SECONDS = 20.0
+"""Added to an estimate that knows nothing of loading, evaluation and saving."""
+USUAL_MAX_ARRAY = 1001
+"""SLURM's own default of MaxArraySize, where it cannot be asked."""
+LEFT_ALONE = (*FAILURES, Status.CORRUPT)
+"""Submitted again only where `--retry` names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """A sweep, and the cluster that it is for."""
+
+    sweep: Sweep
+    profile: Profile
+    cluster: str
+    """Name of the profile."""
+    retry: frozenset[Status] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prospect:
+    """What a submission of an order would be just now."""
+
+    order: Order
+    name: str
+    standings: dict[str, Standing]
+    estimates: dict[str, dict[str, Any]]
+    """Of each run, as `lorabench.plan` has it."""
+    jobs: list[list[Cell]]
+    arrays: list[tuple[int, int]]
+    """(first job, number of jobs)."""
+    config: dict[str, str]
+    """SLURM's own, where it can be asked."""
+
+    @property
+    def run_ids(self) -> list[str]:
+        """What would be submitted."""
+        return [cell.run_id for job in self.jobs for cell in job]
+
+
+def prepare(order: Order, store: Store, plan: dict[str, Any], tell: Callable[[str], None] | None = None) -> Prospect:
+    """Which runs are to be submitted, and in which jobs. `plan` is `lorabench.plan`'s of the sweep.
+
+    Raises slurm.Unreachable where SLURM does not answer; with `tell` that is told instead.
+    """
+    profile = order.profile
+    found = {standing.run_id: standing for standing in standings(store, order.sweep.runs, tell)}
+    estimates = {run["run_id"]: run["estimate"] for run in plan["runs"]}
+    missing = [spec for spec in order.sweep.runs if is_missing(found[spec.id].status, order.retry)]
+    cells = [Cell(run_id=s.id, seconds=expected_seconds(estimates[s.id]), kind=warm_kind(s)) for s in missing]
+    config = _config(tell) if profile.kind == "slurm" else {}
+    if profile.kind == "local":
+        jobs = spread(cells, profile.parallel)
+        arrays = [(number, 1) for number in range(len(jobs))]
+    else:
+        jobs = pack(cells, limits(profile))
+        arrays = split(len(jobs), profile.max_array or int(config.get("MaxArraySize", USUAL_MAX_ARRAY)))
+    return Prospect(
+        order=order, name=new_name(order.sweep.name), standings=found, estimates=estimates, jobs=jobs, arrays=arrays,
+        config=config,
+    )  # fmt: skip
+
+
+def is_missing(status: Status, retry: frozenset[Status]) -> bool:
+    """Whether a run that stands so is to be submitted: neither done, nor queued, nor failed and left alone."""
+    if status in LEFT_ALONE:
+        return status in retry
+    return status not in (Status.DONE, Status.RUNNING, Status.PENDING)
+
+
+def expected_seconds(estimate: dict[str, Any]) -> float:
+    return estimate["seconds"] + (START_SECONDS if estimate["basis"] == "formula" else 0.0)
+
+
+def warm_kind(spec: RunSpec) -> tuple[Any, ...]:
+    """What a job loads once for all of its runs: base and data."""
+    return spec.model, spec.revision, spec.quantization, spec.dtype, spec.seq_len, repr(spec.stages)
+
+
+def limits(profile: Profile) -> Limits:
+    return Limits(
+        seconds=profile.usable_seconds,
+        target_seconds=60 * profile.target_minutes,
+        cells=None if profile.cells_per_job == "auto" else profile.cells_per_job,
+        at_once=profile.cells_at_once,
+    )
+
+
+def _config(tell: Callable[[str], None] | None) -> dict[str, str]:
+    try:
+        return slurm.config()
+    except slurm.Unreachable as error:
+        if tell is None:
+            raise
+        tell(f"{error.problems[0]}; MaxArraySize is taken as {USUAL_MAX_ARRAY}")
+        return {}
+
+
+def scripts(prospect: Prospect, root: Path) -> list[str]:
+    """The sbatch script of each array, in submitit's own words."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    profile = prospect.order.profile
+    folder = submitit_folder(root, prospect.name)
+    command = f"{profile.command} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    texts = []
+    for (_, count), parallel in zip(prospect.arrays, _parallel(prospect), strict=True):
+        own = parameters(prospect, parallel) | ({"map_count": count} if count > 1 else {})
+        texts.append(_make_sbatch_string(command=command, folder=folder, **own))
+    return texts
+
+
+def parameters(prospect: Prospect, parallel: int) -> dict[str, Any]:
+    """For submitit's SlurmExecutor."""
+    name = f"lorabench-{prospect.order.sweep.name}"
+    return prospect.order.profile.slurm_parameters(name, COMMENT + prospect.name, parallel)
+
+
+def _parallel(prospect: Prospect) -> list[int]:
+    return share(prospect.order.profile.parallel, len(prospect.arrays))
+
+
+def submitit_folder(root: Path, name: str) -> Path:
+    folder = (root / "queue" / name / "submitit").absolute()
+    if "%" in str(folder):
+        raise InputError(f"--results {root}: must have no % in its path, which SLURM would replace")
+    return folder
+
+
+def send(prospect: Prospect, store: Store) -> Submission:
+    """Submit; to be called while the queue is held. InputError with the cluster's words where it refuses."""
+    order, profile = prospect.order, prospect.order.profile
+    specs = {spec.id: spec.to_json() for spec in order.sweep.runs}
+    plan = Plan(
+        sweep=order.sweep.name,
+        cluster=order.cluster,
+        kind=profile.kind,
+        slurm_cluster=prospect.config.get("ClusterName"),
+        profile=encode(profile),
+        specs={run_id: specs[run_id] for run_id in prospect.run_ids},
+        jobs=[[cell.run_id for cell in job] for job in prospect.jobs],
+        arrays=prospect.arrays,
+        retry=_clear(prospect, store),
+    )
+    submission = write_plan(store.root, prospect.name, plan)
+    submission.submitit.mkdir(exist_ok=True)
+    if profile.kind == "local":
+        background.start(submission)
+    else:
+        _send_arrays(prospect, store.root.absolute(), submission)
+    return submission
+
+
+def _clear(prospect: Prospect, store: Store) -> dict[str, int]:
+    """Take away what earlier jobs have left for those to come; the last claim of each run that is repeated."""
+    retry = {}
+    for run_id in prospect.run_ids:
+        folder = store.folder(run_id)
+        (folder / CANCEL_MARKER).unlink(missing_ok=True)
+        if prospect.standings[run_id].status in LEFT_ALONE:
+            forget_timeouts(folder)
+            claim = current_claim(folder)
+            retry[run_id] = claim.number if claim else 0
+    return retry
+
+
+def _send_arrays(prospect: Prospect, root: Path, submission: Submission) -> None:
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    from submitit.slurm.slurm import SlurmExecutor
+
+    profile = prospect.order.profile
+    taken: list[Array] = []
+    for (first, count), parallel in zip(prospect.arrays, _parallel(prospect), strict=True):
+        works = [Work(root=str(root), submission=prospect.name, number=first + index) for index in range(count)]
+        try:
+            with _outside_of_a_job():
+                folder = submitit_folder(root, prospect.name)
+                executor = SlurmExecutor(folder, max_num_timeout=ENDLESS, python=profile.command)
+                executor.update_parameters(**parameters(prospect, parallel))
+                jobs = executor.submit_array(works)
+        except (FailedJobError, FailedSubmissionError, OSError, RuntimeError) as error:
+            done = f"; {len(taken)} of {len(prospect.arrays)} arrays were submitted" if taken else ""
+            raise InputError(f"{' '.join(str(error).split())}{done}", "sbatch") from None
+        taken.append(Array(first=first, count=count, job_id=jobs[0].job_id.partition("_")[0]))
+        write_jobs(submission, taken)
+
+
+@contextlib.contextmanager
+def _outside_of_a_job() -> Iterator[None]:
+    """sbatch obeys the variables of a job that it is called in: what that was given would be asked for again."""
+    mine = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CLUSTER_NAME")
+    names = [name for name in os.environ if name.startswith(("SLURM_", "SRUN_", "SUBMITIT_")) and name not in mine]
+    taken = {name: os.environ.pop(name) for name in names} if "SLURM_JOB_ID" in os.environ else {}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
+
+
+def warnings(prospect: Prospect, specs: Sequence[RunSpec]) -> list[str]:
+    """What may go wrong on the cluster, one sentence each."""
+    profile, config = prospect.order.profile, prospect.config
+    lines = []
+    wanted = [spec for spec in specs if spec.id in set(prospect.run_ids)]
+    threads = max((spec.threads for spec in wanted), default=1) * profile.cells_at_once
+    if threads > profile.cpus:
+        lines.append(f"cpus = {profile.cpus}: the runs of a job use {threads} threads")
+    heavy = [id for id in prospect.run_ids if profile.mem_gib and _host_gib(prospect, id) > profile.mem_gib]
+    if heavy:
+        lines.append(f"mem_gib = {profile.mem_gib:g}: {len(heavy)} runs are expected to need more, {heavy[0]} first")
+    long = sum(cell.seconds > profile.usable_seconds for job in prospect.jobs for cell in job)
+    if long:
+        lines.append(f"minutes = {profile.minutes}: {long} runs are expected to take longer, and go on after requeues")
+    told = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
+    if config.get("PreemptType", "preempt/none") != "preempt/none" and "send_user_signal" not in told:
+        lines.append("this cluster preempts jobs without the signal that they ask for: runs have its GraceTime alone")
+    return lines
+
+
+def _host_gib(prospect: Prospect, run_id: str) -> float:
+    """Memory of the host that a job of such runs needs; on a GPU not known."""
+    profile = prospect.order.profile
+    return 0.0 if profile.gpus else prospect.estimates[run_id]["peak_gib"] * profile.cells_at_once

@@ -1,0 +1,79 @@
+"""Submit what is missing of a sweep to a cluster, and return: the jobs go on by themselves.
+
+Only runs that are neither done nor queued go in; failed ones are left alone unless --retry names them. Many short
+runs share a job, and jobs of like runs an array. `lorabench status` tells how they stand. A job that is preempted, or
+runs out of time, writes checkpoints, is queued again and goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lorabench.commands._arguments import (
+    JSON,
+    RESULTS,
+    RETRY,
+    SWEEP,
+    argument,
+    as_json,
+    hush_libraries,
+    number,
+    statuses,
+)  # fmt: skip
+from lorabench.terminal import talk
+
+ARGUMENTS = [
+    SWEEP,
+    RESULTS,
+    argument("--cluster", "a cluster profile (TOML), as in slurm/", required=True, type=Path, metavar="FILE"),
+    RETRY,
+    argument("--dry-run", "submit nothing: print the plan and the sbatch script", action="store_true"),
+    JSON,
+    argument("--partition", "instead of the profile's", metavar="P"),
+    argument("--account", "instead of the profile's", metavar="A"),
+    argument("--qos", "instead of the profile's", metavar="Q"),
+    argument("--minutes", "time limit of a job, instead of the profile's", type=number(int, 1), metavar="M"),
+    argument("--mem-gib", "memory of a node, instead of the profile's", type=number(float, 0.001), metavar="G"),
+    argument("--parallel", "jobs at a time, instead of the profile's", type=number(int, 1), metavar="N"),
+    argument("--cells-per-job", "runs that share a job, instead of the profile's", type=number(int, 1), metavar="N"),
+]
+CHANGES = ("partition", "account", "qos", "minutes", "mem_gib", "parallel", "cells_per_job")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from lorabench.cluster.enqueue import only_one
+    from lorabench.cluster.profile import read_profile
+    from lorabench.cluster.submit import Order, prepare, send
+    from lorabench.cluster.submit_text import as_table, as_text
+    from lorabench.launch import check_writable
+    from lorabench.record import Store, write_bytes
+    from lorabench.sweep import read_sweep
+
+    retry = statuses(arguments.retry)
+    changes = {key: getattr(arguments, key) for key in CHANGES if getattr(arguments, key) is not None}
+    profile = read_profile(arguments.cluster, changes)
+    sweep, store = read_sweep(Path(arguments.sweep)), Store(arguments.results)
+    order = Order(sweep=sweep, profile=profile, cluster=arguments.cluster.stem, retry=retry)
+    plan = _plan(order, store)
+    show: Any = (lambda p: as_json(as_table(p, store.root))) if arguments.json else (lambda p: as_text(p, store.root))
+    if arguments.dry_run:
+        print(show(prepare(order, store, plan, talk)))
+        return 0
+    check_writable(store.root)
+    with only_one(store.root, talk):
+        prospect = prepare(order, store, plan)
+        if prospect.jobs:
+            write_bytes(store.root / sweep.name / "sweep.toml", sweep.text.encode())
+            send(prospect, store)
+    print(show(prospect))
+    return 0
+
+
+def _plan(order: Any, store: Any) -> dict[str, Any]:
+    hush_libraries()
+    from lorabench.plan import make_plan
+
+    device = order.profile.run_device
+    return make_plan(order.sweep, store, device, f"{order.profile.gpu_type} {order.profile.constraint}")

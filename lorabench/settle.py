@@ -1,0 +1,36 @@
+"""The record of a run that could not write its own, by whoever saw its process or its job end."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from dataclasses import replace
+
+from lorabench.claim import take
+from lorabench.decode import InputError
+from lorabench.record import RunRecord, RunState, Status, Store
+
+
+def settle(store: Store, state: RunState, status: Status, error: str) -> RunState:
+    """Give the run of `state`, as it was seen, this status; how it stands then.
+
+    Another worker that has the run by now, or has ended it, is never written over. Raises OSError where the store
+    cannot be written.
+    """
+    folder, seen = store.folder(state.run_id), state.claim
+    hold = take(folder)
+    if hold is None:
+        return store.state(state.run_id)
+    with hold:
+        hold.progress |= seen.progress if seen else {}
+        record = RunRecord(run_id=state.run_id, spec=state.spec, status=status)
+        with contextlib.suppress(InputError):
+            record = store.read(state.run_id) or record
+        if record.status == Status.DONE or hold.number > (seen.number if seen else 0) + 1:
+            return RunState(run_id=state.run_id, status=record.status, spec=record.spec, record=record)
+        finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        record = replace(record, status=status, error=error, finished=finished)
+        store.write(record)
+    return RunState(
+        run_id=state.run_id, status=status, spec=record.spec, record=record, claim=seen, error=error
+    )  # fmt: skip
