@@ -88,6 +88,23 @@ class Hold:
         os.replace(temporary, self._file)
 
 
+class Followed(Hold):
+    """What the other ranks of a run go by: the first one holds the claim for all of them."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.progress = {}
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+
 def current_claim(folder: Path) -> Claim | None:
     """The newest claim on the run in `folder`, dead or alive."""
     numbers = _numbers(folder)

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorabench import claim, environment, model, sequence, serving
+from lorabench import claim, environment, model, ranks, sequence, serving
 from lorabench import meter as meters
-from lorabench.claim import Hold, Lost
+from lorabench.claim import Followed, Hold, Lost
 from lorabench.decode import InputError, encode
+from lorabench.distributed import (
+    Place,
+    RankFailed,
+    Sharding,
+    is_peer_loss,
+    joined,
+    local_device,
+    local_part,
+    log_name,
+    meet,
+    told,
+)
 from lorabench.examples import Examples, prepare_stages
 from lorabench.record import RunRecord, Status, Store
 from lorabench.snapshots import drop_unknown, keep_snapshot, write_update
@@ -54,34 +66,52 @@ class Options:
     """The cluster's id of the job; it stands in the claim."""
     log_to_file: bool = True
     """Send stdout and stderr to the run's log.txt."""
+    place: Place = field(default_factory=Place)
+    """Among the processes that compute the run together; each of them calls `execute`."""
+    sharding: Sharding = "auto"
 
 
 def execute(spec: RunSpec, store: Store, options: Options) -> Status:
-    """One run in this process. Returns its final status; `running` if another worker has it."""
-    folder = store.folder(spec.id)
+    """One run in this process, or this process's part of it. Its final status; `running` if another worker has it.
+
+    Of several ranks the first one claims the run and writes its record. RankFailed on each of them where one has
+    failed: whoever has started them knows of all, and says in the record what it was.
+    """
+    place, meeting = options.place, meet(options.place)
+    hold = _take(spec, store, options) if place.rank == 0 else Followed()
+    word = told(place, meeting, lambda: str(Status.MISSING if isinstance(hold, Hold) else hold))
+    if not isinstance(hold, Hold) or word != Status.MISSING:
+        return Status(word)
+    with hold, _log(store.folder(spec.id) / log_name(place.rank), options.log_to_file):
+        return _attempt(spec, store, options, hold, meeting)
+
+
+def _take(spec: RunSpec, store: Store, options: Options) -> Hold | Status:
+    """The claim on the run, or how it stands where there is nothing to do: done, or running elsewhere."""
     store.write_spec(spec)
-    state = store.state(spec.id)
-    if state.status == Status.DONE:
+    if store.state(spec.id).status == Status.DONE:
         return Status.DONE
-    hold = claim.take(folder, {"job": options.job} if options.job else None)
+    hold = claim.take(store.folder(spec.id), {"job": options.job} if options.job else None)
     if hold is None:
         return Status.RUNNING
-    with hold, _log(folder / "log.txt", options.log_to_file):
-        record = store.read(spec.id)
-        if record is not None and record.status == Status.DONE:  # finished between the look and the claim
+    if store.state(spec.id).status == Status.DONE:  # finished between the look and the claim
+        with hold:
             return Status.DONE
-        return _attempt(spec, store, options, hold)
+    return hold
 
 
-def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold) -> Status:
+def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold, meeting: Any) -> Status:
+    place = options.place
     record = RunRecord(
         run_id=spec.id, spec=spec.to_json(), status=Status.RUNNING, started=_now(), attempts=hold.number
     )  # fmt: skip
-    store.write(record)
+    if place.rank == 0:
+        store.write(record)
     deadline = time.monotonic() + options.timeout_seconds if options.timeout_seconds else None
     stop = Stop(deadline=deadline)
     try:
-        with stop_on_signals(stop):
+        device = pick_device(local_device(place, options.device))
+        with stop_on_signals(stop), joined(place, meeting, device) as stop.world:
             _run(spec, store, options, hold, record, stop)
         record.status = Status.DONE
     except Stopped as error:
@@ -97,6 +127,10 @@ def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold) -> Statu
         traceback.print_exc()
         record.status = Status.OOM if _is_out_of_memory(error) else Status.FAILED
         record.error = _one_line(error)
+        if place.size > 1:
+            raise RankFailed(record.status, record.error, is_peer_loss(error)) from error
+    if place.rank:
+        return record.status
     record.finished = _now()
     hold.check()
     store.write(record)
@@ -107,14 +141,14 @@ def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold) -> Statu
 
 def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunRecord, stop: Stop) -> None:
     """Load, evaluate, train, evaluate, save: fills `record`."""
-    folder = store.folder(spec.id)
+    folder, world = store.folder(spec.id), stop.world
     checkpoint = checkpoint_file(folder)
-    device = pick_device(options.device)
+    device = pick_device(local_device(world.place, options.device))
     torch.set_num_threads(spec.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     hold.progress |= {"phase": "load", "step": 0, "steps": spec.total_steps}
-    record.environment = environment.describe(device)
+    record.environment = environment.describe(device) | world.describe()
     meter = meters.Meter(device, spec.total_steps)
     with meter.clock("load"):
         stages = prepare_stages(spec)
@@ -131,21 +165,26 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     record.measures |= _counts(tuned, num_base, stages)
     content: dict[str, Any] = {key: record.environment.get(key) for key in ("model_commit", "model_sha256", "data")}
-    training = Training(spec, tuned, make_optimizer(spec, tuned), meter, content=content)
-    if checkpoint.exists():
+    training = Training(spec, tuned, make_optimizer(spec, tuned), meter, world, content=content)
+    _seed_rank(training)
+    if world.from_first(checkpoint.exists):
         record.resumed_from_step = _resume(training, checkpoint)
     if not training.rows:
         _evaluate_base(training, stages, lambda: seeded_base(spec, examples, device), stop, hold)
-    drop_unknown(folder, training.snapshots, hold)
+        _seed_rank(training)
+    if world.is_first:
+        drop_unknown(folder, training.snapshots, hold)
     _train_and_evaluate(training, stages, options, stop, hold, folder)
-    if not all(tensor.isfinite().all() for tensor in spec.method.trained_state(tuned).values()):
+    parts = map(local_part, spec.method.trained_state(tuned).values())
+    if world.any(not all(tensor.isfinite().all() for tensor in parts)):
         raise Diverged(f"step {training.step}: trained weights are not finite")
     hold.progress["phase"] = "save"
     if spec.keep != "none":
         load_base = partial(seeded_base, spec, examples, device)
         record.files = write_update(training, load_base, folder, "updates", hold) | training.snapshots
     _fill(record, training, folder)
-    if spec.serving:
+    stop.world = world.leave()
+    if spec.serving and world.is_first:
         _write_unserved(record, store, hold)
         hold.progress["phase"] = "serve"
         with meter.clock("serve"):
@@ -163,7 +202,8 @@ def _resume(training: Training, checkpoint: Path) -> int | None:
     try:
         training.load(checkpoint)
     except ValueError as error:
-        os.replace(checkpoint, checkpoint.with_suffix(".unusable"))
+        if training.world.is_first:
+            os.replace(checkpoint, checkpoint.with_suffix(".unusable"))
         print(f"checkpoint {error}; it is set aside, and the run begins anew")
         return None
     return training.step
@@ -194,7 +234,8 @@ def _train_and_evaluate(
             checkpoint()
             raise
 
-    log = StepLog(folder / "steps.jsonl", training.step, options.checkpoint_seconds)
+    log_file = folder / "steps.jsonl" if training.world.is_first else None
+    log = StepLog(log_file, training.step, options.checkpoint_seconds)
     saves = Saves(checkpoint=checkpoint, snapshot=snapshot)
     for stage in range(training.stage, len(stages)):
         if stage > training.stage:
@@ -277,8 +318,8 @@ def _serve(record: RunRecord, training: Training, stages: list[Examples], folder
 
 def _fill(record: RunRecord, training: Training, folder: Path) -> None:
     """Put all that was measured into the record."""
-    spec, meter = training.spec, training.meter
-    memory, record.provenance["peak_gib"] = meter.memory()
+    spec, meter, world = training.spec, training.meter, training.world
+    memory, record.provenance["peak_gib"] = ranks.memory(meter, world)
     record.provenance["update"] = spec.method.about_update(spec)
     throughput = meter.throughput()
     record.measures |= memory | throughput | training.metrics | meter.wall_time()
@@ -290,7 +331,7 @@ def _fill(record: RunRecord, training: Training, folder: Path) -> None:
         found = sequence.matrices(training.rows)
         record.sequence = {"tasks": task_names([encode(task) for task in spec.tasks]), "matrices": found}
         record.measures |= sequence.measures(found)
-    energy = meter.energy()
+    energy = ranks.energy(meter, world)
     if energy:
         record.measures["energy_joules"], record.provenance["energy_joules"] = energy
     if throughput:
@@ -299,8 +340,9 @@ def _fill(record: RunRecord, training: Training, folder: Path) -> None:
         flops = meters.model_flops_per_token(training.model, length) * tokens
         peak, source = meters.peak_flops(meter.device, spec.dtype)
         per_second = flops * throughput["tokens_per_second"] / tokens
-        record.measures |= {"flops_per_step": flops, "model_flops_utilization": per_second / peak}
-        record.provenance["model_flops_utilization"] = f"of {peak / 1e12:.3g} TFLOP/s, {source}"
+        record.measures |= {"flops_per_step": flops, "model_flops_utilization": per_second / (peak * world.size)}
+        times = f"{world.size} ranks of " if world.size > 1 else ""
+        record.provenance["model_flops_utilization"] = f"of {times}{peak / 1e12:.3g} TFLOP/s, {source}"
 
 
 def seeded_base(spec: RunSpec, examples: Examples, device: torch.device) -> nn.Module:
@@ -309,14 +351,20 @@ def seeded_base(spec: RunSpec, examples: Examples, device: torch.device) -> nn.M
     return model.load_base(spec, device, examples.model_options)
 
 
-def method_seed(spec: RunSpec) -> int:
+def method_seed(spec: RunSpec, **also: int) -> int:
     """Seed of a method's own initialization and dropout.
 
     It depends on the method too: from one random stream the A of rank 8 would be the first rows of the A of rank 64,
     and their subspaces would agree for no other reason.
     """
-    content = canonical_json({"seed": spec.seed, "method": spec.to_json()["method"]})
+    content = canonical_json({"seed": spec.seed, "method": spec.to_json()["method"]} | also)
     return int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
+
+
+def _seed_rank(training: Training) -> None:
+    """Dropout of its own for each rank but the first, which goes on as one process would."""
+    if not training.world.is_first:
+        torch.manual_seed(method_seed(training.spec, process=training.world.rank))
 
 
 def _data(stages: list[Examples]) -> dict[str, Any]:

@@ -7,29 +7,31 @@ started, watched and, if it dies, accounted for.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
-import re
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from lorabench.claim import current_claim, take
+from lorabench.claim import current_claim
 from lorabench.decode import InputError
+from lorabench.distributed import Place
+from lorabench.endings import Ending, common_cause, record_stamp, write_ending
 from lorabench.machine import count_oom_kills
-from lorabench.record import FAILURES, RunRecord, RunState, Status, Store
+from lorabench.record import FAILURES, RunState, Status, Store
 from lorabench.spec import RunSpec, brief, swept_keys
 from lorabench.sweep import Sweep
 from lorabench.terminal import Display, count_statuses, text_table
-from lorabench.worker import PRELOAD, Settings, Target, check_main, child_main, execute_run, start_server
+from lorabench.worker import PRELOAD, RankProcess, Settings, Target, check_main, execute_run, start_server
 
 TICK_SECONDS = 0.2
+PEER_GRACE_SECONDS = 10.0
+"""Of the other ranks of a run, once one has ended."""
 GRACE_SECONDS = 60.0
 """A run that is so long past its time limit does not reach its own check any more, and is killed."""
 STARTS_WITHOUT_RECORD = 3
@@ -40,9 +42,14 @@ REPEATABLE = (*FAILURES, Status.CORRUPT)
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Where and how many. Worker i sees only the GPU `gpus[i % len(gpus)]`; without any, what there is."""
+    """Where and how many. Worker i sees only the GPU `gpus[i % len(gpus)]`; without any, what there is.
+
+    With several processes a run, worker i has as many GPUs, those after the ones of worker i - 1.
+    """
 
     workers: int = 1
+    processes: int = 1
+    """Of each run, which compute it together."""
     gpus: tuple[str, ...] = ()
     settings: Settings = field(default_factory=Settings)
     retry: frozenset[Status] = frozenset()
@@ -105,11 +112,35 @@ def check_writable(root: Path) -> None:
 class _Child:
     spec: RunSpec
     slot: int
-    process: ForkServerProcess
+    ranks: list[RankProcess]
     started: float
     record_before: int | None
     """Time stamp of the record that an earlier attempt left."""
     overdue: bool = False
+    broken: float | None = None
+    """When it was first seen that a rank has ended before the others could do without it."""
+
+    def terminate(self) -> None:
+        for rank in self.ranks:
+            rank.process.terminate()
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.process.kill()
+
+    @property
+    def alive(self) -> list[RankProcess]:
+        return [rank for rank in self.ranks if rank.process.is_alive()]
+
+    def end_stragglers(self) -> None:
+        """Ranks that have lost one end by themselves; one that does not, in an operation of its GPU say, is killed."""
+        ended = [rank for rank in self.ranks if not rank.process.is_alive()]
+        if not any(rank.process.exitcode or rank.rank == 0 for rank in ended):
+            return
+        self.broken = self.broken or time.monotonic()
+        if time.monotonic() - self.broken > PEER_GRACE_SECONDS:
+            for rank in self.ranks:
+                rank.kill()
 
 
 class _Launch:
@@ -124,6 +155,7 @@ class _Launch:
         self.retrying: set[str] = set()
         self.starts: dict[str, int] = {}
         self.oom_kills = count_oom_kills()
+        self.meetings = tempfile.TemporaryDirectory(prefix="lorabench-")
         self.server_log = pool.server_log or store.root / "runs" / ".server.log"
         self.context: Any = None
         self.signals: list[int] = []
@@ -200,83 +232,73 @@ class _Launch:
                 self._start(spec, free.pop(0))
 
     def _start(self, spec: RunSpec, slot: int) -> None:
-        gpus = self.pool.gpus
-        gpu = gpus[slot % len(gpus)] if gpus else None
         try:
             self.store.write_spec(spec)
         except OSError as error:
-            self._settle(self._fail(spec, Status.FAILED, f"its folder cannot be written: {error.strerror}"))
+            text = f"its folder cannot be written: {error.strerror}"
+            self._settle(write_ending(self.store, spec, Status.FAILED, text))
             return
-        arguments = (self.target, spec, str(self.store.root.absolute()), self.pool.settings, gpu)
         self._start_server()
-        process = self.context.Process(target=child_main, args=arguments, name=spec.id)
-        before = self._record_stamp(spec)
-        process.start()
+        before = record_stamp(self.store, spec)
         self.starts[spec.id] = self.starts.get(spec.id, 0) + 1
-        child = _Child(spec=spec, slot=slot, process=process, started=time.monotonic(), record_before=before)
+        ranks = [
+            RankProcess.start(self.context, self.target, spec, self.store, settings, self._gpus(slot))
+            for settings in self._settings(spec)
+        ]
+        child = _Child(spec=spec, slot=slot, ranks=ranks, started=time.monotonic(), record_before=before)
         self.children.append(child)
+
+    def _settings(self, spec: RunSpec) -> list[Settings]:
+        """Of each of a run's processes."""
+        size, meeting = self.pool.processes, f"file:{self.meetings.name}/{spec.id}.{self.starts[spec.id]}"
+        if size == 1:
+            return [self.pool.settings]
+        places = [Place(rank=i, size=size, local_rank=i, local_size=size, meeting=meeting) for i in range(size)]
+        return [replace(self.pool.settings, place=place) for place in places]
+
+    def _gpus(self, slot: int) -> str | None:
+        """What a worker sees, as CUDA_VISIBLE_DEVICES has it; None: what there is."""
+        gpus, count = self.pool.gpus, self.pool.processes
+        return ",".join(gpus[(slot * count + i) % len(gpus)] for i in range(count)) if gpus else None
 
     def _wait(self) -> None:
         if self.children:
-            connection.wait([child.process.sentinel for child in self.children], timeout=TICK_SECONDS)
+            alive = [rank.process.sentinel for child in self.children for rank in child.alive]
+            connection.wait(alive, timeout=TICK_SECONDS)
         elif not self.pending and self.elsewhere:
             time.sleep(TICK_SECONDS)
 
     def _reap(self) -> None:
-        for child in [child for child in self.children if not child.process.is_alive()]:
-            child.process.join()
-            self.children.remove(child)
-            self._account(child)
+        for child in list(self.children):
+            child.end_stragglers()
+            if not child.alive:
+                self.children.remove(child)
+                self._account(child)
 
     def _account(self, child: _Child) -> None:
         """Settle the run of a process that has ended, or find out why it left no result."""
-        spec, code = child.spec, child.process.exitcode
+        spec = child.spec
+        endings = [rank.ending(self._out_of_memory(rank), self.server_log) for rank in child.ranks]
         state = self.store.state(spec.id, spec)
-        written = self._record_stamp(spec) != child.record_before
+        written = record_stamp(self.store, spec) != child.record_before
         if state.status == Status.RUNNING:
             self.elsewhere.append(spec)
         elif state.status == Status.DONE or (written and state.status in (*REPEATABLE, Status.CANCELLED)):
             self._settle(state)
-        elif code == 0 and not self.signals and self.starts[spec.id] < STARTS_WITHOUT_RECORD:
+        elif _went_well(endings) and not self.signals and self.starts[spec.id] < STARTS_WITHOUT_RECORD:
             self.pending.append(spec)  # another worker had it and gave it up
+        elif child.overdue:
+            error = f"killed {GRACE_SECONDS:.0f} s after its time limit: it did not answer"
+            self._settle(write_ending(self.store, spec, Status.TIMEOUT, error))
         else:
-            self._settle(self._fail(spec, *self._cause(child)))
+            self._settle(write_ending(self.store, spec, *common_cause(endings)))
 
-    def _cause(self, child: _Child) -> tuple[Status, str]:
-        """Why a process ended without a final record."""
-        code = child.process.exitcode or 0
-        if child.overdue:
-            return Status.TIMEOUT, f"killed {GRACE_SECONDS:.0f} s after its time limit: it did not answer"
-        if code == -signal.SIGKILL:
-            total = count_oom_kills()
-            if self.oom_kills < total:
-                self.oom_kills += 1
-                return Status.OOM, "killed by the kernel: out of memory"
-        if code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
-            return Status.CANCELLED, f"killed by signal {-code}; run again to resume"
-        ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        if code == 0:
-            ending = "ended without a result"
-        logs = (self.store.folder(child.spec.id) / "log.txt", self.server_log)
-        return Status.FAILED, ": ".join([ending, *filter(None, map(crash_line, logs))][:2])
-
-    def _fail(self, spec: RunSpec, status: Status, error: str) -> RunState:
-        """Write the record that a run could not write itself, unless another worker has it by now."""
-        record = RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, error=error)
-        try:
-            claim = current_claim(self.store.folder(spec.id))
-            hold = take(self.store.folder(spec.id))
-            if hold is None:
-                return self.store.state(spec.id, spec)
-            with hold:
-                hold.progress |= claim.progress if claim else {}
-                with contextlib.suppress(InputError):
-                    record = replace(self.store.read(spec.id) or record, status=status, error=error)
-                record.finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-                self.store.write(record)
-        except OSError as problem:
-            record.error = f"{error} (and its record could not be written: {problem.strerror})"
-        return RunState(run_id=spec.id, status=status, spec=record.spec, record=record, error=record.error)
+    def _out_of_memory(self, rank: RankProcess) -> bool:
+        """Whether the kernel has counted one kill more than was accounted for."""
+        if rank.process.exitcode != -signal.SIGKILL or rank.stopped or self.oom_kills >= count_oom_kills():
+            return False
+        self.oom_kills += 1
+        return True
 
     def _look_elsewhere(self) -> None:
         """Take up what other workers have given up; settle what they have ended.
@@ -302,7 +324,7 @@ class _Launch:
         for child in self.children:
             if limit is not None and time.monotonic() - child.started > limit + GRACE_SECONDS:
                 child.overdue = True
-                child.process.kill()
+                child.kill()
 
     def _obey_signals(self) -> None:
         """The first signal: no new runs, and the running ones write a checkpoint; the second: kill them.
@@ -318,13 +340,13 @@ class _Launch:
                 self.stopped = tuple(child.spec.id for child in self.children)
             self.obeyed = len(self.signals)
             for child in self.children:
-                child.process.kill() if self.obeyed > 1 and patience is None else child.process.terminate()
+                child.kill() if self.obeyed > 1 and patience is None else child.terminate()
             if self.obeyed == 1 and self.children:
                 hint = "again: kill them" if patience is None else f"at most {patience:.0f} s"
                 self.display.say(f"stopping: {len(self.children)} runs write a checkpoint ({hint})")
         elif self.obeyed and patience is not None and time.monotonic() > self.stopping_since + patience:
             for child in self.children:
-                child.process.kill()
+                child.kill()
 
     @contextlib.contextmanager
     def _handlers(self) -> Iterator[None]:
@@ -339,7 +361,7 @@ class _Launch:
             yield
         finally:
             for child in self.children:  # only where the launcher itself has failed
-                child.process.terminate()
+                child.terminate()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -354,21 +376,9 @@ class _Launch:
         self.settled[state.run_id] = state
         self.display.ended(state, note)
 
-    def _record_stamp(self, spec: RunSpec) -> int | None:
-        with contextlib.suppress(OSError):
-            return (self.store.folder(spec.id) / "record.json").stat().st_mtime_ns
-        return None
 
-
-def crash_line(log: Path) -> str:
-    """The line of a log that says best why its process died: where it crashed, else the last line."""
-    with contextlib.suppress(OSError), open(log, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
-        text = file.read().decode("utf-8", "replace")
-        crash = re.findall(r"\(most recent call first\):\n\s*(.+)", text)
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return crash[-1] if crash else lines[-1] if lines else ""
-    return ""
+def _went_well(endings: list[Ending]) -> bool:
+    return all(ending.code == 0 for ending in endings)
 
 
 def summary(sweep: Sweep, outcome: Outcome) -> str:

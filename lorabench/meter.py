@@ -150,11 +150,14 @@ class Meter:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.peaks |= {key: max(value, self.peaks.get(key, 0.0)) for key, value in state["peaks"].items()}
+        self.restore_peaks(state)
         for name, value in state["seconds"].items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
         self.step_rows = [tuple(row) for row in state["step_rows"]]
         self.energy_joules = state["energy_joules"]
+
+    def restore_peaks(self, state: dict[str, Any]) -> None:
+        self.peaks |= {key: max(value, self.peaks.get(key, 0.0)) for key, value in state["peaks"].items()}
 
     def wall_time(self) -> dict[str, float]:
         """Seconds by clock, and in total, over all attempts."""

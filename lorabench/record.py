@@ -96,6 +96,7 @@ MEASURES: dict[str, Measure] = (
     | _measures(
         "memory",
         ("peak_gib", "GiB", False, "highest of the training phases: CUDA allocated, or CPU above the baseline"),
+        ("all_ranks_peak_gib", "GiB", False, "of a run on several ranks, the sum of their peak_gib"),
         ("load_peak_gib", "GiB", False, "peak while the base is loaded and quantized"),
         ("forward_backward_peak_gib", "GiB", False, "peak of forward and backward"),
         ("optimizer_peak_gib", "GiB", False, "peak of the optimizer step"),

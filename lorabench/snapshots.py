@@ -25,7 +25,12 @@ FOLDER = "snapshots"
 
 
 def write_update(training: Training, load_base: LoadBase, folder: Path, name: str, hold: Hold) -> dict[str, str]:
-    """Write what was learned so far to `name` in the run's folder, whole or not at all; its digests."""
+    """Write what was learned so far to `name` in the run's folder, whole or not at all; its digests.
+
+    Called by all ranks; the first one writes, and the others get no digests.
+    """
+    if not training.world.is_first:
+        return {}
     temporary, final = folder / f"{name}.{os.getpid()}.tmp", folder / name
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same pid

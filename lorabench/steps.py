@@ -10,13 +10,18 @@ from typing import Any
 
 
 class StepLog:
-    """Appends rows; a resumed run drops the rows past its checkpoint and goes on."""
+    """Appends rows; a resumed run drops the rows past its checkpoint and goes on.
 
-    def __init__(self, file: Path, resume_at: int, checkpoint_seconds: float):
+    Without a file nothing is written, and no checkpoint is ever due: another rank sees to both.
+    """
+
+    def __init__(self, file: Path | None, resume_at: int, checkpoint_seconds: float):
         self._file = file
         self._rows: list[str] = []
         self._every = checkpoint_seconds
         self._last_checkpoint = time.monotonic()
+        if file is None:
+            return
         temporary = file.with_suffix(".tmp")
         temporary.write_text("".join(_rows_until(file, resume_at)))
         os.replace(temporary, file)
@@ -29,14 +34,14 @@ class StepLog:
 
     def flush(self) -> None:
         """Write what is pending; steps of a checkpoint are always written before it."""
-        if self._rows:
+        if self._rows and self._file is not None:
             with open(self._file, "a") as handle:
                 handle.writelines(self._rows)
-            self._rows.clear()
+        self._rows.clear()
 
     def checkpoint_due(self) -> bool:
         """Whether so many seconds have passed since this was last true."""
-        if time.monotonic() - self._last_checkpoint < self._every:
+        if self._file is None or time.monotonic() - self._last_checkpoint < self._every:
             return False
         self._last_checkpoint = time.monotonic()
         return True

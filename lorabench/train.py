@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch import nn
 
 from lorabench import meter as meters
 from lorabench.claim import Hold
+from lorabench.distributed import ALONE, Gradients, World, whole
 from lorabench.examples import RETAIN, Batch, Examples, Order, collate
 from lorabench.spec import RunSpec
 from lorabench.steps import StepLog
+from lorabench.task import Example
 
 CPU = torch.device("cpu")  # where batches are made and counted: to count on a GPU would wait for it
 FLUSH_EVERY = 10
@@ -44,11 +47,15 @@ class Stop:
     reason: str | None = None
     deadline: float | None = None
     """On time.monotonic's clock."""
+    world: World = ALONE
 
     def check(self) -> None:
+        """Raises Stopped, on all ranks at once where there are several."""
         if self.deadline is not None and time.monotonic() > self.deadline and self.reason is None:
             self.reason = "timeout"
-        if self.reason is not None:
+        if self.world.any(self.reason is not None):
+            reasons = filter(None, self.world.gather(self.reason))
+            self.reason = next(reasons)
             raise Stopped(self.reason)
 
 
@@ -60,6 +67,7 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     meter: meters.Meter
+    world: World = ALONE
     stage: int = 0
     """Which of the run's tasks is being trained: 0, 1, …"""
     step: int = 0
@@ -87,7 +95,10 @@ class Training:
         self.optimizer = make_optimizer(self.spec, self.model)
 
     def save(self, file: Path) -> None:
-        """Write the checkpoint whole or not at all."""
+        """Write the checkpoint whole or not at all; called by all ranks, and written by the first."""
+        own, *others = self.world.gather({"random": random_state(self.meter.device), "meter": self.meter.state})
+        if not self.world.is_first:
+            return
         state = {
             "stage": self.stage,
             "step": self.step,
@@ -95,13 +106,12 @@ class Training:
             "content": self.content,
             "model": {name: tensor.cpu() for name, tensor in self.spec.method.trained_state(self.model).items()},
             "optimizer": self.optimizer.state_dict(),
-            "random": random_state(self.meter.device),
             "losses": self.losses,
             "metrics": self.metrics,
             "rows": self.rows,
             "snapshots": self.snapshots,
-            "meter": self.meter.state,
-        }
+            "others": others,
+        } | own
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".tmp")
         with open(temporary, "wb") as handle:
@@ -111,31 +121,28 @@ class Training:
         os.replace(temporary, file)
 
     def load(self, file: Path) -> None:
-        """Go on where the checkpoint was written. ValueError if it is damaged, or of other data or weights."""
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            trained, step = state["model"], (state["stage"], state["step"], state["evaluated"])
-            parts = [state[key] for key in ("losses", "metrics", "rows", "optimizer", "meter", "random")]
-        except (
-            RuntimeError,
-            OSError,
-            EOFError,
-            KeyError,
-            TypeError,
-            ValueError,
-            pickle.PickleError,
-            struct.error,
-        ) as error:
-            raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from error
-        if state.get("content") != self.content:
+        """Go on where the checkpoint was written, on as many ranks or on others.
+
+        ValueError if it is damaged, or of other data or weights.
+        """
+        state = self.world.from_first(lambda: read_checkpoint(file))
+        if state["content"] != self.content:
             raise ValueError("was made with other data or another base")
-        self.spec.method.restore(self.model, trained)
-        self.stage, self.step, self.evaluated = step
-        self.losses, self.metrics, self.rows, optimizer, meter, random = parts
-        self.snapshots = state.get("snapshots", {})
-        self.optimizer.load_state_dict(optimizer)
-        self.meter.restore(meter)
-        set_random_state(random, self.meter.device)
+        self.spec.method.restore(self.model, state["model"])
+        self.stage, self.step, self.evaluated = state["stage"], state["step"], state["evaluated"]
+        self.losses, self.metrics, self.rows = state["losses"], state["metrics"], state["rows"]
+        self.snapshots = state["snapshots"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_rank([state, *state["others"]])
+
+    def _load_rank(self, ranks: list[dict[str, Any]]) -> None:
+        """This rank's random numbers and what it has measured; a rank that was not there begins with its own."""
+        if self.world.rank < len(ranks):
+            self.meter.restore(ranks[self.world.rank]["meter"])
+            set_random_state(ranks[self.world.rank]["random"], self.meter.device)
+        if self.world.is_first:
+            for gone in ranks[self.world.size :]:
+                self.meter.restore_peaks(gone["meter"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +154,31 @@ class Saves:
     """Keeps ΔW; may leave the model in evaluation mode, and changes nothing else of the training."""
 
 
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """What `Training.save` wrote. ValueError if it is damaged."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        needed = ("stage", "step", "evaluated", "model", "losses", "metrics", "rows", "optimizer", "meter", "random")
+        return {"content": None, "snapshots": {}, "others": []} | state | {key: state[key] for key in needed}
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        pickle.PickleError,
+        struct.error,
+    ) as error:
+        raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from error
+
+
 def train(training: Training, examples: Examples, log: StepLog, stop: Stop, saves: Saves, hold: Hold) -> None:
     """Take the remaining steps of the task being trained. Raises Stopped (with a checkpoint written) or Diverged."""
-    spec, model, meter = training.spec, training.model, training.meter
+    spec, model, meter, world = training.spec, training.model, training.meter, training.world
     task, device = examples.task, meter.device
     parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
+    gradients = Gradients(parameters, world)
     order = Order(len(examples.splits["train"]), spec.batch_size, spec.seed, training.stage)
     micro = spec.micro_batch_size or spec.batch_size
     model.train()
@@ -169,11 +196,10 @@ def train(training: Training, examples: Examples, log: StepLog, stop: Stop, save
             flush(training, pending, log, hold)
             saves.checkpoint()
             raise
-        batch = [examples.splits["train"][i] for i in order.indices(training.task_step)]
+        batch = [examples.splits["train"][i] for i in world.share(order.indices(training.task_step))]
         parts = [collate(batch[i : i + micro], examples.padding, CPU) for i in range(0, len(batch), micro)]
-        count = sum(task.count(part) for part in parts)
-        tokens = sum(len(example["input_ids"]) for example in batch)
-        padded = sum(part["input_ids"].numel() for part in parts)
+        own = [task.count(part) for part in parts], map(example_length, batch), map(batch_length, parts)
+        count, tokens, padded = map(int, world.sum([sum(each) for each in own]))
         lr_share = schedule(spec, training.task_step)
         for group in training.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_share
@@ -187,11 +213,12 @@ def train(training: Training, examples: Examples, log: StepLog, stop: Stop, save
                     part_loss.backward()
                     loss += part_loss.detach()
                 penalty = spec.method.penalty(model)
-                if penalty is not None:
+                if penalty is not None and world.is_first:
                     penalty.backward()
+                gradients.sum()
             with meter.phase("optimizer"):
                 limit = math.inf if spec.clip == "none" else spec.clip
-                norm = nn.utils.clip_grad_norm_(parameters, limit)
+                norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
                 training.optimizer.step()
                 spec.method.after_step(model, training.step)
                 training.optimizer.zero_grad()
@@ -203,9 +230,18 @@ def train(training: Training, examples: Examples, log: StepLog, stop: Stop, save
             flush(training, pending, log, hold)
             saves.snapshot()
             model.train()
-        if log.checkpoint_due():
+        if world.any(log.checkpoint_due()):
             flush(training, pending, log, hold)
             saves.checkpoint()
+
+
+def example_length(example: Example) -> int:
+    return len(example["input_ids"])
+
+
+def batch_length(batch: Batch) -> int:
+    """Padding included."""
+    return batch["input_ids"].numel()
 
 
 def evaluation_due(training: Training) -> bool:
@@ -224,8 +260,9 @@ def flush(training: Training, pending: list[Any], log: StepLog, hold: Hold) -> N
     """Read the losses of the last steps off the device, log them, and stop if one is not finite."""
     hold.check()
     training.meter.flush()
-    for step, loss, norm, lr in pending:
-        row = {"step": step, "loss": float(loss), "grad_norm": float(norm), "lr": lr}
+    losses = training.world.sum([float(loss) for _, loss, _, _ in pending])
+    for loss, (step, _, norm, lr) in zip(losses, pending, strict=True):
+        row = {"step": step, "loss": loss, "grad_norm": float(norm), "lr": lr}
         log.step(row)
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise Diverged(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}")
@@ -245,7 +282,7 @@ def evaluate(
 
     Of `model` where one is given.
     """
-    found = metrics_of(model or training.model, training.spec, examples, split, stop)
+    found = metrics_of(model or training.model, training.spec, examples, split, stop, training.world)
     for name, value in found.items():
         if name.endswith("_loss") and not math.isfinite(value):
             raise Diverged(f"step {training.step}: {split} loss {value}")
@@ -254,25 +291,37 @@ def evaluate(
 
 @torch.no_grad()
 def metrics_of(
-    model: nn.Module, spec: RunSpec, examples: Examples, split: str, stop: Stop | None = None
+    model: nn.Module,
+    spec: RunSpec,
+    examples: Examples,
+    split: str,
+    stop: Stop | None = None,
+    world: World = ALONE,
 ) -> dict[str, float]:
-    """`evaluate` of any model, as `spec` has it; the loss may be infinite."""
+    """`evaluate` of any model, as `spec` has it; the loss may be infinite. Ranks take the batches in turn."""
     device = next(model.parameters()).device
     task = RETAIN if split == "retain" else examples.task
-    rows, size = examples.splits.get(split, []), spec.micro_batch_size or spec.batch_size
+    rows, size = examples.splits.get(split, []), spec.micro_batch_size or -(-spec.batch_size // world.size)
     if not rows:
         return {}
     model.eval()
-    total, count, scores = 0.0, 0, []
-    for start in range(0, len(rows), size):
+    found: list[tuple[float, int, Any]] = []
+    for first in range(0, len(rows), size * world.size):
         if stop is not None:
             stop.check()
-        batch = collate(rows[start : start + size], examples.padding, device)
+        start = first + size * world.rank
+        if start >= len(rows) and not world.is_sharded:
+            continue
+        batch = collate(rows[start : start + size] or rows[:1], examples.padding, device)
         with autocast(spec, device):
             logits = forward(model, batch)
-        total += float(task.loss(logits, batch))
-        count += task.count(batch)
-        scores.append(task.score(logits, batch))
+        if start < len(rows):
+            found.append((float(task.loss(logits, batch)), task.count(batch), task.score(logits, batch)))
+    turns = zip_longest(*world.gather(found))
+    total, count, scores = 0.0, 0, []
+    for each in (each for turn in turns for each in turn if each is not None):
+        total, count = total + each[0], count + each[1]
+        scores.append(each[2])
     prefix = {"validation": "valid"}.get(split, split)
     metrics = task.metrics(total / count, scores)
     return {f"{prefix}_{key}": value for key, value in metrics.items() if value is not None}

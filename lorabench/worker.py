@@ -6,6 +6,7 @@ so a run starts in milliseconds and shares nothing with the run before it.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -14,12 +15,15 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from lorabench import forks
+from lorabench.distributed import Place, RankFailed, Sharding, log_name
+from lorabench.endings import Ending, crash_line
 from lorabench.forks import redirect, when_parent_ends
 from lorabench.machine import has_gpu_driver
 from lorabench.record import Store
@@ -49,6 +53,9 @@ class Settings:
     timeout_seconds: float | None = None
     job: str | None = None
     """The cluster's id of the job that the run is computed in."""
+    place: Place = field(default_factory=Place)
+    """Among the processes that compute the run together."""
+    sharding: Sharding = "auto"
 
 
 Target = Callable[[RunSpec, Store, Settings], Any]
@@ -77,16 +84,74 @@ def start_server(log: Path, preload: tuple[str, ...] = PRELOAD, specs: Sequence[
     return forks.start_server(log, [*preload, *extra], {WARM_VARIABLE: warm_specs(specs)})
 
 
-def child_main(target: Target, spec: RunSpec, root: str, settings: Settings, gpu: str | None) -> None:
-    """The first function of a run's process."""
+@dataclass(kw_only=True)
+class RankProcess:
+    """A process of a run, one of several or the only one, as the one that has started it sees it."""
+
+    process: ForkServerProcess
+    rank: int
+    log: Path
+    answer: Connection | None
+    """On which a rank reports why it failed."""
+    stopped: bool = False
+
+    @classmethod
+    def start(
+        cls, context: Any, target: Target, spec: RunSpec, store: Store, settings: Settings, gpu: str | None
+    ) -> RankProcess:
+        rank, log = settings.place.rank, store.folder(spec.id) / log_name(settings.place.rank)
+        here, there = context.Pipe(duplex=False) if settings.place.size > 1 else (None, None)
+        arguments = (target, spec, str(store.root.absolute()), settings, gpu, there)
+        process = context.Process(target=child_main, args=arguments, name=f"{spec.id} {rank}")
+        process.start()
+        if there is not None:
+            there.close()
+        return cls(process=process, rank=rank, log=log, answer=here)
+
+    def kill(self) -> None:
+        """For another rank has ended."""
+        if self.process.is_alive():
+            self.stopped = True
+            self.process.kill()
+
+    def ending(self, out_of_memory: bool, server_log: Path) -> Ending:
+        """How it ended. Once: it is closed."""
+        self.process.join()
+        failure = None
+        if self.answer is not None:
+            with contextlib.suppress(EOFError):
+                failure = self.answer.recv()
+            self.answer.close()
+        lines = filter(None, map(crash_line, (self.log, server_log)))
+        return Ending(
+            code=self.process.exitcode,
+            rank=self.rank,
+            stopped=self.stopped,
+            out_of_memory=out_of_memory,
+            failure=failure,
+            last_line=next(lines, ""),
+        )
+
+
+def child_main(
+    target: Target, spec: RunSpec, root: str, settings: Settings, gpu: str | None, answer: Connection | None
+) -> None:
+    """The first function of a run's process. A rank that fails sends what it failed of to `answer`."""
     store = Store(Path(root))
-    redirect(store.folder(spec.id) / "log.txt", 1, 2)
+    redirect(store.folder(spec.id) / log_name(settings.place.rank), 1, 2)
     faulthandler.enable(all_threads=False)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     threading.Thread(target=_stop_with_parent, daemon=True, name="watch parent").start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    target(spec, store, settings)
+    try:
+        target(spec, store, settings)
+    except RankFailed as failed:
+        if answer is None:
+            raise
+        answer.send((failed.status, str(failed), failed.by_peer))
+        sys.stdout.flush()
+        os._exit(1)  # at a regular exit, what waits for an answer of the other ranks would be waited for
     sys.stdout.flush()
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from lorabench.claim import take
 from lorabench.decode import InputError
-from lorabench.launch import Pool, check_writable, crash_line, launch
+from lorabench.endings import crash_line
+from lorabench.launch import Pool, check_writable, launch
 from lorabench.record import RunRecord, Status, Store
 from tests import fake_runs
 from tests.fake_runs import DONE, EXITS, HANGS, KILLED, NO_RECORD, OOM, RAISES, SEGFAULT, WAITS

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.commands._arguments import DEVICE, RESULTS, RETRY, SWEEP, argument, device_name, number, statuses
+from lorabench.decode import InputError
 from lorabench.terminal import talk
 
 if TYPE_CHECKING:
@@ -24,6 +25,19 @@ ARGUMENTS = [
         "runs at a time (default: one a GPU, else as many as cores allow)",
         type=number(int, 1),
         metavar="N",
+    ),
+    argument(
+        "--processes",
+        "of each run, which share every batch among them: one a GPU where there are GPUs (default: 1)",
+        type=number(int, 1),
+        default=1,
+        metavar="N",
+    ),
+    argument(
+        "--sharding",
+        "of a run over several processes: ddp copies the model, fsdp shares out its base weights (default: auto)",
+        choices=["auto", "ddp", "fsdp"],
+        default="auto",
     ),
     DEVICE,
     RETRY,
@@ -59,12 +73,15 @@ def _pool(arguments: argparse.Namespace, device: str, retry: frozenset[Status], 
     from lorabench.machine import available_cores, visible_gpus
     from lorabench.worker import Settings
 
-    gpus = visible_gpus(device)
+    gpus, processes = visible_gpus(device), arguments.processes
+    if gpus and processes > len(gpus):
+        raise InputError(f"--processes {processes}: a GPU each, and only {len(gpus)} can be seen here")
     minutes = arguments.timeout_minutes
     settings = Settings(
         device="cuda" if gpus else "cpu",
         checkpoint_seconds=arguments.checkpoint_seconds,
         timeout_seconds=None if minutes is None else 60 * minutes,
+        sharding=arguments.sharding,
     )
-    workers = arguments.workers or len(gpus) or max(1, available_cores() // threads)
-    return Pool(workers=workers, gpus=gpus, settings=settings, retry=retry)
+    workers = arguments.workers or len(gpus) // processes or max(1, available_cores() // (threads * processes))
+    return Pool(workers=workers, processes=processes, gpus=gpus, settings=settings, retry=retry)
