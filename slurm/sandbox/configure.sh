@@ -4,6 +4,7 @@
 configure() {
   umask 022
   mkdir -p "$FOLDER"/{etc,run,pid,log,state,dev,database}
+  chmod go+x "$FOLDER"   # munged insists
   local node gpu
   for node in $NODES; do mkdir -p "$FOLDER/spool/$node"; done
   for gpu in $(seq 0 $((GPUS - 1))); do ln -sfn /dev/null "$FOLDER/dev/gpu$gpu"; done   # SLURM wants a device
