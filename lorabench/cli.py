@@ -24,6 +24,8 @@ COMMANDS = (
     "run",
     "submit",
     "status",
+    "logs",
+    "cancel",
     "analyze",
     "report",
     "merge",

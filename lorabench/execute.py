@@ -108,7 +108,7 @@ def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold, meeting:
     if place.rank == 0:
         store.write(record)
     deadline = time.monotonic() + options.timeout_seconds if options.timeout_seconds else None
-    stop = Stop(deadline=deadline)
+    stop = Stop(deadline=deadline, marker=store.cancel_marker(spec.id))
     try:
         device = pick_device(local_device(place, options.device))
         with stop_on_signals(stop), joined(place, meeting, device) as stop.world:

@@ -46,6 +46,8 @@ class Status(StrEnum):
     CORRUPT = "corrupt"
 
 
+CANCEL_MARKER = "cancel"
+
 FAILURES = (Status.OOM, Status.TIMEOUT, Status.DIVERGED, Status.FAILED)
 """Ended without a result, and not tried again unless asked (`--retry`)."""
 
@@ -264,6 +266,13 @@ class Store:
 
     def folder(self, run_id: str) -> Path:
         return self.root / "runs" / run_id
+
+    def cancel_marker(self, run_id: str) -> Path:
+        """A file that `lorabench cancel` makes: a worker neither begins the run nor takes it past its next step.
+
+        Whoever asks for the run again, with `run` or `submit`, takes it away.
+        """
+        return self.folder(run_id) / CANCEL_MARKER
 
     def run_ids(self) -> list[str]:
         """Every run that has a folder, sorted."""

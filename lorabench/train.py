@@ -30,6 +30,8 @@ from lorabench.task import Example
 CPU = torch.device("cpu")  # where batches are made and counted: to count on a GPU would wait for it
 FLUSH_EVERY = 10
 """Steps between two looks at the loss: each makes a GPU wait."""
+MARKER_SECONDS = 3.0
+"""Between two looks for a file: a shared file system is asked over the network."""
 
 
 class Stopped(Exception):
@@ -48,15 +50,27 @@ class Stop:
     deadline: float | None = None
     """On time.monotonic's clock."""
     world: World = ALONE
+    marker: Path | None = None
+    """A file that `lorabench cancel` makes: the run ends once it is there."""
+    looked: float = -math.inf
 
     def check(self) -> None:
         """Raises Stopped, on all ranks at once where there are several."""
+        self._look_for_marker()
         if self.deadline is not None and time.monotonic() > self.deadline and self.reason is None:
             self.reason = "timeout"
         if self.world.any(self.reason is not None):
             reasons = filter(None, self.world.gather(self.reason))
             self.reason = next(reasons)
             raise Stopped(self.reason)
+
+    def _look_for_marker(self) -> None:
+        now = time.monotonic()
+        if self.marker is None or now < self.looked + MARKER_SECONDS:
+            return
+        self.looked = now
+        if self.reason is None and self.marker.exists():
+            self.reason = "lorabench cancel"
 
 
 @dataclass
@@ -270,7 +284,7 @@ def flush(training: Training, pending: list[Any], log: StepLog, hold: Hold) -> N
     if pending:
         throughput = training.meter.throughput()
         hold.progress |= {"step": training.step, "loss": training.losses[-1]}
-        hold.progress |= {k: v for k, v in throughput.items() if k == "tokens_per_second"}
+        hold.progress |= {k: v for k, v in throughput.items() if k in ("tokens_per_second", "step_seconds_median")}
     pending.clear()
     log.flush()
 

@@ -7,20 +7,28 @@ import os
 import signal
 from pathlib import Path
 
+CONTROLLER = "submitit.local._local"
+"""The module of the process that starts a job's tasks and watches over them."""
+
 
 def is_alive(pid: str, folder: Path) -> bool:
     """Whether the process is there, and is the one that watches over a job in this submitit folder.
 
     The folder stands in its command line, which tells it from a later process with the same number.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError):
         command = Path(f"/proc/{int(pid)}/cmdline").read_bytes().decode(errors="replace")
-        return str(folder.absolute()) in command
+        return CONTROLLER in command and str(folder.absolute()) in command
     return False
 
 
 def cancel(pid: str, folder: Path) -> None:
-    """Ask the job to end: the runs in it write their checkpoints."""
-    if is_alive(pid, folder):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGTERM)
+    """Ask the job to end: the runs in it write their checkpoints.
+
+    Where a profile has set-up lines the process is a shell, which would die alone: its child is told instead.
+    """
+    if not is_alive(pid, folder):
+        return
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(next((child for child in children if is_alive(child, folder)), pid)), signal.SIGTERM)

@@ -46,7 +46,7 @@ class Lookup:
         self._seen = {submission.name: self._look(submission) for submission in submissions}
 
     def seen(self, submission: Submission, job: int) -> Seen:
-        if submission.name not in self._seen:  # was not asked: all of its runs are settled
+        if submission.name not in self._seen:  # was not asked for: all of its runs are settled
             return Seen(job_id=submission.job_ids[job])
         return self._seen[submission.name][job]
 

@@ -1,8 +1,9 @@
 """What was submitted, and in which job: `results/queue/<submission>/`.
 
-    plan.json   written whole before anything is submitted: the runs, and which job each is in
-    jobs.json   rewritten whole after each array that the cluster has taken
-    submitit/   submitit's own files: scripts, pickles, the jobs' stdout and stderr
+    plan.json        written whole before anything is submitted: the runs, and which job each is in
+    jobs.json        rewritten whole after each array that the cluster has taken
+    cancelled.json   the jobs that `lorabench cancel` has cancelled
+    submitit/        submitit's own files: scripts, pickles, the jobs' stdout and stderr
 
 Job k of a plan is element k - first of the array that begins at job `first`: SLURM's `<job_id>_<k - first>`, or
 `<job_id>` itself where the array is of one job.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import os
 import pwd
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.decode import InputError
-from lorabench.record import read_json
+from lorabench.record import read_json, write_json
 
+CANCELLED_FILE = "cancelled.json"
 COMMENT = "lorabench:"
 """With a submission's name behind it, the comment of its jobs."""
 
@@ -67,6 +69,8 @@ class Submission:
     arrays: tuple[Array, ...]
     complete: bool
     """Whether all arrays were submitted and their ids written."""
+    cancelled: frozenset[int] = frozenset()
+    """Jobs that `lorabench cancel` has cancelled: SLURM forgets those that had not begun."""
     retry: dict[str, int]
     """Of each run that had ended badly, the number of its last claim: its job repeats it while that is the last."""
 
@@ -124,12 +128,20 @@ def read_submission(folder: Path) -> Submission | None:
             slurm_cluster=plan.get("slurm_cluster"),
             complete=bool(jobs.get("complete", False)),
             retry=plan.get("retry", {}),
+            cancelled=frozenset((read_json(folder / CANCELLED_FILE) or {}).get("jobs", [])),
             **{key: plan[key] for key in ("sweep", "cluster", "kind", "submitted", "host", "profile", "specs")},
         )
         submission.time, submission.job_ids  # noqa: B018  # both fail here, and not at a reader's, if the plan is damaged
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(f"{folder}: plan.json and jobs.json cannot be read: {error!r}") from None
     return submission
+
+
+def note_cancelled(submission: Submission, jobs: Iterable[int]) -> None:
+    """Keep it with the submission that these of its jobs were cancelled."""
+    file = submission.folder / CANCELLED_FILE
+    before = (read_json(file) or {}).get("jobs", [])
+    write_json(file, {"jobs": sorted({*before, *jobs})})
 
 
 def user_name(number: int | None = None) -> str:

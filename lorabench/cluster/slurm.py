@@ -108,7 +108,9 @@ def list_ended(job_ids: Iterable[str]) -> dict[str, Ended] | None:
         text = _call([*SACCT, f"--jobs={','.join(batch)}"], none_if=_NO_ACCOUNTING)
         if text is None:
             return None
-        found |= {ended.id: ended for ended in parse_ended(text) if ended.id in wanted}
+        for ended in parse_ended(text):
+            if ended.id in wanted and not (ended.id in found and ended.state == "PENDING"):
+                found[ended.id] = ended  # a started element may for a while be among those that wait, too
     return found
 
 

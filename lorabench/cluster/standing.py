@@ -15,13 +15,15 @@ from lorabench.cluster import slurm
 from lorabench.cluster.lookup import Lookup, Seen, Tell
 from lorabench.cluster.queue import Submission, read_submissions, user_name
 from lorabench.cluster.verdict import began_by, judge
+from lorabench.record import CANCEL_MARKER as CANCEL_MARKER
 from lorabench.record import FAILURES, RunState, Status, Store
 from lorabench.settle import settle
 from lorabench.spec import RunSpec
 from lorabench.terminal import duration
 
-CANCEL_MARKER = "cancel"
-"""In a run's folder: it is not to be begun, or goes no further than its next step. `submit` and `run` take it away."""
+RESUMABLE = (Status.MISSING, Status.INTERRUPTED, Status.CANCELLED)
+UNSETTLED = (Status.PENDING, Status.RUNNING)
+"""Statuses that will change by themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,21 +68,25 @@ class Standing:
         return self.state.status
 
 
-def standings(store: Store, specs: Sequence[RunSpec] | None = None, tell: Tell | None = None) -> list[Standing]:
-    """These runs, or all that the store and its queue hold, by their ids; what ended jobs left is settled on the way.
+def standings(
+    store: Store, runs: Sequence[RunSpec] | Sequence[str] | None = None, tell: Tell | None = None
+) -> list[Standing]:
+    """These runs (specs, or ids), or all that the store and its queue hold; what ended jobs left is settled on the way.
 
     Raises slurm.Unreachable where squeue does not answer; with `tell` it is told instead, and what cannot be known
     stays as the store has it.
     """
     submissions = list(read_submissions(store.root))
     places = _places(submissions)
-    states = list(store.states(None if specs is None else list(specs)))
-    if specs is None:
-        states = sorted([*states, *_without_folder(states, submissions)], key=lambda state: state.run_id)
-    waits = {s.run_id: _may_wait(store, s, places[s.run_id][0]) for s in states if s.run_id in places}
-    asked = [place.submission for s in states if waits.get(s.run_id) or _runs(s) for place in places.get(s.run_id, [])]
-    lookup = Lookup({submission.name: submission for submission in asked}.values(), tell)
-    found = [_join(state, places.get(state.run_id, []), waits.get(state.run_id, False), lookup) for state in states]
+    states = _states(store, submissions, runs)
+    placed = [state for state in states if state.run_id in places]
+    marked = {state.run_id for state in placed if _is_marked(store, state)}
+    states = [_cancelled(state) if state.run_id in marked else state for state in states]
+    waits = {s.run_id for s in placed if s.run_id not in marked and _may_wait(s, places[s.run_id][0])}
+    busy = [s.run_id for s in placed if s.run_id in waits or s.status == Status.RUNNING]
+    asked = {place.submission.name: place.submission for run_id in busy for place in places[run_id]}
+    lookup = Lookup(asked.values(), tell)
+    found = [_join(state, places.get(state.run_id, []), state.run_id in waits, lookup) for state in states]
     return _settled(store, found, tell)
 
 
@@ -94,24 +100,36 @@ def _places(submissions: Iterable[Submission]) -> dict[str, list[Place]]:
     return places
 
 
-def _without_folder(states: list[RunState], submissions: list[Submission]) -> list[RunState]:
-    """The runs that were submitted, but have not begun: only the queue knows of them."""
-    specs = {run_id: spec for submission in submissions for run_id, spec in submission.specs.items()}
-    for state in states:
-        specs.pop(state.run_id, None)
-    return [RunState(run_id=run_id, status=Status.MISSING, spec=spec) for run_id, spec in specs.items()]
+def _states(
+    store: Store, submissions: list[Submission], runs: Sequence[RunSpec] | Sequence[str] | None
+) -> list[RunState]:
+    """As the store has them. Of runs that have not begun only the queue knows the spec, or that they are."""
+    if runs and isinstance(runs[0], RunSpec):
+        return [store.state(spec.id, spec) for spec in runs if isinstance(spec, RunSpec)]
+    planned = {run_id: spec for submission in submissions for run_id, spec in submission.specs.items()}
+    begun = store.run_ids()
+    wanted = sorted({*begun, *planned}) if runs is None else [str(run_id) for run_id in runs]
+    here = set(begun)
+    states = []
+    for run_id in wanted:
+        state = store.state(run_id) if run_id in here else RunState(run_id=run_id, status=Status.MISSING, spec={})
+        states.append(state if state.spec else replace(state, spec=planned.get(run_id, {})))
+    return states
 
 
-def _runs(state: RunState) -> bool:
-    return state.status == Status.RUNNING
+def _is_marked(store: Store, state: RunState) -> bool:
+    """Whether a marker keeps the run's job from taking it up (again)."""
+    return state.status in RESUMABLE and store.cancel_marker(state.run_id).exists()
 
 
-def _may_wait(store: Store, state: RunState, latest: Place) -> bool:
+def _cancelled(state: RunState) -> RunState:
+    return replace(state, status=Status.CANCELLED, error=state.error or "cancelled; run or submit again to resume")
+
+
+def _may_wait(state: RunState, latest: Place) -> bool:
     """Whether the run is not settled since its latest submission: its job, if it is there, will compute it."""
-    if state.status in (Status.MISSING, Status.INTERRUPTED):
+    if state.status in RESUMABLE:  # `cancelled` too: it wrote its checkpoint when its job was preempted
         return True
-    if state.status == Status.CANCELLED:  # also what wrote its checkpoint when its job was preempted
-        return not (store.folder(state.run_id) / CANCEL_MARKER).exists()
     ended = state.record.finished if state.record else None
     return state.status in FAILURES and ended is not None and _unix(ended) <= latest.submission.time  # --retry
 
@@ -144,11 +162,14 @@ def _reason(state: RunState, seen: Seen) -> str | None:
     claim = state.claim
     if claim and not claim.released and claim.progress.get("job") == seen.job_id:
         return f"no heartbeat for {duration(time.time() - claim.time)}"
-    return "its job is running; other runs come first"
+    return "its job is running; this run has not begun"
 
 
 def _settled(store: Store, found: list[Standing], tell: Tell | None) -> list[Standing]:
-    """The same, with a verdict on each run whose job is gone; the run's record keeps it, but for `lost`."""
+    """The same, with a verdict on each run whose job is gone.
+
+    The record of a run that had begun keeps it, but for `lost`; of what had not begun there is nothing to keep.
+    """
     gone = [standing for standing in found if standing.gone]
     if not gone:
         return found
@@ -170,21 +191,24 @@ def _ask_accounting(gone: list[Standing], tell: Tell | None) -> tuple[dict[str, 
         return known, "why is not known: the accounting did not answer"
     if found is None:
         return known, "why is not known: this cluster keeps no accounting"
+    found = {id: end for id, end in found.items() if end.state in slurm.ENDED or id not in known}  # sacct lags behind
     return known | found, "SLURM has no trace of it: cancelled while it waited?"
 
 
 def _judged(store: Store, standing: Standing, ended: dict[str, slurm.Ended], why: str) -> Standing:
     state, place, seen = standing.state, standing.place, standing.gone
     assert place and seen and seen.job_id
-    is_local = place.submission.kind == "local"
+    submission, is_local = place.submission, place.submission.kind == "local"
     end = None if is_local else ended.get(seen.job_id)
-    began = began_by(state.claim, seen.job_id, place.submission.time, end)
+    if place.job in submission.cancelled and (end is None or end.state not in slurm.ENDED):
+        end = slurm.Ended(id=seen.job_id, state="CANCELLED")
+    began = began_by(state.claim, seen.job_id, submission.time, end)
     if began is None:
         return standing
-    verdict = judge(seen.job_id, began, end, f"its process ended on {place.submission.host}" if is_local else why)
-    if verdict.status == Status.LOST or place.submission.user != user_name():
-        return replace(standing, state=replace(state, status=verdict.status, error=verdict.error))
-    return replace(standing, state=settle(store, state, verdict.status, verdict.error))
+    verdict = judge(seen.job_id, began, end, f"its process ended on {submission.host}" if is_local else why)
+    if began and verdict.status != Status.LOST and submission.user == user_name():
+        return replace(standing, state=settle(store, state, verdict.status, verdict.error))
+    return replace(standing, state=replace(state, status=verdict.status, error=verdict.error))
 
 
 def _unix(moment: str) -> float:

@@ -1,17 +1,94 @@
-"""Show how every run of a results folder stands, also while runs go on."""
+"""Show how every run of a results folder stands, also while runs go on and wait on a cluster.
+
+What the store says is joined with the queue of `lorabench submit` and with SLURM's (squeue, and sacct for what has
+ended): `pending` runs show SLURM's reason, `lost` ones went away with their job and are submitted again by the next
+`lorabench submit`. Of more than 60 runs a summary is shown, and a line for those that run or have not ended well.
+
+--watch ends when nothing waits or runs any more, with exit code 1 unless all is done. It prints only changes where
+its output is no terminal.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lorabench.commands._arguments import HERE, JSON, as_json, open_store
+from lorabench.commands._arguments import HERE, JSON, NAMED, argument, as_json, number, open_store
+from lorabench.terminal import talk
 
-ARGUMENTS = [HERE, JSON]
+if TYPE_CHECKING:
+    from lorabench.cluster.standing import Standing
+    from lorabench.record import Status, Store
+
+WATCH_SECONDS = 5.0
+ARGUMENTS = [
+    HERE,
+    NAMED,
+    argument(
+        "--watch", f"look again every so many seconds (default: {WATCH_SECONDS:g})", type=number(float, 0.1),
+        nargs="?", const=WATCH_SECONDS, metavar="SECONDS",
+    ),
+    argument("--all", "a line for every run, however many they are", action="store_true"),
+    JSON,
+]  # fmt: skip
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from lorabench.status import status_json, status_text
+    from lorabench.cluster.standing import standings
+    from lorabench.stamp import find_sweeps
+    from lorabench.status import MANY, status_json, status_text
 
+    _sweep_alone(arguments)
     store = open_store(arguments.results)
-    print(as_json(status_json(store)) if arguments.json else status_text(store))
+    specs = find_sweeps(store, arguments.sweep)[0].read().runs if arguments.sweep else None
+    once = cache(talk)  # what stays wrong from one look to the next is said once
+
+    def look() -> list[Standing]:
+        return standings(store, specs, tell=once)
+
+    if arguments.watch is not None:
+        return _watch(arguments, store, look)
+    found = look()
+    many = len(found) if arguments.all else MANY
+    print(as_json(status_json(store, found)) if arguments.json else status_text(store, found, many))
     return 0
+
+
+def _sweep_alone(arguments: argparse.Namespace) -> None:
+    """`lorabench status SWEEP` is meant where the one argument is a file, or names a sweep in the default folder."""
+    folder = Path("results")
+    is_sweep = arguments.results.is_file() or (folder / arguments.results / "sweep.toml").is_file()
+    if arguments.sweep is None and is_sweep and folder.is_dir() and not arguments.results.is_dir():
+        arguments.sweep, arguments.results = str(arguments.results), folder
+
+
+def _watch(arguments: argparse.Namespace, store: Store, look: Callable[[], list[Standing]]) -> int:
+    from lorabench.record import Status
+    from lorabench.status import MANY, status_row, status_text
+    from lorabench.watch import changes, redrawn, watch
+
+    def line(standing: Standing, before: Status | None) -> str:
+        if arguments.json:
+            return json.dumps(json.loads(as_json(status_row(store, standing))))
+        reason = standing.state.error or (standing.queue.reason if standing.queue else None)
+        change = f"{before} -> {standing.status}" if before else str(standing.status)
+        return "  ".join(filter(None, [time.strftime("%H:%M:%S"), standing.run_id, change, reason]))
+
+    def draw(found: list[Standing]) -> str:
+        lines = shutil.get_terminal_size().lines
+        many = len(found) if arguments.all else min(MANY, max(5, lines - 5))
+        return status_text(store, found, many)
+
+    if sys.stdout.isatty() and not arguments.json:
+        with redrawn(draw) as show:
+            found = watch(look, arguments.watch, show)
+    else:
+        found = watch(look, arguments.watch, changes(line))
+    return 0 if all(standing.status == Status.DONE for standing in found) else 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -22,20 +21,17 @@ def test_an_array_larger_than_its_parallelism(study, short):
     sweep = study.sweep("short", SHORT)
     study.lorabench("submit", sweep, "--cluster", study.profile(parallel=2), "--dry-run")
     assert not study.sandbox.queue()
-    at_once, over = [], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.3):
-            at_once.append(sum(job["state"] == "RUNNING" for job in study.sandbox.queue()))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
     study.submit(sweep, parallel=2, gpus=1, device="cpu")
     assert len(study.sandbox.queue()) == 6
     assert study.statuses() <= {"pending", "running"}
-    study.wait_until_idle()
-    over.set()
-    thread.join()
+    at_once = []
+
+    def is_over() -> bool:
+        jobs = study.sandbox.queue()
+        at_once.append(sum(job["state"] == "RUNNING" for job in jobs))
+        return not jobs
+
+    study.wait_until(is_over)
     assert max(at_once) == 2
     assert_same(study.store, short)
     assert set(attempts(study.store).values()) == {1}

@@ -1,0 +1,79 @@
+"""Cancel what waits or runs of a sweep, or one run.
+
+Jobs on the cluster, or of this machine, that hold nothing else are cancelled; of a job that goes on with other runs
+only these runs are. What is running writes its checkpoint and ends `cancelled`: `run` or `submit` go on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorabench.commands._arguments import RESULTS, argument, open_store
+from lorabench.decode import InputError
+from lorabench.terminal import talk
+
+if TYPE_CHECKING:
+    from lorabench.cluster.cancel import Cancellation
+    from lorabench.record import Store
+
+ARGUMENTS = [
+    argument(
+        "what", "a sweep file, the name of a sweep in the results, or a run's id or enough of its beginning",
+        metavar="SWEEP|RUN",
+    ),
+    RESULTS,
+    argument("--dry-run", "only say what would be cancelled", action="store_true"),
+]  # fmt: skip
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from lorabench.cluster.cancel import cancel, plan_cancellation
+    from lorabench.cluster.standing import standings
+    from lorabench.terminal import count_statuses
+
+    store = open_store(arguments.results)
+    chosen = _chosen(store, arguments.what)
+    found = standings(store, tell=talk)
+    plan = plan_cancellation(found, chosen)
+    if not plan.run_ids:
+        states = count_statuses(standing.state for standing in found if standing.run_id in chosen)
+        talk(f"{arguments.what}: nothing to cancel: {states}")
+        return 0
+    if not arguments.dry_run:
+        cancel(store, plan)
+    _say(plan, "would cancel" if arguments.dry_run else "cancelled")
+    return 0
+
+
+def _chosen(store: Store, what: str) -> set[str]:
+    """The ids that are meant. InputError names the closest run, where `what` is neither a sweep nor a run."""
+    from lorabench.cluster.queue import read_submissions
+    from lorabench.logs import find_run
+    from lorabench.stamp import find_sweeps
+
+    names = {file.parent.name for file in store.root.glob("*/sweep.toml")}
+    submitted = {id for s in read_submissions(store.root) if s.sweep == what for id in s.specs}
+    if Path(what).is_file() or what in names:
+        return submitted | {spec.id for spec in find_sweeps(store, what)[0].read().runs}
+    if submitted:
+        return submitted
+    try:
+        return {find_run(store, what)}
+    except InputError as error:
+        sweeps = ", ".join(sorted(names)) or "none"
+        message = error.problems[0].replace("RUN =", "SWEEP|RUN =", 1)
+        raise InputError(f"{message} Sweeps there: {sweeps}") from None
+
+
+def _say(plan: Cancellation, done: str) -> None:
+    """A line a job and a line for each run that is cancelled without its job; the counts come last."""
+    for job in plan.jobs:
+        print(f"job {job.job_id}  {' '.join(job.run_ids)}")
+    for run_id, why in plan.alone.items():
+        print(f"run {run_id}  ({why})")
+    counts = [f"{len(plan.jobs)} jobs with {len(plan.run_ids) - len(plan.alone)} runs"] * bool(plan.jobs)
+    counts += [f"{len(plan.alone)} runs without their jobs"] * bool(plan.alone)
+    ends = "; what was running writes its checkpoint first" if plan.marked and done == "cancelled" else ""
+    talk(f"{done} {' and '.join(counts)}{ends}")

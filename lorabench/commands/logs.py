@@ -1,0 +1,77 @@
+"""Print the log of a run, or of its job on a cluster.
+
+RUN is the run's id, or enough of its beginning. The job's own log (--job) holds what came before the run and around
+it: the set-up lines, what SLURM had to say, the warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorabench.commands._arguments import RESULTS, argument, number, open_store
+from lorabench.terminal import talk
+
+if TYPE_CHECKING:
+    from lorabench.cluster.standing import Standing
+    from lorabench.record import Store
+
+ARGUMENTS = [
+    argument("run", "a run's id, or enough of its beginning", metavar="RUN"),
+    RESULTS,
+    argument("--follow", "go on printing what is added, until the run is settled", action="store_true"),
+    argument("--lines", "only the last so many lines", type=number(int, 1), metavar="N"),
+    argument("--job", "the log of the run's job instead of its own", action="store_true"),
+]
+FOLLOWED_LINES = 20
+WHOLE = 10**9
+
+
+def main(arguments: argparse.Namespace) -> int:
+    from lorabench.cluster.standing import UNSETTLED
+    from lorabench.logs import find_run, follow, last_lines
+
+    store = open_store(arguments.results)
+    run_id = find_run(store, arguments.run)
+
+    def files() -> list[Path]:
+        return [file for file in _files(store, run_id, arguments.job) if file.is_file()]
+
+    def has_ended() -> bool:
+        return _stand(store, run_id).status not in UNSETTLED
+
+    if arguments.follow:
+        for text in follow(files, has_ended, arguments.lines or FOLLOWED_LINES):
+            print(text, end="", flush=True)
+        return 0
+    found = files()
+    for file in found:
+        if len(found) > 1:
+            print(f"==> {file} <==")
+        print("\n".join(last_lines(file, arguments.lines or WHOLE)))
+    if not found:
+        talk(f"{run_id}: {_without_log(_stand(store, run_id), arguments.job)}")
+    return 0 if found else 1
+
+
+def _files(store: Store, run_id: str, of_job: bool) -> list[Path]:
+    from lorabench.logs import job_logs, jobs_of, run_log
+
+    if not of_job:
+        return [run_log(store, run_id)]
+    return [file for submission, job_id in jobs_of(store, run_id)[:1] for file in job_logs(submission, job_id)]
+
+
+def _stand(store: Store, run_id: str) -> Standing:
+    from lorabench.cluster.standing import standings
+
+    return standings(store, [run_id], tell=talk)[0]
+
+
+def _without_log(standing: Standing, of_job: bool) -> str:
+    """Why there is none."""
+    if of_job and standing.queue is None:
+        return "was never submitted: it has no job"
+    reason = standing.queue.reason if standing.queue else standing.state.error
+    return f"no log yet: {standing.status}{f' ({reason})' if reason else ''}"
