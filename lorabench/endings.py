@@ -40,7 +40,7 @@ class Ending:
         """Why it ended without a final record."""
         code = self.code
         if code is None:
-            return Status.FAILED, "its machine does not answer any more"
+            return Status.CANCELLED, "its machine does not answer any more; run again to resume"
         if code == -signal.SIGKILL and self.out_of_memory:
             return Status.OOM, "killed by the kernel: out of memory"
         if self.failure:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorabench.claim import current_claim
 from lorabench.decode import InputError
@@ -28,6 +28,9 @@ from lorabench.spec import RunSpec, brief, swept_keys
 from lorabench.sweep import Sweep
 from lorabench.terminal import Display, count_statuses, text_table
 from lorabench.worker import PRELOAD, RankProcess, Settings, Target, check_main, execute_run, start_server
+
+if TYPE_CHECKING:
+    from lorabench.team import RemoteRank, Team
 
 TICK_SECONDS = 0.2
 PEER_GRACE_SECONDS = 10.0
@@ -50,6 +53,8 @@ class Pool:
     workers: int = 1
     processes: int = 1
     """Of each run, which compute it together."""
+    team: Team | None = None
+    """Instead: other supervisors, which start a process of each run too."""
     gpus: tuple[str, ...] = ()
     settings: Settings = field(default_factory=Settings)
     retry: frozenset[Status] = frozenset()
@@ -112,7 +117,7 @@ def check_writable(root: Path) -> None:
 class _Child:
     spec: RunSpec
     slot: int
-    ranks: list[RankProcess]
+    ranks: list[RankProcess | RemoteRank]
     started: float
     record_before: int | None
     """Time stamp of the record that an earlier attempt left."""
@@ -122,25 +127,25 @@ class _Child:
 
     def terminate(self) -> None:
         for rank in self.ranks:
-            rank.process.terminate()
+            rank.terminate()
 
     def kill(self) -> None:
         for rank in self.ranks:
-            rank.process.kill()
+            rank.kill()
 
     @property
-    def alive(self) -> list[RankProcess]:
-        return [rank for rank in self.ranks if rank.process.is_alive()]
+    def alive(self) -> list[RankProcess | RemoteRank]:
+        return [rank for rank in self.ranks if rank.is_alive()]
 
     def end_stragglers(self) -> None:
         """Ranks that have lost one end by themselves; one that does not, in an operation of its GPU say, is killed."""
-        ended = [rank for rank in self.ranks if not rank.process.is_alive()]
-        if not any(rank.process.exitcode or rank.rank == 0 for rank in ended):
+        ended = [rank for rank in self.ranks if not rank.is_alive()]
+        if not any(rank.exitcode != 0 or rank.rank == 0 for rank in ended):
             return
         self.broken = self.broken or time.monotonic()
         if time.monotonic() - self.broken > PEER_GRACE_SECONDS:
             for rank in self.ranks:
-                rank.kill()
+                rank.stop()
 
 
 class _Launch:
@@ -226,6 +231,8 @@ class _Launch:
             state = self.store.state(spec.id, spec)
             if state.status == Status.RUNNING:
                 self.elsewhere.append(spec)
+            elif self.store.cancel_marker(spec.id).exists():
+                self._settle(replace(state, status=Status.CANCELLED, error="not begun: cancelled"))
             elif state.status == Status.DONE or (state.status in REPEATABLE and spec.id not in self.retrying):
                 self._settle(state)  # another worker was faster
             else:
@@ -241,20 +248,22 @@ class _Launch:
         self._start_server()
         before = record_stamp(self.store, spec)
         self.starts[spec.id] = self.starts.get(spec.id, 0) + 1
-        ranks = [
-            RankProcess.start(self.context, self.target, spec, self.store, settings, self._gpus(slot))
-            for settings in self._settings(spec)
-        ]
+        places = self._places(spec)
+        ranks: list[RankProcess | RemoteRank] = []
+        for place in places:
+            settings = replace(self.pool.settings, place=place)
+            ranks.append(RankProcess.start(self.context, self.target, spec, self.store, settings, self._gpus(slot)))
+        if self.pool.team:
+            ranks += self.pool.team.start(spec, places[0])
         child = _Child(spec=spec, slot=slot, ranks=ranks, started=time.monotonic(), record_before=before)
         self.children.append(child)
 
-    def _settings(self, spec: RunSpec) -> list[Settings]:
-        """Of each of a run's processes."""
+    def _places(self, spec: RunSpec) -> list[Place]:
+        """Of the processes of a run that are started here."""
+        if self.pool.team:
+            return self.pool.team.places()
         size, meeting = self.pool.processes, f"file:{self.meetings.name}/{spec.id}.{self.starts[spec.id]}"
-        if size == 1:
-            return [self.pool.settings]
-        places = [Place(rank=i, size=size, local_rank=i, local_size=size, meeting=meeting) for i in range(size)]
-        return [replace(self.pool.settings, place=place) for place in places]
+        return [Place(rank=i, size=size, local_rank=i, local_size=size, meeting=meeting) for i in range(size)]
 
     def _gpus(self, slot: int) -> str | None:
         """What a worker sees, as CUDA_VISIBLE_DEVICES has it; None: what there is."""
@@ -263,8 +272,9 @@ class _Launch:
 
     def _wait(self) -> None:
         if self.children:
-            alive = [rank.process.sentinel for child in self.children for rank in child.alive]
-            connection.wait(alive, timeout=TICK_SECONDS)
+            here = [rank.process for child in self.children for rank in child.ranks if isinstance(rank, RankProcess)]
+            alive = [process.sentinel for process in here if process.is_alive()]
+            connection.wait(alive, timeout=TICK_SECONDS) if alive else time.sleep(TICK_SECONDS)
         elif not self.pending and self.elsewhere:
             time.sleep(TICK_SECONDS)
 
@@ -279,6 +289,8 @@ class _Launch:
         """Settle the run of a process that has ended, or find out why it left no result."""
         spec = child.spec
         endings = [rank.ending(self._out_of_memory(rank), self.server_log) for rank in child.ranks]
+        if any(ending.code is None for ending in endings):
+            self.pending.clear()  # a rank's machine is gone, and no run can do without it
         state = self.store.state(spec.id, spec)
         written = record_stamp(self.store, spec) != child.record_before
         if state.status == Status.RUNNING:
@@ -293,9 +305,10 @@ class _Launch:
         else:
             self._settle(write_ending(self.store, spec, *common_cause(endings)))
 
-    def _out_of_memory(self, rank: RankProcess) -> bool:
-        """Whether the kernel has counted one kill more than was accounted for."""
-        if rank.process.exitcode != -signal.SIGKILL or rank.stopped or self.oom_kills >= count_oom_kills():
+    def _out_of_memory(self, rank: RankProcess | RemoteRank) -> bool:
+        """Whether the kernel has counted one kill more on this machine than was accounted for."""
+        killed = isinstance(rank, RankProcess) and rank.exitcode == -signal.SIGKILL and not rank.stopped
+        if not killed or self.oom_kills >= count_oom_kills():
             return False
         self.oom_kills += 1
         return True

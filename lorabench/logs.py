@@ -52,7 +52,7 @@ def run_log(store: Store, run_id: str) -> Path:
 
 def job_logs(submission: Submission, job_id: str) -> list[Path]:
     """What submitit keeps of a job's stdout and stderr, of each of its tasks."""
-    return sorted((submission.folder / "submitit").glob(f"{job_id}_*_log.*"))
+    return sorted(submission.submitit.glob(f"{job_id}_*_log.*"))
 
 
 def last_lines(file: Path, count: int) -> list[str]:

@@ -114,8 +114,13 @@ class RunSpec:
     def to_json(self) -> dict[str, Any]:
         """Holds `task` or `tasks`, never both, and `snapshot_every` only where it is given.
 
-        It came later than the runs of many stores: a key more would change their ids, and nothing else.
+        It came later than the runs of many stores: a key more would change their ids, and nothing else. The lists in
+        it are not to be changed.
         """
+        return {key: dict(value) if isinstance(value, dict) else value for key, value in self._encoded.items()}
+
+    @cached_property
+    def _encoded(self) -> dict[str, Any]:
         left_out = {"task" if self.tasks else "tasks", *(["snapshot_every"] if self.snapshot_every is None else [])}
         return {key: value for key, value in encode(self).items() if key not in left_out}
 

@@ -49,10 +49,10 @@ class Stop:
     reason: str | None = None
     deadline: float | None = None
     """On time.monotonic's clock."""
-    world: World = ALONE
     marker: Path | None = None
     """A file that `lorabench cancel` makes: the run ends once it is there."""
     looked: float = -math.inf
+    world: World = ALONE
 
     def check(self) -> None:
         """Raises Stopped, on all ranks at once where there are several."""

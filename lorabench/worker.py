@@ -108,11 +108,24 @@ class RankProcess:
             there.close()
         return cls(process=process, rank=rank, log=log, answer=here)
 
+    @property
+    def exitcode(self) -> int | None:
+        return self.process.exitcode
+
+    def is_alive(self) -> bool:
+        return self.process.is_alive()
+
+    def terminate(self) -> None:
+        self.process.terminate()
+
     def kill(self) -> None:
-        """For another rank has ended."""
-        if self.process.is_alive():
+        self.process.kill()
+
+    def stop(self) -> None:
+        """Kill it, for another rank has ended."""
+        if self.is_alive():
             self.stopped = True
-            self.process.kill()
+            self.kill()
 
     def ending(self, out_of_memory: bool, server_log: Path) -> Ending:
         """How it ended. Once: it is closed."""

@@ -145,6 +145,10 @@ def killed(spec: RunSpec, store: Store, settings: Settings) -> None:
     execute_run(spec, store, settings)
 
 
+def killed_with_seed_0(spec: RunSpec, store: Store, settings: Settings) -> None:
+    (execute_run if spec.seed else killed)(spec, store, settings)
+
+
 def out_of_memory(spec: RunSpec, store: Store, settings: Settings) -> None:
     def fail() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

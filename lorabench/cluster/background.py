@@ -6,6 +6,7 @@ terminal or a pipe behind the command then means nothing to them.
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,19 +31,26 @@ def start(submission: Submission) -> None:
         raise InputError(f"{submission.folder}: jobs could not be started: {lines[-1] if lines else 'for no reason'}")
 
 
+def _command(profile: Profile) -> str:
+    """Python, behind the set-up lines. submitit's own `setup` needs a shell that stays, as not every /bin/sh does."""
+    if not profile.shell:
+        return profile.command
+    lines = "\n".join([*profile.shell, 'exec "$0" "$@"'])
+    return f"bash -c {shlex.quote(lines)} {profile.command}"
+
+
 def _main(folder: Path) -> None:
     from submitit.local.local import LocalExecutor
 
     submission = read_submission(folder)
     assert submission is not None
     profile: Profile = decode(Profile, submission.profile)
-    executor = LocalExecutor(submission.submitit, max_num_timeout=ENDLESS, python=profile.command)
+    executor = LocalExecutor(submission.submitit, max_num_timeout=ENDLESS, python=_command(profile))
     executor.update_parameters(
         timeout_min=profile.minutes,
         gpus_per_node=profile.gpus,
         tasks_per_node=profile.ranks,
         signal_delay_s=profile.signal_seconds,
-        setup=profile.shell,
     )
     taken: list[Array] = []
     for number in range(len(submission.jobs)):

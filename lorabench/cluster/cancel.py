@@ -89,7 +89,7 @@ def cancel(store: Store, plan: Cancellation) -> None:
         submission = jobs[0].submission
         if submission.kind == "local":
             for whole in jobs:
-                local.cancel(whole.job_id, submission.folder / "submitit")
+                local.cancel(whole.job_id, submission.submitit)
         else:
             slurm.cancel(whole.job_id for whole in jobs)
         note_cancelled(submission, (whole.job for whole in jobs))

@@ -105,7 +105,7 @@ class Lookup:
 
     def _process(self, submission: Submission) -> Callable[[str], Seen]:
         def look(pid: str) -> Seen:
-            alive = local.is_alive(pid, submission.folder / "submitit")
+            alive = local.is_alive(pid, submission.submitit)
             return Seen(job_id=pid, is_queued=alive, state="RUNNING" if alive else None)
 
         return look

@@ -55,6 +55,8 @@ class Profile:
     """What runs compute on (None: cuda with GPUs, else cpu). `auto` would quietly take a CPU where a GPU is broken."""
     ranks_per_node: Annotated[int, Ge(1), Le(64)] | None = None
     """Processes on each node that train one run together (None: one for each GPU)."""
+    sharding: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Of several ranks: whether each holds the whole model, or a part (`auto`: a part where the base is trained)."""
     cpus: Annotated[int, Ge(1), Le(4096)] = 4
     """Cores of each rank."""
     mem_gib: Annotated[float, Gt(0), Le(65536)] | None = None
@@ -157,8 +159,8 @@ class Profile:
         """The lines before the work starts."""
         return [*(f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()), *self.setup]
 
-    def slurm_parameters(self, name: str, comment: str, parallel: int) -> dict[str, Any]:
-        """For submitit's SlurmExecutor; `parallel` jobs of the array at a time."""
+    def slurm_parameters(self, name: str, comment: str, parallel: int, folder: Path) -> dict[str, Any]:
+        """For submitit's SlurmExecutor; `parallel` jobs of the array at a time. `folder` is submitit's own."""
         kind = f"{self.gpu_type}:{self.gpus}" if self.gpu_type else self.gpus
         exits = ["--kill-on-bad-exit=1"] if self.world_size > 1 else []
         parameters = {
@@ -178,11 +180,22 @@ class Profile:
             "signal_delay_s": self.signal_seconds,
             "array_parallelism": parallel,
             "setup": self.shell or None,
+            "teardown": _requeue_lines(folder) if self.container else None,
             "additional_parameters": {"requeue" if self.requeue else "no-requeue": True} | self.extra,
             # since SLURM 22.05 srun does not inherit it
             "srun_args": [f"--cpus-per-task={self.cpus}", *exits],
         }
         return {key: value for key, value in parameters.items() if value is not None} | {"wckey": None}
+
+
+def requeue_file(folder: Path, job: str) -> Path:
+    """Made by a job that cannot call scontrol, for it is in a container: the script around it queues it again."""
+    return folder / f"{job}.requeue"
+
+
+def _requeue_lines(folder: Path) -> list[str]:
+    file = f"{shlex.quote(str(folder))}/$SLURM_JOB_ID.requeue"
+    return [f"if [ -e {file} ]; then", f"    rm {file}", '    scontrol requeue "$SLURM_JOB_ID"', "fi"]
 
 
 def read_profile(path: Path, changes: dict[str, Any] | None = None) -> Profile:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import pwd
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -69,10 +69,10 @@ class Submission:
     arrays: tuple[Array, ...]
     complete: bool
     """Whether all arrays were submitted and their ids written."""
-    cancelled: frozenset[int] = frozenset()
-    """Jobs that `lorabench cancel` has cancelled: SLURM forgets those that had not begun."""
     retry: dict[str, int]
     """Of each run that had ended badly, the number of its last claim: its job repeats it while that is the last."""
+    cancelled: frozenset[int] = frozenset()
+    """Jobs that `lorabench cancel` has cancelled: SLURM forgets those that had not begun."""
 
     @property
     def submitit(self) -> Path:
@@ -102,10 +102,19 @@ def submission_folders(root: Path) -> list[Path]:
     return sorted(Path(entry.path) for entry in os.scandir(queue) if entry.is_dir() and entry.name[0] != ".")
 
 
-def read_submissions(root: Path) -> Iterator[Submission]:
-    """The submissions below results folder `root`, oldest first. InputError names a damaged file."""
+def read_submissions(root: Path, tell: Callable[[str], None] | None = None) -> Iterator[Submission]:
+    """The submissions below results folder `root`, oldest first.
+
+    InputError names a damaged file; with `tell` it is told instead, and its submission left out.
+    """
     for folder in submission_folders(root):
-        submission = read_submission(folder)
+        try:
+            submission = read_submission(folder)
+        except InputError as error:
+            if tell is None:
+                raise
+            tell(f"{error.problems[0]}; what is submitted there is not known")
+            continue
         if submission is not None:
             yield submission
 
@@ -127,8 +136,8 @@ def read_submission(folder: Path) -> Submission | None:
             user=plan.get("user") or user_name((folder / "plan.json").stat().st_uid),
             slurm_cluster=plan.get("slurm_cluster"),
             complete=bool(jobs.get("complete", False)),
-            retry=plan.get("retry", {}),
             cancelled=frozenset((read_json(folder / CANCELLED_FILE) or {}).get("jobs", [])),
+            retry=plan.get("retry", {}),
             **{key: plan[key] for key in ("sweep", "cluster", "kind", "submitted", "host", "profile", "specs")},
         )
         submission.time, submission.job_ids  # noqa: B018  # both fail here, and not at a reader's, if the plan is damaged

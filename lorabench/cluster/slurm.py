@@ -164,6 +164,13 @@ def job_details(job_id: str) -> dict[str, str]:
     return {key: value for key, mark, value in (part.partition("=") for part in text.split()) if mark}
 
 
+def node_address(name: str) -> str:
+    """Where a node is to be reached, which need not be its name. Raises Unreachable."""
+    text = _call(["scontrol", "--oneliner", "show", "node", name]) or ""
+    found = re.search(r"\bNodeAddr=(\S+)", text)
+    return found[1] if found else name
+
+
 def max_array_size() -> int:
     """The array index that no element may reach. Raises Unreachable."""
     found = config().get("MaxArraySize", "")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 
 from lorabench.cluster import slurm
 from lorabench.cluster.lookup import Lookup, Seen, Tell
@@ -76,7 +75,7 @@ def standings(
     Raises slurm.Unreachable where squeue does not answer; with `tell` it is told instead, and what cannot be known
     stays as the store has it.
     """
-    submissions = list(read_submissions(store.root))
+    submissions = list(read_submissions(store.root, tell))
     places = _places(submissions)
     states = _states(store, submissions, runs)
     placed = [state for state in states if state.run_id in places]
@@ -130,8 +129,8 @@ def _may_wait(state: RunState, latest: Place) -> bool:
     """Whether the run is not settled since its latest submission: its job, if it is there, will compute it."""
     if state.status in RESUMABLE:  # `cancelled` too: it wrote its checkpoint when its job was preempted
         return True
-    ended = state.record.finished if state.record else None
-    return state.status in FAILURES and ended is not None and _unix(ended) <= latest.submission.time  # --retry
+    claim = state.claim.number if state.claim else 0
+    return state.status in (*FAILURES, Status.CORRUPT) and latest.submission.retry.get(state.run_id) == claim
 
 
 def _join(state: RunState, places: list[Place], may_wait: bool, lookup: Lookup) -> Standing:
@@ -209,7 +208,3 @@ def _judged(store: Store, standing: Standing, ended: dict[str, slurm.Ended], why
     if began and verdict.status != Status.LOST and submission.user == user_name():
         return replace(standing, state=settle(store, state, verdict.status, verdict.error))
     return replace(standing, state=replace(state, status=verdict.status, error=verdict.error))
-
-
-def _unix(moment: str) -> float:
-    return datetime.fromisoformat(moment).timestamp()

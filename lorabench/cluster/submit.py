@@ -7,6 +7,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lorabench.cluster.enqueue import Plan, new_name, write_jobs, write_plan
 from lorabench.cluster.packing import Cell, Limits, pack, share, split, spread
 from lorabench.cluster.profile import Profile
 from lorabench.cluster.queue import COMMENT, Array, Submission
-from lorabench.cluster.standing import CANCEL_MARKER, Standing, standings
+from lorabench.cluster.standing import Standing, standings
 from lorabench.cluster.work import ENDLESS, Work, forget_timeouts
 from lorabench.decode import InputError, encode
 from lorabench.record import FAILURES, Status, Store
@@ -57,7 +58,7 @@ class Prospect:
     config: dict[str, str]
     """SLURM's own, where it can be asked."""
 
-    @property
+    @cached_property
     def run_ids(self) -> list[str]:
         """What would be submitted."""
         return [cell.run_id for job in self.jobs for cell in job]
@@ -130,15 +131,15 @@ def scripts(prospect: Prospect, root: Path) -> list[str]:
     command = f"{profile.command} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     texts = []
     for (_, count), parallel in zip(prospect.arrays, _parallel(prospect), strict=True):
-        own = parameters(prospect, parallel) | ({"map_count": count} if count > 1 else {})
+        own = parameters(prospect, parallel, folder) | ({"map_count": count} if count > 1 else {})
         texts.append(_make_sbatch_string(command=command, folder=folder, **own))
     return texts
 
 
-def parameters(prospect: Prospect, parallel: int) -> dict[str, Any]:
+def parameters(prospect: Prospect, parallel: int, folder: Path) -> dict[str, Any]:
     """For submitit's SlurmExecutor."""
     name = f"lorabench-{prospect.order.sweep.name}"
-    return prospect.order.profile.slurm_parameters(name, COMMENT + prospect.name, parallel)
+    return prospect.order.profile.slurm_parameters(name, COMMENT + prospect.name, parallel, folder)
 
 
 def _parallel(prospect: Prospect) -> list[int]:
@@ -181,7 +182,7 @@ def _clear(prospect: Prospect, store: Store) -> dict[str, int]:
     retry = {}
     for run_id in prospect.run_ids:
         folder = store.folder(run_id)
-        (folder / CANCEL_MARKER).unlink(missing_ok=True)
+        store.cancel_marker(run_id).unlink(missing_ok=True)
         if prospect.standings[run_id].status in LEFT_ALONE:
             forget_timeouts(folder)
             claim = current_claim(folder)
@@ -193,15 +194,14 @@ def _send_arrays(prospect: Prospect, root: Path, submission: Submission) -> None
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.slurm.slurm import SlurmExecutor
 
-    profile = prospect.order.profile
+    profile, folder = prospect.order.profile, submitit_folder(root, prospect.name)
     taken: list[Array] = []
     for (first, count), parallel in zip(prospect.arrays, _parallel(prospect), strict=True):
         works = [Work(root=str(root), submission=prospect.name, number=first + index) for index in range(count)]
         try:
             with _outside_of_a_job():
-                folder = submitit_folder(root, prospect.name)
                 executor = SlurmExecutor(folder, max_num_timeout=ENDLESS, python=profile.command)
-                executor.update_parameters(**parameters(prospect, parallel))
+                executor.update_parameters(**parameters(prospect, parallel, folder))
                 jobs = executor.submit_array(works)
         except (FailedJobError, FailedSubmissionError, OSError, RuntimeError) as error:
             done = f"; {len(taken)} of {len(prospect.arrays)} arrays were submitted" if taken else ""
@@ -226,7 +226,8 @@ def warnings(prospect: Prospect, specs: Sequence[RunSpec]) -> list[str]:
     """What may go wrong on the cluster, one sentence each."""
     profile, config = prospect.order.profile, prospect.config
     lines = []
-    wanted = [spec for spec in specs if spec.id in set(prospect.run_ids)]
+    run_ids = set(prospect.run_ids)
+    wanted = [spec for spec in specs if spec.id in run_ids]
     threads = max((spec.threads for spec in wanted), default=1) * profile.cells_at_once
     if threads > profile.cpus:
         lines.append(f"cpus = {profile.cpus}: the runs of a job use {threads} threads")

@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorabench.claim import current_claim
 from lorabench.cluster import slurm
-from lorabench.cluster.profile import Profile
+from lorabench.cluster.profile import Profile, requeue_file
 from lorabench.cluster.queue import Submission, read_submission
-from lorabench.cluster.standing import CANCEL_MARKER
 from lorabench.decode import InputError, decode
+from lorabench.distributed import Place
 from lorabench.launch import Outcome, Pool, launch
 from lorabench.machine import visible_gpus
 from lorabench.record import FAILURES, Status, Store, read_json, write_json
@@ -64,11 +65,19 @@ class Work:
             raise InputError(f"{self.submission}: its plan is gone")
         profile: Profile = decode(Profile, submission.profile)
         outcome = compute(store, submission, profile, self.number, job_id)
+        if outcome is None:
+            return {}
         if outcome.signal:
             ending = Ending(store=store, profile=profile, job_id=job_id, began=began)
-            if ending.is_to_be_queued_again(outcome) and callable(requeue):
-                requeue(signal.SIGUSR2, None)
+            if ending.is_to_be_queued_again(outcome):
+                self._queue_again(submission, profile, requeue)
         return {state.run_id: str(state.status) for state in outcome.states}
+
+    def _queue_again(self, submission: Submission, profile: Profile, handler: Any) -> None:
+        if profile.container and "SLURM_JOB_ID" in os.environ:
+            requeue_file(submission.submitit, os.environ["SLURM_JOB_ID"]).touch()
+        elif callable(handler):
+            handler(signal.SIGUSR2, None)
 
     def checkpoint(self) -> DelayedSubmission | None:
         """What submitit queues again: the same job, which goes on with what is not done yet."""
@@ -77,21 +86,46 @@ class Work:
         return DelayedSubmission(self)
 
 
-def compute(store: Store, submission: Submission, profile: Profile, number: int, job_id: str) -> Outcome:
-    """Launch the runs of job `number` that are not settled since they were submitted."""
-    run_ids = [id for id in submission.jobs[number] if not (store.folder(id) / CANCEL_MARKER).exists()]
+def compute(store: Store, submission: Submission, profile: Profile, number: int, job_id: str) -> Outcome | None:
+    """Launch the runs of job `number` that are not settled since they were submitted.
+
+    Of several tasks, which compute each run together, the first one launches; None on the others.
+    """
+    run_ids = [run_id for run_id in submission.jobs[number] if not store.cancel_marker(run_id).exists()]
     specs = [RunSpec.from_json(submission.specs[run_id]) for run_id in run_ids]
     device = profile.run_device
     pool = Pool(
         workers=profile.cells_at_once,
         gpus=visible_gpus(device),
-        settings=Settings(device=device, checkpoint_seconds=profile.checkpoint_seconds, job=job_id),
+        settings=Settings(
+            device=device, checkpoint_seconds=profile.checkpoint_seconds, job=job_id, sharding=profile.sharding
+        ),
         again=frozenset(id for id, claim in submission.retry.items() if _claims(store.folder(id)) == claim),
         check=False,
         patience_seconds=max(1.0, profile.signal_seconds - MARGIN_SECONDS),
         server_log=submission.submitit / f"{job_id}_server.log",
     )
-    return launch(Sweep(name=f"job {job_id}", text="", runs=tuple(specs)), store, pool)
+    sweep = Sweep(name=f"job {job_id}", text="", runs=tuple(specs))
+    if profile.world_size == 1:
+        return launch(sweep, store, pool)
+    from submitit.helpers import TorchDistributedEnvironment
+
+    from lorabench.team import launch_together
+
+    meeting = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    os.environ["MASTER_ADDR"] = _address(meeting.master_addr, profile.nodes)
+    return launch_together(sweep, store, pool, Place.from_environment())
+
+
+def _address(host: str, num_nodes: int) -> str:
+    """Where the first node's processes are to be reached."""
+    if num_nodes == 1:
+        return "127.0.0.1"
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return slurm.node_address(host)  # a name that only SLURM knows
+    return host
 
 
 def _claims(folder: Path) -> int:
@@ -135,13 +169,13 @@ class Ending:
         return self.began + 60 * self.profile.minutes - time.time()
 
     def _is_settled(self, run_id: str) -> bool:
-        return self.store.state(run_id).status in SETTLED
+        return self.store.state(run_id).status in SETTLED or self.store.cancel_marker(run_id).exists()
 
     def _count_timeouts(self, outcome: Outcome) -> None:
         """One more for each run that was being computed; it was the last where there are too many."""
         for run_id in outcome.stopped:
             state = self.store.state(run_id)
-            if state.status in (*SETTLED, Status.RUNNING):
+            if state.status in (*SETTLED, Status.RUNNING) or self.store.cancel_marker(run_id).exists():
                 continue
             file = self.store.folder(run_id) / TIMEOUTS
             count = (read_json(file) or {}).get("count", 0) + 1

@@ -1,0 +1,29 @@
+"""A task of a job, as SLURM would start it: launches the runs of a file on the ranks that its environment names."""
+
+import json
+import sys
+from pathlib import Path
+
+from lorabench.distributed import Place
+from lorabench.launch import Pool
+from lorabench.record import Store
+from lorabench.spec import RunSpec
+from lorabench.sweep import Sweep
+from lorabench.team import launch_together
+from lorabench.worker import Settings
+
+
+def main(root: str) -> None:
+    from tests import test_ranks
+
+    specs = [RunSpec.from_json(table) for table in json.loads((Path(root) / "specs.json").read_text())]
+    pool = Pool(settings=Settings(device="cpu", job="7"), check=False)
+    target = getattr(test_ranks, sys.argv[2])
+    outcome = launch_together(
+        Sweep(name="job", text="", runs=tuple(specs)), Store(Path(root)), pool, Place.from_environment(), target
+    )
+    print("followed" if outcome is None else [str(state.status) for state in outcome.states])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
