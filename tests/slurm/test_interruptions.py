@@ -7,12 +7,15 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from conftest import LONG
+from conftest import BASE, LONG, computed_here
 
 from lorabench.record import Status
-from tests.sandbox import Sandbox, assert_same, slowed, started
+from tests.sandbox import Sandbox, Study, assert_same, slowed, started
 
 ONE = LONG.replace("seed = [0, 1]", "seed = 0")
+
+WIDE = BASE.replace("max_train = 64", "max_train = 256").replace("batch_size = 2", "batch_size = 256") + "steps = 1\n"
+"""A GiB of activations."""
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +95,14 @@ def test_runs_of_a_node_that_dies_are_computed_on_another(study, long):
     study.sandbox.up()
 
 
-def test_a_run_without_enough_memory_ends_as_oom_and_is_done_with_more(study, long):
+def test_a_run_without_enough_memory_ends_as_oom_and_is_done_with_more(study, tmp_path_factory):
     if not study.sandbox.keeps_memory_limits:
         pytest.skip("no control groups (version 1) to write to: this SLURM keeps no memory limits")
-    sweep = study.sweep("one", ONE)
-    study.submit(sweep, mem_gib=0.5)
+    sweep = study.sweep("wide", WIDE)
+    study.submit(sweep, mem_gib=1)
     study.wait_until_idle()
-    assert study.statuses() == {"oom"}
+    (row,) = study.status().values()
+    assert row["status"] == "oom" and row["error"] == "killed by the kernel: out of memory"
     study.submit(sweep, "--retry", "oom", "--mem-gib", "4")
     study.wait_until_idle()
-    assert_same(study.store, long, study.store.run_ids())
+    assert_same(study.store, computed_here(Study(study.sandbox, tmp_path_factory.mktemp("wide")), WIDE))
