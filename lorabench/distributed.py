@@ -147,9 +147,13 @@ class World:
         if self.size > 1:
             import torch
 
-            torch.distributed.barrier()
+            self.any(False)
             torch.distributed.destroy_process_group()
         return World()
+
+    def spread(self, choice: Literal["ddp", "fsdp"]) -> World:
+        """The same ranks, with the model shared out over them if one of them has chosen so."""
+        return replace(self, sharding="fsdp" if self.any(choice == "fsdp") else "ddp")
 
     def describe(self) -> dict[str, Any]:
         """For the record's environment."""
@@ -209,13 +213,13 @@ def told(place: Place, store: Any, make: Callable[[], str]) -> str:
     return store.get("told").decode()
 
 
-def local_device(place: Place, name: str) -> str:
+def own_device(place: Place, device: torch.device) -> torch.device:
     """The device of a rank: of several GPUs that it sees, the one of its place on its machine."""
     import torch
 
-    if name != "cuda" or place.size == 1:
-        return name
-    return f"cuda:{place.local_rank % max(1, torch.cuda.device_count())}"
+    if device.type != "cuda" or device.index is not None or place.size == 1:
+        return device
+    return torch.device("cuda", place.local_rank % torch.cuda.device_count())
 
 
 def log_name(rank: int) -> str:
@@ -283,7 +287,3 @@ def is_peer_loss(error: BaseException) -> bool:
     kinds = (dist.DistNetworkError, dist.DistBackendError, dist.DistStoreError)
     words = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "NCCL", "Timed out waiting")
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
-
-
-def with_sharding(world: World, sharding: Literal["ddp", "fsdp"]) -> World:
-    return world if world.size == 1 else replace(world, sharding=sharding)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorabench import claim, environment, model, ranks, sequence, serving
+from lorabench import claim, environment, model, ranks, sequence, serving, sharding
 from lorabench import meter as meters
 from lorabench.claim import Followed, Hold, Lost
 from lorabench.decode import InputError, encode
@@ -27,12 +27,14 @@ from lorabench.distributed import (
     Place,
     RankFailed,
     Sharding,
+    World,
     is_peer_loss,
+    is_sharded,
     joined,
-    local_device,
     local_part,
     log_name,
     meet,
+    own_device,
     told,
 )
 from lorabench.examples import Examples, prepare_stages
@@ -110,7 +112,7 @@ def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold, meeting:
     deadline = time.monotonic() + options.timeout_seconds if options.timeout_seconds else None
     stop = Stop(deadline=deadline, marker=store.cancel_marker(spec.id))
     try:
-        device = pick_device(local_device(place, options.device))
+        device = _use_device(options)
         with stop_on_signals(stop), joined(place, meeting, device) as stop.world:
             _run(spec, store, options, hold, record, stop)
         record.status = Status.DONE
@@ -143,53 +145,73 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     """Load, evaluate, train, evaluate, save: fills `record`."""
     folder, world = store.folder(spec.id), stop.world
     checkpoint = checkpoint_file(folder)
-    device = pick_device(local_device(world.place, options.device))
+    device = _use_device(options)
     torch.set_num_threads(spec.threads)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     hold.progress |= {"phase": "load", "step": 0, "steps": spec.total_steps}
-    record.environment = environment.describe(device) | world.describe()
+    record.environment = environment.describe(device)
     meter = meters.Meter(device, spec.total_steps)
     with meter.clock("load"):
         stages = prepare_stages(spec)
-        examples = stages[0]
+        options_of_model = stages[0].model_options
         meter.set_baseline()
-        with meter.phase("load"):
-            base = seeded_base(spec, examples, device)
-    model.check_length(spec, model.max_length(base))
-    record.environment |= model.fingerprint(spec) | _data(stages)
-    num_base = _count(base)
-    torch.manual_seed(method_seed(spec))
-    tuned = spec.method.attach(base, spec)
-    if spec.gradient_checkpointing:
-        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    record.measures |= _counts(tuned, num_base, stages)
+    if world.size > 1:
+        stop.world = world = world.spread(sharding.choose(spec, options.sharding, device, options_of_model))
+    tuned, counts = sharding.in_turn(world, lambda: _load_tuned(spec, stages, meter, world))
+    record.environment |= world.describe() | model.fingerprint(spec) | _data(stages)
+    record.measures |= counts
     content: dict[str, Any] = {key: record.environment.get(key) for key in ("model_commit", "model_sha256", "data")}
     training = Training(spec, tuned, make_optimizer(spec, tuned), meter, world, content=content)
     _seed_rank(training)
     if world.from_first(checkpoint.exists):
         record.resumed_from_step = _resume(training, checkpoint)
     if not training.rows:
-        _evaluate_base(training, stages, lambda: seeded_base(spec, examples, device), stop, hold)
+        _evaluate_base(training, stages, base_loader(training, stages), stop, hold)
         _seed_rank(training)
     if world.is_first:
         drop_unknown(folder, training.snapshots, hold)
     _train_and_evaluate(training, stages, options, stop, hold, folder)
-    parts = map(local_part, spec.method.trained_state(tuned).values())
-    if world.any(not all(tensor.isfinite().all() for tensor in parts)):
-        raise Diverged(f"step {training.step}: trained weights are not finite")
+    _check_weights(training)
     hold.progress["phase"] = "save"
     if spec.keep != "none":
-        load_base = partial(seeded_base, spec, examples, device)
+        load_base = base_loader(training, stages)
         record.files = write_update(training, load_base, folder, "updates", hold) | training.snapshots
     _fill(record, training, folder)
     stop.world = world.leave()
-    if spec.serving and world.is_first:
+    if spec.serving and world.is_sharded:
+        record.provenance["serving"] = "not measured: no process has the whole model (fsdp)"
+    elif spec.serving and world.is_first:
         _write_unserved(record, store, hold)
         hold.progress["phase"] = "serve"
         with meter.clock("serve"):
             _serve(record, training, stages, folder, stop)
         record.measures |= meter.wall_time()
+
+
+def _load_tuned(
+    spec: RunSpec, stages: list[Examples], meter: meters.Meter, world: World
+) -> tuple[nn.Module, dict[str, float]]:
+    """The base with the method attached, and its counts."""
+    with meter.clock("load"), meter.phase("load"):
+        base = seeded_base(spec, stages[0], sharding.loads_on(world, meter.device))
+    model.check_length(spec, model.max_length(base))
+    num_base = _count(base)
+    torch.manual_seed(method_seed(spec))
+    tuned = spec.method.attach(base, spec)
+    if spec.gradient_checkpointing:
+        tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    counts = _counts(tuned, num_base, stages)
+    return sharding.shard(tuned, world, meter.device, spec.method.trains_base), counts
+
+
+def base_loader(training: Training, stages: list[Examples]) -> Callable[[], nn.Module]:
+    """Loads the untouched base, shared out over the ranks where the tuned model is."""
+    world, device = training.world, training.meter.device
+
+    def load() -> nn.Module:
+        base = seeded_base(training.spec, stages[0], sharding.loads_on(world, device))
+        return sharding.shard(base, world, device, trains_base=True)
+
+    return partial(sharding.in_turn, world, load)
 
 
 def checkpoint_file(folder: Path) -> Path:
@@ -221,8 +243,7 @@ def _train_and_evaluate(
         training.save(checkpoint_file(folder))
 
     def snapshot() -> None:
-        load_base = partial(seeded_base, training.spec, stages[0], meter.device)
-        keep_snapshot(training, load_base, folder, hold)
+        keep_snapshot(training, base_loader(training, stages), folder, hold)
 
     @contextlib.contextmanager
     def evaluating() -> Iterator[None]:
@@ -306,7 +327,7 @@ def _serve(record: RunRecord, training: Training, stages: list[Examples], folder
     subject = serving.Subject(
         spec=spec,
         model=training.model,
-        load_base=lambda: seeded_base(spec, stages[0], device),
+        load_base=base_loader(training, stages),
         examples=stages[-1],
         folder=folder / "updates",
         device=device,
@@ -361,6 +382,22 @@ def method_seed(spec: RunSpec, **also: int) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
 
 
+def _check_weights(training: Training) -> None:
+    """Raises Diverged where trained weights are not finite, and RuntimeError where ranks differ in what all hold."""
+    world, trained = training.world, training.spec.method.trained_state(training.model)
+    if world.any(not all(local_part(tensor).isfinite().all() for tensor in trained.values())):
+        raise Diverged(f"step {training.step}: trained weights are not finite")
+    if world.size > 1:
+        content = hashlib.sha256()
+        for tensor in trained.values():
+            if not is_sharded(tensor):
+                content.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+        digests = world.gather(content.digest())
+        strange = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if strange:
+            raise RuntimeError(f"the ranks have drifted apart: {strange} hold other trained weights than rank 0")
+
+
 def _seed_rank(training: Training) -> None:
     """Dropout of its own for each rank but the first, which goes on as one process would."""
     if not training.world.is_first:
@@ -396,6 +433,14 @@ def _count(module: nn.Module) -> int:
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+
+
+def _use_device(options: Options) -> torch.device:
+    """This process's device, made the current one."""
+    device = own_device(options.place, pick_device(options.device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def pick_device(name: str) -> torch.device:

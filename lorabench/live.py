@@ -10,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from lorabench.distributed import local_part
+
 
 class LiveTensors(TorchDispatchMode):
     """Counts the storages of `held` and of every tensor that is made inside; `peak` is the most at one time (bytes).
@@ -35,7 +37,7 @@ class LiveTensors(TorchDispatchMode):
         return result
 
     def _add(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
+        storage = local_part(tensor).untyped_storage()
         if storage not in self._seen:  # a view shares its storage
             self._seen[storage] = None
             self.live += storage.nbytes()

@@ -6,7 +6,7 @@ import difflib
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from lorabench.cluster.queue import Submission, read_submissions
@@ -19,8 +19,11 @@ LOOK_SECONDS = 5.0
 """Between two looks whether what is followed has ended."""
 
 
-def find_run(store: Store, text: str) -> str:
-    """The id of the run in the store or its queue that `text` is, or begins. InputError names the closest."""
+def find_run(store: Store, text: str, others: Collection[str] = ()) -> str:
+    """The id of the run in the store or its queue that `text` is, or begins.
+
+    InputError names the closest of them, or of the `others` that might have been meant.
+    """
     ids = store.run_ids()
     if text in ids:
         return text
@@ -31,9 +34,9 @@ def find_run(store: Store, text: str) -> str:
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise InputError(f"RUN = {text}: begins {len(found)} runs: {', '.join(found[:3])}{more}")
-    close = difflib.get_close_matches(text, ids, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(text, [*others, *ids], n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else f" `lorabench status {store.root}` lists them"
-    raise InputError(f"RUN = {text}: no such run in {store.root}.{hint}")
+    raise InputError(f"RUN = {text}: no such {'run or sweep' if others else 'run'} in {store.root}.{hint}")
 
 
 def jobs_of(store: Store, run_id: str) -> list[tuple[Submission, str]]:
@@ -48,11 +51,6 @@ def jobs_of(store: Store, run_id: str) -> list[tuple[Submission, str]]:
 
 def run_log(store: Store, run_id: str) -> Path:
     return store.folder(run_id) / "log.txt"
-
-
-def job_logs(submission: Submission, job_id: str) -> list[Path]:
-    """What submitit keeps of a job's stdout and stderr, of each of its tasks."""
-    return sorted(submission.submitit.glob(f"{job_id}_*_log.*"))
 
 
 def last_lines(file: Path, count: int) -> list[str]:

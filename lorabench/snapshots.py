@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabench.claim import Hold
-from lorabench.method import LoadBase
+from lorabench.method import LoadBase, Method
 from lorabench.record import file_digests
 from lorabench.train import Training, random_state, set_random_state
+from lorabench.update import stream_updates
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,18 +32,40 @@ def write_update(training: Training, load_base: LoadBase, folder: Path, name: st
     Called by all ranks; the first one writes, and the others get no digests.
     """
     if not training.world.is_first:
+        if training.world.is_sharded:
+            take_part(training, load_base)
         return {}
     temporary, final = folder / f"{name}.{os.getpid()}.tmp", folder / name
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same pid
         temporary.mkdir(parents=True)
-        training.spec.method.save(training.model, load_base, temporary, training.spec.keep)
+        if is_streamed(training) and training.spec.keep == "updates":
+            stream_updates(training.spec.method.updates(training.model, load_base), temporary)
+        else:
+            training.spec.method.save(training.model, load_base, temporary, training.spec.keep)
         hold.check()
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return file_digests(final, folder)
+
+
+def take_part(training: Training, load_base: LoadBase) -> None:
+    """What a rank beside the first does while shared-out weights are saved: each tensor is gathered by all of them."""
+    spec = training.spec
+    if is_streamed(training):
+        for _ in spec.method.updates(training.model, load_base):
+            pass
+        return
+    with tempfile.TemporaryDirectory(prefix="lorabench-") as scratch:
+        spec.method.save(training.model, load_base, Path(scratch), spec.keep)
+
+
+def is_streamed(training: Training) -> bool:
+    """Whether ΔW, shared out over the ranks, is saved as the `Method`'s default has it: parameter by parameter."""
+    method = training.spec.method
+    return training.world.is_sharded and method.trains_base and type(method).save is Method.save
 
 
 def keep_snapshot(training: Training, load_base: LoadBase, folder: Path, hold: Hold) -> None:

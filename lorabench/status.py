@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lorabench.cluster.standing import Standing
-from lorabench.logs import job_logs, last_lines, run_log
+from lorabench.logs import last_lines, run_log
 from lorabench.record import FAILURES, Status, Store
 from lorabench.spec import brief, flatten, swept_keys
 from lorabench.terminal import count_statuses, duration, text_table
@@ -74,7 +74,7 @@ def error_lines(store: Store, standing: Standing) -> list[str]:
         return []
     files = [run_log(store, standing.run_id)]
     if standing.place and standing.queue and standing.queue.job_id:
-        files += reversed(job_logs(standing.place.submission, standing.queue.job_id))  # stdout after stderr
+        files += standing.place.submission.job_logs(standing.queue.job_id)
     for file in files:
         lines = [line for line in last_lines(file, 4 * NUM_LINES) if line.strip()]
         if lines:
@@ -117,31 +117,42 @@ def _columns(standing: Standing, flat: dict[str, Any], swept: list[str]) -> dict
         "heartbeat": duration(beat) if beat is not None else None,
         "job": queue.job_id if queue and is_here else None,
         "swept": " ".join(f"{key}={brief(flat[key])}" for key in swept if key in flat),
-        "reason": _reason(standing) or row["error"],
+        "reason": reason(standing),
     }
 
 
-def _reason(standing: Standing) -> str | None:
-    """Why a run waits, or that nothing is known of its job."""
-    queue = standing.queue
-    if queue and (standing.status == Status.PENDING or (queue.state is None and standing.status not in BAD)):
-        return queue.reason or (queue.state or "").lower() or None
-    return None
+def reason(standing: Standing) -> str | None:
+    """Why a run waits; else what its error is, or why nothing is known of its job."""
+    queue, error = standing.queue, standing.state.error
+    if queue is None or standing.status == Status.RUNNING:
+        return None if standing.status == Status.RUNNING else error
+    if standing.status == Status.PENDING:
+        return queue.reason or (queue.state or "").lower()
+    return error or (queue.reason if queue.state is None else None)
 
 
 def _settings_table(standings: Sequence[Standing], flats: list[dict[str, Any]], swept: list[str]) -> str:
-    """A line a setting, which is all keys in which the runs differ but the seed, with its runs by status."""
+    """A line a setting with its runs by status. Settings differ in every swept key but those that would be too many."""
+    texts = [{key: brief(flat[key]) for key in swept if key in flat} for flat in flats]
+    sizes = {key: len({text.get(key) for text in texts}) for key in swept}
     keys = [key for key in swept if key != "seed"]
-    counts: dict[tuple[str, ...], Counter[str]] = {}
-    for standing, flat in zip(standings, flats, strict=True):
-        setting = tuple(brief(flat[key]) if key in flat else "" for key in keys)
-        counts.setdefault(setting, Counter())[str(standing.status)] += 1
-    if len(counts) > MAX_SETTINGS:
-        return ""
-    found = {status for counter in counts.values() for status in counter}
-    statuses = [str(status) for status in Status if str(status) in found]
-    rows = [dict(zip(keys, setting, strict=True)) | counter for setting, counter in counts.items()]
+    while len({tuple(text.get(key) for key in keys) for text in texts}) > MAX_SETTINGS:
+        keys.remove("lr" if "lr" in keys else max(keys, key=sizes.__getitem__))
+    counts: dict[tuple[str | None, ...], Counter[str]] = {}
+    for standing, text in zip(standings, texts, strict=True):
+        counts.setdefault(tuple(text.get(key) for key in keys), Counter())[str(standing.status)] += 1
+    statuses = [str(status) for status in Status if any(str(status) in counter for counter in counts.values())]
+    settings = sorted(counts, key=lambda setting: [_ordinal(text) for text in setting])
+    rows = [dict(zip(keys, setting, strict=True)) | counts[setting] for setting in settings]
     return text_table(rows, [*keys, *statuses]) if keys else ""
+
+
+def _ordinal(text: str | None) -> tuple[int, float, str]:
+    """Sorts numbers by their size, before all else."""
+    try:
+        return 0, float(text or ""), ""
+    except ValueError:
+        return 1, 0.0, text or ""
 
 
 def _logs(store: Store, shown: list[Standing]) -> list[str]:
@@ -152,7 +163,7 @@ def _logs(store: Store, shown: list[Standing]) -> list[str]:
 
 def _waiting(standings: Sequence[Standing]) -> list[str]:
     """`waiting: 12 Priority, 3 JobArrayTaskLimit`."""
-    waits = Counter(_reason(s) or "pending" for s in standings if s.status == Status.PENDING)
+    waits = Counter(reason(s) or "pending" for s in standings if s.status == Status.PENDING)
     return [f"waiting: {', '.join(f'{number} {reason}' for reason, number in waits.most_common())}"] if waits else []
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from lorabench import meter as meters
+from lorabench import sharding
 from lorabench.claim import Hold
-from lorabench.distributed import ALONE, Gradients, World, whole
+from lorabench.distributed import ALONE, Gradients, World, is_sharded, whole
 from lorabench.examples import RETAIN, Batch, Examples, Order, collate
 from lorabench.spec import RunSpec
 from lorabench.steps import StepLog
@@ -102,6 +103,11 @@ class Training:
         """Optimizer steps done on the task being trained."""
         return self.step - self.stage * self.spec.steps
 
+    def idle_passes(self, passes: int, micro: int) -> int:
+        """Over shared-out weights all ranks compute at once: how often one with a smaller share goes through idly."""
+        largest = -(-self.spec.batch_size // self.world.size)
+        return -(-largest // micro) - passes if self.world.is_sharded else 0
+
     def next_task(self) -> None:
         """Go on to the next task with the weights as they are and a fresh optimizer."""
         self.stage += 1
@@ -111,6 +117,11 @@ class Training:
     def save(self, file: Path) -> None:
         """Write the checkpoint whole or not at all; called by all ranks, and written by the first."""
         own, *others = self.world.gather({"random": random_state(self.meter.device), "meter": self.meter.state})
+        trained = self.spec.method.trained_state(self.model)
+        if any(map(is_sharded, trained.values())):
+            tensors = sharding.write_shares(trained, self.optimizer, file.parent, self.world)
+        else:
+            tensors = {"model": {k: v.cpu() for k, v in trained.items()}, "optimizer": self.optimizer.state_dict()}
         if not self.world.is_first:
             return
         state = {
@@ -118,21 +129,20 @@ class Training:
             "step": self.step,
             "evaluated": self.evaluated,
             "content": self.content,
-            "model": {name: tensor.cpu() for name, tensor in self.spec.method.trained_state(self.model).items()},
-            "optimizer": self.optimizer.state_dict(),
             "losses": self.losses,
             "metrics": self.metrics,
             "rows": self.rows,
             "snapshots": self.snapshots,
             "others": others,
-        } | own
+        }
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".tmp")
         with open(temporary, "wb") as handle:
-            torch.save(state, handle)
+            torch.save(state | own | tensors, handle)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, file)
+        sharding.drop_shares(file.parent, tensors.get("shares"))
 
     def load(self, file: Path) -> None:
         """Go on where the checkpoint was written, on as many ranks or on others.
@@ -142,6 +152,11 @@ class Training:
         state = self.world.from_first(lambda: read_checkpoint(file))
         if state["content"] != self.content:
             raise ValueError("was made with other data or another base")
+        trained = self.spec.method.trained_state(self.model)
+        if "shares" in state:
+            state = sharding.read_shares(state, trained, self.optimizer, file.parent, self.world)
+        else:
+            state = sharding.share_out(state, trained, self.optimizer)
         self.spec.method.restore(self.model, state["model"])
         self.stage, self.step, self.evaluated = state["stage"], state["step"], state["evaluated"]
         self.losses, self.metrics, self.rows = state["losses"], state["metrics"], state["rows"]
@@ -172,7 +187,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     """What `Training.save` wrote. ValueError if it is damaged."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        needed = ("stage", "step", "evaluated", "model", "losses", "metrics", "rows", "optimizer", "meter", "random")
+        tensors = "share_bytes" if "shares" in state else "model"
+        needed = (tensors, "stage", "step", "evaluated", "losses", "metrics", "rows", "optimizer", "meter", "random")
         return {"content": None, "snapshots": {}, "others": []} | state | {key: state[key] for key in needed}
     except (
         RuntimeError,
@@ -226,6 +242,10 @@ def train(training: Training, examples: Examples, log: StepLog, stop: Stop, save
                         part_loss = task.loss(forward(model, part), part) / max(count, 1)
                     part_loss.backward()
                     loss += part_loss.detach()
+                for _ in range(training.idle_passes(len(parts), micro)):
+                    idle = collate(examples.splits["train"][:1], examples.padding, device)
+                    with autocast(spec, device):
+                        (forward(model, idle).sum() * 0).backward()
                 penalty = spec.method.penalty(model)
                 if penalty is not None and world.is_first:
                     penalty.backward()

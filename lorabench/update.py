@@ -73,6 +73,53 @@ def save_updates(updates: Iterable[Update], folder: Path) -> None:
     save_file(tensors, folder / DELTA_FILE, metadata=_metadata(about))
 
 
+def stream_updates(updates: Iterable[Update], folder: Path) -> None:
+    """The file of `save_updates`, byte for byte, while one update at a time is held in memory."""
+    entries: dict[str, dict[str, Any]] = {}
+    norms, spool = {}, folder / f"{DELTA_FILE}.spool"
+    with open(spool, "wb") as file:
+        for update in updates:
+            parts = {"": update.B} if update.A is None else {":B": update.B, ":A": update.A}
+            for suffix, tensor in parts.items():
+                entries[update.parameter + suffix] = _spooled(tensor, file)
+            norms[update.parameter] = update.base_norm
+    about = {"format": "lorabench-delta", "orientation": "out,in", "base_norms": norms}
+    _assemble(entries, _metadata(about), spool, folder / DELTA_FILE)
+    spool.unlink()
+
+
+_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""Of safetensors, in the order in which its files have the tensors."""
+
+
+def _spooled(tensor: Tensor, file: Any) -> dict[str, Any]:
+    import torch
+
+    dtype, begin = _DTYPES[str(tensor.dtype).removeprefix("torch.")], file.tell()
+    file.write(tensor.contiguous().view(torch.uint8).numpy())
+    return {"dtype": dtype, "shape": [*tensor.shape], "begin": begin, "bytes": tensor.nbytes}
+
+
+def _assemble(entries: dict[str, dict[str, Any]], metadata: dict[str, str], spool: Path, file: Path) -> None:
+    """A safetensors file of what was spooled, in the order in which that library writes it."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    order = [*_DTYPES.values()]
+    names = sorted(entries, key=lambda name: (order.index(entries[name]["dtype"]), name))
+    end = 0
+    for name in names:
+        begin, end = end, end + entries[name]["bytes"]
+        header[name] = {key: entries[name][key] for key in ("dtype", "shape")} | {"data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(spool, "rb") as source, open(file, "wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            source.seek(entries[name]["begin"])
+            left = entries[name]["bytes"]
+            while left:
+                left -= target.write(source.read(min(left, 2**24)))
+
+
 def read_deltas(folder: Path) -> Iterator[Update]:
     """What `save_updates` wrote, one at a time."""
     from safetensors import safe_open

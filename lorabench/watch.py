@@ -39,11 +39,17 @@ def redrawn(draw: Callable[[list[Standing]], str]) -> Iterator[Show]:
         yield lambda standings: live.update(Text(draw(standings), no_wrap=True, overflow="ellipsis"), refresh=True)
 
 
-def changes(line: Callable[[Standing, Status | None], str]) -> Show:
-    """Prints a line for each run that is new or has another status than it had; `line` makes it."""
+def changes(line: Callable[[Standing, Status | None], str], begin: Callable[[list[Standing]], str | None]) -> Show:
+    """Prints a line for each run that is new or has another status than it had; `line` makes it.
+
+    The first time it prints what `begin` makes instead, if anything.
+    """
     before: dict[str, Status] = {}
 
     def show(standings: list[Standing]) -> None:
+        if not before and (text := begin(standings)):
+            print(text, flush=True)
+            before.update({standing.run_id: standing.status for standing in standings})
         for standing in standings:
             if before.get(standing.run_id) != standing.status:
                 print(line(standing, before.get(standing.run_id)), flush=True)

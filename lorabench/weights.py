@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
+from lorabench.distributed import is_sharded, whole
 from lorabench.update import Update
 
 if TYPE_CHECKING:
@@ -17,11 +18,13 @@ def weight_changes(
     """ΔW of every parameter, or of those in `names`: dense, on the CPU, in (out, in) orientation; vectors as (n, 1)."""
     for name in names if names is not None else [name for name, _ in model.named_parameters()]:
         parameter, original = model.get_parameter(name), base.get_parameter(name).detach()
-        delta = parameter.detach().float() - original.to(parameter.device).float()
+        if not is_sharded(parameter):
+            original = whole(original)
+        delta = whole(parameter.detach().float() - original.to(parameter.device).float())
         yield Update(
             parameter=prefix + name,
             B=_as_matrix(delta, model.get_submodule(name.rpartition(".")[0])).cpu(),
-            base_norm=float(original.float().norm()),
+            base_norm=float(whole(original.float().norm())),
             precision=str(parameter.dtype).removeprefix("torch."),
         )
 
@@ -65,7 +68,7 @@ def dequantized(module: nn.Module) -> Tensor:
 
             scales = module.state.SCB if module.state.SCB is not None else weight.SCB
             return int8_vectorwise_dequant(weight.data, scales.to(weight.device))
-    return weight.detach()
+    return whole(weight.detach())
 
 
 def dense_linear(module: nn.Module) -> nn.Linear:
@@ -78,7 +81,7 @@ def dense_linear(module: nn.Module) -> nn.Linear:
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.contiguous().clone(), requires_grad=False)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().float().clone(), requires_grad=False)
+        linear.bias = nn.Parameter(whole(bias.detach()).float().clone(), requires_grad=False)
     return linear
 
 

@@ -44,6 +44,7 @@ LAYERS = [
     {"methods/hybrid"},  # of methods
     {"examples", "intervention/directions", "jobs"},
     {"bundle", "batch"},
+    {"sharding"},
     {"train", "analyze", "api", "changes"},
     {"inference", "snapshots"},
     {"serving"},

@@ -79,6 +79,10 @@ class Submission:
         """submitit's own folder: pickles, scripts, and what the jobs print."""
         return self.folder / "submitit"
 
+    def job_logs(self, job_id: str) -> list[Path]:
+        """What a job has printed, of each of its tasks: stderr, then stdout."""
+        return sorted(self.submitit.glob(f"{job_id}_*_log.*"))
+
     @cached_property
     def job_ids(self) -> list[str | None]:
         """The cluster's id of each job; None where it is not known."""

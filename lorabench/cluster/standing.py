@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from lorabench.cluster import slurm
 from lorabench.cluster.lookup import Lookup, Seen, Tell
 from lorabench.cluster.queue import Submission, read_submissions, user_name
-from lorabench.cluster.verdict import began_by, judge
+from lorabench.cluster.verdict import began_by, judge, tells_of_memory
 from lorabench.record import CANCEL_MARKER as CANCEL_MARKER
 from lorabench.record import FAILURES, RunState, Status, Store
 from lorabench.settle import settle
@@ -161,7 +161,7 @@ def _reason(state: RunState, seen: Seen) -> str | None:
     claim = state.claim
     if claim and not claim.released and claim.progress.get("job") == seen.job_id:
         return f"no heartbeat for {duration(time.time() - claim.time)}"
-    return "its job is running; this run has not begun"
+    return "in a running job"
 
 
 def _settled(store: Store, found: list[Standing], tell: Tell | None) -> list[Standing]:
@@ -204,6 +204,8 @@ def _judged(store: Store, standing: Standing, ended: dict[str, slurm.Ended], why
     began = began_by(state.claim, seen.job_id, submission.time, end)
     if began is None:
         return standing
+    if began and (end is None or end.state == "FAILED") and tells_of_memory(submission.job_logs(seen.job_id)):
+        end = replace(end or slurm.Ended(id=seen.job_id, state=""), state="OUT_OF_MEMORY")
     verdict = judge(seen.job_id, began, end, f"its process ended on {submission.host}" if is_local else why)
     if began and verdict.status != Status.LOST and submission.user == user_name():
         return replace(standing, state=settle(store, state, verdict.status, verdict.error))

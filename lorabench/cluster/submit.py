@@ -16,7 +16,7 @@ from lorabench.cluster import background, slurm
 from lorabench.cluster.enqueue import Plan, new_name, write_jobs, write_plan
 from lorabench.cluster.packing import Cell, Limits, pack, share, split, spread
 from lorabench.cluster.profile import Profile
-from lorabench.cluster.queue import COMMENT, Array, Submission
+from lorabench.cluster.queue import COMMENT, Array, Submission, read_submission
 from lorabench.cluster.standing import Standing, standings
 from lorabench.cluster.work import ENDLESS, Work, forget_timeouts
 from lorabench.decode import InputError, encode
@@ -174,7 +174,7 @@ def send(prospect: Prospect, store: Store) -> Submission:
         background.start(submission)
     else:
         _send_arrays(prospect, store.root.absolute(), submission)
-    return submission
+    return read_submission(submission.folder) or submission
 
 
 def _clear(prospect: Prospect, store: Store) -> dict[str, int]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 
 from lorabench.claim import Claim
 from lorabench.cluster.slurm import ENDED, Ended
@@ -11,6 +16,7 @@ from lorabench.record import Status
 
 CLOCK_SECONDS = 120.0
 """By so much the clocks of a cluster's machines may differ."""
+TAIL_BYTES = 65536
 _FINDINGS = {
     "OUT_OF_MEMORY": (Status.OOM, "was killed for its memory"),
     "TIMEOUT": (Status.TIMEOUT, "was ended at its time limit"),
@@ -51,6 +57,16 @@ def _ending(ended: Ended) -> str:
     if ended.signal:
         return f"{ended.state}, signal {ended.signal}"
     return f"{ended.state}, exit code {ended.exit_code}" if ended.exit_code else ended.state
+
+
+def tells_of_memory(logs: Iterable[Path]) -> bool:
+    """Whether SLURM says in a job's log that it was killed for its memory: the job itself then merely FAILED."""
+    for log in logs:
+        with contextlib.suppress(OSError), open(log, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            if re.search(rb"slurmstepd: error: .*oom.kill event", file.read(), re.I):
+                return True
+    return False
 
 
 def began_by(claim: Claim | None, job_id: str, submitted: float, ended: Ended | None) -> bool | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorabench.cluster.cancel import Cancellation
     from lorabench.record import Store
 
+MANY = 60
 ARGUMENTS = [
     argument(
         "what", "a sweep file, the name of a sweep in the results, or a run's id or enough of its beginning",
@@ -35,7 +36,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     store = open_store(arguments.results)
     chosen = _chosen(store, arguments.what)
-    found = standings(store, tell=talk)
+    found = standings(store)
     plan = plan_cancellation(found, chosen)
     if not plan.run_ids:
         states = count_statuses(standing.state for standing in found if standing.run_id in chosen)
@@ -60,17 +61,20 @@ def _chosen(store: Store, what: str) -> set[str]:
     if submitted:
         return submitted
     try:
-        return {find_run(store, what)}
+        return {find_run(store, what, others=names)}
     except InputError as error:
-        sweeps = ", ".join(sorted(names)) or "none"
-        message = error.problems[0].replace("RUN =", "SWEEP|RUN =", 1)
-        raise InputError(f"{message} Sweeps there: {sweeps}") from None
+        raise InputError([problem.replace("RUN =", "SWEEP|RUN =", 1) for problem in error.problems]) from None
 
 
 def _say(plan: Cancellation, done: str) -> None:
-    """A line a job and a line for each run that is cancelled without its job; the counts come last."""
-    for job in plan.jobs:
+    """A line a job, or of many an array, and a line for each run that is cancelled alone; the counts come last."""
+    from lorabench.cluster.slurm import condense_ids
+
+    few = len(plan.jobs) <= MANY
+    for job in plan.jobs if few else ():
         print(f"job {job.job_id}  {' '.join(job.run_ids)}")
+    for ids in condense_ids(job.job_id for job in plan.jobs) if not few else ():
+        print(f"jobs {ids}")
     for run_id, why in plan.alone.items():
         print(f"run {run_id}  ({why})")
     counts = [f"{len(plan.jobs)} jobs with {len(plan.run_ids) - len(plan.alone)} runs"] * bool(plan.jobs)

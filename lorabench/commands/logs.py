@@ -56,11 +56,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _files(store: Store, run_id: str, of_job: bool) -> list[Path]:
-    from lorabench.logs import job_logs, jobs_of, run_log
+    from lorabench.logs import jobs_of, run_log
 
     if not of_job:
         return [run_log(store, run_id)]
-    return [file for submission, job_id in jobs_of(store, run_id)[:1] for file in job_logs(submission, job_id)]
+    return [file for submission, job_id in jobs_of(store, run_id)[:1] for file in submission.job_logs(job_id)]
 
 
 def _stand(store: Store, run_id: str) -> Standing:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabench.commands._arguments import HERE, JSON, NAMED, argument, as_json, number, open_store
-from lorabench.terminal import talk
+from lorabench.terminal import count_statuses, talk
 
 if TYPE_CHECKING:
     from lorabench.cluster.standing import Standing
@@ -71,15 +71,18 @@ def _sweep_alone(arguments: argparse.Namespace) -> None:
 
 def _watch(arguments: argparse.Namespace, store: Store, look: Callable[[], list[Standing]]) -> int:
     from lorabench.record import Status
-    from lorabench.status import MANY, status_row, status_text
+    from lorabench.status import MANY, reason, status_row, status_text
     from lorabench.watch import changes, redrawn, watch
 
     def line(standing: Standing, before: Status | None) -> str:
         if arguments.json:
             return json.dumps(json.loads(as_json(status_row(store, standing))))
-        reason = standing.state.error or (standing.queue.reason if standing.queue else None)
         change = f"{before} -> {standing.status}" if before else str(standing.status)
-        return "  ".join(filter(None, [time.strftime("%H:%M:%S"), standing.run_id, change, reason]))
+        return "  ".join(filter(None, [time.strftime("%H:%M:%S"), standing.run_id, change, reason(standing)]))
+
+    def begin(found: list[Standing]) -> str | None:
+        counts = count_statuses(standing.state for standing in found)
+        return None if arguments.json else f"{time.strftime('%H:%M:%S')}  {counts}"
 
     def draw(found: list[Standing]) -> str:
         lines = shutil.get_terminal_size().lines
@@ -90,5 +93,5 @@ def _watch(arguments: argparse.Namespace, store: Store, look: Callable[[], list[
         with redrawn(draw) as show:
             found = watch(look, arguments.watch, show)
     else:
-        found = watch(look, arguments.watch, changes(line))
+        found = watch(look, arguments.watch, changes(line, begin))
     return 0 if all(standing.status == Status.DONE for standing in found) else 1

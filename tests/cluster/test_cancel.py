@@ -103,7 +103,9 @@ def test_an_unknown_name_gets_the_closest(
 ) -> None:
     near = SPECS[0].id[:-1] + ("0" if SPECS[0].id[-1] != "0" else "1")
     assert cancel(store, near) == 2
-    assert f"Did you mean '{SPECS[0].id}'? Sweeps there: half" in capsys.readouterr().err
+    assert f"no such run or sweep in {store.root}. Did you mean '{SPECS[0].id}'?" in capsys.readouterr().err
+    assert cancel(store, "hlaf") == 2
+    assert "SWEEP|RUN = hlaf: " in (err := capsys.readouterr().err) and "Did you mean 'half'?" in err
 
 
 def test_another_s_job_is_left_to_him(

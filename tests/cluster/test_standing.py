@@ -63,7 +63,7 @@ def test_what_waits_shows_slurm_s_reason(store: Store, slurm_commands: FakeSlurm
         found = stand(store, *SPECS[:4])
     assert [s.status for s in found] == ["pending", "running", "pending", "pending"]
     reasons = [s.queue and s.queue.reason for s in found]
-    assert reasons == ["Priority", None, "its job is running; this run has not begun", "BeginTime"]
+    assert reasons == ["Priority", None, "in a running job", "BeginTime"]
     assert [s.queue and s.queue.job_id for s in found] == ["5_0", "5_1", "5_1", "5_2"]
     assert {s.run_id for s in standings(store)} == {spec.id for spec in SPECS[:4]}  # also those without a folder
     assert standings(store, [SPECS[0].id])[0].state.spec == SPECS[0].to_json()
@@ -148,6 +148,22 @@ def test_a_cluster_without_accounting_says_what_it_cannot_know(store: Store, slu
     ended, gone = stand(store, *SPECS[:2])
     assert (ended.status, gone.status) == ("timeout", "lost")
     assert gone.state.error == "its job 5_1 is gone; why is not known: this cluster keeps no accounting"
+
+
+def test_a_kill_for_memory_is_read_in_the_job_s_log_where_nobody_else_tells(
+    store: Store, slurm_commands: FakeSlurm
+) -> None:
+    """SLURM writes it there; without accounting the job itself has merely FAILED."""
+    folder = submitted(store.root, [[SPECS[0], SPECS[1]], [SPECS[2]]], ["5"])
+    (folder / "submitit").mkdir()
+    said = "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0. Some of the step tasks have been OOM Killed.\n"
+    (folder / "submitit" / "5_0_0_log.err").write_text("x\n" * 100 + said)
+    (folder / "submitit" / "5_1_0_log.err").write_text("no oom kill event\n")
+    slurm_commands.no_accounting()
+    died(store, SPECS[0], "5_0")
+    died(store, SPECS[2], "5_1")
+    assert [s.status for s in stand(store, *SPECS[:3])] == ["oom", "lost", "lost"]
+    assert store.read(SPECS[0].id).status == Status.OOM
 
 
 def test_an_accounting_that_lags_behind_does_not_outdo_the_queue(store: Store, slurm_commands: FakeSlurm) -> None:

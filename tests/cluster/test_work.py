@@ -1,0 +1,216 @@
+"""The job's side: why a job was told to stop, and what follows; and whole jobs through submitit's local executor."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from lorabench.claim import take
+from lorabench.cluster import local
+from lorabench.cluster.profile import Profile
+from lorabench.cluster.queue import read_submissions
+from lorabench.cluster.work import TIMEOUTS, Ending
+from lorabench.launch import Outcome
+from lorabench.record import RunRecord, Status, Store
+from lorabench.spec import RunSpec
+from lorabench.sweep import read_sweep
+from tests import fake_runs
+from tests.fake_slurm import FakeSlurm
+from tests.fake_slurm import slurm_commands as slurm_commands
+
+PROFILE = Profile(gpus=0, minutes=60, signal_seconds=90, max_timeouts=1)
+
+
+def stopped(store: Store, spec: RunSpec, number: int, status: Status = Status.CANCELLED) -> Outcome:
+    """A launch that a signal has stopped while it computed this run."""
+    store.write_spec(spec)
+    hold = take(store.folder(spec.id))
+    assert hold
+    with hold:
+        store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), status=status))
+    return Outcome(states=[store.state(spec.id)], signal=number, stopped=(spec.id,))
+
+
+def details(seconds_left: float, **changes: str) -> str:
+    """As `scontrol show job` has it: see the real one's answers in slurm/README.md."""
+    end = (datetime.now() + timedelta(seconds=seconds_left)).isoformat(timespec="seconds")
+    table = {"JobState": "RUNNING", "Reason": "None", "EndTime": end, "PreemptTime": "None"} | changes
+    return " ".join(f"{key}={value}" for key, value in table.items())
+
+
+def ending(store: Store, profile: Profile = PROFILE, age: float = 1000) -> Ending:
+    return Ending(store=store, profile=profile, job_id="7", began=time.time() - age)
+
+
+USR2, TERM = signal.SIGUSR2, signal.SIGTERM
+NOW = "2026-11-24T14:00:00"
+
+
+@pytest.mark.parametrize(
+    ("number", "left", "changes", "again", "counted"),
+    [
+        (USR2, 90, {}, True, 1),  # the time limit, on time
+        (USR2, 150, {}, True, 1),  # and a minute early
+        (USR2, 1800, {}, True, 0),  # somebody's scancel --signal=USR2
+        (USR2, 20, {"PreemptTime": NOW}, True, 0),  # preempted: EndTime is the grace's
+        (TERM, 20, {"PreemptTime": NOW}, True, 0),  # the same, on a cluster that sends no USR2
+        (TERM, 0, {"JobState": "COMPLETING"}, False, 0),  # cancelled; or SLURM queues it again itself
+        (TERM, 1800, {}, False, 0),
+    ],
+)
+def test_why_a_job_was_told_to_stop_decides_what_follows(
+    number: int, left: float, changes: dict[str, str], again: bool, counted: int,
+    tmp_path: Path, slurm_commands: FakeSlurm,
+) -> None:  # fmt: skip
+    store, (spec,) = Store(tmp_path / "r"), fake_runs.sweep(0).runs
+    outcome = stopped(store, spec, number)
+    slurm_commands.answer("scontrol", details(left, **changes))
+    assert ending(store).is_to_be_queued_again(outcome) == again
+    file = store.folder(spec.id) / TIMEOUTS
+    assert (json.loads(file.read_text())["count"] if file.exists() else 0) == counted
+
+
+def test_without_scontrol_the_jobs_own_clock_tells_a_time_out(tmp_path: Path, slurm_commands: FakeSlurm) -> None:
+    store, (spec,) = Store(tmp_path / "r"), fake_runs.sweep(0).runs
+    slurm_commands.answer("scontrol", err="Unable to contact slurm controller", code=1)
+    ending(store, age=1800).is_to_be_queued_again(stopped(store, spec, USR2))
+    assert not (store.folder(spec.id) / TIMEOUTS).exists()
+    ending(store, age=3500).is_to_be_queued_again(stopped(store, spec, USR2))
+    assert (store.folder(spec.id) / TIMEOUTS).exists()
+
+
+def test_one_time_out_too_many_is_the_runs_status_and_other_runs_go_on(
+    tmp_path: Path, slurm_commands: FakeSlurm
+) -> None:
+    store, (spec, other) = Store(tmp_path / "r"), fake_runs.sweep(0, 1).runs
+    slurm_commands.answer("scontrol", details(90))
+    assert ending(store).is_to_be_queued_again(stopped(store, spec, USR2))  # the first of max_timeouts = 1
+    outcome = stopped(store, spec, USR2)
+    assert not ending(store).is_to_be_queued_again(outcome)  # nothing is left
+    state = store.state(spec.id)
+    assert (state.status, state.error) == (
+        Status.TIMEOUT, "stopped by the time limit of 60 min, 2 times; --retry timeout resumes it",
+    )  # fmt: skip
+    both = Outcome(states=[*outcome.states, store.state(other.id, other)], signal=USR2, stopped=())
+    assert ending(store).is_to_be_queued_again(both)
+
+
+def test_a_run_that_ended_meanwhile_or_was_cancelled_is_no_time_out(tmp_path: Path, slurm_commands: FakeSlurm) -> None:
+    store, (spec, other) = Store(tmp_path / "r"), fake_runs.sweep(0, 1).runs
+    slurm_commands.answer("scontrol", details(90))
+    assert not ending(store).is_to_be_queued_again(stopped(store, spec, USR2, Status.DONE))
+    outcome = stopped(store, other, USR2)
+    store.cancel_marker(other.id).write_text("")
+    assert not ending(store).is_to_be_queued_again(outcome)
+    assert not list(store.root.rglob(TIMEOUTS))
+
+
+def test_a_profile_without_requeue_leaves_the_job_ended(tmp_path: Path, slurm_commands: FakeSlurm) -> None:
+    store, (spec,) = Store(tmp_path / "r"), fake_runs.sweep(0).runs
+    slurm_commands.answer("scontrol", details(90))
+    profile = Profile(gpus=0, requeue=False)
+    assert not ending(store, profile).is_to_be_queued_again(stopped(store, spec, USR2))
+
+
+SWEEP = """
+[base]
+model = "builtin:tiny-llama"
+task = {name = "text", max_train = 16, max_eval = 4}
+method = {name = "lora", rank = 2}
+seq_len = 32
+batch_size = 2
+serving = false
+"""
+LOCAL = """
+kind = "local"
+gpus = 0
+parallel = 2
+minutes = 30
+signal_seconds = 60
+setup = ["export LORABENCH_TEST_SETUP=1"]
+environment = {OMP_NUM_THREADS = "1"}
+"""
+
+
+def command(*arguments: str, **options: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "lorabench", *arguments], capture_output=True, text=True, timeout=240, **options
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def wait_for(condition: object, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def numbers(record: RunRecord) -> tuple[dict[str, str], dict[str, float]]:
+    """What must not depend on where a run was computed."""
+    timed = ("seconds", "gib", "per_second", "utilization", "joules")
+    return record.files, {k: v for k, v in record.measures.items() if not any(t in k for t in timed)}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("local")
+    (folder / "local.toml").write_text(LOCAL)
+    return folder
+
+
+def test_local_jobs_outlive_the_command_and_compute_what_run_computes(files: Path) -> None:
+    sweep = files / "few.toml"
+    sweep.write_text(f"{SWEEP}steps = 6\nseed = [0, 1, 2]\n")
+    runs = read_sweep(sweep).runs
+    there, here = files / "there", files / "here"
+    out = command("submit", str(sweep), "--cluster", str(files / "local.toml"), "--results", str(there))
+    assert "3 runs: 3 to submit" in out
+    out = command("submit", str(sweep), "--cluster", str(files / "local.toml"), "--results", str(there))
+    assert "to submit" not in out
+    command("run", str(sweep), "--results", str(here), "--workers", "1", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for(lambda: all(state.status == Status.DONE for state in Store(there).states(list(runs))))
+    for spec in runs:
+        record, expected = Store(there).read(spec.id), Store(here).read(spec.id)
+        assert record and expected and numbers(record) == numbers(expected)
+        assert record.attempts == 1
+    (submission,) = read_submissions(there)
+    assert [len(job) for job in submission.jobs] == [2, 1]
+    for job_id in submission.job_ids:
+        assert job_id
+        wait_for(lambda id=job_id: not local.is_alive(id, submission.submitit))
+
+
+def test_a_local_job_that_is_cancelled_leaves_a_checkpoint_and_is_submitted_again(files: Path) -> None:
+    sweep = files / "long.toml"
+    sweep.write_text(f"{SWEEP}steps = 200\n")
+    (spec,) = read_sweep(sweep).runs
+    there, here = Store(files / "again"), Store(files / "once")
+    submit = ["submit", str(sweep), "--cluster", str(files / "local.toml"), "--results", str(there.root)]
+    command(*submit)
+    wait_for(lambda: ((there.state(spec.id, spec).claim or no_claim).progress.get("step") or 0) >= 10)
+    (submission,) = read_submissions(there.root)
+    (job_id,) = submission.job_ids
+    assert job_id and there.state(spec.id).claim.progress["job"] == job_id  # type: ignore[union-attr]
+    local.cancel(job_id, submission.submitit)
+    wait_for(lambda: not local.is_alive(job_id, submission.submitit))
+    assert there.state(spec.id).status == Status.CANCELLED
+    command(*submit)
+    command("run", str(sweep), "--results", str(here.root), env=os.environ | {"OMP_NUM_THREADS": "1"})
+    wait_for(lambda: there.state(spec.id).status == Status.DONE)
+    record, expected = there.read(spec.id), here.read(spec.id)
+    assert record and expected and numbers(record) == numbers(expected)
+    assert record.resumed_from_step and record.attempts == 2
+
+
+class no_claim:
+    progress: dict[str, int] = {}
