@@ -1,4 +1,4 @@
-"""How long a sweep of 10,000 runs takes to plan, submit and list, and what a real SLURM makes of an array of small runs.
+"""How long a sweep of 10,000 runs takes to plan, submit and list, and a real SLURM for an array of small runs.
 
 `plan`, `submit --dry-run`, and `status` on a store in which nothing, half and all of the sweep is done, each a process
 of its own, called as a user calls it, start-up included. Where `SLURM_CONF` names a cluster that answers (as after
