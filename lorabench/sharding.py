@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,7 +27,7 @@ from lorabench.spec import RunSpec
 
 FITS = 0.8
 """Share of a GPU's memory that the weights may take before they are shared out."""
-FOLDER = "shares-"
+FOLDER, METADATA = "shares-", ".metadata"
 T = TypeVar("T")
 
 
@@ -124,8 +124,14 @@ def write_shares(
     name = world.from_first(lambda: f"{FOLDER}{uuid.uuid4().hex[:8]}")
     state = optimizer.state_dict()
     checkpoint.save(_named(trained, state["state"]), checkpoint_id=folder / name)
-    sizes = {file.name: file.stat().st_size for file in sorted((folder / name).iterdir())}
-    return {"shares": name, "share_bytes": sizes, "optimizer": {"param_groups": state["param_groups"]}}
+    # Each rank looks at its own files: to see another machine's at once is more than NFS promises.
+    own = [*(folder / name).glob(f"__{world.rank}_*"), *([folder / name / METADATA] if world.is_first else [])]
+    sizes = world.gather({file.name: file.stat().st_size for file in own})
+    return {
+        "shares": name,
+        "share_bytes": {k: v for each in sizes for k, v in each.items()},
+        "optimizer": {"param_groups": state["param_groups"]},
+    }
 
 
 def drop_shares(folder: Path, keep: str | None) -> None:
@@ -145,7 +151,7 @@ def read_shares(
     from torch.distributed import checkpoint
 
     shares = folder / os.path.basename(state["shares"])
-    if world.from_first(lambda: _sizes(shares)) != state["share_bytes"]:
+    if world.from_first(lambda: _sizes(shares, state["share_bytes"])) != state["share_bytes"]:
         raise ValueError("lacks a part of its shares, or has another one")
     groups = state["optimizer"]["param_groups"]
     numbers = [number for group in groups for number in group["params"]]
@@ -175,8 +181,9 @@ def share_out(state: dict[str, Any], trained: dict[str, Tensor], optimizer: torc
     return state | {"model": model, "optimizer": state["optimizer"] | {"state": moments}}
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())} if folder.is_dir() else {}
+def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    files = [folder / os.path.basename(name) for name in names]
+    return {file.name: file.stat().st_size for file in files if file.is_file()}
 
 
 def _named(trained: dict[str, Tensor], moments: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -74,7 +74,8 @@ def error_lines(store: Store, standing: Standing) -> list[str]:
         return []
     files = [run_log(store, standing.run_id)]
     if standing.place and standing.queue and standing.queue.job_id:
-        files += standing.place.submission.job_logs(standing.queue.job_id)
+        of_job = standing.place.submission.job_logs(standing.queue.job_id)
+        files = [*of_job, *files] if standing.status == Status.LOST else [*files, *of_job]
     for file in files:
         lines = [line for line in last_lines(file, 4 * NUM_LINES) if line.strip()]
         if lines:

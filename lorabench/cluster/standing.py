@@ -195,15 +195,17 @@ def _ask_accounting(gone: list[Standing], tell: Tell | None) -> tuple[dict[str, 
 
 
 def _judged(store: Store, standing: Standing, ended: dict[str, slurm.Ended], why: str) -> Standing:
-    state, place, seen = standing.state, standing.place, standing.gone
+    place, seen = standing.place, standing.gone
     assert place and seen and seen.job_id
     submission, is_local = place.submission, place.submission.kind == "local"
+    state = store.state(standing.run_id)  # its job may have ended between the look at the store and that at the queue
+    state = state if state.spec else replace(state, spec=standing.state.spec)
     end = None if is_local else ended.get(seen.job_id)
     if place.job in submission.cancelled and (end is None or end.state not in slurm.ENDED):
         end = slurm.Ended(id=seen.job_id, state="CANCELLED")
     began = began_by(state.claim, seen.job_id, submission.time, end)
-    if began is None:
-        return standing
+    if began is None or state.status not in (Status.MISSING, Status.INTERRUPTED):
+        return replace(standing, state=state)
     if began and (end is None or end.state == "FAILED") and tells_of_memory(submission.job_logs(seen.job_id)):
         end = replace(end or slurm.Ended(id=seen.job_id, state=""), state="OUT_OF_MEMORY")
     verdict = judge(seen.job_id, began, end, f"its process ended on {submission.host}" if is_local else why)

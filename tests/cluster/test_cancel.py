@@ -142,6 +142,25 @@ def test_a_run_ends_at_its_next_step_and_goes_on_from_there(tmp_path: Path) -> N
     assert losses[0] == losses[1] and train.MARKER_SECONDS < 10
 
 
+def test_run_takes_the_marks_of_its_runs_away(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything of it begins; the marks of other runs stay."""
+    from lorabench import launch
+
+    marked = [SPECS[0], SPECS[7]]
+    for spec in marked:
+        write_bytes(store.cancel_marker(spec.id), b"")
+    seen: list[list[bool]] = []
+
+    def fake(*_: object) -> launch.Outcome:
+        seen.append([store.cancel_marker(spec.id).exists() for spec in marked])
+        return launch.Outcome(states=[])
+
+    monkeypatch.setattr(launch, "launch", fake)
+    (tmp_path / "half.toml").write_text(SWEEP)
+    assert main(["run", str(tmp_path / "half.toml"), "--results", str(store.root), "--device", "cpu"]) == 0
+    assert seen == [[False, True]]
+
+
 LOCAL_JOB = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[-1] + "/told", "w").close(), sys.exit()))

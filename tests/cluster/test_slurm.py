@@ -98,13 +98,11 @@ def test_a_step_that_ran_out_of_memory_tells_of_its_job() -> None:
     rows = [
         "7_0|FAILED|1:0|2026-11-24T14:00:00|2026-11-24T15:00:00|n1",
         "7_0.batch|FAILED|1:0|2026-11-24T14:00:00|2026-11-24T15:00:00|n1",
-        "7_0.0|OUT_OF_ME+|0:125|2026-11-24T14:00:00|2026-11-24T15:00:00|n1",
+        "7_0.0|OUT_OF_MEMORY|0:125|2026-11-24T14:00:00|2026-11-24T15:00:00|n1",
         "7_1|FAILED|1:0|2026-11-24T14:00:00|2026-11-24T15:00:00|n1",
         "7_1.0|FAILED|1:0|2026-11-24T14:00:00|2026-11-24T15:00:00|n1",
     ]
-    assert [end.state for end in parse_ended("\n".join(rows).replace("OUT_OF_ME+", "OUT_OF_MEMORY"))] == [
-        "OUT_OF_MEMORY", "FAILED",
-    ]  # fmt: skip
+    assert [end.state for end in parse_ended("\n".join(rows))] == ["OUT_OF_MEMORY", "FAILED"]
 
 
 def test_of_a_requeued_job_the_last_start_counts() -> None:

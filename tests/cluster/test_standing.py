@@ -69,6 +69,26 @@ def test_what_waits_shows_slurm_s_reason(store: Store, slurm_commands: FakeSlurm
     assert standings(store, [SPECS[0].id])[0].state.spec == SPECS[0].to_json()
 
 
+def test_what_ends_between_the_look_at_the_store_and_at_the_queue_is_not_lost(
+    store: Store, slurm_commands: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job of the first is done just then; the worker of the second is a new one, on a job of its own."""
+    submitted(store.root, [[SPECS[0]], [SPECS[1]]], ["5"])
+    died(store, SPECS[1], "5_1")
+    slurm_commands.accounting({"5_0": "COMPLETED", "5_1": "TIMEOUT"})
+    later = take(store.folder(SPECS[1].id), {"job": "77"})
+    assert later is not None
+    (store.folder(SPECS[1].id) / "claims" / "0002.json").rename(store.root / "claim")
+
+    def list_jobs(users: object) -> list[slurm.Job]:
+        record(store, SPECS[0], Status.DONE)
+        (store.root / "claim").rename(store.folder(SPECS[1].id) / "claims" / "0002.json")
+        return []
+
+    monkeypatch.setattr(slurm, "list_jobs", list_jobs)
+    assert [s.status for s in stand(store, *SPECS[:2])] == ["done", "running"]
+
+
 def test_a_worker_that_is_silent_while_its_job_runs_is_shown_as_such(store: Store, slurm_commands: FakeSlurm) -> None:
     submitted(store.root, [[SPECS[0]]], ["5"])
     slurm_commands.queue({"5": "RUNNING"})
