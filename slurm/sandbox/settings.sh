@@ -23,3 +23,8 @@ pid() {
   id=$(cat "$FOLDER/pid/$1" 2>/dev/null) && [ -n "$id" ] || return 1
   { tr '\0' ' ' <"/proc/$id/cmdline"; } 2>/dev/null | grep -q "$2" && echo "$id"
 }
+
+# gone PID: a process that has ended; one that is only just being started has not
+gone() {
+  [ ! -d "/proc/$1" ] || [ "$(awk '/^State/ { print $2 }' "/proc/$1/status" 2>/dev/null)" = Z ]
+}

@@ -44,6 +44,6 @@ def long(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Store:
     return computed_here(Study(sandbox, tmp_path_factory.mktemp("long")), LONG)
 
 
-def computed_here(study: Study, text: str) -> Store:
-    study.lorabench("run", study.sweep("here", text), "--device", "cpu", "--workers", "1")
+def computed_here(study: Study, text: str, *options: str) -> Store:
+    study.lorabench("run", study.sweep("here", text), "--device", "cpu", "--workers", "1", *options)
     return study.store
