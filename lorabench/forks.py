@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, parent_process, resource_tracker
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,16 @@ def start_server(log: Path, preload: Sequence[str], environment: dict[str, str])
         for key in added:
             del os.environ[key]
     return context
+
+
+@contextlib.contextmanager
+def stops_blocked() -> Iterator[None]:
+    """Around the start of a process: should the server have died, it is started anew, and inherits the block again."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def redirect(log: Path, *descriptors: int) -> None:

@@ -71,7 +71,7 @@ def make_plan(sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | 
     """
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
     counts = _count_all(sweep)
-    history = History(store, {spec.model for spec in sweep.runs}, device, gpu)
+    history = History(store, sweep.runs, device, gpu)
     runs = []
     for spec, state in zip(sweep.runs, store.states(list(sweep.runs)), strict=True):
         done = state.status == Status.DONE
@@ -229,7 +229,7 @@ def formula(spec: RunSpec, counts: Counts, device: torch.device, gpu: str | None
 
 
 def updates_bytes(spec: RunSpec, counts: Counts) -> float:
-    """About what a run keeps of ΔW on disk, its snapshots included; nothing below `num_trainable` float32 is known.
+    """About what a run keeps of ΔW on disk in float32, its snapshots included.
 
     Of `svd:K`, K singular vectors of both sides of every linear layer of the blocks: four of attention, three between.
     """
@@ -261,11 +261,14 @@ def flop_rate(device: torch.device, dtype: str, threads: int, gpu: str | None = 
 
 
 class History:
-    """What the store's finished runs of the same models on the same kind of device say of the formula."""
+    """What the store's finished runs of the specs' models on the same kind of device say of the formula."""
 
-    def __init__(self, store: Store, model_names: set[str], device: torch.device, gpu: str | None = None):
+    def __init__(self, store: Store, specs: Sequence[RunSpec], device: torch.device, gpu: str | None = None):
         self.device, self.gpu = device, gpu
+        self._known = {spec.id: spec for spec in specs}  # decoded already: thousands take many seconds
+        model_names = {spec.model for spec in specs}
         self._factors: dict[tuple[str, ...], list[tuple[float, float, float]]] = {}
+        self._medians: dict[tuple[str, ...], list[float]] = {}
         for state in store.states():
             if state.status == Status.DONE and state.record and state.spec.get("model") in model_names:
                 self._learn(state.record)
@@ -277,7 +280,7 @@ class History:
         if not same or not all(measures.get(key) for key in needed):
             return
         try:
-            spec = RunSpec.from_json(record.spec)
+            spec = self._known.get(record.run_id) or RunSpec.from_json(record.spec)
             expected = formula(spec, count(spec), self.device, self.gpu)
         except InputError:
             return  # made by another version, or its model or data is gone
@@ -289,6 +292,11 @@ class History:
         for key in self._keys(spec):
             self._factors.setdefault(key, []).append(seen)
 
+    def _median(self, key: tuple[str, ...]) -> list[float]:
+        if key not in self._medians:
+            self._medians[key] = [statistics.median(column) for column in zip(*self._factors[key], strict=True)]
+        return self._medians[key]
+
     @staticmethod
     def _keys(spec: RunSpec) -> list[tuple[str, ...]]:
         """From the most similar runs to the least."""
@@ -297,15 +305,15 @@ class History:
 
     def estimate(self, spec: RunSpec, counts: Counts) -> dict[str, Any]:
         expected, basis, num_similar = formula(spec, counts, self.device, self.gpu), "formula", 0
-        seen = next((self._factors[key] for key in self._keys(spec) if key in self._factors), None)
-        if seen:
-            memory, train, other = (statistics.median(column) for column in zip(*seen, strict=True))
+        key = next((key for key in self._keys(spec) if key in self._factors), None)
+        if key:
+            memory, train, other = self._median(key)
             expected = Estimate(
                 peak_gib=expected.peak_gib * memory,
                 train_seconds=expected.train_seconds * train,
                 other_seconds=other,
             )
-            basis, num_similar = "similar runs", len(seen)
+            basis, num_similar = "similar runs", len(self._factors[key])
         return {
             "num_parameters": counts.num_parameters,
             "num_trainable": counts.num_trainable,

@@ -24,7 +24,7 @@ from typing import Any
 from lorabench import forks
 from lorabench.distributed import Place, RankFailed, Sharding, log_name
 from lorabench.endings import Ending, crash_line
-from lorabench.forks import redirect, when_parent_ends
+from lorabench.forks import redirect, stops_blocked, when_parent_ends
 from lorabench.machine import has_gpu_driver
 from lorabench.record import Store
 from lorabench.spec import RunSpec
@@ -103,7 +103,8 @@ class RankProcess:
         here, there = context.Pipe(duplex=False) if settings.place.size > 1 else (None, None)
         arguments = (target, spec, str(store.root.absolute()), settings, gpu, there)
         process = context.Process(target=child_main, args=arguments, name=f"{spec.id} {rank}")
-        process.start()
+        with stops_blocked():
+            process.start()
         if there is not None:
             there.close()
         return cls(process=process, rank=rank, log=log, answer=here)

@@ -217,3 +217,32 @@ def test_a_claim_is_released_before_the_launcher_speaks_for_a_dead_run(tmp_path:
     (spec,) = fake_runs.sweep(EXITS).runs
     hold = take(Store(tmp_path).folder(spec.id))
     assert hold is not None and hold.number == 3  # the run's, the launcher's, and this one
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_fork_server_that_died_is_replaced_and_is_as_deaf_to_signals(tmp_path: Path) -> None:
+    code = f"""
+import os, signal
+from multiprocessing import forkserver
+from pathlib import Path
+from lorabench.forks import STOPS, start_server
+from lorabench.record import Store
+from lorabench.worker import RankProcess, Settings
+from tests import fake_runs
+store, (spec,) = Store(Path({str(tmp_path)!r})), fake_runs.sweep({DONE}).runs
+store.write_spec(spec)
+context = start_server(store.root / "log", ["lorabench.worker"], {{}})
+first = forkserver._forkserver._forkserver_pid
+os.kill(first, signal.SIGKILL)
+os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+rank = RankProcess.start(context, fake_runs.run, spec, store, Settings(), None)
+second = forkserver._forkserver._forkserver_pid
+line = [line for line in open(f"/proc/{{second}}/status") if line.startswith("SigBlk")][0]
+blocked = int(line.split()[1], 16)
+assert second != first and all(blocked >> (number - 1) & 1 for number in STOPS)
+assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
+rank.process.join()
+print(store.state(spec.id).status)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "done\n", done.stderr

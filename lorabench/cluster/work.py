@@ -71,6 +71,9 @@ class Work:
             ending = Ending(store=store, profile=profile, job_id=job_id, began=began)
             if ending.is_to_be_queued_again(outcome):
                 self._queue_again(submission, profile, requeue)
+        unwritten = [s.run_id for s in outcome.states if s.status in FAILURES and not store.state(s.run_id).record]
+        if unwritten:  # a full disk: let SLURM call the job failed too
+            raise RuntimeError(f"{len(unwritten)} runs failed, and their records could not be written: {unwritten[0]}")
         return {state.run_id: str(state.status) for state in outcome.states}
 
     def _queue_again(self, submission: Submission, profile: Profile, handler: Any) -> None:
