@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lorabench.cluster.standing import Standing
     from lorabench.record import Status, Store
 
-WATCH_SECONDS = 5.0
+WATCH_SECONDS = 10.0
 ARGUMENTS = [
     HERE,
     NAMED,
