@@ -1,8 +1,11 @@
 """One run on several processes: the place of each, called a rank, and what the ranks tell one another.
 
 The batch is global. Each rank computes its share of it, and losses and gradients are summed, so that the numbers are
-those of one process but for the order in which they are added. Rank 0 holds the claim and writes what the run leaves
-behind; the others only compute.
+those of one process but for the order in which they are added: in float32, losses and ΔW are the same to a relative
+1e-5 after some steps (`tests/test_ranks.py`), and drift apart as slowly as any two orders of summation do. Dropout, the
+method's or the base's own, is another draw for each rank but the first, and so is another run's noise. With as many
+ranks as before, a resumed run has the bits of one that was never stopped. Rank 0 holds the claim and writes what the
+run leaves behind; the others only compute.
 """
 
 from __future__ import annotations

@@ -268,6 +268,8 @@ class _Launch:
     def _gpus(self, slot: int) -> str | None:
         """What a worker sees, as CUDA_VISIBLE_DEVICES has it; None: what there is."""
         gpus, count = self.pool.gpus, self.pool.processes
+        if self.pool.team:
+            return None  # as on the other ranks: the place on its machine says which is a process's own
         return ",".join(gpus[(slot * count + i) % len(gpus)] for i in range(count)) if gpus else None
 
     def _wait(self) -> None:

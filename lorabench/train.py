@@ -351,6 +351,8 @@ def metrics_of(
             logits = forward(model, batch)
         if start < len(rows):
             found.append((float(task.loss(logits, batch)), task.count(batch), task.score(logits, batch)))
+    if world.is_sharded:
+        model.reshard()  # else its outermost weights stay whole until the next step
     turns = zip_longest(*world.gather(found))
     total, count, scores = 0.0, 0, []
     for each in (each for turn in turns for each in turn if each is not None):
