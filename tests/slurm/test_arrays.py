@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from conftest import BASE, LONG, SHORT, computed_here
 
-from tests.sandbox import Sandbox, Study, assert_same, attempts, slowed, started
+from tests.sandbox import Sandbox, started
+from tests.study import BASE, LONG, SHORT, Study, assert_same, attempts, computed_here, slowed
 
 
 @pytest.fixture(scope="module")

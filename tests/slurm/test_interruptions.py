@@ -7,10 +7,10 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from conftest import BASE, LONG, computed_here
 
 from lorabench.record import Status
-from tests.sandbox import Sandbox, Study, assert_same, slowed, started
+from tests.sandbox import Sandbox, started
+from tests.study import BASE, LONG, Study, assert_same, computed_here, slowed
 
 ONE = LONG.replace("seed = [0, 1]", "seed = 0")
 

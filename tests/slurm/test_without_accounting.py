@@ -7,9 +7,9 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from conftest import LONG
 
-from tests.sandbox import Sandbox, assert_same, slowed, started
+from tests.sandbox import Sandbox, started
+from tests.study import LONG, assert_same, slowed
 
 
 @pytest.fixture(scope="module")
