@@ -2,6 +2,7 @@
 
     results/runs/<run_id>/  spec.json  record.json  steps.jsonl  updates/  snapshots/  log.txt  claims/  checkpoint/
 
+Of a run on several processes, log.1.txt, log.2.txt, … are those of the further ones.
 Everything is written whole or not at all (temporary file, fsync, rename), so a reader never sees half a record.
 """
 

@@ -222,11 +222,27 @@ def _open_store(rank: int = 0) -> tuple[Any, int]:
     deadline = time.monotonic() + MEET_SECONDS
     while time.monotonic() < deadline:
         for port in ports:
-            with contextlib.suppress(RuntimeError):  # nobody listens, or somebody else
-                store = dist.TCPStore(host, port, timeout=TRY)
-                if store.get("token").decode() == token:
-                    return store, port
+            if found := _connected(host, port, token):
+                return found, port
     raise RuntimeError(f"rank 0 is not to be found at {host}, ports {ports[0]} to {ports[-1]}")
+
+
+def _connected(host: str, port: int, token: str) -> Any:
+    """The store that listens there, if it is this job's; None where nobody does, or somebody else."""
+    import torch.distributed as dist
+
+    found = []
+
+    def connect() -> None:
+        with contextlib.suppress(RuntimeError):
+            store = dist.TCPStore(host, port, timeout=TRY)
+            if store.get("token").decode() == token:
+                found.append(store)
+
+    thread = threading.Thread(target=connect, daemon=True)  # torch waits without end for a stranger's answer
+    thread.start()
+    thread.join(2 * TRY.total_seconds())
+    return found[0] if found else None
 
 
 @contextlib.contextmanager

@@ -4,12 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+from lorabench import team
 from lorabench.distributed import Place
 from lorabench.launch import Pool
 from lorabench.record import Store
 from lorabench.spec import RunSpec
 from lorabench.sweep import Sweep
-from lorabench.team import launch_together
 from lorabench.worker import Settings
 
 
@@ -19,7 +19,8 @@ def main(root: str) -> None:
     specs = [RunSpec.from_json(table) for table in json.loads((Path(root) / "specs.json").read_text())]
     pool = Pool(settings=Settings(device="cpu", job="7"), check=False)
     target = getattr(test_ranks, sys.argv[2])
-    outcome = launch_together(
+    team.GONE_SECONDS = 15.0  # for the test of a dead supervisor
+    outcome = team.launch_together(
         Sweep(name="job", text="", runs=tuple(specs)), Store(Path(root)), pool, Place.from_environment(), target
     )
     print("followed" if outcome is None else [str(state.status) for state in outcome.states])

@@ -6,6 +6,7 @@ terminal or a pipe behind the command then means nothing to them.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def _command(profile: Profile) -> str:
 
 
 def _main(folder: Path) -> None:
+    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)
     from submitit.local.local import LocalExecutor
 
     submission = read_submission(folder)

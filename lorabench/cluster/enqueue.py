@@ -66,7 +66,7 @@ def write_jobs(submission: Submission, arrays: Sequence[Array]) -> None:
 
 
 @contextlib.contextmanager
-def only_one(root: Path, say: Callable[[str], None]) -> Iterator[None]:
+def only_one(root: Path, say: Callable[[str], None]) -> Iterator[claim.Hold]:
     """Hold the store's queue: one submit at a time, on all machines that share it. Waits for another, and says so."""
     said = False
     while (hold := claim.take(root / "queue")) is None:
@@ -76,4 +76,7 @@ def only_one(root: Path, say: Callable[[str], None]) -> Iterator[None]:
             said = True
         time.sleep(POLL_SECONDS)
     with hold:
-        yield
+        fresh = root / "queue" / f".fresh.{os.getpid()}"  # NFS: else the folder may be listed as it was before
+        fresh.touch()
+        fresh.unlink()
+        yield hold

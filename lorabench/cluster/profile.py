@@ -30,6 +30,7 @@ OWN_OPTIONS = {
 SLURM_ONLY = (
     "partition", "account", "qos", "constraint", "exclude", "gpu_type", "mem_gib", "max_array", "container", "extra",
 )  # fmt: skip
+DEAF = 'trap "" USR2 TERM; exec "$@"'
 YEAR_MINUTES = 366 * 24 * 60
 
 
@@ -62,7 +63,10 @@ class Profile:
     mem_gib: Annotated[float, Gt(0), Le(65536)] | None = None
     """Memory of each node (None: what the cluster gives)."""
     minutes: Annotated[int, Ge(1), Le(YEAR_MINUTES)] = 60
-    """Time limit of a job. A run that does not fit goes on in the next start; see `max_timeouts`."""
+    """Time limit of a job. A run that does not fit goes on in the next start; see `max_timeouts`.
+
+    A local job is started 6 times at most, by submitit: give it the days that it may take.
+    """
     parallel: Annotated[int, Ge(1), Le(100_000)] = 50
     """Jobs that may run at a time."""
     max_array: Annotated[int, Ge(1), Le(10_000_000)] | None = None
@@ -150,9 +154,13 @@ class Profile:
 
     @property
     def command(self) -> str:
-        """How a job's Python is called, for a shell."""
+        """How a job's Python is called, for a shell: deaf to SLURM's signals until it has handlers of its own.
+
+        They would end it in its first seconds, and a preempted job that ends by itself is not queued again.
+        """
         python = self.python or ("python3" if self.container else shlex.quote(sys.executable))
-        return f"{self.container} {python}" if self.container else python
+        deaf = f"sh -c {shlex.quote(DEAF)} sh"
+        return f"{deaf} {self.container} {python}" if self.container else f"{deaf} {python}"
 
     @property
     def shell(self) -> list[str]:
@@ -179,7 +187,7 @@ class Profile:
             "time": self.minutes,
             "signal_delay_s": self.signal_seconds,
             "array_parallelism": parallel,
-            "setup": self.shell or None,
+            "setup": ["export SLURM_EXPORT_ENV=ALL", *self.shell],  # else srun heeds what sbatch was told
             "teardown": _requeue_lines(folder) if self.container else None,
             "additional_parameters": {"requeue" if self.requeue else "no-requeue": True} | self.extra,
             # since SLURM 22.05 srun does not inherit it
@@ -195,7 +203,8 @@ def requeue_file(folder: Path, job: str) -> Path:
 
 def _requeue_lines(folder: Path) -> list[str]:
     file = f"{shlex.quote(str(folder))}/$SLURM_JOB_ID.requeue"
-    return [f"if [ -e {file} ]; then", f"    rm {file}", '    scontrol requeue "$SLURM_JOB_ID"', "fi"]
+    element = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"  # not the whole array
+    return [f"if [ -e {file} ]; then", f"    rm {file}", f'    scontrol requeue "{element}"', "fi"]
 
 
 def read_profile(path: Path, changes: dict[str, Any] | None = None) -> Profile:

@@ -159,9 +159,32 @@ def config() -> dict[str, str]:
 
 
 def job_details(job_id: str) -> dict[str, str]:
-    """What SLURM knows of a job by its plain number: JobState, Reason, EndTime, PreemptTime, … Raises Unreachable."""
+    """What SLURM knows of a job: JobState, Reason, EndTime, PreemptTime, … Raises Unreachable.
+
+    An array's own number would name all of its elements at once.
+    """
     text = _call(["scontrol", "--oneliner", "show", "job", job_id]) or ""
+    if len(text.strip().splitlines()) != 1:
+        raise Unreachable(f"scontrol show job {job_id}: does not tell of one job")
     return {key: value for key, mark, value in (part.partition("=") for part in text.split()) if mark}
+
+
+def try_script(text: str) -> str:
+    """What sbatch says to a script that it is not to submit: where and when it would start.
+
+    InputError with its words if it would refuse it. Raises Unreachable.
+    """
+    try:
+        done = subprocess.run(
+            ["sbatch", "--test-only"], input=text, capture_output=True, text=True, errors="replace",
+            timeout=TIMEOUT_SECONDS, env=_environment(), check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unreachable(f"sbatch: cannot be asked: {error}") from None
+    said = " ".join(line.removeprefix("sbatch: ") for line in done.stderr.splitlines())
+    if done.returncode:
+        raise InputError(said.removeprefix("error: "), "sbatch")
+    return said
 
 
 def node_address(name: str) -> str:

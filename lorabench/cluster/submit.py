@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,6 +125,7 @@ def _config(tell: Callable[[str], None] | None) -> dict[str, str]:
 
 def scripts(prospect: Prospect, root: Path) -> list[str]:
     """The sbatch script of each array, in submitit's own words."""
+    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # read when submitit is imported; the signal is USR2
     from submitit.slurm.slurm import _make_sbatch_string
 
     profile = prospect.order.profile
@@ -134,6 +136,12 @@ def scripts(prospect: Prospect, root: Path) -> list[str]:
         own = parameters(prospect, parallel, folder) | ({"map_count": count} if count > 1 else {})
         texts.append(_make_sbatch_string(command=command, folder=folder, **own))
     return texts
+
+
+def try_out(prospect: Prospect, root: Path, tell: Callable[[str], None]) -> None:
+    """Have the cluster look at the first script, where it can be asked. InputError if it would refuse it."""
+    if prospect.config and prospect.arrays:
+        tell(f"sbatch --test-only: {slurm.try_script(scripts(prospect, root)[0])}")
 
 
 def parameters(prospect: Prospect, parallel: int, folder: Path) -> dict[str, Any]:
@@ -153,8 +161,12 @@ def submitit_folder(root: Path, name: str) -> Path:
     return folder
 
 
-def send(prospect: Prospect, store: Store) -> Submission:
-    """Submit; to be called while the queue is held. InputError with the cluster's words where it refuses."""
+def send(prospect: Prospect, store: Store, check: Callable[[], None] = lambda: None) -> Submission:
+    """Submit; to be called while the queue is held, which `check` makes sure of before each array.
+
+    InputError with the cluster's words where it refuses.
+    """
+    check()
     order, profile = prospect.order, prospect.order.profile
     specs = {spec.id: spec.to_json() for spec in order.sweep.runs}
     plan = Plan(
@@ -173,7 +185,7 @@ def send(prospect: Prospect, store: Store) -> Submission:
     if profile.kind == "local":
         background.start(submission)
     else:
-        _send_arrays(prospect, store.root.absolute(), submission)
+        _send_arrays(prospect, store.root.absolute(), submission, check)
     return read_submission(submission.folder) or submission
 
 
@@ -190,32 +202,42 @@ def _clear(prospect: Prospect, store: Store) -> dict[str, int]:
     return retry
 
 
-def _send_arrays(prospect: Prospect, root: Path, submission: Submission) -> None:
+def _send_arrays(prospect: Prospect, root: Path, submission: Submission, check: Callable[[], None]) -> None:
+    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)
     from submitit.core.utils import FailedJobError, FailedSubmissionError
     from submitit.slurm.slurm import SlurmExecutor
 
     profile, folder = prospect.order.profile, submitit_folder(root, prospect.name)
     taken: list[Array] = []
     for (first, count), parallel in zip(prospect.arrays, _parallel(prospect), strict=True):
+        check()
         works = [Work(root=str(root), submission=prospect.name, number=first + index) for index in range(count)]
         try:
-            with _outside_of_a_job():
+            with _plain_environment(profile):
                 executor = SlurmExecutor(folder, max_num_timeout=ENDLESS, python=profile.command)
                 executor.update_parameters(**parameters(prospect, parallel, folder))
                 jobs = executor.submit_array(works)
         except (FailedJobError, FailedSubmissionError, OSError, RuntimeError) as error:
+            if isinstance(error, FailedJobError) and not taken:  # sbatch said no: nothing was submitted
+                shutil.rmtree(submission.folder)
             done = f"; {len(taken)} of {len(prospect.arrays)} arrays were submitted" if taken else ""
-            raise InputError(f"{' '.join(str(error).split())}{done}", "sbatch") from None
+            said = " ".join(str(error).replace("sbatch: error: ", "").split())
+            raise InputError(f"{said}{done}", "sbatch") from None
         taken.append(Array(first=first, count=count, job_id=jobs[0].job_id.partition("_")[0]))
         write_jobs(submission, taken)
 
 
 @contextlib.contextmanager
-def _outside_of_a_job() -> Iterator[None]:
-    """sbatch obeys the variables of a job that it is called in: what that was given would be asked for again."""
-    mine = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CLUSTER_NAME")
-    names = [name for name in os.environ if name.startswith(("SLURM_", "SRUN_", "SUBMITIT_")) and name not in mine]
-    taken = {name: os.environ.pop(name) for name in names} if "SLURM_JOB_ID" in os.environ else {}
+def _plain_environment(profile: Profile) -> Iterator[None]:
+    """sbatch lets variables override its script: those of a job that it is called in, and the user's own.
+
+    A user's account, partition and qos stay where the profile names none.
+    """
+    kept = {"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_CLUSTER_NAME"}
+    kept |= {f"SBATCH_{key.upper()}" for key in ("account", "partition", "qos") if getattr(profile, key) is None}
+    mine = ("SBATCH_", *(("SLURM_", "SRUN_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()))
+    names = [name for name in os.environ if name.startswith(mine) and name not in kept]
+    taken = {name: os.environ.pop(name) for name in names}
     try:
         yield
     finally:
@@ -237,6 +259,12 @@ def warnings(prospect: Prospect, specs: Sequence[RunSpec]) -> list[str]:
     long = sum(cell.seconds > profile.usable_seconds for job in prospect.jobs for cell in job)
     if long:
         lines.append(f"minutes = {profile.minutes}: {long} runs are expected to take longer, and go on after requeues")
+    unseen = [
+        id for id in prospect.run_ids if (queue := prospect.standings[id].queue) and not queue.state and queue.reason
+    ]
+    if unseen:
+        why = prospect.standings[unseen[0]].queue
+        lines.append(f"{len(unseen)} runs may be queued already, where it is not seen from here: {why and why.reason}")
     told = config.get("SlurmctldParameters", "") + config.get("PreemptParameters", "")
     if config.get("PreemptType", "preempt/none") != "preempt/none" and "send_user_signal" not in told:
         lines.append("this cluster preempts jobs without the signal that they ask for: runs have its GraceTime alone")

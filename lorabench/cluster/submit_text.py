@@ -49,9 +49,8 @@ def _runs(prospect: Prospect, first: int, count: int) -> int:
     return sum(len(job) for job in prospect.jobs[first : first + count])
 
 
-def as_text(prospect: Prospect, root: Path) -> str:
+def as_text(prospect: Prospect, table: dict[str, Any]) -> str:
     """The same, to read."""
-    table = as_table(prospect, root)
     stand = [f"{number} {_word(status)}" for status, number in table["not_submitted"].items()]
     stand += [f"{table['num_to_submit']} to submit"] if table["num_to_submit"] else []
     lines = [f"{table['sweep']}: {table['num_runs']} runs: {', '.join(stand)}"]

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -40,6 +41,9 @@ EARLY_SECONDS = 90.0
 """By so much SLURM's warning may come before it is due: it looks at its clocks every 30 or 60 s."""
 MARGIN_SECONDS = 15.0
 """Of the time between the warning and the end, what is left for queueing the job again."""
+LINGER_SECONDS = 900.0
+"""How long a job that SLURM ends for a reason it cannot learn waits for that."""
+REQUEUE_TRIES, REQUEUE_SECONDS = 4, 3.0
 TIMEOUTS = "timeouts.json"
 """In a run's folder: how often it was stopped by a job's time limit since it was submitted anew."""
 SETTLED = (Status.DONE, *FAILURES, Status.CORRUPT)
@@ -80,7 +84,11 @@ class Work:
         if profile.container and "SLURM_JOB_ID" in os.environ:
             requeue_file(submission.submitit, os.environ["SLURM_JOB_ID"]).touch()
         elif callable(handler):
-            handler(signal.SIGUSR2, None)
+            for _ in range(REQUEUE_TRIES):
+                with contextlib.suppress(subprocess.SubprocessError, OSError):  # scontrol: a busy controller
+                    handler(signal.SIGUSR2, None)
+                time.sleep(REQUEUE_SECONDS)
+            raise RuntimeError("scontrol requeue has failed; submit again to resume")
 
     def checkpoint(self) -> DelayedSubmission | None:
         """What submitit queues again: the same job, which goes on with what is not done yet."""
@@ -103,7 +111,7 @@ def compute(store: Store, submission: Submission, profile: Profile, number: int,
         settings=Settings(
             device=device, checkpoint_seconds=profile.checkpoint_seconds, job=job_id, sharding=profile.sharding
         ),
-        again=frozenset(id for id, claim in submission.retry.items() if _claims(store.folder(id)) == claim),
+        again=frozenset(id for id in run_ids if submission.retry.get(id) == _claims(store.folder(id))),
         check=False,
         patience_seconds=max(1.0, profile.signal_seconds - MARGIN_SECONDS),
         server_log=submission.submitit / f"{job_id}_server.log",
@@ -150,11 +158,17 @@ class Ending:
         """Whether the job has more to do and was not told to stop for good; counts the time-out, if it is one."""
         details = self._details()
         preempted = details.get("PreemptTime", "None") not in ("None", "")
+        if details.get("JobState", "RUNNING") != "RUNNING" and details.get("Reason") != "TimeLimit":
+            return False  # cancelled, if after another signal; or SLURM queues it again, and has said so already
         if outcome.signal == signal.SIGUSR2:
             if not preempted and self._seconds_left(details) <= self.profile.signal_seconds + EARLY_SECONDS:
                 self._count_timeouts(outcome)
-        elif not (preempted and details.get("JobState") == "RUNNING"):
-            return False  # cancelled; or SLURM queues it again, and has said so already
+        elif not preempted:
+            if self.profile.kind == "slurm" and not details:
+                time.sleep(
+                    LINGER_SECONDS
+                )  # a preempted job is queued again only if it is there at the end of its grace
+            return False
         left = [id for id in (state.run_id for state in outcome.states) if not self._is_settled(id)]
         talk(f"stopped by {signal.Signals(outcome.signal or 0).name}: {len(left)} runs are left")
         return bool(left) and self.profile.requeue
@@ -162,7 +176,7 @@ class Ending:
     def _details(self) -> dict[str, str]:
         if self.profile.kind == "slurm":
             with contextlib.suppress(slurm.Unreachable):  # in a container, say: then the clock has to do
-                return slurm.job_details(os.environ.get("SLURM_JOB_ID", self.job_id))
+                return slurm.job_details(self.job_id)
         return {}
 
     def _seconds_left(self, details: dict[str, str]) -> float:
@@ -181,11 +195,12 @@ class Ending:
             if state.status in (*SETTLED, Status.RUNNING) or self.store.cancel_marker(run_id).exists():
                 continue
             file = self.store.folder(run_id) / TIMEOUTS
-            count = (read_json(file) or {}).get("count", 0) + 1
-            write_json(file, {"count": count})
-            if count > self.profile.max_timeouts:
-                error = f"stopped by the time limit of {self.profile.minutes} min, {count} times"
-                settle(self.store, state, Status.TIMEOUT, f"{error}; --retry timeout resumes it")
+            with contextlib.suppress(OSError):  # a full disk: to be queued again matters more
+                count = (read_json(file) or {}).get("count", 0) + 1
+                write_json(file, {"count": count})
+                if count > self.profile.max_timeouts:
+                    error = f"stopped by the time limit of {self.profile.minutes} min, {count} times"
+                    settle(self.store, state, Status.TIMEOUT, f"{error}; --retry timeout resumes it")
 
 
 def forget_timeouts(folder: Path) -> None:

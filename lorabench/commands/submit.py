@@ -45,7 +45,7 @@ CHANGES = ("partition", "account", "qos", "minutes", "mem_gib", "parallel", "cel
 def main(arguments: argparse.Namespace) -> int:
     from lorabench.cluster.enqueue import only_one
     from lorabench.cluster.profile import read_profile
-    from lorabench.cluster.submit import Order, prepare, send
+    from lorabench.cluster.submit import Order, prepare, send, try_out
     from lorabench.cluster.submit_text import as_table, as_text
     from lorabench.launch import check_writable
     from lorabench.record import Store, write_bytes
@@ -57,17 +57,24 @@ def main(arguments: argparse.Namespace) -> int:
     sweep, store = read_sweep(Path(arguments.sweep)), Store(arguments.results)
     order = Order(sweep=sweep, profile=profile, cluster=arguments.cluster.stem, retry=retry)
     plan = _plan(order, store)
-    show: Any = (lambda p: as_json(as_table(p, store.root))) if arguments.json else (lambda p: as_text(p, store.root))
     if arguments.dry_run:
-        print(show(prepare(order, store, plan, talk)))
+        prospect = prepare(order, store, plan, talk)
+        table = as_table(prospect, store.root)
+        print(as_json(table) if arguments.json else as_text(prospect, table), flush=True)
+        try_out(prospect, store.root, talk)
         return 0
     check_writable(store.root)
-    with only_one(store.root, talk):
+    job_ids: list[str | None] = []
+    with only_one(store.root, talk) as hold:
         prospect = prepare(order, store, plan)
         if prospect.jobs:
             write_bytes(store.root / sweep.name / "sweep.toml", sweep.text.encode())
-            send(prospect, store)
-    print(show(prospect))
+            job_ids = send(prospect, store, hold.check).job_ids
+    table = as_table(prospect, store.root) | {"job_ids": job_ids}
+    print(as_json(table) if arguments.json else as_text(prospect, table | {"scripts": []}).rstrip())
+    if job_ids:
+        arrays = dict.fromkeys(str(job_id).partition("_")[0] for job_id in job_ids)
+        talk(f"submitted as {', '.join(arrays)}; `lorabench status {store.root}` tells how they stand")
     return 0
 
 

@@ -17,7 +17,7 @@ from lorabench.cluster import slurm
 from lorabench.cluster.enqueue import only_one
 from lorabench.cluster.profile import Profile
 from lorabench.cluster.queue import Submission, read_submissions
-from lorabench.cluster.submit import Order, prepare, scripts, send, warnings
+from lorabench.cluster.submit import Order, prepare, scripts, send, try_out, warnings
 from lorabench.decode import InputError
 from lorabench.record import RunRecord, Status, Store
 from lorabench.spec import RunSpec
@@ -152,6 +152,24 @@ def test_what_sbatch_says_is_told_and_what_it_took_before_is_kept(cluster: FakeC
     queued(cluster, first)
     second = submit(sweep, store, max_array=2)
     assert second and [id for job in second.jobs for id in job] == [spec.id for spec in sweep.runs[4:]]
+
+
+def test_a_refused_submission_leaves_nothing_behind(cluster: FakeCluster, tmp_path: Path) -> None:
+    store = Store(tmp_path / "r")
+    cluster.refuse()
+    with pytest.raises(InputError, match=r"^sbatch: invalid partition specified: nope$"):
+        submit(fake_runs.sweep(0), store)
+    assert list(read_submissions(store.root)) == []
+
+
+def test_a_dry_run_tells_that_the_cluster_would_refuse(cluster: FakeCluster, tmp_path: Path) -> None:
+    one, said = order(fake_runs.sweep(0)), []
+    prospect = prepare(one, Store(tmp_path / "r"), plan(one.sweep))
+    try_out(prospect, tmp_path, said.append)
+    assert said == ["sbatch --test-only: Job 5 to start at once"] and cluster.scripts == []
+    cluster.refuse()
+    with pytest.raises(InputError, match=r"^sbatch: invalid partition specified: nope$"):
+        try_out(prospect, tmp_path, said.append)
 
 
 def child(root: Path, *seeds: int) -> subprocess.Popen[str]:

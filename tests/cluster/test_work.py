@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lorabench.claim import take
-from lorabench.cluster import local
+from lorabench.cluster import local, work
 from lorabench.cluster.profile import Profile
 from lorabench.cluster.queue import read_submissions
 from lorabench.cluster.work import TIMEOUTS, Ending
@@ -64,6 +64,8 @@ NOW = "2026-11-24T14:00:00"
         (TERM, 20, {"PreemptTime": NOW}, True, 0),  # the same, on a cluster that sends no USR2
         (TERM, 0, {"JobState": "COMPLETING"}, False, 0),  # cancelled; or SLURM queues it again itself
         (TERM, 1800, {}, False, 0),
+        (USR2, 90, {"JobState": "COMPLETING"}, False, 0),  # cancelled while it wrote its checkpoints
+        (USR2, 0, {"JobState": "COMPLETING", "Reason": "TimeLimit"}, True, 1),  # they took too long
     ],
 )
 def test_why_a_job_was_told_to_stop_decides_what_follows(
@@ -111,6 +113,17 @@ def test_a_run_that_ended_meanwhile_or_was_cancelled_is_no_time_out(tmp_path: Pa
     store.cancel_marker(other.id).write_text("")
     assert not ending(store).is_to_be_queued_again(outcome)
     assert not list(store.root.rglob(TIMEOUTS))
+
+
+def test_a_job_that_cannot_learn_why_it_is_ended_waits_for_it(
+    tmp_path: Path, slurm_commands: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, (spec,) = Store(tmp_path / "r"), fake_runs.sweep(0).runs
+    slurm_commands.answer("scontrol", details(90) + "\n" + details(90))  # as of a whole array: not of this job
+    monkeypatch.setattr(work, "LINGER_SECONDS", 0.5)
+    began = time.monotonic()
+    assert not ending(store).is_to_be_queued_again(stopped(store, spec, TERM))
+    assert time.monotonic() - began >= 0.5
 
 
 def test_a_profile_without_requeue_leaves_the_job_ended(tmp_path: Path, slurm_commands: FakeSlurm) -> None:
