@@ -10,14 +10,15 @@ from lorabench.launch import Pool
 from lorabench.record import Store
 from lorabench.spec import RunSpec
 from lorabench.sweep import Sweep
-from lorabench.worker import Settings
+from lorabench.worker import PRELOAD, Settings
 
 
 def main(root: str) -> None:
     from tests import test_ranks
 
     specs = [RunSpec.from_json(table) for table in json.loads((Path(root) / "specs.json").read_text())]
-    pool = Pool(settings=Settings(device="cpu", job="7"), check=False)
+    preload = tuple(name for name in PRELOAD if name not in ("pandas", "lorabench.warm"))
+    pool = Pool(settings=Settings(device="cpu", job="7"), check=False, preload=preload)
     target = getattr(test_ranks, sys.argv[2])
     team.GONE_SECONDS = 15.0  # for the test of a dead supervisor
     outcome = team.launch_together(
