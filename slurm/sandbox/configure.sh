@@ -84,7 +84,6 @@ process_settings() {
 control_group_settings() {
   cat <<END
 CgroupPlugin=cgroup/v1
-CgroupAutomount=no
 CgroupMountpoint=/sys/fs/cgroup
 ConstrainRAMSpace=yes
 ConstrainSwapSpace=no
