@@ -17,7 +17,7 @@ from lorabench.decode import InputError
 from lorabench.record import RunRecord, Status, Store, write_bytes
 from lorabench.spec import RunSpec
 from tests import fake_runs
-from tests.fake_slurm import FakeSlurm, submitted
+from tests.fake_slurm import FakeSlurm, recorded, submitted
 from tests.fake_slurm import slurm_commands as slurm_commands
 from tests.test_claim import write_claim
 
@@ -170,13 +170,16 @@ def test_a_cluster_without_accounting_says_what_it_cannot_know(store: Store, slu
     assert gone.state.error == "its job 5_1 is gone; why is not known: this cluster keeps no accounting"
 
 
+NEWER_OOM = "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0. Some of the step tasks have been OOM Killed.\n"
+
+
+@pytest.mark.parametrize("said", [NEWER_OOM, recorded()["oom_log"]])
 def test_a_kill_for_memory_is_read_in_the_job_s_log_where_nobody_else_tells(
-    store: Store, slurm_commands: FakeSlurm
+    said: str, store: Store, slurm_commands: FakeSlurm
 ) -> None:
     """SLURM writes it there; without accounting the job itself has merely FAILED."""
     folder = submitted(store.root, [[SPECS[0], SPECS[1]], [SPECS[2]]], ["5"])
     (folder / "submitit").mkdir()
-    said = "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0. Some of the step tasks have been OOM Killed.\n"
     (folder / "submitit" / "5_0_0_log.err").write_text("x\n" * 100 + said)
     (folder / "submitit" / "5_1_0_log.err").write_text("no oom kill event\n")
     slurm_commands.no_accounting()
