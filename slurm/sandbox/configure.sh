@@ -3,7 +3,7 @@
 
 configure() {
   umask 022
-  mkdir -p "$FOLDER"/{etc,run,pid,log,state,dev,database}
+  mkdir -p "$FOLDER"/{etc,run,pid,log,state,dev,database,tmp}
   chmod go+x "$FOLDER"   # munged insists
   local node gpu
   for node in $NODES; do mkdir -p "$FOLDER/spool/$node"; done
