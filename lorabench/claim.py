@@ -1,7 +1,7 @@
 """Who works on a run: claims that two workers can never both hold, also on NFS.
 
 A claim is a numbered file, `claims/0001.json`, created exclusively (O_EXCL, which NFS honours). The highest number
-is the owner. A dead owner's cell is taken by creating the next number, which again only one can do; nothing is ever
+is the owner. A dead owner's cell is taken by creating the next number, which again only one can do; no claim is ever
 deleted, so there is no moment without an owner, and the numbers count the attempts.
 """
 
@@ -126,11 +126,16 @@ def take(folder: Path, progress: dict[str, Any] | None = None) -> Hold | None:
         progress=progress or {},
     )
     (folder / "claims").mkdir(parents=True, exist_ok=True)
+    file = folder / "claims" / f"{claim.number:04d}.json"
     try:
-        with open(folder / "claims" / f"{claim.number:04d}.json", "x") as file:
-            file.write(json.dumps(vars(claim)))
+        with open(file, "x") as handle:
+            handle.write(json.dumps(vars(claim)))
     except FileExistsError:
         return None
+    except OSError:  # a full disk: an empty claim would look like a worker that has just begun
+        with contextlib.suppress(OSError):
+            file.unlink()
+        raise
     return Hold(folder, claim)
 
 

@@ -14,7 +14,7 @@ import torch
 from lorabench import model as models
 from lorabench import targets
 from lorabench.data import read_data
-from lorabench.decode import InputError
+from lorabench.decode import InputError, encode
 from lorabench.examples import shared_options
 from lorabench.meter import GIB, PEAK_FLOPS, model_flops_per_token, peak_flops
 from lorabench.record import RunRecord, RunState, Status, Store
@@ -78,7 +78,7 @@ def make_plan(sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | 
         runs.append(
             {
                 "run_id": spec.id,
-                "spec": spec.to_json(),
+                "spec": state.spec,
                 "done": done,
                 "status": str(state.status),
                 "estimate": _measured(state) if done else history.estimate(spec, counts[spec.id]),
@@ -118,28 +118,31 @@ def _approximate(known: bool, text: str) -> str:
 
 
 def _count_all(sweep: Sweep) -> dict[str, Counts]:
-    problems = refusals(sweep.runs)
+    counts, problems = _counts_and_problems(sweep.runs)
     if problems:
         raise InputError(problems, sweep.name)
-    return {spec.id: count(spec) for spec in sweep.runs}
+    return counts
 
 
 def refusals(specs: Sequence[RunSpec]) -> list[str]:
     """Every problem that shows only when a method meets the model or the data, each once."""
-    problems = []
+    return _counts_and_problems(specs)[1]
+
+
+def _counts_and_problems(specs: Sequence[RunSpec]) -> tuple[dict[str, Counts], list[str]]:
+    counts, problems = {}, []
     for spec in specs:
         try:
-            count(spec)
+            counts[spec.id] = count(spec)
         except InputError as error:
             problems += error.problems
-    return list(dict.fromkeys(problems))
+    return counts, list(dict.fromkeys(problems))
 
 
 def count(spec: RunSpec) -> Counts:
     """Exact counts from the model's config; no weight is loaded."""
-    table = spec.to_json()
-    keys = ("model", "revision", "method", "quantization", "task", "tasks", "dtype")
-    found = _count(json.dumps({key: table[key] for key in keys if key in table}))
+    keys = ("model", "revision", "method", "quantization", "tasks" if spec.tasks else "task", "dtype")
+    found = _count(json.dumps({key: encode(getattr(spec, key)) for key in keys}))
     if isinstance(found, InputError):
         raise found
     models.check_length(spec, found[1])

@@ -18,11 +18,10 @@ def settle(store: Store, state: RunState, status: Status, error: str) -> RunStat
     cannot be written.
     """
     folder, seen = store.folder(state.run_id), state.claim
-    hold = take(folder)
+    hold = take(folder, seen.progress if seen else None)
     if hold is None:
         return store.state(state.run_id)
     with hold:
-        hold.progress |= seen.progress if seen else {}
         record = RunRecord(run_id=state.run_id, spec=state.spec, status=status)
         with contextlib.suppress(InputError):
             record = store.read(state.run_id) or record

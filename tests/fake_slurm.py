@@ -49,7 +49,7 @@ class FakeSlurm:
         lines = []
         for job_id, text in states.items():
             state, _, reason = text.partition(" ")
-            lines.append(f"{job_id}|{state}|{reason or 'None'}|N/A||{comment or '(null)'}")
+            lines.append(f"{job_id}|{state}|{reason or 'None'}|N/A|N/A||{comment or '(null)'}")
         self.answer("squeue", "".join(f"{line}\n" for line in lines))
 
     def accounting(self, states: dict[str, str]) -> None:

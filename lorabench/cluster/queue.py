@@ -20,12 +20,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lorabench.cluster.slurm import COMMENT as COMMENT
 from lorabench.decode import InputError
 from lorabench.record import read_json, write_json
 
 CANCELLED_FILE = "cancelled.json"
-COMMENT = "lorabench:"
-"""With a submission's name behind it, the comment of its jobs."""
 
 
 @dataclass(frozen=True, kw_only=True)

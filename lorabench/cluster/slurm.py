@@ -16,10 +16,12 @@ from dataclasses import dataclass
 
 from lorabench.decode import InputError
 
+COMMENT = "lorabench:"
+"""With a submission's name behind it, the comment of its jobs."""
 TIMEOUT_SECONDS = 60.0
 BATCH = 200
 """Most job ids, or ranges of them, in one command."""
-SQUEUE = ["squeue", "--noheader", "--all", "--array", "--states=all", "--format=%i|%T|%r|%S|%N|%k"]
+SQUEUE = ["squeue", "--noheader", "--all", "--array", "--states=all", "--format=%i|%T|%r|%S|%e|%N|%k"]
 """`--all`: partitions that are hidden from lists too. `--states=all`: what has ended in the last minutes too."""
 SACCT_FIELDS = ["JobID", "State", "ExitCode", "Start", "End", "NodeList"]
 SACCT = [
@@ -34,7 +36,10 @@ ENDED = frozenset(
 _NO_ACCOUNTING = re.compile(r"accounting storage is disabled|not running a supported accounting_storage", re.I)
 _NO_SUCH_JOB = re.compile(r"invalid job id|already completing|already completed|job/step already", re.I)
 _ARRAY = re.compile(r"(\d+)_\[([\d,:-]+)(%\d+)?\]")
-_ID = re.compile(r"\d+(_\d+)?")
+_ID = re.compile(r"\d+([_+]\d+)?")
+"""`12_3`: element 3 of an array; `12+1`: part 1 of a heterogeneous job."""
+_BEGIN = re.compile(r"\d+[_+|]")
+"""Of a job's line, which other people's comments may break into several."""
 
 
 class Unreachable(InputError):
@@ -51,6 +56,8 @@ class Job:
     """Why it waits, or has ended: `Priority`, `JobArrayTaskLimit`, `TimeLimit`."""
     start: str | None = None
     """When it started, or is expected to; the cluster's local time."""
+    end: str | None = None
+    """When it ended, or has to end at the latest."""
     nodes: str | None = None
     comment: str | None = None
 
@@ -76,21 +83,27 @@ class Ended:
 
 
 def list_jobs(users: Iterable[str]) -> list[Job]:
-    """All jobs of these users (names or numbers), array elements one by one. Raises Unreachable."""
+    """All jobs of these users (names or numbers), array elements one by one. Raises Unreachable.
+
+    A line that cannot be read is passed over only where it cannot be a job of this program's.
+    """
     text = _call([*SQUEUE, f"--user={','.join(sorted(set(users)))}"])
-    lines = [line for line in (text or "").splitlines() if line and not line.startswith("CLUSTER:")]
-    return [job for line in lines for job in parse_job(line)]
+    lines = [line for line in (text or "").split("\n") if line and not line.startswith("CLUSTER:")]
+    read = [line for line in lines if _BEGIN.match(line) or COMMENT in line]
+    if lines and not read:
+        raise Unreachable(f"squeue: a line that cannot be read: {lines[0]!r}")
+    return [job for line in read for job in parse_job(line)]
 
 
 def parse_job(line: str) -> list[Job]:
     """The jobs in a line of SQUEUE: several where an array that was cancelled before it began stands in one line."""
-    fields = line.split("|", 5)
-    if len(fields) != 6:
+    fields = line.split("|", 6)
+    if len(fields) != 7:
         raise Unreachable(f"squeue: a line that cannot be read: {line!r}")
     ids, state, *rest = (field.strip() for field in fields)
-    reason, start, nodes, comment = (_known(field) for field in rest)
+    reason, start, end, nodes, comment = (_known(field) for field in rest)
     return [
-        Job(id=id, state=_state(state), reason=reason, start=start, nodes=nodes, comment=comment)
+        Job(id=id, state=_state(state), reason=reason, start=start, end=end, nodes=nodes, comment=comment)
         for id in expand_ids(ids)
     ]
 
@@ -275,4 +288,4 @@ def _state(text: str) -> str:
 
 
 def _known(text: str) -> str | None:
-    return None if text.strip() in ("", "(null)", "None", "N/A", "Unknown", "None assigned") else text.strip()
+    return None if text.strip() in ("", "(null)", "None", "NONE", "N/A", "Unknown", "None assigned") else text.strip()

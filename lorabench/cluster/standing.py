@@ -6,6 +6,7 @@ waits; and of a job that is gone without a result, what the accounting says of i
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -210,5 +211,6 @@ def _judged(store: Store, standing: Standing, ended: dict[str, slurm.Ended], why
         end = replace(end or slurm.Ended(id=seen.job_id, state=""), state="OUT_OF_MEMORY")
     verdict = judge(seen.job_id, began, end, f"its process ended on {submission.host}" if is_local else why)
     if began and verdict.status != Status.LOST and submission.user == user_name():
-        return replace(standing, state=settle(store, state, verdict.status, verdict.error))
+        with contextlib.suppress(OSError):  # a full disk, another's folder: it is told all the same, and tried again
+            return replace(standing, state=settle(store, state, verdict.status, verdict.error))
     return replace(standing, state=replace(state, status=verdict.status, error=verdict.error))

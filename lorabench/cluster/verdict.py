@@ -64,7 +64,7 @@ def tells_of_memory(logs: Iterable[Path]) -> bool:
     for log in logs:
         with contextlib.suppress(OSError), open(log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            if re.search(rb"slurmstepd: error: .*oom.kill event", file.read(), re.I):
+            if re.search(rb"slurmstepd\S*: error: .*oom.kill event", file.read(), re.I):
                 return True
     return False
 

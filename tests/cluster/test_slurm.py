@@ -70,6 +70,15 @@ def test_the_accounting_and_the_queue_tell_the_same_end(name: str, state: str, s
     assert ended(slurm_commands, job_id)[job_id].state == state
 
 
+def test_a_step_s_kill_for_memory_is_its_job_s(slurm_commands: FakeSlurm) -> None:
+    """Where srun's step was killed, the job itself has merely FAILED, in the queue and in the accounting."""
+    in_step, in_script = JOBS["oom"], JOBS["oom_batch"]
+    assert f"\n{in_step}|FAILED|" in RECORDED["sacct"] and queued(slurm_commands)[in_step].state == "FAILED"
+    assert queued(slurm_commands)[in_script].state == "OUT_OF_MEMORY"
+    found = ended(slurm_commands, in_step, in_script)
+    assert [end.state for end in found.values()] == ["OUT_OF_MEMORY"] * 2
+
+
 def test_exit_codes_and_whether_a_job_ever_ran(slurm_commands: FakeSlurm) -> None:
     names = ("failed", "killed", "cancelled", "all_cancelled")
     elements = [JOBS[name] + "_0" * (name == "all_cancelled") for name in names]
@@ -120,6 +129,21 @@ def test_an_element_that_has_started_outdoes_its_row_among_those_that_wait(slurm
     slurm_commands.accounting({"5_0": "TIMEOUT", "5_[0-3%2]": "PENDING"})
     found = list_ended(["5_0", "5_1"])
     assert found and {id: end.state for id, end in found.items()} == {"5_0": "TIMEOUT", "5_1": "PENDING"}
+
+
+def test_what_others_let_stand_in_the_queue_stops_nobody(slurm_commands: FakeSlurm) -> None:
+    """Parts of a heterogeneous job, ids of a kind not known here, and comments of several lines."""
+    foreign = "7+0|RUNNING|None|N/A|N/A|n1|(null)\n7+1|RUNNING|None|N/A|N/A|n2|a\nb|c\n\x1fd\nx7|RUNNING|||||\n"
+    own = f"8_1|PENDING|Priority|N/A|N/A||{slurm.COMMENT}x\n"
+    slurm_commands.answer("squeue", foreign + own)
+    assert [job.id for job in list_jobs(["root"])] == ["7+0", "7+1", "8_1"]
+    for broken in (own.replace("8_1", "x8"), "8_[1-...]|PENDING|||||\n", "8|PENDING\n"):  # may be one of ours
+        slurm_commands.answer("squeue", foreign + broken)
+        with pytest.raises(Unreachable, match="cannot be read"):
+            list_jobs(["root"])
+    slurm_commands.answer("squeue", "JOBID  STATE\n")  # as another program of this name might
+    with pytest.raises(Unreachable, match="cannot be read"):
+        list_jobs(["root"])
 
 
 @given(st.sets(st.tuples(st.integers(1, 4), st.none() | st.integers(0, 60))))
@@ -198,7 +222,7 @@ def test_jobs_are_cancelled_in_one_call_and_ended_ones_are_no_error(slurm_comman
 
 def test_the_cluster_s_configuration_is_read(slurm_commands: FakeSlurm) -> None:
     slurm_commands.answer("scontrol", RECORDED["config"])
-    assert slurm.max_array_size() == 1001 and slurm.config()["ClusterName"] == "local"
+    assert slurm.max_array_size() == 1001 and slurm.config()["ClusterName"] == "sandbox"
     slurm_commands.answer("scontrol", "")
     with pytest.raises(Unreachable, match="no MaxArraySize"):
         slurm.max_array_size()

@@ -1,14 +1,17 @@
 """How runs stand: every way in which store, queue and SLURM can agree or not, and what may never be written over."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from lorabench import claim
 from lorabench.claim import STALE_SECONDS, take
 from lorabench.cluster import slurm
 from lorabench.cluster.queue import COMMENT, note_cancelled, read_submission
@@ -17,7 +20,7 @@ from lorabench.decode import InputError
 from lorabench.record import RunRecord, Status, Store, write_bytes
 from lorabench.spec import RunSpec
 from tests import fake_runs
-from tests.fake_slurm import FakeSlurm, submitted
+from tests.fake_slurm import FakeSlurm, recorded, submitted
 from tests.fake_slurm import slurm_commands as slurm_commands
 from tests.test_claim import write_claim
 
@@ -170,13 +173,16 @@ def test_a_cluster_without_accounting_says_what_it_cannot_know(store: Store, slu
     assert gone.state.error == "its job 5_1 is gone; why is not known: this cluster keeps no accounting"
 
 
+NEWER_OOM = "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0. Some of the step tasks have been OOM Killed.\n"
+
+
+@pytest.mark.parametrize("said", [NEWER_OOM, recorded()["oom_log"]])
 def test_a_kill_for_memory_is_read_in_the_job_s_log_where_nobody_else_tells(
-    store: Store, slurm_commands: FakeSlurm
+    said: str, store: Store, slurm_commands: FakeSlurm
 ) -> None:
     """SLURM writes it there; without accounting the job itself has merely FAILED."""
     folder = submitted(store.root, [[SPECS[0], SPECS[1]], [SPECS[2]]], ["5"])
     (folder / "submitit").mkdir()
-    said = "slurmstepd: error: Detected 1 oom_kill event in StepId=5.0. Some of the step tasks have been OOM Killed.\n"
     (folder / "submitit" / "5_0_0_log.err").write_text("x\n" * 100 + said)
     (folder / "submitit" / "5_1_0_log.err").write_text("no oom kill event\n")
     slurm_commands.no_accounting()
@@ -235,6 +241,29 @@ def test_what_is_being_submitted_just_now_waits(store: Store, slurm_commands: Fa
     assert [s.status for s in stand(store, *SPECS[:2])] == ["missing", "missing"]
     with take(store.root / "queue"):  # the one who asks is the one who submits: an earlier one of his died
         assert [s.status for s in stand(store, *SPECS[:2])] == ["missing", "missing"]
+
+
+@pytest.mark.parametrize("fails", ["claim", "record"])
+def test_a_verdict_that_cannot_be_written_is_shown_all_the_same(
+    fails: str, store: Store, slurm_commands: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk. Once there is room again it is written, and no claim of the vain attempts stands in its way."""
+    submitted(store.root, [[SPECS[0]]], ["5"])
+    died(store, SPECS[0], "5")
+    slurm_commands.accounting({"5": "OUT_OF_MEMORY"})
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if fails == "claim":  # its file is made, and nothing fits in it
+            patch.setattr(claim, "json", SimpleNamespace(**vars(json) | {"dumps": full}))
+        else:
+            patch.setattr(Store, "write", full)
+        for _ in range(2):
+            assert stand(store)[0].status == "oom"
+    assert store.read(SPECS[0].id).status == Status.RUNNING
+    assert stand(store)[0].status == "oom" and store.read(SPECS[0].id).status == Status.OOM
 
 
 def test_another_s_jobs_are_shown_but_not_settled(store: Store, slurm_commands: FakeSlurm) -> None:

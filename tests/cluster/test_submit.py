@@ -191,7 +191,9 @@ print("made", made.name if made else None, flush=True)
 
 def test_two_overlapping_submits_at_once_submit_each_run_once(cluster: FakeCluster, tmp_path: Path) -> None:
     root = tmp_path / "r"
-    cluster.answer("squeue", "".join(f"{100 + a}_{e}|PENDING|None|N/A||(null)\n" for a in range(2) for e in range(9)))
+    cluster.answer(
+        "squeue", "".join(f"{100 + a}_{e}|PENDING|None|N/A|N/A||(null)\n" for a in range(2) for e in range(9))
+    )
     children = [child(root, *range(8)), child(root, *range(4, 12))]
     assert [process.wait(60) for process in children] == [0, 0]
     submitted = [id for submission in read_submissions(root) for job in submission.jobs for id in job]
