@@ -8,19 +8,25 @@ deleted, so there is no moment without an owner, and the numbers count the attem
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 90.0
 """An owner on another machine that has not been heard of for so long is taken for dead."""
+TRIES = 3
+"""At reading what another machine may be replacing."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +112,11 @@ class Followed(Hold):
 
 
 def current_claim(folder: Path) -> Claim | None:
-    """The newest claim on the run in `folder`, dead or alive."""
-    numbers = _numbers(folder)
+    """The newest claim on the run in `folder`, dead or alive; of one that cannot be read only its age is known."""
+    try:
+        numbers = again(lambda: _numbers(folder))
+    except OSError:  # another's folder: each heartbeat changes it
+        return _unread(0, folder / "claims", otherwise=0.0)
     return _read(folder, numbers[-1]) if numbers else None
 
 
@@ -145,13 +154,39 @@ def _numbers(folder: Path) -> list[int]:
     return []
 
 
-def _read(folder: Path, number: int) -> Claim:
+def _read(folder: Path, number: int) -> Claim | None:
+    """None where the run's folder was taken away meanwhile."""
     file = folder / "claims" / f"{number:04d}.json"
     try:
-        return Claim(**json.loads(file.read_text()))
-    except (json.JSONDecodeError, TypeError):
-        # Created but not yet written, or its disk was full: alive as long as the file is fresh.
-        return Claim(number=number, host="?", machine="?", pid=0, process_start=None, time=file.stat().st_mtime)
+        return Claim(**json.loads(read_text(file)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, OSError):
+        # Created but not yet written, its disk was full, or not for us to read: alive as long as the file is fresh.
+        return _unread(number, file, otherwise=time.time())
+
+
+def _unread(number: int, file: Path, otherwise: float) -> Claim:
+    """A claim of which only the age is known, or not even that."""
+    with contextlib.suppress(OSError):
+        otherwise = file.stat().st_mtime
+    return Claim(number=number, host="?", machine="?", pid=0, process_start=None, time=otherwise)
+
+
+def read_text(file: Path) -> str:
+    """What is in a file that others replace. Raises OSError and UnicodeDecodeError."""
+    return again(lambda: file.read_text("utf-8"))
+
+
+def again(read: Callable[[], T]) -> T:
+    """What `read` returns; NFS says that a file is stale where another machine has replaced it just then."""
+    for _ in range(TRIES - 1):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in (errno.ESTALE, errno.EIO):
+                raise
+    return read()
 
 
 def _machine() -> str:

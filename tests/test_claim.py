@@ -1,5 +1,6 @@
 """Claims: of any number of workers exactly one gets a run, whoever died before."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import pytest
 
 from lorabench import claim
 from lorabench.claim import STALE_SECONDS, Claim, Lost, current_claim, take
+from tests.test_record import refuse
 
 ROUNDS = 60
 
@@ -98,6 +100,40 @@ def test_a_claim_that_was_never_written_is_respected_only_while_fresh(tmp_path: 
     assert take(tmp_path) is None
     os.utime(file, (time.time() - STALE_SECONDS - 5,) * 2)
     assert take(tmp_path).number == 2
+
+
+def test_a_claim_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with take(tmp_path, {"job": "5"}):
+        refuse(monkeypatch, "0001.json", errno.ESTALE, times=2)
+        assert current_claim(tmp_path).progress == {"job": "5"}
+
+
+@pytest.mark.parametrize(("age", "alive"), [(0, True), (STALE_SECONDS + 5, False)])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
+def test_a_claim_that_cannot_be_read_lives_while_its_file_is_fresh(
+    number: int, age: float, alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_claim(tmp_path, number=3)
+    os.utime(tmp_path / "claims" / "0003.json", (time.time() - age,) * 2)
+    refuse(monkeypatch, "0003.json", number)
+    found = current_claim(tmp_path)
+    assert found and found.number == 3 and found.is_alive() is alive
+    hold = take(tmp_path)
+    assert hold is None if alive else hold and hold.number == 4
+
+
+def test_claims_that_cannot_be_listed_are_never_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_claim(tmp_path)
+
+    def refuse(folder: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(claim.os, "listdir", refuse)
+    assert current_claim(tmp_path).is_alive() and take(tmp_path) is None
+    os.utime(tmp_path / "claims", (time.time() - STALE_SECONDS - 5,) * 2)
+    assert not current_claim(tmp_path).is_alive() and take(tmp_path) is None
 
 
 def test_the_heartbeat_carries_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
