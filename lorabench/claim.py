@@ -10,19 +10,24 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 90.0
 """An owner on another machine that has not been heard of for so long is taken for dead."""
+LEAD_SECONDS = 60.0
+"""How long a comparison of our clock with a file server's holds."""
+_LEADS: dict[int, tuple[float, float]] = {}
+"""Device -> when our clock was compared with its files', monotonic, and by how much it was ahead."""
 TRIES = 3
 """At reading what another machine may be replacing."""
 
@@ -40,7 +45,7 @@ class Claim:
     pid: int
     process_start: str | None
     time: float
-    """Unix time of the last heartbeat."""
+    """Unix time of the last heartbeat; of another machine's by our clock, from the age of its file."""
     released: bool = False
     progress: dict[str, Any] = field(default_factory=dict)
 
@@ -158,7 +163,10 @@ def _read(folder: Path, number: int) -> Claim | None:
     """None where the run's folder was taken away meanwhile."""
     file = folder / "claims" / f"{number:04d}.json"
     try:
-        return Claim(**json.loads(read_text(file)))
+        claim = Claim(**json.loads(read_text(file)))
+        if claim.released or claim.machine == _machine():
+            return claim
+        return replace(claim, time=_heard(file, otherwise=claim.time))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, OSError):
@@ -168,9 +176,33 @@ def _read(folder: Path, number: int) -> Claim | None:
 
 def _unread(number: int, file: Path, otherwise: float) -> Claim:
     """A claim of which only the age is known, or not even that."""
-    with contextlib.suppress(OSError):
-        otherwise = file.stat().st_mtime
-    return Claim(number=number, host="?", machine="?", pid=0, process_start=None, time=otherwise)
+    heard = _heard(file, otherwise)
+    return Claim(number=number, host="?", machine="?", pid=0, process_start=None, time=heard)
+
+
+def _heard(file: Path, otherwise: float) -> float:
+    """When a file was last written, by our own clock, whatever those of its writer and of the file server say."""
+    try:
+        found = file.stat()
+    except OSError:
+        return otherwise
+    measured, lead = _LEADS.get(found.st_dev, (-math.inf, 0.0))
+    if time.monotonic() > measured + LEAD_SECONDS:
+        lead = _lead(file if file.is_dir() else file.parent)
+        _LEADS[found.st_dev] = time.monotonic(), lead
+    return found.st_mtime + lead
+
+
+def _lead(folder: Path) -> float:
+    """By how much our clock is ahead of the one that dates the files in `folder`; 0 where we can make none there."""
+    probe = folder / f".clock.{socket.gethostname()}.{os.getpid()}"
+    try:
+        probe.write_text("x")
+        lead = time.time() - probe.stat().st_mtime
+        probe.unlink()
+    except OSError:
+        return 0.0
+    return lead
 
 
 def read_text(file: Path) -> str:

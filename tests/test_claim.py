@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,7 +52,9 @@ def write_claim(folder: Path, **fields: object) -> Claim:
         "time": time.time(),
     } | fields
     (folder / "claims").mkdir(parents=True, exist_ok=True)
-    (folder / "claims" / f"{values['number']:04d}.json").write_text(json.dumps(values))
+    file = folder / "claims" / f"{values['number']:04d}.json"
+    file.write_text(json.dumps(values))
+    os.utime(file, (values["time"],) * 2)
     return Claim(**values)
 
 
@@ -84,6 +87,26 @@ def test_an_owner_on_another_machine_lives_as_long_as_its_heartbeat(tmp_path: Pa
     write_claim(tmp_path, machine="elsewhere", time=time.time() - age)
     assert current_claim(tmp_path).is_alive() is alive
     assert (take(tmp_path) is None) is alive
+
+
+@pytest.mark.parametrize("ahead", [-1000, 1000])
+@pytest.mark.parametrize("whose", ["writer", "reader"])
+def test_clocks_that_differ_neither_kill_nor_revive_an_owner(
+    whose: str, ahead: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of two machines; what counts is the age of the file by the clock that dates it."""
+    now = time.time()
+    if whose == "reader":
+        clock = SimpleNamespace(time=lambda: now + ahead, monotonic=time.monotonic)
+        monkeypatch.setattr(claim, "time", clock)
+    monkeypatch.setattr(claim, "_LEADS", {})
+    for name, age, alive in (("live", 0, True), ("dead", STALE_SECONDS + 5, False)):
+        folder = tmp_path / name
+        write_claim(folder, machine="elsewhere", time=now - age + (ahead if whose == "writer" else 0))
+        os.utime(folder / "claims" / "0001.json", (now - age,) * 2)
+        assert current_claim(folder).is_alive() is alive
+        assert (take(folder) is None) is alive
+        assert sorted(os.listdir(folder / "claims")) == ["0001.json"] + ["0002.json"] * (not alive)
 
 
 def test_a_later_process_with_the_same_pid_is_not_the_owner(tmp_path: Path) -> None:
