@@ -276,6 +276,18 @@ def test_another_s_jobs_are_shown_but_not_settled(store: Store, slurm_commands: 
     assert "somebody" in next(call for call in slurm_commands.calls if call.startswith("squeue"))
 
 
+@pytest.mark.parametrize(("private", "status"), [("cloud,jobs,usage", "missing"), ("none", "lost")])
+def test_another_s_jobs_that_the_cluster_hides_are_not_taken_for_lost(
+    private: str, status: str, store: Store, slurm_commands: FakeSlurm
+) -> None:
+    slurm_commands.answer("scontrol", f"ClusterName             = here\nPrivateData             = {private}\n")
+    submitted(store.root, [[SPECS[0]]], ["5"], name="20261124T1-a-0000", user="somebody")
+    submitted(store.root, [[SPECS[1]]], ["6"], name="20261124T2-a-0000")
+    theirs, ours = stand(store, *SPECS[:2])
+    assert (theirs.status, ours.status) == (status, "lost")
+    assert theirs.queue and ("somebody's" in (theirs.queue.reason or "")) is (status == "missing")
+
+
 def test_another_cluster_s_jobs_are_not_taken_for_lost(store: Store, slurm_commands: FakeSlurm) -> None:
     """Two clusters share a results folder, and each counts its jobs by itself."""
     slurm_commands.answer("scontrol", "ClusterName             = here\n")
