@@ -25,6 +25,7 @@ class Seen:
     """SLURM's word; None where it does not know the job (any more)."""
     reason: str | None = None
     start: str | None = None
+    end: str | None = None
     nodes: str | None = None
 
 
@@ -103,7 +104,7 @@ class Lookup:
                 return Seen(job_id=job_id, is_queued=False)
             return Seen(
                 job_id=job_id, is_queued=job.is_queued, state=job.state, reason=job.reason, start=job.start,
-                nodes=job.nodes,
+                end=job.end, nodes=job.nodes,
             )  # fmt: skip
 
         return look
