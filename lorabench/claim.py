@@ -8,19 +8,31 @@ deleted, so there is no moment without an owner, and the numbers count the attem
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import math
 import os
 import re
 import socket
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 90.0
 """An owner on another machine that has not been heard of for so long is taken for dead."""
+LEAD_SECONDS = 60.0
+"""How long a comparison of our clock with a file server's holds."""
+_LEADS: dict[int, tuple[float, float]] = {}
+"""Device -> when our clock was compared with its files', monotonic, and by how much it was ahead."""
+TRIES = 3
+"""At reading what another machine may be replacing."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +46,7 @@ class Claim:
     pid: int
     process_start: str | None
     time: float
-    """Unix time of the last heartbeat."""
+    """Unix time of the last heartbeat; of another machine's by our clock, from the age of its file."""
     released: bool = False
     progress: dict[str, Any] = field(default_factory=dict)
 
@@ -106,8 +118,11 @@ class Followed(Hold):
 
 
 def current_claim(folder: Path) -> Claim | None:
-    """The newest claim on the run in `folder`, dead or alive."""
-    numbers = _numbers(folder)
+    """The newest claim on the run in `folder`, dead or alive; of one that cannot be read only its age is known."""
+    try:
+        numbers = again(lambda: _numbers(folder))
+    except OSError:  # another's folder: each heartbeat changes it
+        return _unread(0, folder / "claims", otherwise=0.0)
     return _read(folder, numbers[-1]) if numbers else None
 
 
@@ -145,15 +160,69 @@ def _numbers(folder: Path) -> list[int]:
     return []
 
 
-def _read(folder: Path, number: int) -> Claim:
+def _read(folder: Path, number: int) -> Claim | None:
+    """None where the run's folder was taken away meanwhile."""
     file = folder / "claims" / f"{number:04d}.json"
     try:
-        return Claim(**json.loads(file.read_text()))
-    except (json.JSONDecodeError, TypeError):
-        # Created but not yet written, or its disk was full: alive as long as the file is fresh.
-        return Claim(number=number, host="?", machine="?", pid=0, process_start=None, time=file.stat().st_mtime)
+        claim = Claim(**json.loads(read_text(file)))
+        if claim.released or claim.machine == _machine():
+            return claim
+        return replace(claim, time=_heard(file, otherwise=claim.time))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, OSError):
+        # Created but not yet written, its disk was full, or not for us to read: alive as long as the file is fresh.
+        return _unread(number, file, otherwise=time.time())
 
 
+def _unread(number: int, file: Path, otherwise: float) -> Claim:
+    """A claim of which only the age is known, or not even that."""
+    heard = _heard(file, otherwise)
+    return Claim(number=number, host="?", machine="?", pid=0, process_start=None, time=heard)
+
+
+def _heard(file: Path, otherwise: float) -> float:
+    """When a file was last written, by our own clock, whatever those of its writer and of the file server say."""
+    try:
+        found = file.stat()
+    except OSError:
+        return otherwise
+    measured, lead = _LEADS.get(found.st_dev, (-math.inf, 0.0))
+    if time.monotonic() > measured + LEAD_SECONDS:
+        lead = _lead(file if file.is_dir() else file.parent)
+        _LEADS[found.st_dev] = time.monotonic(), lead
+    return found.st_mtime + lead
+
+
+def _lead(folder: Path) -> float:
+    """By how much our clock is ahead of the one that dates the files in `folder`; 0 where we can make none there."""
+    probe = folder / f".clock.{socket.gethostname()}.{os.getpid()}"
+    try:
+        probe.write_text("x")
+        lead = time.time() - probe.stat().st_mtime
+        probe.unlink()
+    except OSError:
+        return 0.0
+    return lead
+
+
+def read_text(file: Path) -> str:
+    """What is in a file that others replace. Raises OSError and UnicodeDecodeError."""
+    return again(lambda: file.read_text("utf-8"))
+
+
+def again(read: Callable[[], T]) -> T:
+    """What `read` returns; NFS says that a file is stale where another machine has replaced it just then."""
+    for _ in range(TRIES - 1):
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in (errno.ESTALE, errno.EIO):
+                raise
+    return read()
+
+
+@cache
 def _machine() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}" if boot.exists() else socket.gethostname()

@@ -96,8 +96,11 @@ def _take(spec: RunSpec, store: Store, options: Options) -> Hold | Status:
     hold = claim.take(store.folder(spec.id), {"job": options.job} if options.job else None)
     if hold is None:
         return Status.RUNNING
-    if store.state(spec.id).status == Status.DONE:  # finished between the look and the claim
+    state = store.state(spec.id)
+    if state.status == Status.DONE or state.unread:  # finished between the look and the claim
         with hold:
+            if state.unread:
+                raise InputError(state.error or "")
             return Status.DONE
     return hold
 

@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from lorabench.claim import Claim, current_claim
+from lorabench.claim import Claim, current_claim, read_text
 from lorabench.decode import InputError, show
 from lorabench.plugins import unknown
 from lorabench.spec import RunSpec, canonical_json, spec_id
@@ -257,6 +257,12 @@ class RunState:
     record: RunRecord | None = None
     claim: Claim | None = None
     error: str | None = None
+    unread: bool = False
+    """Whether what the run holds could not be read: nothing is known of it, and nothing may be written over."""
+
+
+class Unreadable(InputError):
+    """A file is there, and the system did not let us read it: no right to it, or a file server's trouble."""
 
 
 class Store:
@@ -330,7 +336,10 @@ class Store:
         return table
 
     def state(self, run_id: str, spec: RunSpec | None = None) -> RunState:
-        """How the run stands now; never raises for a damaged run, which is `corrupt` with its reason."""
+        """How the run stands now; never raises for a damaged run, which is `corrupt` with its reason.
+
+        One that merely cannot be read may be whole: it has `failed` for this look.
+        """
         table: dict[str, Any] = {}
         claim = current_claim(self.folder(run_id))
         alive = claim is not None and claim.is_alive()
@@ -340,9 +349,16 @@ class Store:
             if record and table and record.spec != table and canonical_json(record.spec) != canonical_json(table):
                 raise InputError(f"{self.folder(run_id) / 'record.json'}: its spec is not the run's: it was edited")
         except InputError as error:
-            status = Status.RUNNING if alive else Status.CORRUPT  # a live worker writes its record anew
-            table = table or (spec.to_json() if spec else {})
-            return RunState(run_id=run_id, status=status, spec=table, claim=claim, error=error.problems[0])
+            unread = isinstance(error, Unreadable)
+            dead = Status.FAILED if unread else Status.CORRUPT
+            return RunState(
+                run_id=run_id,
+                status=Status.RUNNING if alive else dead,  # a live worker writes its record anew
+                spec=table or (spec.to_json() if spec else {}),
+                claim=claim,
+                error=error.problems[0],
+                unread=unread,
+            )
         if record is None:
             status = Status.RUNNING if alive else Status.INTERRUPTED if claim else Status.MISSING
             return RunState(run_id=run_id, status=status, spec=table, claim=claim)
@@ -416,15 +432,20 @@ def file_digest(file: Path) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is no file. InputError if it is no whole JSON object."""
+    """The object in a file; None where there is no file. InputError if it is no whole JSON object.
+
+    Unreadable where that cannot be told.
+    """
     try:
-        table = json.loads(file.read_text("utf-8"))
+        table = json.loads(read_text(file))
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid JSON (cut short?): {error}") from None
-    except OSError as error:
+    except (IsADirectoryError, NotADirectoryError) as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except OSError as error:
+        raise Unreadable(f"{file}: cannot be read: {error.strerror}") from None
     if not isinstance(table, dict):
         raise InputError(f"{file}: must be a JSON object")
     return table

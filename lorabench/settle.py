@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 from dataclasses import replace
 
 from lorabench.claim import take
 from lorabench.decode import InputError
-from lorabench.record import RunRecord, RunState, Status, Store
+from lorabench.record import RunRecord, RunState, Status, Store, Unreadable
 
 
 def settle(store: Store, state: RunState, status: Status, error: str) -> RunState:
@@ -23,8 +22,12 @@ def settle(store: Store, state: RunState, status: Status, error: str) -> RunStat
         return store.state(state.run_id)
     with hold:
         record = RunRecord(run_id=state.run_id, spec=state.spec, status=status)
-        with contextlib.suppress(InputError):
+        try:
             record = store.read(state.run_id) or record
+        except Unreadable as problem:  # and may well be whole
+            return replace(state, status=Status.FAILED, error=problem.problems[0], unread=True)
+        except InputError:
+            pass
         if record.status == Status.DONE or hold.number > (seen.number if seen else 0) + 1:
             return RunState(run_id=state.run_id, status=record.status, spec=record.spec, record=record)
         finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,15 +1,18 @@
 """Claims: of any number of workers exactly one gets a run, whoever died before."""
 
+import errno
 import json
 import multiprocessing
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lorabench import claim
 from lorabench.claim import STALE_SECONDS, Claim, Lost, current_claim, take
+from tests.test_record import refuse
 
 ROUNDS = 60
 
@@ -49,7 +52,9 @@ def write_claim(folder: Path, **fields: object) -> Claim:
         "time": time.time(),
     } | fields
     (folder / "claims").mkdir(parents=True, exist_ok=True)
-    (folder / "claims" / f"{values['number']:04d}.json").write_text(json.dumps(values))
+    file = folder / "claims" / f"{values['number']:04d}.json"
+    file.write_text(json.dumps(values))
+    os.utime(file, (values["time"],) * 2)
     return Claim(**values)
 
 
@@ -84,6 +89,26 @@ def test_an_owner_on_another_machine_lives_as_long_as_its_heartbeat(tmp_path: Pa
     assert (take(tmp_path) is None) is alive
 
 
+@pytest.mark.parametrize("ahead", [-1000, 1000])
+@pytest.mark.parametrize("whose", ["writer", "reader"])
+def test_clocks_that_differ_neither_kill_nor_revive_an_owner(
+    whose: str, ahead: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of two machines; what counts is the age of the file by the clock that dates it."""
+    now = time.time()
+    if whose == "reader":
+        clock = SimpleNamespace(time=lambda: now + ahead, monotonic=time.monotonic)
+        monkeypatch.setattr(claim, "time", clock)
+    monkeypatch.setattr(claim, "_LEADS", {})
+    for name, age, alive in (("live", 0, True), ("dead", STALE_SECONDS + 5, False)):
+        folder = tmp_path / name
+        write_claim(folder, machine="elsewhere", time=now - age + (ahead if whose == "writer" else 0))
+        os.utime(folder / "claims" / "0001.json", (now - age,) * 2)
+        assert current_claim(folder).is_alive() is alive
+        assert (take(folder) is None) is alive
+        assert sorted(os.listdir(folder / "claims")) == ["0001.json"] + ["0002.json"] * (not alive)
+
+
 def test_a_later_process_with_the_same_pid_is_not_the_owner(tmp_path: Path) -> None:
     write_claim(tmp_path, pid=os.getpid(), process_start="1")
     assert not current_claim(tmp_path).is_alive()
@@ -98,6 +123,40 @@ def test_a_claim_that_was_never_written_is_respected_only_while_fresh(tmp_path: 
     assert take(tmp_path) is None
     os.utime(file, (time.time() - STALE_SECONDS - 5,) * 2)
     assert take(tmp_path).number == 2
+
+
+def test_a_claim_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with take(tmp_path, {"job": "5"}):
+        refuse(monkeypatch, "0001.json", errno.ESTALE, times=2)
+        assert current_claim(tmp_path).progress == {"job": "5"}
+
+
+@pytest.mark.parametrize(("age", "alive"), [(0, True), (STALE_SECONDS + 5, False)])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
+def test_a_claim_that_cannot_be_read_lives_while_its_file_is_fresh(
+    number: int, age: float, alive: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_claim(tmp_path, number=3)
+    os.utime(tmp_path / "claims" / "0003.json", (time.time() - age,) * 2)
+    refuse(monkeypatch, "0003.json", number)
+    found = current_claim(tmp_path)
+    assert found and found.number == 3 and found.is_alive() is alive
+    hold = take(tmp_path)
+    assert hold is None if alive else hold and hold.number == 4
+
+
+def test_claims_that_cannot_be_listed_are_never_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_claim(tmp_path)
+
+    def refuse(folder: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(claim.os, "listdir", refuse)
+    assert current_claim(tmp_path).is_alive() and take(tmp_path) is None
+    os.utime(tmp_path / "claims", (time.time() - STALE_SECONDS - 5,) * 2)
+    assert not current_claim(tmp_path).is_alive() and take(tmp_path) is None
 
 
 def test_the_heartbeat_carries_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

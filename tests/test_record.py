@@ -12,7 +12,9 @@ from safetensors import SafetensorError
 from lorabench import record as records
 from lorabench.claim import take
 from lorabench.decode import InputError
+from lorabench.execute import Options, execute
 from lorabench.record import MEASURES, RunRecord, Status, Store, disk_errors, write_bytes
+from lorabench.settle import settle
 from lorabench.spec import RunSpec
 
 SPEC = RunSpec.from_json({"method": {"name": "lora"}, "task": {"name": "text"}})
@@ -29,6 +31,19 @@ def stored(root: Path, **fields: object) -> Store:
 
 def edit(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def refuse(patch: pytest.MonkeyPatch, name: str, number: int, times: int | None = None) -> None:
+    """Have files of this name answer with this error, always or the first times."""
+    real, refusals = Path.read_text, []
+
+    def read_text(file: Path, *arguments: str) -> str:
+        if file.name == name and (times is None or len(refusals) < times):
+            refusals.append(file)
+            raise OSError(number, os.strerror(number))
+        return real(file, *arguments)
+
+    patch.setattr(Path, "read_text", read_text)
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
@@ -48,6 +63,33 @@ def test_a_record_cut_short_anywhere_is_corrupt_and_never_done(tmp_path: Path) -
         file.write_bytes(whole[:length])
         state = store.state(SPEC.id)
         assert state.status == Status.CORRUPT and "record.json: not valid JSON" in state.error
+
+
+@pytest.mark.parametrize("name", ["record.json", "spec.json"])
+def test_a_file_that_was_replaced_while_it_was_read_is_read_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS tells of it so."""
+    store = stored(tmp_path)
+    refuse(monkeypatch, name, errno.ESTALE, times=2)
+    assert store.state(SPEC.id).status == Status.DONE
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("name", ["record.json", "spec.json"])
+def test_what_cannot_be_read_is_not_taken_for_damaged_nor_written_over(
+    name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stored(tmp_path)
+    with monkeypatch.context() as patch:
+        refuse(patch, name, number)
+        state = store.state(SPEC.id)
+        assert state.status == Status.FAILED and state.unread and f"{name}: cannot be read" in (state.error or "")
+        if name == "record.json":
+            assert settle(store, state, Status.OOM, "its job is gone").unread
+            with pytest.raises(InputError, match="cannot be read"):
+                execute(SPEC, store, Options(device="cpu"))
+    assert store.state(SPEC.id).status == Status.DONE
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ class Seen:
     """SLURM's word; None where it does not know the job (any more)."""
     reason: str | None = None
     start: str | None = None
+    end: str | None = None
     nodes: str | None = None
 
 
@@ -41,6 +42,7 @@ class Lookup:
         self._arrays: dict[str, set[str]] = {}
         self._problem: str | None = None
         self._cluster: str | None = None
+        self._only_own = False
         if any(submission.kind == "slurm" for submission in submissions):
             self._ask(submissions, tell)
         self._seen = {submission.name: self._look(submission) for submission in submissions}
@@ -53,8 +55,10 @@ class Lookup:
     def _ask(self, submissions: list[Submission], tell: Tell | None) -> None:
         try:
             jobs = slurm.list_jobs({user_name(), *(s.user for s in submissions if s.kind == "slurm")})
-            if any(submission.slurm_cluster for submission in submissions):
-                self._cluster = slurm.config().get("ClusterName")
+            if any(submission.slurm_cluster or submission.user != user_name() for submission in submissions):
+                config = slurm.config()
+                self._cluster = config.get("ClusterName")
+                self._only_own = "jobs" in config.get("PrivateData", "").split(",")
         except slurm.Unreachable as error:
             if tell is None:
                 raise
@@ -88,6 +92,8 @@ class Lookup:
             return "SLURM did not answer"
         if submission.slurm_cluster not in (None, self._cluster):
             return f"on cluster {submission.slurm_cluster}; not seen from here"
+        if self._only_own and submission.user != user_name():
+            return f"{submission.user}'s; this cluster shows everyone only his own jobs"
         return None
 
     def _job(self, comment: str) -> Callable[[str], Seen]:
@@ -98,7 +104,7 @@ class Lookup:
                 return Seen(job_id=job_id, is_queued=False)
             return Seen(
                 job_id=job_id, is_queued=job.is_queued, state=job.state, reason=job.reason, start=job.start,
-                nodes=job.nodes,
+                end=job.end, nodes=job.nodes,
             )  # fmt: skip
 
         return look

@@ -264,7 +264,7 @@ def _call(command: list[str], none_if: re.Pattern[str] | None = None) -> str | N
         raise Unreachable(f"{command[0]}: no answer from SLURM in {TIMEOUT_SECONDS:g} s") from None
     except OSError as error:
         raise Unreachable(f"{command[0]}: cannot be called: {error.strerror}") from None
-    message = " ".join(done.stderr.split())
+    message = " ".join(done.stderr.replace(f"{command[0]}: error: ", "").split())
     if done.returncode == 0:
         return done.stdout
     if none_if and none_if.search(message):

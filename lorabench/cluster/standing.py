@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from lorabench.cluster import slurm
 from lorabench.cluster.lookup import Lookup, Seen, Tell
 from lorabench.cluster.queue import Submission, read_submissions, user_name
-from lorabench.cluster.verdict import began_by, judge, tells_of_memory
+from lorabench.cluster.verdict import began_by, has_just_ended, judge, shows_late, tells_of_memory
 from lorabench.record import CANCEL_MARKER as CANCEL_MARKER
 from lorabench.record import FAILURES, RunState, Status, Store
 from lorabench.settle import settle
@@ -174,13 +174,18 @@ def _settled(store: Store, found: list[Standing], tell: Tell | None) -> list[Sta
     if not gone:
         return found
     ended, why = _ask_accounting(gone, tell)
-    return [_judged(store, standing, ended, why) if standing.gone else standing for standing in found]
+    late = shows_late(store.root)
+    return [_judged(store, standing, ended, why, late) if standing.gone else standing for standing in found]
 
 
 def _ask_accounting(gone: list[Standing], tell: Tell | None) -> tuple[dict[str, slurm.Ended], str]:
     """What is known of how these jobs ended, by their ids, and what to say of one of which nothing is known."""
     seen = [s.gone for s in gone if s.gone and s.place and s.place.submission.kind == "slurm"]
-    known = {s.job_id: slurm.Ended(id=s.job_id, state=s.state, nodes=s.nodes) for s in seen if s.job_id and s.state}
+    known = {
+        s.job_id: slurm.Ended(id=s.job_id, state=s.state, end=s.end, nodes=s.nodes)
+        for s in seen
+        if s.job_id and s.state
+    }
     if not seen:
         return {}, ""
     try:
@@ -195,7 +200,7 @@ def _ask_accounting(gone: list[Standing], tell: Tell | None) -> tuple[dict[str, 
     return known | found, "SLURM has no trace of it: cancelled while it waited?"
 
 
-def _judged(store: Store, standing: Standing, ended: dict[str, slurm.Ended], why: str) -> Standing:
+def _judged(store: Store, standing: Standing, ended: dict[str, slurm.Ended], why: str, late: bool) -> Standing:
     place, seen = standing.place, standing.gone
     assert place and seen and seen.job_id
     submission, is_local = place.submission, place.submission.kind == "local"
@@ -207,6 +212,9 @@ def _judged(store: Store, standing: Standing, ended: dict[str, slurm.Ended], why
     began = began_by(state.claim, seen.job_id, submission.time, end)
     if began is None or state.status not in (Status.MISSING, Status.INTERRUPTED):
         return replace(standing, state=state)
+    if late and not is_local and has_just_ended(end, state.claim):
+        queue = replace(standing.queue, reason="its job has just ended") if standing.queue else None
+        return replace(standing, state=replace(state, status=Status.PENDING, error=None), queue=queue)
     if began and (end is None or end.state == "FAILED") and tells_of_memory(submission.job_logs(seen.job_id)):
         end = replace(end or slurm.Ended(id=seen.job_id, state=""), state="OUT_OF_MEMORY")
     verdict = judge(seen.job_id, began, end, f"its process ended on {submission.host}" if is_local else why)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +17,9 @@ from lorabench.record import Status
 
 CLOCK_SECONDS = 120.0
 """By so much the clocks of a cluster's machines may differ."""
+LATE_SECONDS = 90.0
+"""After a job's end, until NFS shows here all that it has written: by default folders are looked at anew in 60 s."""
+MOUNTS = Path("/proc/self/mountinfo")
 TAIL_BYTES = 65536
 _FINDINGS = {
     "OUT_OF_MEMORY": (Status.OOM, "was killed for its memory"),
@@ -67,6 +71,27 @@ def tells_of_memory(logs: Iterable[Path]) -> bool:
             if re.search(rb"slurmstepd\S*: error: .*oom.kill event", file.read(), re.I):
                 return True
     return False
+
+
+def shows_late(root: Path) -> bool:
+    """Whether what other machines write below `root` is seen here only after a while: on NFS."""
+    with contextlib.suppress(OSError):
+        device = os.stat(root).st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        mounts = [line.partition(" - ") for line in MOUNTS.read_text(errors="replace").splitlines()]
+        return any(left.split()[2] == number and kind.startswith("nfs") for left, _, kind in mounts)
+    return False
+
+
+def has_just_ended(ended: Ended | None, claim: Claim | None) -> bool:
+    """Whether a job may have written what NFS does not show yet. Its run's last heartbeat counts if no end is known."""
+    if ended and ended.end:
+        end = datetime.fromisoformat(ended.end).timestamp()
+    elif claim:
+        end = claim.time
+    else:
+        return False
+    return -CLOCK_SECONDS < time.time() - end < LATE_SECONDS
 
 
 def began_by(claim: Claim | None, job_id: str, submitted: float, ended: Ended | None) -> bool | None:

@@ -12,6 +12,7 @@ import pytest
 from lorabench.claim import take
 from lorabench.cli import main
 from lorabench.cluster import local
+from lorabench.cluster.queue import read_submissions
 from lorabench.cluster.standing import standings
 from lorabench.execute import Options, execute
 from lorabench.record import Status, Store, write_bytes
@@ -159,6 +160,30 @@ def test_run_takes_the_marks_of_its_runs_away(store: Store, tmp_path: Path, monk
     (tmp_path / "half.toml").write_text(SWEEP)
     assert main(["run", str(tmp_path / "half.toml"), "--results", str(store.root), "--device", "cpu"]) == 0
     assert seen == [[False, True]]
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("squeue", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"),
+        (
+            "scancel",
+            "scancel: error: Kill job error on job id 5_[0]: Unable to contact slurm controller (connect failure)",
+        ),
+    ],
+)
+def test_a_controller_that_is_down_is_one_message(
+    command: str, said: str, store: Store, slurm_commands: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a real one has said it, before the look or after it; nothing then says that anything was cancelled."""
+    slurm_commands.queue({"5_0": "PENDING", "5_1": "RUNNING", "5_2": "PENDING"})
+    slurm_commands.answer(command, err=f"{said}\n", code=1)
+    assert cancel(store, "half") == 2
+    out, err = capsys.readouterr()
+    told = said.removeprefix("scancel: error: ")
+    assert (out, err) == ("", f"lorabench: error: {command}: {told}\n")
+    (submission,) = read_submissions(store.root)
+    assert not submission.cancelled
 
 
 LOCAL_JOB = """

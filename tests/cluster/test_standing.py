@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 
 from lorabench import claim
 from lorabench.claim import STALE_SECONDS, take
-from lorabench.cluster import slurm
+from lorabench.cluster import slurm, verdict
 from lorabench.cluster.queue import COMMENT, note_cancelled, read_submission
 from lorabench.cluster.standing import Standing, standings
 from lorabench.decode import InputError
@@ -243,6 +244,31 @@ def test_what_is_being_submitted_just_now_waits(store: Store, slurm_commands: Fa
         assert [s.status for s in stand(store, *SPECS[:2])] == ["missing", "missing"]
 
 
+@pytest.mark.parametrize("filesystem", ["nfs4", "ext4"])
+def test_on_nfs_what_a_job_wrote_last_is_waited_for(
+    filesystem: str, store: Store, slurm_commands: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its end is known from the accounting, from the queue, or from the run's last heartbeat."""
+    device = os.stat(tmp_path).st_dev
+    mounts = f"1 2 9:9 / /other rw - nfs4 s rw\n3 2 {os.major(device)}:{os.minor(device)} / /x rw - {filesystem} s rw\n"
+    monkeypatch.setattr(verdict, "MOUNTS", tmp_path / "mounts")
+    verdict.MOUNTS.write_text(mounts)
+    submitted(store.root, [[SPECS[0]], [SPECS[1]], [SPECS[2]], [SPECS[3]]], ["5"])
+    ended = datetime.now().isoformat(timespec="seconds")
+    died(store, SPECS[2], "5_2")
+    slurm_commands.answer("squeue", f"5_1|FAILED|NonZeroExitCode|N/A|{ended}|n1|(null)\n")
+    slurm_commands.answer(
+        "sacct", f"5_0|COMPLETED|0:0|{ended}|{ended}|n1\n5_3|COMPLETED|0:0|{ended}|2026-11-24T14:31:00|n1\n"
+    )
+    waits = ["pending"] * 3 if filesystem == "nfs4" else ["lost"] * 3
+    found = stand(store, *SPECS[:4])
+    assert [s.status for s in found] == [*waits, "lost"]
+    if filesystem == "nfs4":
+        assert {s.queue and s.queue.reason for s in found[:3]} == {"its job has just ended"}
+        monkeypatch.setattr(verdict, "LATE_SECONDS", -100.0)
+        assert [s.status for s in stand(store, *SPECS[:4])] == ["lost"] * 4
+
+
 @pytest.mark.parametrize("fails", ["claim", "record"])
 def test_a_verdict_that_cannot_be_written_is_shown_all_the_same(
     fails: str, store: Store, slurm_commands: FakeSlurm, monkeypatch: pytest.MonkeyPatch
@@ -274,6 +300,18 @@ def test_another_s_jobs_are_shown_but_not_settled(store: Store, slurm_commands: 
     assert [s.status for s in stand(store, *SPECS[:2])] == ["oom", "pending"]
     assert store.read(SPECS[0].id).status == Status.RUNNING
     assert "somebody" in next(call for call in slurm_commands.calls if call.startswith("squeue"))
+
+
+@pytest.mark.parametrize(("private", "status"), [("cloud,jobs,usage", "missing"), ("none", "lost")])
+def test_another_s_jobs_that_the_cluster_hides_are_not_taken_for_lost(
+    private: str, status: str, store: Store, slurm_commands: FakeSlurm
+) -> None:
+    slurm_commands.answer("scontrol", f"ClusterName             = here\nPrivateData             = {private}\n")
+    submitted(store.root, [[SPECS[0]]], ["5"], name="20261124T1-a-0000", user="somebody")
+    submitted(store.root, [[SPECS[1]]], ["6"], name="20261124T2-a-0000")
+    theirs, ours = stand(store, *SPECS[:2])
+    assert (theirs.status, ours.status) == (status, "lost")
+    assert theirs.queue and ("somebody's" in (theirs.queue.reason or "")) is (status == "missing")
 
 
 def test_another_cluster_s_jobs_are_not_taken_for_lost(store: Store, slurm_commands: FakeSlurm) -> None:
