@@ -28,8 +28,8 @@ from lorabench.sweep import Sweep
 from lorabench.worker import Settings, Target, execute_run
 from tests.conftest import make_spec
 
-TOLERANCES = {"float32": (1e-5, 3e-5), "bfloat16": (1e-2, 1e-1)}
-"""Of losses, and of what was learned relative to its norm: sums in another order, over six steps.
+TOLERANCES = {"float32": (1e-5, 3e-5, 1e-6), "bfloat16": (1e-2, 5e-2, 3e-2)}
+"""Of losses, of what was learned relative to its norm, and of accuracies: sums in another order, over six steps.
 
 ΔW of a norm's gain is some 1e-3 of the gain, whose last bit is 6e-8 in float32.
 """
@@ -59,11 +59,11 @@ def losses(root: Path, record: RunRecord) -> list[float]:
 
 def assert_same(root: Path, record: RunRecord, other_root: Path, other: RunRecord) -> None:
     assert record.status == other.status == Status.DONE, (record.error, other.error)
-    tolerance, weight_tolerance = TOLERANCES[record.spec["dtype"]]
+    tolerance, weight_tolerance, accuracy = TOLERANCES[record.spec["dtype"]]
     assert losses(root, record) == pytest.approx(losses(other_root, other), rel=tolerance)
     for name, value in record.measures.items():
         if name.startswith(("valid_", "test_", "train_loss", "base_")):
-            assert other.measures[name] == pytest.approx(value, rel=tolerance, abs=1e-6), name
+            assert other.measures[name] == pytest.approx(value, rel=tolerance, abs=accuracy), name
     wanted, got = learned(root, record), learned(other_root, other)
     assert wanted.keys() == got.keys() and wanted
     for name, tensor in wanted.items():
@@ -131,7 +131,7 @@ def observed(spec: RunSpec, store: Store, settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("processes", "sharding", "names"),
     [
-        (2, "ddp", ["lora", "adalora", "prompt", "bfloat16", "full"]),
+        (2, "ddp", ["lora", "adalora", "prompt", "bfloat16"]),
         (2, "fsdp", ["parts", "bitfit", "adalora", "full bfloat16", "full"]),
         (3, "ddp", ["classifier", "empty"]),
         (3, "fsdp", ["full empty"]),
