@@ -29,7 +29,6 @@ from lorabench.distributed import (
     Sharding,
     World,
     is_peer_loss,
-    is_sharded,
     joined,
     local_part,
     log_name,
@@ -158,12 +157,13 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
         options_of_model = stages[0].model_options
         meter.set_baseline()
     if world.size > 1:
-        stop.world = world = world.spread(sharding.choose(spec, options.sharding, device, options_of_model))
+        stop.world = world = world.spread(sharding.choose(spec, options.sharding, device, options_of_model), device)
     tuned, counts = sharding.in_turn(world, lambda: _load_tuned(spec, stages, meter, world))
     record.environment |= world.describe() | model.fingerprint(spec) | _data(stages)
     record.measures |= counts
     content: dict[str, Any] = {key: record.environment.get(key) for key in ("model_commit", "model_sha256", "data")}
     training = Training(spec, tuned, make_optimizer(spec, tuned), meter, world, content=content)
+    _compare_ranks(training)
     _seed_rank(training)
     if world.from_first(checkpoint.exists):
         record.resumed_from_step = _resume(training, checkpoint)
@@ -348,9 +348,9 @@ def _fill(record: RunRecord, training: Training, folder: Path) -> None:
     throughput = meter.throughput()
     record.measures |= memory | throughput | training.metrics | meter.wall_time()
     record.measures["optimizer_state_gib"] = _optimizer_bytes(training.optimizer) / meters.GIB
-    record.measures["updates_bytes"] = sum(
-        file.stat().st_size for file in (folder / "updates").rglob("*") if file.is_file()
-    ) if (folder / "updates").exists() else 0  # fmt: skip
+    if world.is_first:  # which has written them
+        files = [file for file in (folder / "updates").rglob("*") if file.is_file()]
+        record.measures["updates_bytes"] = sum(file.stat().st_size for file in files)
     if spec.tasks:
         found = sequence.matrices(training.rows)
         record.sequence = {"tasks": task_names([encode(task) for task in spec.tasks]), "matrices": found}
@@ -358,7 +358,10 @@ def _fill(record: RunRecord, training: Training, folder: Path) -> None:
     energy = ranks.energy(meter, world)
     if energy:
         record.measures["energy_joules"], record.provenance["energy_joules"] = energy
-    if throughput:
+    if throughput and training.sizes - {world.size}:
+        note = f"not measured: {sorted(training.sizes | {world.size})} processes, one after the other"
+        record.provenance["model_flops_utilization"] = note
+    elif throughput:
         tokens = sum(row[1] for row in meter.step_rows) / len(meter.step_rows)
         length = sum(row[2] for row in meter.step_rows) / len(meter.step_rows) / spec.batch_size
         flops = meters.model_flops_per_token(training.model, length) * tokens
@@ -385,18 +388,24 @@ def method_seed(spec: RunSpec, **also: int) -> int:
     return int.from_bytes(hashlib.sha256(content).digest()[:4], "big")
 
 
+def _compare_ranks(training: Training) -> None:
+    """Raises RuntimeError where ranks begin with other data or weights, which each has read or made by itself."""
+    world = training.world
+    if world.size > 1:
+        if strange := ranks.strangers(world, training.content):
+            raise RuntimeError(f"the ranks differ: {strange} have other data or another base than rank 0")
+        trained = ranks.digest(training.spec.method.trained_state(training.model).values())
+        if strange := ranks.strangers(world, trained, ranks.frozen_sums(training.model)):
+            raise RuntimeError(f"the ranks differ: {strange} start from other weights than rank 0")
+
+
 def _check_weights(training: Training) -> None:
     """Raises Diverged where trained weights are not finite, and RuntimeError where ranks differ in what all hold."""
     world, trained = training.world, training.spec.method.trained_state(training.model)
     if world.any(not all(local_part(tensor).isfinite().all() for tensor in trained.values())):
         raise Diverged(f"step {training.step}: trained weights are not finite")
     if world.size > 1:
-        content = hashlib.sha256()
-        for tensor in trained.values():
-            if not is_sharded(tensor):
-                content.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
-        digests = world.gather(content.digest())
-        strange = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        strange = ranks.strangers(world, ranks.digest(trained.values()))
         if strange:
             raise RuntimeError(f"the ranks have drifted apart: {strange} hold other trained weights than rank 0")
 
@@ -440,7 +449,10 @@ def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def _use_device(options: Options) -> torch.device:
     """This process's device, made the current one."""
-    device = own_device(options.place, pick_device(options.device))
+    device = pick_device(options.device)
+    if device.index is not None and options.place.size > 1:
+        raise InputError(f"device = {options.device}: {options.place.size} processes take a GPU each; use cuda")
+    device = own_device(options.place, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

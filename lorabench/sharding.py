@@ -60,7 +60,11 @@ def loads_on(world: World, device: torch.device) -> torch.device:
 
 def in_turn(world: World, make: Callable[[], T]) -> T:
     """What `make` gives: at once, or where it loads a whole base only to share it out, by one rank of a machine after
-    the other, so that the machine holds one base at a time."""
+    the other, so that the machine holds one base at a time.
+
+    A machine's memory has to have room for a whole base beside the shares: 4 bytes a parameter where the base is
+    trained, 28 GB for 7B. To load takes as many times as long as a machine has ranks.
+    """
     if not world.is_sharded:
         return make()
     for turn in range(world.place.local_size):
@@ -74,13 +78,11 @@ def shard(model: nn.Module, world: World, device: torch.device, trains_base: boo
     """Share a model's weights out, in place: all, or those that are not trained. It may be larger than `device`."""
     if not world.is_sharded:
         return model
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    mesh = init_device_mesh(device.type, (world.size,))
     kept = set() if trains_base else {p for p in model.parameters() if p.requires_grad or p.numel() == 1}
     for module in [*blocks(model), model]:
-        fully_shard(module, mesh=mesh, ignored_params=kept)
+        fully_shard(module, mesh=world.mesh, ignored_params=kept)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # gradients are summed: the loss is over the global count already
@@ -130,6 +132,7 @@ def write_shares(
     return {
         "shares": name,
         "share_bytes": {k: v for each in sizes for k, v in each.items()},
+        "moments": {number: list(kept) for number, kept in state["state"].items()},
         "optimizer": {"param_groups": state["param_groups"]},
     }
 
@@ -138,7 +141,7 @@ def drop_shares(folder: Path, keep: str | None) -> None:
     """Remove all shares but those of this name."""
     for found in folder.glob(f"{FOLDER}*"):
         if found.name != keep:
-            shutil.rmtree(found)
+            shutil.rmtree(found, ignore_errors=True)  # what is left of them is in nobody's way
 
 
 def read_shares(
@@ -158,7 +161,8 @@ def read_shares(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if len(numbers) != len(parameters):
         raise ValueError("holds other parameters than this version trains")
-    moments = {number: _moments(p) for number, p in zip(numbers, parameters, strict=True)}
+    named = dict(zip(numbers, parameters, strict=True))
+    moments = {number: _moments(named[number], keys) for number, keys in state["moments"].items() if number in named}
     model = {name: torch.zeros_like(tensor) for name, tensor in trained.items()}
     try:
         checkpoint.load(_named(model, moments), checkpoint_id=shares, no_dist=world.size == 1)
@@ -191,7 +195,7 @@ def _named(trained: dict[str, Tensor], moments: dict[int, dict[str, Tensor]]) ->
     return named | {f"optimizer.{n}.{key}": value for n, kept in moments.items() for key, value in kept.items()}
 
 
-def _moments(parameter: Tensor) -> dict[str, Tensor]:
-    """Of AdamW, to be filled."""
-    zeros = lambda: torch.zeros_like(parameter.detach())  # noqa: E731
-    return {"step": torch.zeros((), device=parameter.device), "exp_avg": zeros(), "exp_avg_sq": zeros()}
+def _moments(parameter: Tensor, keys: Iterable[str]) -> dict[str, Tensor]:
+    """AdamW's state of one parameter, to be filled; a parameter that has had no gradient yet has none."""
+    kept = parameter.detach()
+    return {key: torch.zeros((), device=kept.device) if key == "step" else torch.zeros_like(kept) for key in keys}

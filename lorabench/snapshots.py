@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,14 +51,12 @@ def write_update(training: Training, load_base: LoadBase, folder: Path, name: st
 
 
 def take_part(training: Training, load_base: LoadBase) -> None:
-    """What a rank beside the first does while shared-out weights are saved: each tensor is gathered by all of them."""
-    spec = training.spec
-    if is_streamed(training):
-        for _ in spec.method.updates(training.model, load_base):
-            pass
-        return
-    with tempfile.TemporaryDirectory(prefix="lorabench-") as scratch:
-        spec.method.save(training.model, load_base, Path(scratch), spec.keep)
+    """What a rank beside the first does while shared-out weights are saved: each tensor is gathered by all of them.
+
+    Whatever a method saves, it gathers in `updates` alone.
+    """
+    for _ in training.spec.method.updates(training.model, load_base):
+        pass
 
 
 def is_streamed(training: Training) -> bool:

@@ -148,13 +148,15 @@ class _Follower:
         self.log = pool.server_log or store.root / "runs" / ".server.log"
         self.log = self.log.with_name(f"{self.log.name}.{place.rank}")
         self.oom_kills = count_oom_kills()
-        self.beaten = 0.0
+        self.ended = threading.Event()
 
     def go(self) -> None:
         """Until rank 0 has no more runs, or is gone."""
         import torch.distributed as dist
 
         self.store, _ = _open_store(self.place.rank)
+        beating = threading.Thread(target=self._beat, daemon=True, name="beat")
+        beating.start()
         self.context = start_server(self.log, self.pool.preload, self.specs)
         try:
             for number in itertools.count():
@@ -165,10 +167,12 @@ class _Follower:
                 self._compute(json.loads(order))
         except (dist.DistNetworkError, dist.DistStoreError) as error:
             print(f"rank {self.place.rank}: rank 0 is gone: {str(error).splitlines()[0]}")
+        finally:
+            self.ended.set()
+            beating.join(TRY.total_seconds())
 
     def _next(self, key: str) -> bytes:
         while not self.store.check([key]):
-            self._beat()
             time.sleep(TICK_SECONDS)
         return self.store.get(key)
 
@@ -180,7 +184,6 @@ class _Follower:
         obeyed = b""
         try:
             while rank.is_alive():
-                self._beat()
                 told = self.store.get(f"told {key}") if self.store.check([f"told {key}"]) else b""
                 if told != obeyed:
                     obeyed = told
@@ -197,9 +200,14 @@ class _Follower:
         return replace(self.pool.settings, place=replace(self.place, meeting=meeting))
 
     def _beat(self) -> None:
-        if time.monotonic() - self.beaten > BEAT_SECONDS:
-            self.beaten = time.monotonic()
-            self.store.set(f"beat {self.place.rank}", str(self.beaten))
+        """Tell rank 0 that this supervisor lives, whatever else it waits for: by a connection of its own."""
+        with contextlib.suppress(RuntimeError):  # rank 0 is gone
+            store, _ = _open_store(self.place.rank)
+            store.set(f"beat {self.place.rank}", "0")
+            for beat in itertools.count(1):
+                if self.ended.wait(BEAT_SECONDS):
+                    return
+                store.set(f"beat {self.place.rank}", str(beat))
 
 
 def _open_store(rank: int = 0) -> tuple[Any, int]:

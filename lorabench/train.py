@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lorabench import meter as meters
-from lorabench import sharding
+from lorabench import ranks, sharding
 from lorabench.claim import Hold
 from lorabench.distributed import ALONE, Gradients, World, is_sharded, whole
 from lorabench.examples import RETAIN, Batch, Examples, Order, collate
@@ -98,6 +98,9 @@ class Training:
     snapshots: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the files of the snapshots kept so far, by path below the run's folder."""
 
+    sizes: set[int] = field(default_factory=set)
+    """Numbers of ranks that took the steps before it was stopped."""
+
     @property
     def task_step(self) -> int:
         """Optimizer steps done on the task being trained."""
@@ -116,7 +119,9 @@ class Training:
 
     def save(self, file: Path) -> None:
         """Write the checkpoint whole or not at all; called by all ranks, and written by the first."""
-        own, *others = self.world.gather({"random": random_state(self.meter.device), "meter": self.meter.state})
+        device, tells = self.meter.device, ranks.tells_energy(self.meter, self.world)
+        measured = {"random": random_state(device), "meter": self.meter.state, "tells_energy": tells}
+        own, *others = self.world.gather(measured)
         trained = self.spec.method.trained_state(self.model)
         if any(map(is_sharded, trained.values())):
             tensors = sharding.write_shares(trained, self.optimizer, file.parent, self.world)
@@ -134,6 +139,7 @@ class Training:
             "rows": self.rows,
             "snapshots": self.snapshots,
             "others": others,
+            "sizes": sorted(self.sizes | {self.world.size}),
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(".tmp")
@@ -160,17 +166,22 @@ class Training:
         self.spec.method.restore(self.model, state["model"])
         self.stage, self.step, self.evaluated = state["stage"], state["step"], state["evaluated"]
         self.losses, self.metrics, self.rows = state["losses"], state["metrics"], state["rows"]
-        self.snapshots = state["snapshots"]
+        self.snapshots, self.sizes = state["snapshots"], set(state["sizes"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._load_rank([state, *state["others"]])
 
-    def _load_rank(self, ranks: list[dict[str, Any]]) -> None:
-        """This rank's random numbers and what it has measured; a rank that was not there begins with its own."""
-        if self.world.rank < len(ranks):
-            self.meter.restore(ranks[self.world.rank]["meter"])
-            set_random_state(ranks[self.world.rank]["random"], self.meter.device)
+    def _load_rank(self, before: list[dict[str, Any]]) -> None:
+        """This rank's random numbers and what it has measured; a rank that was not there begins with its own.
+
+        The first one keeps the joules of all, for the others may be fewer now, or stand on other machines.
+        """
+        if self.world.rank < len(before):
+            self.meter.restore(before[self.world.rank]["meter"])
+            set_random_state(before[self.world.rank]["random"], self.meter.device)
+        joules = sum(rank["meter"]["energy_joules"] for rank in before if rank.get("tells_energy", True))
+        self.meter.energy_joules = joules if self.world.is_first else 0.0
         if self.world.is_first:
-            for gone in ranks[self.world.size :]:
+            for gone in before[self.world.size :]:
                 self.meter.restore_peaks(gone["meter"])
 
 
@@ -187,9 +198,10 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     """What `Training.save` wrote. ValueError if it is damaged."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        tensors = "share_bytes" if "shares" in state else "model"
-        needed = (tensors, "stage", "step", "evaluated", "losses", "metrics", "rows", "optimizer", "meter", "random")
-        return {"content": None, "snapshots": {}, "others": []} | state | {key: state[key] for key in needed}
+        tensors = ("share_bytes", "moments") if "shares" in state else ("model",)
+        needed = (*tensors, "stage", "step", "evaluated", "losses", "metrics", "rows", "optimizer", "meter", "random")
+        optional: dict[str, Any] = {"content": None, "snapshots": {}, "others": [], "sizes": []}
+        return optional | state | {key: state[key] for key in needed}
     except (
         RuntimeError,
         OSError,
@@ -238,13 +250,13 @@ def train(training: Training, examples: Examples, log: StepLog, stop: Stop, save
             with meter.phase("forward_backward"):
                 for part in parts:
                     part = {key: tensor.to(device, non_blocking=True) for key, tensor in part.items()}
-                    with autocast(spec, device):
+                    with autocast(spec, device, world):
                         part_loss = task.loss(forward(model, part), part) / max(count, 1)
                     part_loss.backward()
                     loss += part_loss.detach()
                 for _ in range(training.idle_passes(len(parts), micro)):
                     idle = collate(examples.splits["train"][:1], examples.padding, device)
-                    with autocast(spec, device):
+                    with autocast(spec, device, world):
                         (forward(model, idle).sum() * 0).backward()
                 penalty = spec.method.penalty(model)
                 if penalty is not None and world.is_first:
@@ -347,7 +359,7 @@ def metrics_of(
         if start >= len(rows) and not world.is_sharded:
             continue
         batch = collate(rows[start : start + size] or rows[:1], examples.padding, device)
-        with autocast(spec, device):
+        with autocast(spec, device, world):
             logits = forward(model, batch)
         if start < len(rows):
             found.append((float(task.loss(logits, batch)), task.count(batch), task.score(logits, batch)))
@@ -394,8 +406,10 @@ def schedule(spec: RunSpec, step: int) -> float:
     return 1 - done if spec.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def autocast(spec: RunSpec, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16")
+def autocast(spec: RunSpec, device: torch.device, world: World = ALONE) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 where the spec says so. Of shared-out weights its cache would keep all, cast, until it ends."""
+    enabled = spec.dtype == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=not world.is_sharded)
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -8,13 +8,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+from lorabench import team
+from lorabench.distributed import Place
+from lorabench.launch import Pool
 from lorabench.record import Status, Store
 from lorabench.spec import RunSpec
+from lorabench.sweep import Sweep
+from lorabench.worker import execute_run
 from tests.conftest import make_spec
-from tests.test_ranks import assert_same, run
+from tests.test_ranks import SAME, assert_same, run
 
 PATIENCE_SECONDS = 240
 """For machines that do much else."""
@@ -58,40 +64,32 @@ class Tasks:
             assert time.monotonic() < deadline and self.processes[0].poll() is None
             time.sleep(0.1)
 
-    def last_lines(self) -> list[str]:
-        """What each task has printed last."""
+    def answers(self) -> list[str]:
+        """What each task says of its end."""
         outputs = [process.communicate(timeout=PATIENCE_SECONDS)[0] for process in self.processes]
-        return [output.splitlines()[-1] for output in outputs]
+        return [answer(output) for output in outputs]
+
+
+def answer(output: str) -> str:
+    (line,) = [line for line in output.splitlines() if line.startswith("answer: ")]
+    return line.removeprefix("answer: ")
 
 
 def test_the_tasks_of_a_job_go_through_its_runs_together(tmp_path):
-    """Somebody else listens on their port."""
-    specs = [make_spec(seed=seed, batch_size=5, epsilon=1e-5) for seed in (0, 1)]
-    alone = run(tmp_path / "alone", 1, *specs)
-    with Tasks(tmp_path / "together", 2, *specs, taken=True) as tasks:
-        assert tasks.last_lines() == ["['done', 'done']", "followed"]
-    for spec, one in zip(specs, alone, strict=True):
-        many = tasks.store.read(spec.id)
-        assert_same(tmp_path / "alone", one, tmp_path / "together", many)
-        assert many.environment["ranks"] == 2 and many.attempts == 1
-
-
-def test_a_dead_process_of_another_task_is_accounted_for_and_the_next_run_begins(tmp_path):
-    specs = [make_spec(seed=seed) for seed in (0, 1)]
-    with Tasks(tmp_path, 2, *specs, target="killed_with_seed_0") as tasks:
-        assert tasks.last_lines() == ["['cancelled', 'done']", "followed"]
-    assert tasks.store.read(specs[0].id).error == "rank 1: killed by signal 9; run again to resume"
-
-
-def test_a_signal_to_the_job_stops_all_of_its_tasks(tmp_path):
-    spec = make_spec(steps=5000)
-    with Tasks(tmp_path, 2, spec) as tasks:
-        tasks.wait_for_training(spec)
+    """Somebody else listens on their port, a process of the first run dies, and a signal to the job ends the last."""
+    dies, lives, lasts = specs = [make_spec(**SAME, seed=0), make_spec(**SAME, seed=1), make_spec(steps=5000, seed=2)]
+    (alone,) = run(tmp_path / "alone", 1, lives)
+    with Tasks(tmp_path / "together", 2, *specs, target="killed_with_seed_0", taken=True) as tasks:
+        tasks.wait_for_training(lasts)
         for process in tasks.processes:
             process.send_signal(signal.SIGUSR2)
-        assert tasks.last_lines() == ["['cancelled']", "followed"]
-    assert tasks.store.read(spec.id).error == "stopped by SIGTERM; run again to resume"
-    assert (tasks.store.folder(spec.id) / "checkpoint" / "state.pt").exists()
+        assert tasks.answers() == ["['cancelled', 'done', 'cancelled']", "followed"]
+    assert tasks.store.read(dies.id).error == "rank 1: killed by signal 9; run again to resume"
+    together = tasks.store.read(lives.id)
+    assert_same(tmp_path / "alone", alone, tmp_path / "together", together)
+    assert together.environment["ranks"] == 2 and together.attempts == 1
+    assert tasks.store.read(lasts.id).error == "stopped by SIGTERM; run again to resume"
+    assert (tasks.store.folder(lasts.id) / "checkpoint" / "state.pt").exists()
 
 
 def test_when_the_first_task_dies_the_others_end(tmp_path):
@@ -113,4 +111,26 @@ def test_when_another_task_dies_its_run_can_be_resumed_and_no_further_one_begins
         tasks.wait_for_training(specs[0])
         tasks.processes[1].kill()
         output, _ = tasks.processes[0].communicate(timeout=PATIENCE_SECONDS)
-        assert output.splitlines()[-1] == "['cancelled', 'missing']"
+        assert answer(output) == "['cancelled', 'missing']"
+
+
+def test_a_supervisor_is_heard_of_while_its_server_warms_up(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    first, warm = team.Team(Place(size=2)), threading.Event()
+    monkeypatch.setattr(team, "start_server", lambda *_: warm.wait(PATIENCE_SECONDS))
+    monkeypatch.setattr(team, "BEAT_SECONDS", 0.01)
+    sweep = Sweep(name="job", text="", runs=())
+    follower = team._Follower(sweep, Store(tmp_path), Pool(), Place(rank=1, size=2), execute_run)
+    thread = threading.Thread(target=follower.go, daemon=True)
+    thread.start()
+    deadline, beats = time.monotonic() + 30, set()
+    while len(beats) < 3 and time.monotonic() < deadline:
+        beats |= {first.store.get("beat 1")} if first.store.check(["beat 1"]) else set()
+        time.sleep(0.01)
+    warm.set()
+    first.__exit__()
+    thread.join(30)
+    assert len(beats) == 3 and not thread.is_alive()
