@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lorabench import plan as plans
 from lorabench import sequence
+from lorabench.cluster.standing import standings
 from lorabench.decode import InputError
 from lorabench.examples import Order
 from lorabench.execute import Options, execute
@@ -356,9 +357,9 @@ def test_plan_status_and_tables_count_all_tasks(reference, tmp_path, monkeypatch
     times = [formula(each, count(each), torch.device("meta")).train_seconds for each in (spec, single)]
     assert times[0] == pytest.approx(2 * times[1])
     assert count(spec).num_trainable == reference.read(spec.id).measures["num_trainable"]
-    row = next(row for row in status_json(reference)["runs"] if row["run_id"] == spec.id)
+    row = next(row for row in status_json(reference, standings(reference))["runs"] if row["run_id"] == spec.id)
     assert row["progress"]["steps"] == 8
-    line = next(line for line in status_text(reference).splitlines() if line.startswith(spec.id))
+    line = next(line for line in status_text(reference, standings(reference)).splitlines() if line.startswith(spec.id))
     assert "8/8" in line and "tasks=python-code > english-docs" in line
     code, docs = '{name = "text"}', '{name = "text", data = "builtin:english-docs"}'
     text = BASE + f"tasks = [[{code}, {docs}], [{docs}, {code}]]\n"
