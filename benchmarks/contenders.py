@@ -22,7 +22,8 @@ from lorabench.examples import Examples, Order
 from lorabench.model import load_base
 from lorabench.spec import RunSpec
 from lorabench.steps import StepLog
-from lorabench.train import FLUSH_EVERY, Saves, Stop, Training, make_optimizer, train
+from lorabench.train import FLUSH_EVERY, Saves, train
+from lorabench.training import Stop, Training, make_optimizer
 
 LOG_EVERY = FLUSH_EVERY
 """Steps between two looks at the loss, of each contender: lorabench's own habit."""

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorabench import claim, environment, model, ranks, sequence, serving, sharding
+from lorabench import account, claim, environment, model, ranks, serving, sharding
 from lorabench import meter as meters
 from lorabench.claim import Followed, Hold, Lost
-from lorabench.decode import InputError, encode
+from lorabench.decode import InputError
 from lorabench.distributed import (
     Place,
     RankFailed,
@@ -39,19 +39,10 @@ from lorabench.distributed import (
 from lorabench.examples import Examples, prepare_stages
 from lorabench.record import RunRecord, Status, Store
 from lorabench.snapshots import drop_unknown, keep_snapshot, write_update
-from lorabench.spec import RunSpec, canonical_json, task_names
+from lorabench.spec import RunSpec, canonical_json
 from lorabench.steps import StepLog
-from lorabench.train import (
-    Diverged,
-    Saves,
-    Stop,
-    Stopped,
-    Training,
-    evaluate,
-    make_optimizer,
-    stop_on_signals,
-    train,
-)
+from lorabench.train import Saves, evaluate, stop_on_signals, train
+from lorabench.training import Diverged, Stop, Stopped, Training, make_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +150,7 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     if world.size > 1:
         stop.world = world = world.spread(sharding.choose(spec, options.sharding, device, options_of_model), device)
     tuned, counts = sharding.in_turn(world, lambda: _load_tuned(spec, stages, meter, world))
-    record.environment |= world.describe() | model.fingerprint(spec) | _data(stages)
+    record.environment |= world.describe() | model.fingerprint(spec) | account.data_of(stages)
     record.measures |= counts
     content: dict[str, Any] = {key: record.environment.get(key) for key in ("model_commit", "model_sha256", "data")}
     training = Training(spec, tuned, make_optimizer(spec, tuned), meter, world, content=content)
@@ -178,7 +169,7 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     if spec.keep != "none":
         load_base = base_loader(training, stages)
         record.files = write_update(training, load_base, folder, "updates", hold) | training.snapshots
-    _fill(record, training, folder)
+    account.fill(record, training, folder)
     stop.world = world.leave()
     if spec.serving and world.is_sharded:
         record.provenance["serving"] = "not measured: no process has the whole model (fsdp)"
@@ -197,12 +188,12 @@ def _load_tuned(
     with meter.clock("load"), meter.phase("load"):
         base = seeded_base(spec, stages[0], sharding.loads_on(world, meter.device))
     model.check_length(spec, model.max_length(base))
-    num_base = _count(base)
+    num_base = account.count(base)
     torch.manual_seed(method_seed(spec))
     tuned = spec.method.attach(base, spec)
     if spec.gradient_checkpointing:
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    counts = _counts(tuned, num_base, stages)
+    counts = account.counts_of(tuned, num_base, stages)
     return sharding.shard(tuned, world, meter.device, spec.method.trains_base), counts
 
 
@@ -340,38 +331,6 @@ def _serve(record: RunRecord, training: Training, stages: list[Examples], folder
     record.provenance |= notes
 
 
-def _fill(record: RunRecord, training: Training, folder: Path) -> None:
-    """Put all that was measured into the record."""
-    spec, meter, world = training.spec, training.meter, training.world
-    memory, record.provenance["peak_gib"] = ranks.memory(meter, world)
-    record.provenance["update"] = spec.method.about_update(spec)
-    throughput = meter.throughput()
-    record.measures |= memory | throughput | training.metrics | meter.wall_time()
-    record.measures["optimizer_state_gib"] = _optimizer_bytes(training.optimizer) / meters.GIB
-    if world.is_first:  # which has written them
-        files = [file for file in (folder / "updates").rglob("*") if file.is_file()]
-        record.measures["updates_bytes"] = sum(file.stat().st_size for file in files)
-    if spec.tasks:
-        found = sequence.matrices(training.rows)
-        record.sequence = {"tasks": task_names([encode(task) for task in spec.tasks]), "matrices": found}
-        record.measures |= sequence.measures(found)
-    energy = ranks.energy(meter, world)
-    if energy:
-        record.measures["energy_joules"], record.provenance["energy_joules"] = energy
-    if throughput and training.sizes - {world.size}:
-        note = f"not measured: {sorted(training.sizes | {world.size})} processes, one after the other"
-        record.provenance["model_flops_utilization"] = note
-    elif throughput:
-        tokens = sum(row[1] for row in meter.step_rows) / len(meter.step_rows)
-        length = sum(row[2] for row in meter.step_rows) / len(meter.step_rows) / spec.batch_size
-        flops = meters.model_flops_per_token(training.model, length) * tokens
-        peak, source = meters.peak_flops(meter.device, spec.dtype)
-        per_second = flops * throughput["tokens_per_second"] / tokens
-        record.measures |= {"flops_per_step": flops, "model_flops_utilization": per_second / (peak * world.size)}
-        times = f"{world.size} ranks of " if world.size > 1 else ""
-        record.provenance["model_flops_utilization"] = f"of {times}{peak / 1e12:.3g} TFLOP/s, {source}"
-
-
 def seeded_base(spec: RunSpec, examples: Examples, device: torch.device) -> nn.Module:
     """The untouched base: every call gives the same, the random head included."""
     torch.manual_seed(spec.seed)
@@ -414,37 +373,6 @@ def _seed_rank(training: Training) -> None:
     """Dropout of its own for each rank but the first, which goes on as one process would."""
     if not training.world.is_first:
         torch.manual_seed(method_seed(training.spec, process=training.world.rank))
-
-
-def _data(stages: list[Examples]) -> dict[str, Any]:
-    """Fingerprints and notes by role: `task` and `retain`, with the task's number where there are several."""
-    numbered = [(f" {number}" if len(stages) > 1 else "", examples) for number, examples in enumerate(stages, 1)]
-    return {
-        "data": {role + number: value for number, each in numbered for role, value in each.fingerprints.items()},
-        "data_notes": {role + number: value for number, each in numbered for role, value in each.notes.items()},
-    }
-
-
-def _counts(tuned: nn.Module, num_base: int, stages: list[Examples]) -> dict[str, float]:
-    trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-    held = sum(t.nbytes for t in [*tuned.parameters(), *tuned.buffers()])
-    return {
-        "num_parameters": _count(tuned),
-        "num_trainable": trainable,
-        "trainable_share": trainable / num_base,
-        "num_train_examples": sum(len(examples.splits["train"]) for examples in stages),
-        "model_gib": held / meters.GIB,
-    }
-
-
-def _count(module: nn.Module) -> int:
-    """Parameters; a 4-bit weight packs two into a byte."""
-    packed = lambda p: 2 if type(p).__name__ == "Params4bit" else 1  # noqa: E731
-    return sum(p.numel() * packed(p) for p in module.parameters())
-
-
-def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
 
 
 def _use_device(options: Options) -> torch.device:

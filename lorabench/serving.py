@@ -36,7 +36,7 @@ from lorabench.meter import GIB
 from lorabench.method import LoadBase, Method
 from lorabench.record import NUM_RESIDENT
 from lorabench.spec import RunSpec
-from lorabench.train import Stopped
+from lorabench.training import Stopped
 from lorabench.update import DELTA_FILE
 
 RESIDENT = ["default", *(f"task_{number}" for number in range(2, NUM_RESIDENT + 1))]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from lorabench.claim import Hold
 from lorabench.method import LoadBase, Method
 from lorabench.record import file_digests
-from lorabench.train import Training, random_state, set_random_state
+from lorabench.training import Training, random_state, set_random_state
 from lorabench.update import stream_updates
 
 if TYPE_CHECKING:

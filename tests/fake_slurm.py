@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorabench.cluster.queue import user_name
-from lorabench.record import write_json
+from lorabench.record import RunRecord, Status, Store, write_json
 from lorabench.spec import RunSpec
 
 SCRIPT = """#!/bin/sh
@@ -100,6 +100,12 @@ def submitted(
     ]
     write_json(folder / "jobs.json", {"arrays": written, "complete": complete})
     return folder
+
+
+def record(store: Store, spec: RunSpec, status: Status, **fields: object) -> None:
+    """What a run that stands so has left in the store."""
+    store.write_spec(spec)
+    store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, **fields))
 
 
 def recorded() -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -89,6 +90,12 @@ class Study:
         record = self.store.read(run_id)
         assert record is not None
         return record
+
+    def kill_jobs(self) -> None:
+        """`kill -9` of all processes of the only node that has jobs, those of their batch scripts apart."""
+        (node,) = {job["node"] for job in self.sandbox.queue()}
+        for process in self.sandbox.tasks(node):
+            os.kill(process, signal.SIGKILL)
 
     def wait_until(self, condition: Callable[[], object], seconds: float = 120) -> None:
         """Fails with all that can be known if it does not come to hold in time."""

@@ -17,7 +17,8 @@ from lorabench.decode import InputError
 from lorabench.examples import collate, prepare
 from lorabench.formats import read_updates
 from lorabench.model import BUILTIN
-from lorabench.train import forward, make_optimizer
+from lorabench.train import forward
+from lorabench.training import make_optimizer
 from tests.conftest import make_spec
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ from lorabench import train as train_module
 from lorabench.decode import encode
 from lorabench.execute import Options, execute
 from lorabench.record import MEASURES, Status, Store
-from lorabench.train import Stop, Stopped, schedule
+from lorabench.train import schedule
+from lorabench.training import Stop, Stopped
 from tests.conftest import make_spec
 
 QUIET = Options(log_to_file=False, device="cpu")

@@ -14,7 +14,8 @@ from lorabench import plugins, weights
 from lorabench.decode import InputError, encode
 from lorabench.examples import collate, prepare
 from lorabench.formats import read_updates
-from lorabench.train import autocast, forward, make_optimizer
+from lorabench.train import autocast, forward
+from lorabench.training import make_optimizer
 from tests.conftest import make_spec
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import device_mesh
 
-from lorabench import distributed, execute, sharding, train
+from lorabench import account, distributed, execute, sharding, train, training
 from lorabench import meter as meters
 from lorabench.decode import InputError
 from lorabench.distributed import Gradients, Place, World, local_part
@@ -25,6 +25,7 @@ from lorabench.launch import Pool, launch
 from lorabench.record import RunRecord, Status, Store
 from lorabench.spec import RunSpec
 from lorabench.sweep import Sweep
+from lorabench.training import Training
 from lorabench.worker import Settings, Target, execute_run
 from tests.conftest import make_spec
 
@@ -109,7 +110,7 @@ def observed(spec: RunSpec, store: Store, settings: Settings) -> None:
     """Notes what this rank holds after training, and when it made meshes and loaded bases; only the first may save."""
     events, trained, in_turn = [], execute.train, sharding.in_turn
 
-    def noting(training: train.Training, *rest: Any) -> None:
+    def noting(training: Training, *rest: Any) -> None:
         trained(training, *rest)
         states = [value for state in training.optimizer.state.values() for value in state.values()]
         events.extend(sum(local_part(t).numel() for t in part) for part in (training.model.parameters(), states))
@@ -190,7 +191,7 @@ def asked_while_evaluating(spec: RunSpec, store: Store, settings: Settings) -> N
     """After training, between the evaluation of one split and of the next."""
     evaluate = execute.evaluate
 
-    def asking(training: train.Training, examples: Any, split: str, *rest: Any) -> dict[str, float]:
+    def asking(training: Training, examples: Any, split: str, *rest: Any) -> dict[str, float]:
         if split == "test" and settings.place.rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(training, examples, split, *rest)
@@ -297,12 +298,15 @@ def test_joules_of_ranks_that_are_gone_are_kept():
     """And counted once: those of a machine by one of its ranks."""
     spec, model = make_spec(), torch.nn.Linear(2, 2)
     state = {**meters.Meter(torch.device("cpu"), 1).state, "energy_joules": 10.0}
-    before = [{"meter": state, "random": train.random_state(train.CPU), "tells_energy": tells} for tells in (1, 0, 1)]
+    state_of = {"meter": state, "random": training.random_state(train.CPU)}
+    before = [state_of | {"tells_energy": tells} for tells in (1, 0, 1)]
+        {"meter": state, "random": training.random_state(train.CPU), "tells_energy": tells} for tells in (1, 0, 1)
+    ]
     found = []
     for rank in range(2):
         meter = meters.Meter(torch.device("cpu"), 1)
         world = World(place=Place(rank=rank, size=2, local_rank=rank))
-        train.Training(spec, model, torch.optim.SGD(model.parameters()), meter, world)._load_rank(before)
+        Training(spec, model, torch.optim.SGD(model.parameters()), meter, world)._load_rank(before)
         found.append(meter.energy_joules)
     assert found == [20.0, 0.0]
 
@@ -397,7 +401,7 @@ def differing(spec: RunSpec, store: Store, settings: Settings) -> None:
     if settings.place.rank == 1:
         match spec.seed:
             case 0:
-                execute._data = lambda stages: {"data": {"task": "another"}}
+                account.data_of = lambda stages: {"data": {"task": "another"}}
             case 1:
                 execute.method_seed = lambda spec: 0
             case 2:

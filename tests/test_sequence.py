@@ -25,7 +25,7 @@ from lorabench.spec import RunSpec, brief, flatten, task_names, unflatten
 from lorabench.status import status_json, status_text
 from lorabench.sweep import known_measures, parse_sweep
 from lorabench.tables import build_tables, write_tables
-from lorabench.train import Stop
+from lorabench.training import Stop
 from lorabench.transfer import transfer_sheet
 from tests import synthetic
 from tests.conftest import make_spec

@@ -16,7 +16,7 @@ from lorabench.inference import as_served, checked_batch, logits
 from lorabench.meter import GIB
 from lorabench.record import MEASURES, NUM_RESIDENT, Status, Store
 from lorabench.serving import RESIDENT, held_bytes, mixed, stored_files, swapped
-from lorabench.train import Stop, Stopped
+from lorabench.training import Stop, Stopped
 from tests.conftest import make_spec
 from tests.test_methods import IMPOSSIBLE, load_base, method_spec, tuned
 

@@ -13,10 +13,9 @@ import pytest
 
 from lorabench.claim import take
 from lorabench.cli import main
-from lorabench.record import RunRecord, Status, Store
-from lorabench.spec import RunSpec
+from lorabench.record import Status, Store
 from tests import fake_runs
-from tests.fake_slurm import FakeSlurm, submitted
+from tests.fake_slurm import FakeSlurm, record, submitted
 from tests.fake_slurm import slurm_commands as slurm_commands
 
 SPECS = list(fake_runs.sweep(*range(100)).runs)
@@ -25,11 +24,6 @@ SPECS = list(fake_runs.sweep(*range(100)).runs)
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "results")
-
-
-def put(store: Store, spec: RunSpec, status: Status, **fields: object) -> None:
-    store.write_spec(spec)
-    store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, **fields))
 
 
 def status(store: Store, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -50,7 +44,7 @@ def test_a_run_shows_its_job_its_pace_and_its_log(
     (folder / "submitit" / "5_3_0_log.err").write_text("module: command not found\n")
     slurm_commands.queue({"5_0": "PENDING Priority", "5_1": "RUNNING", "5_3": "FAILED NonZeroExitCode"})
     slurm_commands.no_accounting()
-    put(store, SPECS[2], Status.FAILED, error="ValueError: no")
+    record(store, SPECS[2], Status.FAILED, error="ValueError: no")
     (store.folder(SPECS[2].id) / "log.txt").write_text("\n".join(f"line {n}" for n in range(99)) + "\nValueError: no\n")
     progress = {"job": "5_1", "step": 50, "steps": 200, "step_seconds_median": 0.5, "tokens_per_second": 90.0}
     with take(store.folder(SPECS[1].id), progress):
@@ -76,8 +70,8 @@ def test_of_many_runs_those_that_need_a_look_are_listed(
     submitted(store.root, [[spec] for spec in SPECS], ["5"])
     slurm_commands.queue({f"5_{n}": "PENDING Priority" if n < 99 else "PENDING Dependency" for n in range(62, 100)})
     for spec in SPECS[:60]:
-        put(store, spec, Status.DONE, measures={"total_seconds": 100.0})
-    put(store, SPECS[60], Status.OOM, error="CUDA out of memory")
+        record(store, spec, Status.DONE, measures={"total_seconds": 100.0})
+    record(store, SPECS[60], Status.OOM, error="CUDA out of memory")
     with take(store.folder(SPECS[61].id), {"job": "5_61"}):
         few, every = status(store, capsys), status(store, capsys, "--all")
     listed = [line.split()[0] for line in few.splitlines() if line.startswith("lora-")]
@@ -95,7 +89,7 @@ def test_many_runs_are_counted_by_setting(store: Store, capsys: pytest.CaptureFi
     table = {"method": {"name": "lora", "rank": [16, 2]}, "task": {"name": "text"}, "seed": [0, 1]}
     sweep = parse_sweep({"base": table | {"lr": [1e-5 * n for n in range(1, 31)]}}, default_name="grid")
     for spec in sweep.runs:
-        put(store, spec, Status.DONE if spec.method.rank == 2 or spec.seed else Status.DIVERGED)
+        record(store, spec, Status.DONE if spec.method.rank == 2 or spec.seed else Status.DIVERGED)
     text = status(store, capsys)
     head = [line.split() for line in text.splitlines()[:3]]
     assert head == [["method.rank", "done", "diverged"], ["2", "60", "-"], ["16", "30", "30"]]
@@ -106,8 +100,8 @@ def test_a_sweep_is_shown_with_what_is_missing_of_it(
 ) -> None:
     text = '[base]\nmethod.name = "lora"\ntask.name = "text"\nseed = [0, 1, 2]\n'
     (tmp_path / "small.toml").write_text(text)
-    put(store, SPECS[0], Status.DONE)
-    put(store, SPECS[50], Status.DONE)
+    record(store, SPECS[0], Status.DONE)
+    record(store, SPECS[50], Status.DONE)
     monkeypatch.chdir(tmp_path)
     for arguments in (["results", "small.toml"], ["small.toml"]):
         assert main(["status", *arguments]) == 0
@@ -118,7 +112,7 @@ def test_a_cluster_that_does_not_answer_is_said_and_the_rest_shown(
     store: Store, slurm_commands: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submitted(store.root, [[SPECS[0]], [SPECS[1]]], ["5"])
-    put(store, SPECS[0], Status.DONE)
+    record(store, SPECS[0], Status.DONE)
     slurm_commands.answer("squeue", err="slurm_load_jobs error: Unable to contact slurm controller", code=1)
     assert main(["status", str(store.root)]) == 0
     out, err = capsys.readouterr()
@@ -146,7 +140,7 @@ def live(store: Store, slurm_commands: FakeSlurm) -> threading.Thread:
         time.sleep(1.0)
         with take(store.folder(SPECS[0].id), {"job": "5"}):
             time.sleep(1.0)
-            put(store, SPECS[0], Status.DONE)
+            record(store, SPECS[0], Status.DONE)
 
     thread = threading.Thread(target=live)
     thread.start()
@@ -156,7 +150,7 @@ def live(store: Store, slurm_commands: FakeSlurm) -> threading.Thread:
 def test_watching_prints_changes_and_ends(
     store: Store, slurm_commands: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    put(store, SPECS[1], Status.DONE)
+    record(store, SPECS[1], Status.DONE)
     thread = live(store, slurm_commands)
     assert main(["status", str(store.root), "--watch", "0.1"]) == 0
     thread.join()
@@ -166,7 +160,7 @@ def test_watching_prints_changes_and_ends(
 
 
 def test_watching_tells_by_its_exit_code_that_not_all_is_done(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
-    put(store, SPECS[0], Status.OOM)
+    record(store, SPECS[0], Status.OOM)
     assert main(["status", str(store.root), "--watch", "0.1", "--json"]) == 1
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["status"] == "oom"

@@ -15,7 +15,6 @@ from lorabench.cluster import slurm
 from lorabench.cluster.lookup import Lookup, Seen, Tell
 from lorabench.cluster.queue import Submission, read_submissions, user_name
 from lorabench.cluster.verdict import began_by, has_just_ended, judge, shows_late, tells_of_memory
-from lorabench.record import CANCEL_MARKER as CANCEL_MARKER
 from lorabench.record import FAILURES, RunState, Status, Store
 from lorabench.settle import settle
 from lorabench.spec import RunSpec

@@ -58,7 +58,8 @@ def as_text(prospect: Prospect, table: dict[str, Any]) -> str:
         return "\n".join([*lines, *_hint(prospect)])
     few, many = table["cells_per_job"]
     cells = f"{few}" if few == many else f"{few} to {many}"
-    lines.append(f"{table['num_jobs']} jobs of {cells} runs in {len(table['arrays'])} arrays")
+    jobs, arrays = counted(table["num_jobs"], "job"), counted(len(table["arrays"]), "array")
+    lines.append(f"{jobs} of {cells} runs in {arrays}")
     return "\n".join([*lines, *_cost(prospect, table), *_hint(prospect), *table["warnings"], "", *table["scripts"]])
 
 
@@ -70,6 +71,10 @@ def _cost(prospect: Prospect, table: dict[str, Any]) -> list[str]:
         f"storage: about {size(table['storage_bytes'])} of updates",
         f"longest job: about {duration(max(_seconds(prospect, job) for job in prospect.jobs))}",
     ]
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _word(status: str) -> str:

@@ -72,8 +72,8 @@ class Work:
         if outcome is None:
             return {}
         if outcome.signal:
-            ending = Ending(store=store, profile=profile, job_id=job_id, began=began)
-            if ending.is_to_be_queued_again(outcome):
+            interruption = Interruption(store=store, profile=profile, job_id=job_id, began=began)
+            if interruption.is_to_be_queued_again(outcome):
                 self._queue_again(submission, profile, requeue)
         unwritten = [s.run_id for s in outcome.states if s.status in FAILURES and not store.state(s.run_id).record]
         if unwritten:  # a full disk: let SLURM call the job failed too
@@ -145,7 +145,7 @@ def _claims(folder: Path) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ending:
+class Interruption:
     """A job that was told to stop."""
 
     store: Store
@@ -164,10 +164,8 @@ class Ending:
             if not preempted and self._seconds_left(details) <= self.profile.signal_seconds + EARLY_SECONDS:
                 self._count_timeouts(outcome)
         elif not preempted:
-            if self.profile.kind == "slurm" and not details:
-                time.sleep(
-                    LINGER_SECONDS
-                )  # a preempted job is queued again only if it is there at the end of its grace
+            if self.profile.kind == "slurm" and not details:  # SLURM queues a preempted job again only if it
+                time.sleep(LINGER_SECONDS)  # is still there at the end of its grace; a cancelled one it kills
             return False
         left = [id for id in (state.run_id for state in outcome.states) if not self._is_settled(id)]
         talk(f"stopped by {signal.Signals(outcome.signal or 0).name}: {len(left)} runs are left")

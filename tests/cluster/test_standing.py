@@ -18,10 +18,10 @@ from lorabench.cluster import slurm, verdict
 from lorabench.cluster.queue import COMMENT, note_cancelled, read_submission
 from lorabench.cluster.standing import Standing, standings
 from lorabench.decode import InputError
-from lorabench.record import RunRecord, Status, Store, write_bytes
+from lorabench.record import Status, Store, write_bytes
 from lorabench.spec import RunSpec
 from tests import fake_runs
-from tests.fake_slurm import FakeSlurm, recorded, submitted
+from tests.fake_slurm import FakeSlurm, record, recorded, submitted
 from tests.fake_slurm import slurm_commands as slurm_commands
 from tests.test_claim import write_claim
 
@@ -31,11 +31,6 @@ SPECS = list(fake_runs.sweep(*range(12)).runs)
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "results")
-
-
-def record(store: Store, spec: RunSpec, status: Status, **fields: object) -> None:
-    store.write_spec(spec)
-    store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, **fields))
 
 
 def died(store: Store, spec: RunSpec, job_id: str, **fields: object) -> None:

@@ -17,7 +17,7 @@ from lorabench.claim import take
 from lorabench.cluster import local, work
 from lorabench.cluster.profile import Profile
 from lorabench.cluster.queue import read_submissions
-from lorabench.cluster.work import TIMEOUTS, Ending
+from lorabench.cluster.work import TIMEOUTS, Interruption
 from lorabench.launch import Outcome
 from lorabench.record import RunRecord, Status, Store
 from lorabench.spec import RunSpec
@@ -46,8 +46,8 @@ def details(seconds_left: float, **changes: str) -> str:
     return " ".join(f"{key}={value}" for key, value in table.items())
 
 
-def ending(store: Store, profile: Profile = PROFILE, age: float = 1000) -> Ending:
-    return Ending(store=store, profile=profile, job_id="7", began=time.time() - age)
+def ending(store: Store, profile: Profile = PROFILE, age: float = 1000) -> Interruption:
+    return Interruption(store=store, profile=profile, job_id="7", began=time.time() - age)
 
 
 USR2, TERM = signal.SIGUSR2, signal.SIGTERM

@@ -69,9 +69,7 @@ def test_a_killed_job_leaves_no_run_that_seems_to_go_on(study, long):
     with slowed(study.store):
         study.submit(sweep, cells_per_job=2)
         study.wait_until(study.running)
-        (node,) = {job["node"] for job in study.sandbox.queue()}
-        for process in study.sandbox.tasks(node):
-            os.kill(process, signal.SIGKILL)
+        study.kill_jobs()
         study.wait_until_idle(60)
     statuses = study.status()
     assert {row["status"] for row in statuses.values()} <= {"lost", "cancelled", "interrupted"}

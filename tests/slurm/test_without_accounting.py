@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 
 import pytest
@@ -23,9 +21,7 @@ def test_what_a_killed_job_leaves_is_lost_and_submitted_again(study, long):
     with slowed(study.store):
         study.submit(sweep, cells_per_job=2)
         study.wait_until(study.running)
-        (node,) = {job["node"] for job in study.sandbox.queue()}
-        for process in study.sandbox.tasks(node):
-            os.kill(process, signal.SIGKILL)
+        study.kill_jobs()
         study.wait_until_idle(60)
     rows = study.status()
     assert "lost" in {row["status"] for row in rows.values()} <= {"lost", "cancelled"}
