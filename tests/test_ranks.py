@@ -300,8 +300,6 @@ def test_joules_of_ranks_that_are_gone_are_kept():
     state = {**meters.Meter(torch.device("cpu"), 1).state, "energy_joules": 10.0}
     state_of = {"meter": state, "random": training.random_state(train.CPU)}
     before = [state_of | {"tells_energy": tells} for tells in (1, 0, 1)]
-        {"meter": state, "random": training.random_state(train.CPU), "tells_energy": tells} for tells in (1, 0, 1)
-    ]
     found = []
     for rank in range(2):
         meter = meters.Meter(torch.device("cpu"), 1)
