@@ -14,6 +14,19 @@ import pytest
 from lorabench.decode import decode
 from lorabench.spec import RunSpec
 
+LONGEST = ("slurm/test_interruptions", "slurm/test_arrays", "test_ranks", "slurm/test_without_accounting", "test_team",
+           "cluster/test_work", "test_kill")  # fmt: skip
+"""Files that take minutes: a worker that began one last would keep the others waiting."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; with `--no-loadscope-reorder` workers take them in this order."""
+
+    def place(item: pytest.Item) -> int:
+        return next((n for n, name in enumerate(LONGEST) if str(item.path).endswith(f"{name}.py")), len(LONGEST))
+
+    items.sort(key=place)
+
 
 def make_spec(**changes) -> RunSpec:
     """A run of a few steps on the built-in model; `changes` are the spec's own keys."""
