@@ -23,7 +23,8 @@ from lorabench.layer import LayerSVD
 from lorabench.linalg import ThinSVD, one_thread, thin_svd
 from lorabench.locate import adapter_folders, adapter_path, weights_path
 from lorabench.machine import available_cores
-from lorabench.readers._entry import Entry, Found, Source
+from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Other, Source
+from lorabench.readers._factors import counted
 from lorabench.tensorfile import SUFFIXES, open_tensors
 from lorabench.update import Update
 from lorabench.weightfile import some
@@ -57,6 +58,16 @@ class Adapter:
     """ΔW of biases and norms, which have no singular values."""
     scale_source: str | None = None
     notes: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+    """The PEFT configuration that belongs to the file, every field as it stands there; empty where there is none."""
+    others: dict[str, Other] = field(default_factory=dict)
+    """What the file holds beside the factors of ΔW, trained and saved whole: by the parameter's name in the untouched
+    model (`model.norm.weight`; PEFT's `MODULE.base_layer.bias` is `MODULE.bias`), or by PEFT's own where there is none
+    (`MODULE.lora_B.bias`, `MODULE.token_adapter.trainable_tokens_delta`). Where the base is known, the ΔW of a whole
+    weight stands in `entries` or `vectors` too, by the base's name."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of the file that are in none of these, by their names there, and fields of a configuration that is not
+    PEFT's and that change nothing here (`adapter_config.json: FIELD`). `notes` speak of them."""
 
 
 def open_adapter(source: str | Path, *, base: str | Path | None = None, alpha: float | None = None) -> Adapter:
@@ -70,7 +81,8 @@ def open_adapter(source: str | Path, *, base: str | Path | None = None, alpha: f
     found = _claimed(given)
     entries = _entries(found)
     matrices = _matrices(entries)
-    notes = [note for each in found for note in each.notes]
+    left_out = tuple(name for each in found for name in each.left_out)
+    notes = [*(note for each in found for note in each.notes), *_left_out_notes(left_out)]
     if not matrices:
         raise InputError(f"{source}: {'; '.join(notes) or 'holds no change of a weight matrix (ΔW)'}")
     if others := adapter_folders(path):
@@ -83,7 +95,19 @@ def open_adapter(source: str | Path, *, base: str | Path | None = None, alpha: f
         vectors={parameter: entry for parameter, entry in entries.items() if parameter not in matrices},
         scale_source=sources[0] if sources else None,
         notes=tuple(notes),
+        config=next((each.config for each in found if each.config), {}),
+        others={name: other for each in found for name, other in each.others.items()},
+        left_out=left_out,
     )
+
+
+def _left_out_notes(left_out: Iterable[str]) -> Iterator[str]:
+    names = sorted(left_out)
+    fields = [name for name in names if name.startswith(f"{CONFIG_FILE}: ")]
+    tensors = [name for name in names if name not in fields]
+    for what, all_of in (("tensor", tensors), ("field", fields)):
+        if all_of:
+            yield f"{counted(len(all_of), what)} left out, such as {all_of[0]}"
 
 
 def load_layers(adapter: Adapter) -> Iterator[LayerSVD]:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lorabench.layer import LayerSVD
 from lorabench.tensorfile import TensorFile, Tensors, TorchFile, open_tensors, read_json
 from lorabench.update import Update
 from lorabench.weightfile import WeightFiles
 
-__all__ = ["CONFIG_FILE", "Entry", "Found", "Source", "TensorFile", "Tensors", "TorchFile", "open_tensors", "read_json"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "CONFIG_FILE",
+    "Entry",
+    "Found",
+    "Other",
+    "Source",
+    "TensorFile",
+    "Tensors",
+    "TorchFile",
+    "open_tensors",
+    "read_json",
+]
 
 CONFIG_FILE = "adapter_config.json"
 """That of PEFT, and of others who took up its name."""
@@ -27,6 +41,32 @@ class Entry(Protocol):
 
     def load(self) -> Update | LayerSVD:
         """Read it. InputError where a tensor is missing, or holds NaN or Inf."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Other:
+    """A tensor that was trained and saved whole, beside the factors of ΔW; not read yet.
+
+    Heads, norms and biases (`modules_to_save`, `bias`), the rows of single tokens, `MODULE.lora_B.bias`: what a copy of
+    the adapter must have too.
+    """
+
+    tensors: Tensors
+    name: str
+    """As the file calls it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+        return self.tensors.shape(self.name)
+
+    @property
+    def dtype(self) -> str:
+        return self.tensors.dtype(self.name)
+
+    def load(self) -> Tensor:
+        """As stored. InputError where it holds NaN or Inf."""
+        return self.tensors.read(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +97,12 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Found:
-    """What a reader has found. `scale_source` and `notes` are as in `formats.Adapter`."""
+    """What a reader has found. All but `format` and `entries` are as in `formats.Adapter`."""
 
     format: str
     entries: dict[str, Entry]
     scale_source: str | None = None
     notes: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, Other] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()

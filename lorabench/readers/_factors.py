@@ -179,10 +179,11 @@ def found(
     assumed: str = "",
     dora: str = "ΔW needs W0 by the same names (--base)",
     notes: Iterable[str] = (),
+    left_out: Iterable[str] = (),
 ) -> Found:
     """What a reader has found, its scale's source and notes.
 
-    `assumed` is the note where a scale was assumed, `dora` why DoRA's part alone is given.
+    `assumed` is the note where a scale was assumed, `dora` why DoRA's part alone is given; `left_out` is as in `Found`.
     """
     entries: dict[str, Entry] = {}
     scales: list[str] = []
@@ -201,13 +202,13 @@ def found(
     if alone := sum(name.replace(f"[{DORA_PART}]", "") not in entries for name in parts):
         told.append(f"DoRA in {counted(alone, 'layer')}: what is read is s B A; {dora}")
     scale_source = "assumed" if guessed else next(iter(scales), None)
-    return Found(format=format, entries=entries, scale_source=scale_source, notes=tuple(told))
-
-
-def left_out(names: Iterable[str]) -> list[str]:
-    """A note of tensors that no ΔW was made of; empty where there are none."""
-    rest = sorted(names)
-    return [f"{counted(len(rest), 'tensor')} left out, such as {rest[0]}"] if rest else []
+    return Found(
+        format=format,
+        entries=entries,
+        scale_source=scale_source,
+        notes=tuple(told),
+        left_out=tuple(sorted(left_out)),
+    )
 
 
 def counted(count: int, noun: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorabench.decode import InputError
 from lorabench.readers._difference import Difference
-from lorabench.readers._entry import Entry, Found, Source, Tensors
+from lorabench.readers._entry import Entry, Found, Other, Source, Tensors
 from lorabench.readers._lycoris import KERNELS
 from lorabench.readers._peft_config import PREFIX, check_patterns
 from lorabench.readers._peft_forms import FORMS, NEED_BASE, Form
@@ -25,6 +25,8 @@ _PARTS = re.compile(
 )
 _MISFIT = (RuntimeError, ValueError, TypeError, KeyError, IndexError)
 """What a product of tensors raises that do not fit each other."""
+_FOREIGN = re.compile(r"\.(lora_(?!B\.bias)|hada_|lokr_|vera_|ia3_|oft_|original_module\.)")
+_MODULES_TO_SAVE = re.compile(r"\.modules_to_save(\.[^.]+)?\.")
 _TRAINED = re.compile(r"\.(lora_|hada_|lokr_|vera_|ia3_|oft_|trainable_tokens_|base_layer\.)")
 
 
@@ -101,18 +103,23 @@ def find(config: dict[str, Any], file: Path, tensors: Tensors, source: Source) -
     }  # fmt: skip
     if not entries:
         raise InputError(f"{tensors.file}: holds no tensors of {kind}: {some(tensors.names)}")
+    used = {name for parts in modules.values() for name in parts.values()}
+    used |= {name for name in tensors.names if name.startswith("base_model.vera_")}
+    others, left_out = others_beside(tensors, used)
     notes = add_whole_weights(entries, tensors, source, own=False)
     if kind == "IA3":
         notes.append("IA3: biases of scaled outputs change too, which is not part of ΔW")
-    return Found(format=f"peft {kind}", entries=entries, scale_source="config", notes=tuple(notes))
+    return Found(
+        format=f"peft {kind}", entries=entries, scale_source="config", notes=tuple(notes), config=config,
+        others=others, left_out=tuple(left_out),
+    )  # fmt: skip
 
 
 def _check(config: dict[str, Any], file: Path, tensors: Tensors, source: Source) -> None:
     kind = config["peft_type"]
-    if kind == "ADALORA":
-        config.pop("rank_pattern", None)  # says which directions are left, which the file holds alone
     keys = {"ADALORA": ("init_r", "lora_alpha"), "LOHA": ("r", "alpha"), "LOKR": ("r", "alpha")}.get(kind, ())
-    check_patterns(config, file)
+    if kind != "ADALORA":  # its rank_pattern says which directions are left, which the file holds alone
+        check_patterns(config, file)
     for key in keys:
         value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (key != "lora_alpha" and value <= 0):
@@ -121,6 +128,15 @@ def _check(config: dict[str, Any], file: Path, tensors: Tensors, source: Source)
         raise InputError(f"{file}: peft_type = {kind}: its ΔW needs the base: give --base")
     if kind == "VERA" and not any(name.startswith("base_model.vera_A") for name in tensors.names):
         raise InputError(f"{tensors.file}: holds no shared A and B (VeRA with save_projection = false)")
+
+
+def others_beside(tensors: Tensors, used: Iterable[str]) -> tuple[dict[str, Other], list[str]]:
+    """What the file holds beside the tensors of ΔW, by the model's names; and what is another adapter's, or no weight
+    that was trained."""
+    rest = sorted(set(tensors.names) - set(used))
+    foreign = [name for name in rest if _FOREIGN.search(name)]
+    names = {_MODULES_TO_SAVE.sub(".", name).removeprefix(PREFIX).replace(".base_layer.", "."): name for name in rest}
+    return {key: Other(tensors=tensors, name=name) for key, name in names.items() if name not in foreign}, foreign
 
 
 def add_whole_weights(entries: dict[str, Entry], tensors: Tensors, source: Source, own: bool) -> list[str]:

@@ -25,7 +25,6 @@ from lorabench.readers._factors import (
     configuration,
     found,
     grouped,
-    left_out,
     plain,
     rank_of,
 )
@@ -54,7 +53,7 @@ def find(source: Source) -> Found | None:
     layers = [_layer(tensors, stem, module, config) for stem, module in modules.items()]
     dora = {f"{stem}.m.weight" for stem in modules} if config.get("use_dora") else set()
     used = {f"{stem}.{factor}" for stem in modules for factor in ("lora_A", "lora_B")} | dora
-    return found("adapterhub", layers, dora=DORA, notes=left_out(set(tensors.names) - used))
+    return found("adapterhub", layers, dora=DORA, left_out=set(tensors.names) - used)
 
 
 def _check_readable(config: dict[str, Any], where: str) -> None:

@@ -25,7 +25,6 @@ from lorabench.readers._factors import (
     as_dora,
     by_convention,
     found,
-    left_out,
     number,
     rank_of,
 )
@@ -57,7 +56,7 @@ def find(source: Source) -> Found | None:
     layers = [layer for stem, A, B in modules for layer in file.layers(stem, A, B)]
     companions = (".alpha", *MAGNITUDES)
     used = {name for stem, A, B in modules for name in (A, B, *(stem + suffix for suffix in companions))}
-    return found("diffusers", layers, assumed=ASSUMED, notes=left_out(set(tensors.names) - used))
+    return found("diffusers", layers, assumed=ASSUMED, left_out=set(tensors.names) - used)
 
 
 def _modules(tensors: Tensors) -> Iterator[tuple[str, str, str]]:

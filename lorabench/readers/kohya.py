@@ -27,7 +27,6 @@ from lorabench.readers._factors import (
     as_dora,
     by_convention,
     found,
-    left_out,
     number,
     plain,
     rank_of,
@@ -65,8 +64,8 @@ def find(source: Source) -> Found | None:
     layers = [layer for name, module in modules.items() for layer in _layers(tensors, name, module, source)]
     used = {tensor for module in modules.values() for tensor in module.values()}
     lycoris = any(module.keys() & LYCORIS for module in modules.values())
-    notes = left_out(set(tensors.names) - used)
-    return found("lycoris" if lycoris else "kohya", layers, assumed=ASSUMED, notes=notes)
+    format = "lycoris" if lycoris else "kohya"
+    return found(format, layers, assumed=ASSUMED, left_out=set(tensors.names) - used)
 
 
 def _modules(tensors: Tensors) -> dict[str, Module]:

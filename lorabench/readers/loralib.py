@@ -31,7 +31,6 @@ from lorabench.readers._factors import (
     counted,
     found,
     grouped,
-    left_out,
     plain,
     rank_of,
 )
@@ -47,8 +46,9 @@ def find(source: Source) -> Found | None:
     names = frozenset(tensors.names)
     modules = [_Module(tensors, names, name) for name in _modules(tensors)]
     used = {name for module in modules for name in (module.A, module.B)}
-    notes = [*_fused_notes(modules), *_convolution_notes(modules), *left_out(names - used)]
-    return found("loralib", [module.layer(source) for module in modules], assumed=ASSUMED, notes=notes)
+    notes = [*_fused_notes(modules), *_convolution_notes(modules)]
+    layers = [module.layer(source) for module in modules]
+    return found("loralib", layers, assumed=ASSUMED, notes=notes, left_out=names - used)
 
 
 def _modules(tensors: Tensors) -> list[str]:

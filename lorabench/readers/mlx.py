@@ -26,7 +26,6 @@ from lorabench.readers._factors import (
     by_convention,
     configuration,
     found,
-    left_out,
     rank_of,
 )
 from lorabench.readers._peft_config import is_number
@@ -52,7 +51,7 @@ def find(source: Source) -> Found | None:
             m, by_input = module + MAGNITUDE, is_embedding(layer.parameter)
             layers += as_dora(layer, source, m, by_input=by_input) if m in names else [layer]
     used = {module + leaf for module in modules for leaf in (A_LEAF, B_LEAF, MAGNITUDE)}
-    return found("mlx", layers, assumed=ASSUMED, notes=left_out(names - used))
+    return found("mlx", layers, assumed=ASSUMED, left_out=names - used)
 
 
 def _modules(tensors: Tensors) -> list[str]:

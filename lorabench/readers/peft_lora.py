@@ -23,11 +23,10 @@ from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Source, TensorFi
 from lorabench.readers._peft_config import ADAPTER_FILE, ADAPTER_FILES, PREFIX, check_lora, rank_and_scale, rebased
 from lorabench.readers._peft_factors import Factors
 from lorabench.update import DELTA_FILE, INITIAL_FILE
-from lorabench.weightfile import some
 
 NORMS_FILE = "base_norms.json"
 _A = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A(?:\.default)?\.weight|lora_embedding_A(?:\.default)?)")
-_USED = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(\.default)?(\.weight|\.bias)?$")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?$")
 _INITIAL_FOLDER = re.compile(r"(.*[_-])?init(ial)?", re.IGNORECASE)
 _WITHOUT_UPDATE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT",
                    "CARTRIDGE")  # fmt: skip
@@ -83,7 +82,17 @@ def find(source: Source) -> Found | None:
     notes = [*_notes(adapter, entries), *_peft_tuners.add_whole_weights(entries, tensors, source, own)]
     if source.alpha is not None:
         notes.append(f"--alpha is not used: {CONFIG_FILE} has it")
-    return Found(format="peft", entries=entries, scale_source="config", notes=tuple(notes))
+    others, left_out = _peft_tuners.others_beside(tensors, _used(tensors, entries))
+    return Found(
+        format="peft", entries=entries, scale_source="config", notes=tuple(notes), config=config, others=others,
+        left_out=tuple(left_out),
+    )  # fmt: skip
+
+
+def _used(tensors: Tensors, entries: dict[str, Entry]) -> set[str]:
+    """Names of the tensors that ΔW is made of."""
+    factors = {name for entry in entries.values() if isinstance(entry, Factors) for name in (entry.A, entry.B)}
+    return factors | {name for name in tensors.names if _MAGNITUDE.search(name)}
 
 
 def _is_torchtune(source: Source) -> bool:
@@ -177,8 +186,6 @@ def _notes(adapter: Adapter, entries: dict[str, Entry]) -> list[str]:
         notes.append("aLoRA: ΔW acts on the tokens after its invocation alone")
     if any("trainable_tokens_" in name for name in adapter.tensors.names):
         notes.append("trainable_token_indices: the change of single tokens' rows is not part of ΔW")
-    if others := [name for name in adapter.tensors.names if ".lora_" in name and not _USED.search(name)]:
-        notes.append(f"left out, of another kind or another adapter: {some(others)}")
     if any(isinstance(entry, Factors) and entry.groups > 1 for entry in entries.values()):
         notes.append("a grouped convolution: its ΔW counts all inputs, which W0 does not")
     return notes
@@ -206,4 +213,7 @@ def _without_config(source: Source) -> Found | None:
         )  # fmt: skip
     note = f"no {CONFIG_FILE} beside it: "
     note += "the scale is taken for 1 (α = r); give --alpha" if source.alpha is None else "the scale is --alpha / r"
-    return Found(format="peft", entries=entries, scale_source=origin, notes=(note,))
+    others, left_out = _peft_tuners.others_beside(tensors, _used(tensors, entries))
+    return Found(
+        format="peft", entries=entries, scale_source=origin, notes=(note,), others=others, left_out=tuple(left_out)
+    )

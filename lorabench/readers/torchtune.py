@@ -24,7 +24,6 @@ from lorabench.readers._factors import (
     by_convention,
     configuration,
     found,
-    left_out,
     rank_of,
 )
 from lorabench.readers._peft_config import ADAPTER_FILES, scale_of_factors
@@ -51,7 +50,7 @@ def find(source: Source) -> Found | None:
         layers += as_dora(layer, source, module + MAGNITUDE) if module in dora else [layer]
     used = {module + leaf for module in modules for leaf in (A_LEAF, B_LEAF, MAGNITUDE)}
     notes = [ROTARY] if any(module.endswith(("q_proj", "k_proj")) for module in modules) else []
-    return found("torchtune", layers, assumed=ASSUMED, notes=notes + left_out(names - used))
+    return found("torchtune", layers, assumed=ASSUMED, notes=notes, left_out=names - used)
 
 
 def _modules(tensors: Tensors) -> list[str]:

@@ -330,7 +330,7 @@ def test_what_is_left_out_is_noted(tmp_path):
     tensors["base_model.model.x.lora_A.other.weight"] = torch.ones(2, 3)
     save_file(tensors, tmp_path / "adapter" / ADAPTER)
     note = formats.open_adapter(tmp_path / "adapter").notes[-1]
-    assert note == "left out, of another kind or another adapter: base_model.model.x.lora_A.other.weight"
+    assert note == "1 tensor left out, such as base_model.model.x.lora_A.other.weight"
 
 
 def test_dora_without_its_configuration_is_refused(tmp_path):
