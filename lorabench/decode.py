@@ -91,18 +91,30 @@ def decode_plugin(base: type[plugins.Plugin], table: Any, where: str) -> Any:
     return decode(cls, {key: value for key, value in table.items() if key != "name"}, where + ".")
 
 
+def later(default: Any) -> Any:
+    """The default of a field that came later than the runs of many stores: `encode` leaves it out while it holds.
+
+    A key more would change the ids of the specs that do without it, and nothing else.
+    """
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
 def encode(value: Any) -> Any:
     """The inverse of `decode`: plain tables of str, int, float, bool, None and lists."""
     if type(value) in (str, int, float, bool, type(None)):  # most values are: a sweep of thousands of runs is quick
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         head = {"name": value.name} if isinstance(value, plugins.Plugin) else {}
-        return head | {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return head | {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if _written(value, f)}
     if isinstance(value, (list, tuple)):
         return [encode(item) for item in value]
     if isinstance(value, dict):
         return {key: encode(item) for key, item in value.items()}
     return value
+
+
+def _written(value: Any, field: dataclasses.Field[Any]) -> bool:
+    return field.init and not ("later" in field.metadata and getattr(value, field.name) == field.default)
 
 
 def show(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from lorabench.decode import Pattern, decode, encode
+from lorabench.decode import Pattern, decode, encode, later
 from lorabench.method import Method
 from lorabench.task import Task
 
@@ -59,7 +59,7 @@ class RunSpec:
     """Validate after every so many steps (None: only before and after training)."""
     keep: Keep = "updates"
     """What is kept of ΔW: `updates` (adapter, or full ΔW), `svd:K` (its K top singular vectors) or `none`."""
-    snapshot_every: Annotated[int, Ge(1)] | None = None
+    snapshot_every: Annotated[int, Ge(1)] | None = later(None)
     """Keep ΔW, in the form of `keep`, after every so many steps over all tasks too (None: only at the end)."""
     serving: bool = True
     """After training, measure inference of base, unmerged and merged model, and what loading and swapping take."""
@@ -112,17 +112,13 @@ class RunSpec:
         return flatten(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """Holds `task` or `tasks`, never both, and `snapshot_every` only where it is given.
-
-        It came later than the runs of many stores: a key more would change their ids, and nothing else. The lists in
-        it are not to be changed.
-        """
+        """Holds `task` or `tasks`, never both. The lists in it are not to be changed."""
         return {key: dict(value) if isinstance(value, dict) else value for key, value in self._encoded.items()}
 
     @cached_property
     def _encoded(self) -> dict[str, Any]:
-        left_out = {"task" if self.tasks else "tasks", *(["snapshot_every"] if self.snapshot_every is None else [])}
-        return {key: value for key, value in encode(self).items() if key not in left_out}
+        left_out = "task" if self.tasks else "tasks"
+        return {key: value for key, value in encode(self).items() if key != left_out}
 
     @classmethod
     def from_json(cls, table: dict[str, Any]) -> RunSpec:

@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorabench.decode import InputError, Pattern, decode, encode
+from lorabench.decode import InputError, Pattern, decode, encode, later
 from lorabench.method import Method
 
 
@@ -98,3 +98,13 @@ def test_a_plugin_needs_its_name(table: object) -> None:
 def test_encode_is_the_inverse_of_decode(**table: object) -> None:
     sample = decode(Sample, table)
     assert decode(Sample, encode(sample)) == sample
+
+
+def test_a_later_field_is_written_only_where_it_is_set():
+    @dataclass(frozen=True, kw_only=True)
+    class Thing:
+        old: int = 1
+        new: int | None = later(None)
+
+    assert encode(Thing()) == {"old": 1}
+    assert encode(Thing(new=3)) == {"old": 1, "new": 3}
