@@ -2,6 +2,7 @@
 # make test    install, then lint, type check and all tests
 # make lint    ruff and mypy alone
 # make bench   speed and memory beside other tools; writes benchmarks/results/*.json
+# make campaign MINUTES=60   random kills and damaged files (tests/campaign/README.md); not a part of `make test`
 # make clean   remove the virtual environment and what tools have cached; results stay
 #
 # Set-up is pip in a virtual environment, and repeated only when pyproject.toml or constraints.txt has changed.
@@ -9,10 +10,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 RESULTS ?= results
+MINUTES ?= 60
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench campaign clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -40,6 +42,9 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/analysis.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/cluster.py
+
+campaign: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
