@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from lorabench.aggregate import Cell
-from lorabench.labels import key_label, value_label
 
 COLUMN_INCHES = 3.3
 PAGE_INCHES = 6.9
@@ -34,7 +33,6 @@ REFERENCE = "#6B6B6B"
 NULL_DASHES = (0, (3, 2))
 """Of what chance gives."""
 LOG_FACTOR = 20
-SPEAKING = ("label", "method.name", "quantization", "model", "method.targets", "task.name")
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
@@ -154,17 +152,6 @@ def plain_logarithmic(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def series_label(keys: Sequence[str], values: Sequence[Any], *, full: bool = False) -> str:
-    """`lora, nf4`: keys that speak for themselves are not named, and `none` is silent unless in `full`."""
-    words = []
-    for key, value in zip(keys, values, strict=True):
-        if key == "quantization" and value == "none":
-            words += ["unquantized"] if full else []
-        elif value is not None:
-            words.append(value_label(value) if key in SPEAKING else f"{key_label(key)} {value_label(value)}")
-    return ", ".join(words)
 
 
 def wrapped(text: str, width: int) -> str:

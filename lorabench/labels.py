@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from lorabench.record import Measure
@@ -40,6 +41,8 @@ WORDS = {
     "majority": "majority class",
     "flops": "FLOPs",
 }
+SPEAKING = ("label", "method.name", "quantization", "model", "method.targets", "task.name")
+"""Keys whose values need no name beside them."""
 UNIT_SUFFIXES = ("_gib", "_seconds", "_bytes", "_joules")
 
 
@@ -57,6 +60,17 @@ def value_label(value: Any) -> str:
         mantissa, e, exponent = f"{value:g}".partition("e")
         return f"{mantissa}e{int(exponent)}" if e else mantissa
     return str(value)
+
+
+def series_label(keys: Sequence[str], values: Sequence[Any], *, full: bool = False) -> str:
+    """`lora, nf4`: keys that speak for themselves are not named, and `none` is silent unless in `full`."""
+    words = []
+    for key, value in zip(keys, values, strict=True):
+        if key == "quantization" and value == "none":
+            words += ["unquantized"] if full else []
+        elif value is not None:
+            words.append(value_label(value) if key in SPEAKING else f"{key_label(key)} {value_label(value)}")
+    return ", ".join(words)
 
 
 def column_label(key: str, value: Any) -> str:
@@ -92,6 +106,12 @@ def with_unit(name: str) -> str:
 
 def capitalized(text: str) -> str:
     return text[:1].upper() + text[1:]
+
+
+def distinct(name: str, taken: Container[str], pattern: str = "_{}") -> str:
+    """A name that is not taken: `name`, `name_2`, …"""
+    names = itertools.chain([name], (name + pattern.format(number) for number in itertools.count(2)))
+    return next(candidate for candidate in names if candidate not in taken)
 
 
 def listed(words: Iterable[str]) -> str:

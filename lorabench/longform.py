@@ -74,15 +74,15 @@ def _table(results: Results, name: str, frame: pd.DataFrame) -> pa.Table:
 def _settings(results: Results, runs: pd.Series) -> dict[str, pa.Array]:
     """The settings of each row's run, and whether tables and figures compare it (`selected`)."""
     codes = runs.astype("category").cat
-    found = results.runs.loc[list(codes.categories)]
+    rows = results.runs.index.get_indexer(list(codes.categories))[codes.codes]
     chosen = set(selected(results).run_ids)
-    table = {key: _typed(list(found[key])) for key in setting_keys(results)}
-    table["selected"] = pa.array([run in chosen for run in found.index])
-    return {key: values.take(pa.array(codes.codes)) for key, values in table.items()}
+    table = {key: _typed(list(results.runs[key])) for key in setting_keys(results)}
+    table["selected"] = pa.array([run in chosen for run in results.runs.index])
+    return {key: values.take(pa.array(rows)) for key, values in table.items()}
 
 
 def _typed(values: list[Any]) -> pa.Array:
-    """Numbers where all are, else words."""
+    """Numbers where all are, else words; of all the sweep's runs, so that a key has one type in every table."""
     values = [None if value is None or value != value else value for value in values]
     present = [value for value in values if value is not None]
     if all(isinstance(value, bool) for value in present):

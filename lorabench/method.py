@@ -59,6 +59,11 @@ class Method(Plugin, ABC):
         return f"against {base}" + ("; what the method computes beside it is apart" if self.adds_computation else "")
 
     @property
+    def about_storage(self) -> str:
+        """What the files hold where that is not what was trained, as in `they hold …`; empty where it is."""
+        return ""
+
+    @property
     def num_virtual_tokens(self) -> int:
         """Positions that the method takes up in front of each example."""
         return 0

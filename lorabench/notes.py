@@ -9,10 +9,13 @@ import pandas as pd
 
 from lorabench import plugins
 from lorabench.aggregate import Cell
-from lorabench.labels import key_label, listed, measure_label
+from lorabench.labels import key_label, listed, measure, measure_label, series_label
 from lorabench.record import Status
-from lorabench.results import Results, Selection, grouped
+from lorabench.results import Results, Selection, grouped, has_shared
 from lorabench.sweep import Table
+
+STORED = ("storage_bytes", "resident_adapter_gib", "adapter_load_seconds", "adapter_swap_seconds")
+"""Measures of an adapter's files, beside those of the group `storage`."""
 
 
 def declared_notes(
@@ -25,11 +28,12 @@ def declared_notes(
     notes = [f"Mean ± 95% interval (Student t) over seeds. {behind}{single_seed([cells])}"]
     if any(item.null is not None for item in cells):
         notes.append(f"In brackets: the same metric of {_null_models(table.values)}.")
-    if any("." in value for value in table.values):
-        notes.append("Metrics of ΔW are means over the layers that all compared runs have.")
+    notes += layer_notes(results, table.values)
     notes += applicability([cells])
     if has_gaps:
         notes.append("–: not part of the sweep.")
+    if any(measure(value).group == "storage" or value in STORED for value in table.values):
+        notes += storage_notes(results, selection)
     return [*notes, *selection_notes(results, selection), *mixture_notes(results, selection.runs, keys)]
 
 
@@ -44,6 +48,28 @@ def _null_models(values: list[str]) -> str:
     return listed(text for need, text in models.items() if need in needs) if needs & models.keys() else "chance"
 
 
+def layer_notes(results: Results, values: list[str]) -> list[str]:
+    """Over which layers the metrics of ΔW are means."""
+    metrics = [value for value in values if "." in value]
+    apart = [value for value in metrics if not has_shared(results, value)]
+    notes = ["Metrics of ΔW are means over the layers that all runs have."] if len(apart) < len(metrics) else []
+    if apart:
+        which = "metrics of ΔW" if apart == metrics else listed(map(measure_label, apart))
+        notes.append(f"No layer was changed in all runs: {which} are means over each run's own layers, which differ.")
+    return notes
+
+
+def storage_notes(results: Results, selection: Selection) -> list[str]:
+    """Whose files hold something else than what was trained."""
+    about = {spec.id: spec.method.about_storage for spec in results.sweep.runs}
+    found: dict[str, list[str]] = {}
+    for setting, runs in grouped(selection.runs, results.settings):
+        text = about[runs.index[0]]
+        if text:
+            found.setdefault(text, []).append(series_label(results.settings, setting))
+    return [f"The files of {listed(labels)} hold {text}." for text, labels in found.items()]
+
+
 def applicability(cells: Iterable[Iterable[Cell]]) -> list[str]:
     """What n/a means, where a table has one."""
     missing = any(not item.applicable for line in cells for item in line)
@@ -53,6 +79,17 @@ def applicability(cells: Iterable[Iterable[Cell]]) -> list[str]:
 def single_seed(cells: Iterable[Iterable[Cell]]) -> str:
     alone = any(item.num_seeds == 1 for line in cells for item in line)
     return " A single seed gives no interval." if alone else ""
+
+
+def optimism_notes(results: Results, selection: Selection) -> list[str]:
+    """That the measure by which something was chosen flatters what was chosen, and which one does not."""
+    select = results.sweep.select
+    if select is None or selection.choices.empty:
+        return []
+    over, by = key_label(results.over[0]), measure_label(select.by)
+    apart = select.by.replace("valid_", "test_", 1)
+    free = f"; the {measure_label(apart)} took no part in that" if apart != select.by and apart in results.runs else ""
+    return [f"The {by} is the one by which the {over} was chosen, and so a little too good{free}."]
 
 
 def selection_notes(results: Results, selection: Selection) -> list[str]:

@@ -18,11 +18,11 @@ from lorabench import drawing, plugins
 from lorabench.aggregate import FAILED, plain
 from lorabench.changes import changes_sheet
 from lorabench.figure import SECTIONS, Figure
-from lorabench.labels import capitalized, key_label, measure, value_label, with_unit
+from lorabench.labels import capitalized, distinct, key_label, measure, series_label, value_label, with_unit
 from lorabench.page import TEMPLATES, Drawn, fill, picture
 from lorabench.record import Status, write_bytes, write_json
 from lorabench.results import Results, selected
-from lorabench.tables import build_tables, distinct, quality, write_tables
+from lorabench.tables import build_tables, quality, write_tables
 from lorabench.typeset import Sheet
 
 TEMPLATE = "report.html.j2"
@@ -157,7 +157,7 @@ def _failures(results: Results) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], list[str]] = {}
     keys = list(dict.fromkeys(["method.name", *results.keys]))
     for _, run in runs.iterrows():
-        what = drawing.series_label(keys, [run[key] for key in keys], full=True)
+        what = series_label(keys, [run[key] for key in keys], full=True)
         groups.setdefault((run["status"], run["error"] or "no message"), []).append(what)
     return [{"status": status, "error": error, "runs": where} for (status, error), where in groups.items()]
 

@@ -9,11 +9,13 @@ from functools import cached_property
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lorabench.record import MEASURES, RunRecord, RunState, Status, Store
 from lorabench.spec import is_tables, task_names
 from lorabench.sweep import Sweep, known_measures
+from lorabench.update import DORA_PART
 
 Analyze = Callable[[Store, Sweep, list[str]], dict[str, pd.DataFrame]]
 
@@ -140,12 +142,41 @@ def shared(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of the layers that every run has, so that runs with other targets compare; all where there is none.
 
     Of the layers inside the model's blocks, where there are any: runs that trained nothing but a head are left out.
+    Nor does a part of a ΔW (DoRA's s B A) count beside that ΔW.
     """
-    body = frame[frame["depth"].notna()] if "depth" in frame else frame
-    frame = frame if body.empty else body
-    owners = frame.groupby("layer")["run_id"].nunique()
-    everywhere = owners.index[owners == frame["run_id"].nunique()]
+    frame = _body(frame)
+    everywhere = _everywhere(frame)
     return frame[frame["layer"].isin(everywhere)] if len(everywhere) else frame
+
+
+def has_shared(results: Results, name: str) -> bool:
+    """Whether a layer metric's mean is over layers that all runs have; else it is over each run's own."""
+    analysis, _, metric = name.partition(".")
+    frame = results.analyses.get(analysis, pd.DataFrame())
+    return frame.empty or len(_everywhere(_body(frame[frame["metric"] == metric]))) > 0
+
+
+def whole_layers(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ΔW itself: without those of its parts, `MODULE[sBA]`, but where there are no others."""
+    parts = [layer for layer in frame["layer"].unique() if layer.endswith(f"[{DORA_PART}]")]
+    whole = frame[~frame["layer"].isin(parts)]
+    return frame if whole.empty else whole
+
+
+def _body(frame: pd.DataFrame) -> pd.DataFrame:
+    frame = whole_layers(frame)
+    inside = frame[frame["depth"].notna()] if "depth" in frame else frame
+    return frame if inside.empty else inside
+
+
+def _everywhere(frame: pd.DataFrame) -> pd.Index:
+    owners = frame.groupby("layer", observed=True)["run_id"].nunique()
+    return owners.index[owners == frame["run_id"].nunique()]
+
+
+def kept_rows(frame: pd.DataFrame, keep: Iterable[bool]) -> pd.DataFrame:
+    """The rows that are to be kept; `frame[[…]]` would choose columns where there are no rows."""
+    return frame[np.fromiter(keep, dtype=bool, count=len(frame))]
 
 
 def selected(results: Results) -> Selection:
@@ -175,7 +206,7 @@ def _select(results: Results) -> Selection:
         rows.append(row | {"num_values": len(tried), "edge": edge, "complete": score[0] == 0})
     chosen = set(kept)
     choices = pd.DataFrame(rows, columns=[*keys, *over, "num_values", "edge", "complete"], dtype=object)
-    return Selection(runs=runs[[run_id in chosen for run_id in runs.index]], choices=choices)
+    return Selection(runs=kept_rows(runs, [run_id in chosen for run_id in runs.index]), choices=choices)
 
 
 def grouped(frame: pd.DataFrame, keys: Sequence[str]) -> list[tuple[tuple[Any, ...], pd.DataFrame]]:

@@ -14,6 +14,8 @@ VALUE, NULL = "value", "value:null"
 """The columns of what `per_run` gives, as `aggregate.cell` reads them."""
 THINNED = "Of more settings than there is room for, some of the ranks are left out, then those that do worst."
 """For captions: what `shown_settings` does."""
+UNSHARED = "(where there is none: each run's own)"
+"""For captions, after `layers that all runs have`: what `results.shared` does."""
 How = Literal["mean", "sum", "geometric"]
 NAMES = {
     "spectrum.relative_norm": "‖ΔW‖ / ‖W0‖",
@@ -112,12 +114,15 @@ def _score(results: Any, runs: pd.DataFrame) -> float:
 
 
 def by_setting(results: Any, rows: pd.DataFrame, settings: Sequence[tuple[Any, ...]]) -> list[tuple[str, pd.DataFrame]]:
-    """The rows of each of the settings, with its label."""
-    from lorabench.drawing import series_label
+    """The rows of each of the settings, with its label; no two labels are the same."""
+    from lorabench.labels import distinct, series_label
     from lorabench.results import grouped
 
     found = dict(grouped(rows, results.settings))
-    return [(series_label(results.settings, values), found[values]) for values in settings if values in found]
+    labels: dict[str, tuple[Any, ...]] = {}
+    for values in settings:
+        labels[distinct(series_label(results.settings, values), labels, " ({})")] = values
+    return [(label, found[values]) for label, values in labels.items() if values in found]
 
 
 def ordered_kinds(kinds: Iterable[str]) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from lorabench.columns import columns_page
 from lorabench.labels import (
     capitalized,
     column_label,
+    distinct,
     key_label,
     listed,
     measure,
@@ -23,9 +22,9 @@ from lorabench.labels import (
     with_unit,
 )  # fmt: skip
 from lorabench.longform import long_tables
-from lorabench.notes import applicability, declared_notes, mixture_notes, selection_notes, single_seed
+from lorabench.notes import applicability, declared_notes, mixture_notes, optimism_notes, selection_notes, single_seed
 from lorabench.record import Status, write_bytes
-from lorabench.results import Results, Selection, grouped, ordered, ordinal, selected
+from lorabench.results import Results, Selection, grouped, kept_rows, ordered, ordinal, selected
 from lorabench.sweep import Table
 from lorabench.transfer import transfer_sheet
 from lorabench.typeset import Column, Sheet
@@ -69,12 +68,6 @@ def build_tables(results: Results) -> list[Sheet]:
     return sheets
 
 
-def distinct(name: str, taken: Container[str]) -> str:
-    """A file name that is not taken: `name`, `name_2`, …"""
-    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
-    return next(candidate for candidate in names if candidate not in taken)
-
-
 def quality(results: Results) -> str:
     """The measure that tables and figures hold settings against unless told otherwise, without its split."""
     by = results.sweep.select.by if results.sweep.select else ""
@@ -112,7 +105,12 @@ def summary(results: Results, selection: Selection) -> Sheet:
         caption=f"Summary of {results.sweep.name}",
         columns=columns,
         rows=rows,
-        notes=[*notes, *selection_notes(results, selection), *mixture_notes(results, selection.runs, results.settings)],
+        notes=[
+            *notes,
+            *selection_notes(results, selection),
+            *optimism_notes(results, selection),
+            *mixture_notes(results, selection.runs, results.settings),
+        ],
         tidy=pd.DataFrame(tidy, dtype=object),  # a rank stays whole beside a method that has none
     )  # fmt: skip
 
@@ -127,7 +125,7 @@ def declared(results: Results, selection: Selection, table: Table, name: str) ->
     tidy = []
     for row, (values, group) in enumerate(settings):
         for head in heads:
-            chunk = group[[item == head for item in group[table.columns]]] if table.columns else group
+            chunk = kept_rows(group, (item == head for item in group[table.columns])) if table.columns else group
             for value in table.values if len(chunk) else []:
                 found[row, head, value] = item = cell(chunk, value)
                 place = dict(zip(keys, (*values, head), strict=False))

@@ -18,6 +18,8 @@ DELTA_FILE = "delta.safetensors"
 SVD_FILE = "svd.safetensors"
 INITIAL_FILE = "initial_factors.safetensors"
 """Beside a LoRA adapter whose factors did not begin at B A = 0: `LAYER.B` and `LAYER.A` before training."""
+DORA_PART = "sBA"
+"""`Update.part` of the factors of DoRA's ΔW, which are reported beside it as `MODULE[sBA]`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,5 +1,6 @@
 """Long tables and COLUMNS.md, of a small store that is analyzed in earnest: every analysis, on three kinds of runs."""
 
+import dataclasses
 import gzip
 import io
 
@@ -126,3 +127,13 @@ def test_everything_is_written_beside_the_tables(results, tmp_path):
     written = {file.name for file in write_tables(results, build_tables(results), tmp_path)}
     assert {"metrics.parquet", "metrics.csv", "singular_values.parquet", "subspace.parquet", "COLUMNS.md"} <= written
     assert all(isinstance(parquet.read_table(tmp_path / name), pa.Table) for name in written if "parquet" in name)
+
+
+def test_a_key_that_none_of_an_analysis_runs_has_keeps_its_type(results):
+    """Only some runs have snapshots, say full fine-tuning, which has no rank: the tables still fit together."""
+    full = results.runs.index[results.runs["method.name"] == "full"]
+    some = results.analyses["dynamics"]
+    found = dataclasses.replace(results, analyses=results.analyses | {"dynamics": some[some["run_id"].isin(full)]})
+    frame = long_tables(found)["metrics"].to_pandas()
+    assert frame[frame["analysis"] == "dynamics"]["method.rank"].isna().all()
+    assert set(frame[frame["analysis"] == "spectrum"]["method.rank"].dropna()) == {2, 4}

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from lorabench.record import Status, Store
-from lorabench.results import load_results, ordered, selected, shared, with_analyses
+from lorabench.results import kept_rows, load_results, ordered, selected, shared, with_analyses
 from tests import synthetic
 
 GRID = """
@@ -158,3 +158,23 @@ def test_means_are_over_the_layers_in_the_blocks_that_all_runs_have():
     assert shared(frame)[["run_id", "layer"]].to_numpy().tolist() == [["a", "h.0.q"], ["b", "h.0.q"]]
     heads = frame[frame["layer"] == "classifier"]
     assert len(shared(heads)) == 3
+
+
+def test_a_mean_over_layers_leaves_doras_part_out(tmp_path):
+    """Runs of DoRA alone have `MODULE[sBA]` in every run: it is a part of ΔW, not another ΔW to average with."""
+    results = load(tmp_path, GRID, lambda spec: 1.0)
+    a, b = results.runs.index[:2]
+    rows = [(run, f"layers.{n}.q{part}", value) for run in (a, b) for n in (0, 1)
+            for part, value in (("", 35.0 + n), ("[sBA]", 7.0))]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["run_id", "layer", "value"]).assign(metric="rank_90", depth=0)
+    assert with_analyses(results, {"spectrum": frame}).runs.loc[a, "spectrum.rank_90"] == 35.5
+    beside = pd.concat([frame, frame[~frame["layer"].str.contains("sBA")].assign(run_id=results.runs.index[2])])
+    assert with_analyses(results, {"spectrum": beside}).runs.loc[a, "spectrum.rank_90"] == 35.5
+    parts = frame[frame["layer"].str.contains("sBA")]
+    assert len(shared(parts)) == len(parts), "where they are asked for by their own names"
+
+
+def test_rows_are_chosen_also_of_an_empty_frame():
+    frame = pd.DataFrame({"rank": [1, 2], "lr": [0.1, 0.2]})
+    assert list(kept_rows(frame, (rank == 2 for rank in frame["rank"]))["lr"]) == [0.2]
+    assert list(kept_rows(frame.iloc[:0], []).columns) == ["rank", "lr"]

@@ -16,7 +16,7 @@ from scipy import stats
 from lorabench import typeset
 from lorabench.aggregate import Cell, cell, interval, places, plain, value_text
 from lorabench.record import Status, Store
-from lorabench.results import load_results, selected
+from lorabench.results import load_results, selected, with_analyses
 from lorabench.tables import _shared, build_tables, subspace_table, write_tables
 from lorabench.typeset import Column, Sheet
 from tests import synthetic
@@ -254,3 +254,28 @@ def odd_sheet():
     return Sheet(
         name="odd_name", caption=odd, columns=columns, rows=[[odd, "−1 ± 2"]], notes=[odd], tidy=pd.DataFrame()
     )  # fmt: skip
+
+
+def test_notes_say_over_which_layers_a_mean_is(tmp_path):
+    table = '[[table]]\nrows = ["method.rank"]\nvalue = ["spectrum.rank_90", "valid_loss"]\n'
+    results = load(tmp_path, GRID + table, lambda spec: spec.lr)
+    rows = [(run, f"layers.0.{'q' if rank == 2 else 'up'}", 1.0) for run, rank in results.runs["method.rank"].items()]
+    apart = pd.DataFrame(rows, columns=["run_id", "layer", "value"]).assign(metric="rank_90", depth=0)
+    same = apart.assign(layer="layers.0.q")
+    for frame, text in ((apart, "No layer was changed in all runs: metrics"), (same, "that all runs have")):
+        notes = build_tables(with_analyses(results, {"spectrum": frame}))[-1].notes
+        assert [text in note for note in notes if "layer" in note] == [True]
+
+
+def test_notes_say_what_was_stored_of_another_rank_than_trained(tmp_path):
+    table = '[[table]]\nrows = ["method.init"]\nvalue = ["storage_bytes"]\n'
+    text = GRID.replace("rank = [2, 4]", 'init = ["kaiming", "pissa"]') + table
+    notes = build_tables(load(tmp_path, text, lambda spec: spec.lr, measure="storage_bytes"))[-1].notes
+    (note,) = [note for note in notes if "2r" in note]
+    assert "pissa" in note and "kaiming" not in note
+
+
+def test_the_summary_says_once_that_what_chose_flatters_what_was_chosen(results):
+    sheets = build_tables(results)
+    (note,) = [note for sheet in sheets for note in sheet.notes if "a little too good" in note]
+    assert note in sheets[0].notes and "the test loss took no part" in note

@@ -40,12 +40,13 @@ class Amplification(Figure):
         by_count = _logarithms(per_run(results, _of_all_layers(shared(growing)), ["r"], "geometric"))
         settings = shown_settings(results, by_kind, MAX_LINES)
         lines = by_setting(results, by_count, settings)
-        looks = drawing.looks(label for label, _ in lines)
+        groups = by_setting(results, by_kind, settings)
+        looks = drawing.looks(label for label, _ in groups)
         with drawing.style():
             figure, grid = drawing.new_figure(1, 2, height=2.5)
             handles = _against_count(grid[0, 0], lines, looks)
             kinds = ordered_kinds(by_kind["kind"])
-            _by_kind(grid[0, 1], by_setting(results, by_kind, settings), kinds, looks)
+            _by_kind(grid[0, 1], groups, kinds, looks)
             for axes in grid[0]:
                 axes.set(yscale="log", ylabel="Amplification ‖ΔW‖ / ‖Uᵀ W0 V‖")
                 drawing.plain_logarithmic(axes)

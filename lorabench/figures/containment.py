@@ -77,7 +77,7 @@ def _rows(results: Any, figure: Containment) -> pd.DataFrame:
     """A row a pair of runs, side and direction, with `what` it is called; `seed` is that of the first run."""
     import pandas as pd
 
-    from lorabench.results import selected
+    from lorabench.results import selected, whole_layers
 
     frame = results.analyses.get("overlap", pd.DataFrame())
     if frame.empty:
@@ -87,7 +87,7 @@ def _rows(results: Any, figure: Containment) -> pd.DataFrame:
     axes = list(dict.fromkeys(frame["axis"]))
     between = figure.between or next((axis for axis in (*PREFERRED, *axes) if axis in axes), None)
     frame = frame[frame["axis"] == between]
-    frame = frame[frame["kind"].isin(figure.kinds)] if figure.kinds else frame
+    frame = frame[frame["kind"].isin(figure.kinds)] if figure.kinds else whole_layers(frame)
     frame = frame if figure.sides == "both" else frame[frame["side"] == figure.sides]
     if frame.empty:
         return frame
@@ -103,7 +103,7 @@ def _rows(results: Any, figure: Containment) -> pd.DataFrame:
 
 def _name(results: Any, runs: dict[str, str], metric: str, between: str | None) -> str:
     """`full in lora, rank 16`, in two lines where it is long; of two seeds one `in another seed`."""
-    from lorabench.drawing import series_label
+    from lorabench.labels import series_label
 
     first, second = (
         series_label(results.settings, list(results.runs.loc[runs[role], results.settings])) for role in ROLES[metric]

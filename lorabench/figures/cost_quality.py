@@ -76,7 +76,7 @@ def _panel(axes: Axes, results: Any, runs: Any, names: tuple[str, str]) -> dict[
     """Points with their intervals; label -> handle."""
     from lorabench import drawing
     from lorabench.aggregate import cell
-    from lorabench.labels import value_label
+    from lorabench.labels import series_label, value_label
     from lorabench.results import grouped
 
     keys = [key for key in results.settings if key != RANK]
@@ -93,7 +93,7 @@ def _panel(axes: Axes, results: Any, runs: Any, names: tuple[str, str]) -> dict[
             x.center, y.center, xerr=x.half or 0.0, yerr=y.half or 0.0, color=look.color, linestyle="none",
             marker=look.marker, markerfacecolor="white" if y.half is None else look.color, elinewidth=0.8,
         )  # fmt: skip
-        label = drawing.series_label(keys, [at[key] for key in keys])
+        label = series_label(keys, [at[key] for key in keys])
         handles.setdefault(f"{numbers[values]}  {label}" if numbers else label, handle)
         points.append((x, y))
         texts.append(numbers.get(values) or ("" if at.get(RANK) is None else value_label(at[RANK])))

@@ -35,6 +35,7 @@ class Dynamics(Figure):
     def draw(self, results: Any) -> MatplotlibFigure | None:
         from lorabench import drawing
         from lorabench.figures._curves import null_handle
+        from lorabench.labels import series_label
         from lorabench.results import grouped
 
         values = _values(results, self.kinds)
@@ -49,7 +50,7 @@ class Dynamics(Figure):
             for axes, metric in zip(grid.flat, metrics, strict=False):
                 chunk = values[values["metric"] == metric]
                 for setting, series in grouped(chunk, results.settings):
-                    handles[drawing.series_label(results.settings, setting)] = _curve(axes, series, looks[setting])
+                    handles[series_label(results.settings, setting)] = _curve(axes, series, looks[setting])
                 axes.set_ylabel(PANELS[metric])
                 _scale(axes, metric, chunk)
             for axes in drawing.lowest(grid, len(metrics)):

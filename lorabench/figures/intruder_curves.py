@@ -44,7 +44,7 @@ class IntruderCurves(Figure):
         from lorabench.results import selected
         from lorabench.rows import by_setting, shown_settings
 
-        counts, num_matrices = _counts(results)
+        counts, matrices = _counts(results)
         chosen = counts[counts.index.isin(selected(results).done.index)]
         if chosen.empty:
             return None
@@ -57,7 +57,7 @@ class IntruderCurves(Figure):
         with drawing.style():
             figure, grid = drawing.new_figure(1, 3 if len(points) > 1 else 2)
             handles = _panel(grid[0, 0], [(label, rows[rows["k"] == k]) for label, rows in lines], "epsilon", looks)
-            grid[0, 0].set(xlabel="Threshold ε of |cos|", ylabel=f"Intruders in {num_matrices} matrices")
+            grid[0, 0].set(xlabel="Threshold ε of |cos|", ylabel=f"Intruders in {matrices}")
             grid[0, 0].set_title(f"top k = {k:g} of each matrix")
             _panel(grid[0, 1], [(label, rows[rows["epsilon"] == epsilon]) for label, rows in lines], "k", looks)
             grid[0, 1].set(xlabel="Top directions k of each matrix", title=f"ε = {epsilon:g}")
@@ -71,14 +71,14 @@ class IntruderCurves(Figure):
         return figure
 
     def caption(self) -> str:
-        from lorabench.rows import THINNED
+        from lorabench.rows import THINNED, UNSHARED
 
         return (
             "Intruder dimensions: top left singular vectors of W0 + ΔW whose |cos| with every one of W0 is below ε, "
-            "summed over the matrices that all runs have (Shuttleworth et al. 2024). Means over seeds, bands 95% "
-            "Student-t intervals (hollow: a single seed), settings at their own best learning rate. Dashed: the same "
-            "singular values of ΔW in random directions. Degenerate: the share of intruders whose singular value is "
-            "within 1% of a neighbour's, so that the single vector means little. Right: a point a run, all learning "
+            f"summed over the matrices that all runs have {UNSHARED}: Shuttleworth et al. 2024. Means over seeds with "
+            "95% Student-t bands (hollow: a single seed), settings at their own best learning rate. Dashed: the "
+            "same singular values of ΔW in random directions. Degenerate: the share of intruders whose singular value "
+            "is within 1% of a neighbour's, so that the single vector means little. Right: a point a run, all learning "
             "rates, grey where the setting has no curve; Spearman's ρ over all of them, whatever else they differ in. "
             + THINNED
         )
@@ -87,17 +87,19 @@ class IntruderCurves(Figure):
 EXAMPLE = IntruderCurves()
 
 
-def _counts(results: Any) -> tuple[pd.DataFrame, int]:
-    """The sum over matrices of each run that is done, at each (ε, k), and of how many matrices."""
+def _counts(results: Any) -> tuple[pd.DataFrame, str]:
+    """The sum over matrices of each run that is done, at each (ε, k), and of which matrices."""
     from lorabench.record import Status
     from lorabench.rows import common_layers, metric_rows, per_run
 
     done = results.runs[results.runs["status"] == Status.DONE]
     rows = metric_rows(results, "intruders.count", done)
     if rows.empty:
-        return rows, 0
+        return rows, ""
     rows = common_layers(rows, "k")
-    return per_run(results, rows, ["epsilon", "k"], "sum"), rows["layer"].nunique()
+    counts = rows.groupby("run_id")["layer"].nunique()
+    matrices = f"{counts.max()} matrices" if rows["layer"].nunique() == counts.min() else "each run's own matrices"
+    return per_run(results, rows, ["epsilon", "k"], "sum"), matrices
 
 
 def _nearest(values: pd.Series, wanted: float) -> float:

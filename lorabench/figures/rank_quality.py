@@ -33,7 +33,7 @@ class RankQuality(Figure):
 
     def draw(self, results: Any) -> MatplotlibFigure | None:
         from lorabench import drawing
-        from lorabench.labels import capitalized, with_unit
+        from lorabench.labels import capitalized, series_label, with_unit
         from lorabench.results import grouped, selected
         from lorabench.tables import quality
 
@@ -55,7 +55,7 @@ class RankQuality(Figure):
                 panel, items = _panel(axes, chunk, same[same[RANK].isna()], value, looks)
                 handles |= panel
                 drawn += items
-                axes.set_title(drawing.series_label(panel_keys, values, full=True))
+                axes.set_title(series_label(panel_keys, values, full=True))
             drawing.limit_y(grid[0, 0], drawn)
             for axes, (values, _) in zip(grid.flat, panels, strict=False):
                 handles |= _base(axes, _in_panel(runs, panel_keys, values), value)
@@ -79,8 +79,10 @@ EXAMPLE = RankQuality()
 
 def _in_panel(runs: pd.DataFrame, keys: list[str], values: tuple[Any, ...]) -> pd.DataFrame:
     """The runs of a panel, with those that have no such key (full fine-tuning has no targets)."""
+    from lorabench.results import kept_rows
+
     for key, value in zip(keys, values, strict=True):
-        runs = runs[[item is None or item == value for item in runs[key]]]
+        runs = kept_rows(runs, (item is None or item == value for item in runs[key]))
     return runs
 
 
@@ -90,6 +92,7 @@ def _panel(
     """Draw one panel's lines and levels; label -> handle, and what was drawn."""
     from lorabench import drawing
     from lorabench.aggregate import cell
+    from lorabench.labels import series_label
     from lorabench.results import grouped, ordered
 
     handles: dict[str, Any] = {}
@@ -98,13 +101,13 @@ def _panel(
     for position, (values, chunk) in enumerate(groups):
         line = [(rank, cell(chunk[chunk[RANK] == rank], value)) for rank in ordered(chunk[RANK])]
         apart = 1.05 ** (position - (len(groups) - 1) / 2)  # so that no bar hides another's
-        handles[drawing.series_label(IN_PANEL, values)] = _line(axes, line, apart, looks[values])
+        handles[series_label(IN_PANEL, values)] = _line(axes, line, apart, looks[values])
         drawn += [item for _, item in line]
     for values, chunk in grouped(level, IN_PANEL):
         item, look = cell(chunk, value), looks[values]
         if item.half is not None:
             axes.axhspan(item.ends[0], item.ends[1], color=look.color, alpha=0.15, linewidth=0)
-        handles[drawing.series_label(IN_PANEL, values)] = axes.axhline(item.center, color=look.color, zorder=2)
+        handles[series_label(IN_PANEL, values)] = axes.axhline(item.center, color=look.color, zorder=2)
         drawn.append(item)
     drawing.powers_of_two(axes, ranked[RANK])
     return handles, drawn

@@ -29,6 +29,7 @@ class Spectra(Figure):
     def draw(self, results: Any) -> MatplotlibFigure | None:
         from lorabench import drawing
         from lorabench.figures._curves import null_handle
+        from lorabench.labels import series_label
         from lorabench.results import grouped, ordered
 
         values = _values(results, self.kinds)
@@ -45,7 +46,7 @@ class Spectra(Figure):
             handles: dict[str, Any] = {}
             for axes, (place, chunk) in zip(grid.flat, panels, strict=False):
                 handles |= _panel(axes, chunk, _same_base(level, keys, place), keys, ranks)
-                axes.set_title(drawing.series_label(keys, place, full=True) if place else "")
+                axes.set_title(series_label(keys, place, full=True) if place else "")
             for axes in drawing.lowest(grid, len(panels)):
                 axes.set_xlabel("Index i")
             for axes in grid[:, 0]:
@@ -93,9 +94,11 @@ def _values(results: Any, kinds: tuple[str, ...]) -> pd.DataFrame:
 
 def _same_base(level: pd.DataFrame, keys: list[str], place: tuple[Any, ...]) -> pd.DataFrame:
     """What has no rank, for a panel: the same in every key that it has, method and quantization apart."""
+    from lorabench.results import kept_rows
+
     for key, value in zip(keys, place, strict=False):
         if key not in ("method.name", "quantization"):
-            level = level[[item is None or item == value for item in level[key]]]
+            level = kept_rows(level, (item is None or item == value for item in level[key]))
     return level
 
 
@@ -104,6 +107,7 @@ def _panel(axes: Axes, ranked: pd.DataFrame, level: pd.DataFrame, keys: list[str
     from matplotlib.colors import to_hex
 
     from lorabench import drawing
+    from lorabench.labels import series_label
     from lorabench.results import grouped
 
     handles: dict[str, Any] = {}
@@ -116,7 +120,7 @@ def _panel(axes: Axes, ranked: pd.DataFrame, level: pd.DataFrame, keys: list[str
     looks = drawing.looks(values for values, _ in grouped(level, keys))
     for values, chunk in grouped(level, keys):
         look = looks[values] if not ranks else drawing.Look("#000000", "X", looks[values].dashes)
-        handles[drawing.series_label(keys, values)] = _curve(axes, chunk, look)
+        handles[series_label(keys, values)] = _curve(axes, chunk, look)
     return handles
 
 

@@ -119,12 +119,12 @@ def _default_kinds(frame: pd.DataFrame) -> tuple[str, ...]:
 
 def _rows(frame: pd.DataFrame, results: Any, between: str) -> list[tuple[str, pd.DataFrame]]:
     """One row a setting, each with its title."""
-    from lorabench import drawing
+    from lorabench.labels import series_label
     from lorabench.results import grouped
 
     keys = [key for key in results.settings if key in frame and key != between and frame[key].nunique() > 1]
     groups = list(grouped(frame, keys))[:MAX_ROWS]
-    return [(drawing.series_label(keys, values, full=True), chunk) for values, chunk in groups]
+    return [(series_label(keys, values, full=True), chunk) for values, chunk in groups]
 
 
 def _axis_labels(frame: pd.DataFrame, between: str) -> tuple[str, str]:

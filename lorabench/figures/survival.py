@@ -73,7 +73,7 @@ class SurvivalCurves(Figure):
         return panels
 
     def caption(self) -> str:
-        from lorabench.rows import THINNED
+        from lorabench.rows import THINNED, UNSHARED
 
         of = f" ({', '.join(self.kinds)})" if self.kinds else ""
         what = (
@@ -82,9 +82,9 @@ class SurvivalCurves(Figure):
             else "|cos| between the k-th singular direction of W0 and the k-th of W0 + ΔW"
         )
         return (
-            f"{what} (1: untouched): means over the layers{of} that all runs have and over seeds, bands 95% Student-t "
-            "intervals over seeds (hollow: a single seed), settings at their own best learning rate. Dashed: random "
-            "directions. " + THINNED
+            f"{what} (1: untouched): means over the layers{of} that all runs have {UNSHARED} and over seeds, bands 95% "
+            "Student-t intervals over seeds (hollow: a single seed), settings at their own best learning rate. Dashed: "
+            "random directions. " + THINNED
         )
 
 

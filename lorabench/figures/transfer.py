@@ -81,7 +81,7 @@ def _title(results: Any, item: Transfer) -> str:
     """The setting without its tasks, which the axes tell."""
     import textwrap
 
-    from lorabench.drawing import series_label
+    from lorabench.labels import series_label
 
     pairs = [pair for pair in zip(results.settings, item.setting, strict=True) if pair[0] != "tasks"]
     keys, values = zip(*pairs, strict=True)

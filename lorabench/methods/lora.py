@@ -117,6 +117,11 @@ class Lora(Tuner):
         return super().about_update(spec) + start
 
     @property
+    def about_storage(self) -> str:
+        is_rebuilt = self.init in ("pissa", "olora")
+        return "a LoRA of rank 2r, B A - B0 A0, which the untouched base takes" if is_rebuilt else ""
+
+    @property
     def rebased(self) -> bool:
         """Whether the product of the initial factors is not zero."""
         return self.init in ("pissa", "olora", "loftq")

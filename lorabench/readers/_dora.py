@@ -15,9 +15,6 @@ from lorabench.readers._entry import Entry, Tensors
 from lorabench.update import Update
 from lorabench.weightfile import WeightFiles
 
-DORA_PART = "sBA"
-"""`Update.part` of its factors, which are reported beside ΔW."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dora:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lorabench.decode import InputError
 from lorabench.products import LARGEST
-from lorabench.readers._dora import DORA_PART, Dora
+from lorabench.readers._dora import Dora
 from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Source, Tensors, open_tensors, read_json
-from lorabench.update import Update
+from lorabench.update import DORA_PART, Update
 
 Form = Callable[..., tuple[Tensor, Tensor | None]]
 """Named tensors of a file -> ΔW / s: its factors (M, r) and (r, N), or dense (M, N) and None."""

@@ -18,11 +18,11 @@ from typing import Any
 
 from lorabench.decode import InputError
 from lorabench.readers import _peft_tuners
-from lorabench.readers._dora import DORA_PART, Dora
+from lorabench.readers._dora import Dora
 from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Source, TensorFile, Tensors, open_tensors, read_json
 from lorabench.readers._peft_config import ADAPTER_FILE, ADAPTER_FILES, PREFIX, check_lora, rank_and_scale, rebased
 from lorabench.readers._peft_factors import Factors
-from lorabench.update import DELTA_FILE, INITIAL_FILE
+from lorabench.update import DELTA_FILE, DORA_PART, INITIAL_FILE
 
 NORMS_FILE = "base_norms.json"
 _A = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A(?:\.default)?\.weight|lora_embedding_A(?:\.default)?)")
