@@ -16,6 +16,8 @@ THINNED = "Of more settings than there is room for, some of the ranks are left o
 """For captions: what `shown_settings` does."""
 UNSHARED = "(where there is none: each run's own)"
 """For captions, after `layers that all runs have`: what `results.shared` does."""
+_OUTPUT = r"o_proj|out_proj|out_lin|wo|o|attn\.c_proj|attention\.output\.dense|attention\.dense|attn\.Wo|dense"
+"""What an attention's last matrix is called."""
 How = Literal["mean", "sum", "geometric"]
 NAMES = {
     "spectrum.relative_norm": "‖ΔW‖ / ‖W0‖",
@@ -127,14 +129,14 @@ def by_setting(results: Any, rows: pd.DataFrame, settings: Sequence[tuple[Any, .
 
 def ordered_kinds(kinds: Iterable[str]) -> list[str]:
     """As a block computes: query, key, value, output, then the feed-forward, its last matrix at the end."""
-    from lorabench.targets import DOWN, PRESETS
+    from lorabench.targets import DOWN, KINDS
 
-    patterns = PRESETS["attention"]
+    patterns = [*KINDS.values(), _OUTPUT]
 
     def place(kind: str) -> int:
         if re.search(rf"(^|\.){DOWN}", kind):
             return len(patterns) + 1
-        return next((i for i, pattern in enumerate(patterns) if re.search(rf"(^|\.){pattern}", kind)), len(patterns))
+        return next((i for i, names in enumerate(patterns) if re.search(rf"(^|\.)({names})$", kind)), len(patterns))
 
     return sorted(dict.fromkeys(kinds), key=place)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
@@ -15,18 +16,30 @@ if TYPE_CHECKING:
 def weight_changes(
     model: nn.Module, base: nn.Module, prefix: str = "", names: Collection[str] | None = None
 ) -> Iterator[Update]:
-    """ΔW of every parameter, or of those in `names`: dense, on the CPU, in (out, in) orientation; vectors as (n, 1)."""
+    """ΔW of every parameter, or of those in `names`: dense, on the CPU, in (out, in) orientation; vectors as (n, 1).
+
+    Of stacked experts one each.
+    """
     for name in names if names is not None else [name for name, _ in model.named_parameters()]:
         parameter, original = model.get_parameter(name), base.get_parameter(name).detach()
         if not is_sharded(parameter):
             original = whole(original)
         delta = whole(parameter.detach().float() - original.to(parameter.device).float())
-        yield Update(
-            parameter=prefix + name,
-            B=_as_matrix(delta, model.get_submodule(name.rpartition(".")[0])).cpu(),
-            base_norm=float(whole(original.float().norm())),
-            precision=str(parameter.dtype).removeprefix("torch."),
-        )
+        module, precision = model.get_submodule(name.rpartition(".")[0]), str(parameter.dtype).removeprefix("torch.")
+        if not is_stack(name, module, parameter):
+            norm = float(whole(original.float().norm()))
+            yield Update(
+                parameter=prefix + name, B=_as_matrix(delta, module).cpu(), base_norm=norm, precision=precision
+            )
+            continue
+        norms = whole(original.float()).flatten(1).norm(dim=1)
+        for index, part in enumerate(delta.mT if getattr(module, "is_transposed", False) else delta):
+            yield Update(
+                parameter=expert_name(prefix + name, index),
+                B=part.contiguous().cpu(),
+                base_norm=float(norms[index]),
+                precision=precision,
+            )
 
 
 def _as_matrix(delta: Tensor, module: nn.Module) -> Tensor:
@@ -39,12 +52,17 @@ def add_update(model: nn.Module, update: Update) -> None:
     """W0 + ΔW, in place, on a model whose weights are not quantized."""
     import torch
 
-    module = model.get_submodule(update.parameter.rpartition(".")[0])
+    expert = re.fullmatch(r"(.+)\[(\d+)\]\.weight", update.parameter)
+    name = expert[1] if expert else update.parameter
+    module = model.get_submodule(name.rpartition(".")[0])
     if module is model.get_output_embeddings():
         untie(model)  # its input side has an update of its own, or none
-    parameter = model.get_parameter(update.parameter)
+    parameter = model.get_parameter(name)
     delta = update.dense().to(parameter.device)
-    if is_transposed(module) and parameter.ndim > 1:
+    if expert:
+        parameter = parameter[int(expert[2])]
+        delta = delta.T if getattr(module, "is_transposed", False) else delta
+    elif is_transposed(module) and parameter.ndim > 1:
         delta = delta.T
     with torch.no_grad():
         parameter += delta.reshape(parameter.shape).to(parameter.dtype)
@@ -109,6 +127,17 @@ def is_transposed(module: nn.Module) -> bool:
     from torch import nn
 
     return is_conv1d(module) or isinstance(module, nn.Embedding)
+
+
+def is_stack(name: str, module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parameter is the same matrix of all experts, (experts, out, in); (experts, in, out) where the module
+    says `is_transposed`, as gpt-oss's."""
+    return parameter.ndim == 3 and bool(re.search("expert", f"{name} {type(module).__name__}", re.IGNORECASE))
+
+
+def expert_name(parameter: str, index: int) -> str:
+    """What the weight of one of stacked experts is called."""
+    return f"{parameter}[{index}].weight"
 
 
 def as_linear(model: nn.Module) -> None:

@@ -113,7 +113,8 @@ class PeftMethod(Method):
         base = model.get_base_model()
         _unwrap_heads(model, tuned=False)
         for name, module in list(tuner_layers(base)):
-            base.set_submodule(name, module.get_base_layer())
+            if ".base_layer" not in name:  # of several on one module, the outermost stands for all
+                base.set_submodule(name, module.get_base_layer())
         is_left = any(type(module).__module__.startswith("peft.") for module in base.modules())
         return None if is_left else base
 

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge, Gt, Lt
 
 from lorabench import model as models
-from lorabench import weights
-from lorabench.decode import InputError, Pattern
+from lorabench import targets, weights
+from lorabench.decode import InputError, Pattern, show
 from lorabench.method import LoadBase
+from lorabench.methods._parameters import parameter_updates, split_targets
 from lorabench.methods._peft import ADAPTER, Tuner, head_updates, probe, tuner_layers, write_norms
 from lorabench.update import INITIAL_FILE, Update, save_svds, save_updates
 
@@ -136,24 +137,44 @@ class Lora(Tuner):
     def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
         from peft import LoraConfig
 
-        names = self.match(model)
-        transposed = weights.is_conv1d(model.get_submodule(names[0]))
+        found = targets.find(model, self.targets, self.layers)
+        as_modules, as_parameters = split_targets(model, found)
+        self._check_parameters(model, spec, as_parameters)
+        names = [*as_modules]
+        transposed = any(weights.is_conv1d(model.get_submodule(name)) for name in names)
         if self.embeddings:
             names.append(_name_of(model, model.get_input_embeddings(), "embeddings"))
         if self.head:
             names.append(_name_of(model, model.get_output_embeddings(), "head"))
-        self._check_patterns(names)
+        self._check_patterns([*names, *as_parameters])
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha_value,  # type: ignore[arg-type]  # PEFT takes any number
             lora_dropout=self.dropout,
             target_modules=names,
+            target_parameters=as_parameters or None,
             use_rslora=self.rslora,
             use_dora=self.dora,
             init_lora_weights=PEFT_INITS[self.init],
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=self.alphas,
             fan_in_fan_out=transposed,
+        )
+
+    def _check_parameters(self, model: nn.Module, spec: RunSpec, parameters: list[str]) -> None:
+        """InputError for what PEFT cannot do where the target is a parameter, and not a layer."""
+        unfit = {"dropout": self.dropout > 0, "dora": self.dora, "init": self.init not in ("kaiming", "gaussian")}
+        key = next((key for key, is_so in unfit.items() if is_so), None)
+        packed = spec.quantization != "none" and any(
+            weights.is_linear_layer(model.get_submodule(name.rpartition(".")[0])) for name in parameters
+        )
+        if not parameters or not (key or packed):
+            return
+        kinds = ", ".join(dict.fromkeys(".".join(name.removesuffix(".weight").split(".")[-2:]) for name in parameters))
+        asked = f"method.{key} = {show(getattr(self, key))}" if key else f'quantization = "{spec.quantization}"'
+        raise InputError(
+            f"{asked}: PEFT cannot do so where LoRA is on a parameter itself, as on {kinds} of {type(model).__name__}; "
+            'leave them out: method.targets = "attention", or a regular expression'
         )
 
     def _check_patterns(self, names: list[str]) -> None:
@@ -186,6 +207,9 @@ class Lora(Tuner):
     def layer_updates(self, model: Any, load_base: LoadBase) -> Iterator[Update]:
         initial: dict[str, tuple[Tensor, Tensor]] = getattr(model, "initial_factors", {})
         for name, module in tuner_layers(model):
+            if hasattr(module, "parameter_name"):
+                yield from parameter_updates(name, module)
+                continue
             update = self.layer_update(name, module)
             if name in initial:
                 update = _since(update, initial[name], module)
