@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,11 @@ class WeightFiles:
     Opening reads headers only; `read` reads one weight.
     """
 
-    def __init__(self, path: Path | str):
+    def __init__(self, path: Path | str, files: Iterable[Tensors] | None = None):
+        """`files`: those of the path, where they are open already."""
         self.path = Path(path)
         self._files: dict[str, Tensors] = {}
-        for file in weight_files(self.path):
-            tensors = open_tensors(file)
+        for tensors in map(open_tensors, weight_files(self.path)) if files is None else files:
             self._files |= dict.fromkeys(tensors.names, tensors)
         if not self._files:
             raise InputError(f"{self.path}: holds no weights")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lorabench.layer import LayerSVD
-from lorabench.tensorfile import TensorFile, Tensors, TorchFile, open_tensors, read_json
+from lorabench.tensorfile import TensorFile, Tensors, TorchFile, read_json
 from lorabench.update import Update
 from lorabench.weightfile import WeightFiles
 
@@ -24,7 +24,6 @@ __all__ = [
     "TensorFile",
     "Tensors",
     "TorchFile",
-    "open_tensors",
     "read_json",
 ]
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from lorabench.decode import InputError
 from lorabench.products import LARGEST
 from lorabench.readers._dora import Dora
-from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Source, Tensors, open_tensors, read_json
+from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Source, Tensors, read_json
+from lorabench.readers._names import Named, open_named
 from lorabench.update import DORA_PART, Update
 
 Form = Callable[..., tuple[Tensor, Tensor | None]]
@@ -143,7 +144,7 @@ def as_dora(layer: Layer, source: Source, magnitude: str, *, by_input: bool = Fa
         )  # fmt: skip
 
 
-def adapter_file(source: Source, recognized: Callable[[Tensors], bool], *, named: str | None = None) -> Tensors | None:
+def adapter_file(source: Source, recognized: Callable[[Named], bool], *, named: str | None = None) -> Named | None:
     """The one file there that a reader recognizes; None where there is none. InputError where there are several.
 
     `named`: the file names of a format that has its own, a regular expression; files of other names are not looked at,
@@ -159,7 +160,7 @@ def adapter_file(source: Source, recognized: Callable[[Tensors], bool], *, named
             return None
         elif files or len(pickles) > 1:
             pickles = []
-    own = [tensors for tensors in map(open_tensors, files + pickles) if recognized(tensors)]
+    own = [tensors for tensors in map(open_named, files + pickles) if recognized(tensors)]
     if len(own) > 1:
         names = ", ".join(tensors.file.name for tensors in own)
         raise InputError(f"{source.path}: several adapters: name one of {names}")

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from lorabench.decode import InputError
+from lorabench.readers._patterns import patterns_of
 
-PREFIX = "base_model.model."
-"""Of the names in PEFT's files."""
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.bin")
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations whose first B A is not zero and was taken out of the base: ΔW is what was added to it."""
 _OTHER_FORMS = ("target_parameters", "use_bdlora", "use_qalora", "kasa_config", "monteclora_config")
-_REPEATED_GROUP = re.compile(r"\)\s*[*+{]")
 
 
 def check_lora(config: dict[str, Any], file: Path | str) -> None:
     """Refuse what is not ΔW = s B A, or no sensible number, rather than give wrong ones."""
     if not _is_rank(config.get("r")):
-        raise InputError(f"{file}: r = {config.get('r')}: must be a whole number, at least 1")
+        raise InputError(f"{file}: r = {str(config.get('r'))[:80]}: must be a whole number, at least 1")
     if not is_number(config.get("lora_alpha")):
-        raise InputError(f"{file}: lora_alpha = {config.get('lora_alpha')}: must be a number")
+        raise InputError(f"{file}: lora_alpha = {str(config.get('lora_alpha'))[:80]}: must be a number")
     check_patterns(config, file)
     for key in _OTHER_FORMS:
         if config.get(key):
@@ -32,10 +29,8 @@ def check_lora(config: dict[str, Any], file: Path | str) -> None:
 
 
 def check_patterns(config: dict[str, Any], file: Path | str) -> None:
-    for key, valid in {"rank_pattern": _is_rank, "alpha_pattern": is_number}.items():
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict) or not all(map(valid, patterns.values())):
-            raise InputError(f"{file}: {key} = {str(patterns)[:80]}: must give a number for each pattern")
+    for key, valid in _PATTERNS.items():
+        patterns_of(config, key, valid, file)
 
 
 def rank_and_scale(config: dict[str, Any], module: str, file: Path | str) -> tuple[int, float]:
@@ -52,7 +47,7 @@ def scale_of_factors(config: dict[str, Any], module: str, rank: int, file: Path 
     """
     check_lora(config, file)
     if start := rebased(config):
-        raise InputError(f"{file}: init_lora_weights = {start}: ΔW needs the initial factors, not in the file")
+        raise InputError(f"{file}: init_lora_weights = {start[:80]}: ΔW needs the initial factors, not in the file")
     told, scale = rank_and_scale(config, module, file)
     if told != rank:
         raise InputError(f"{file}: r = {told} for {module}: its factors have rank {rank}")
@@ -66,17 +61,8 @@ def rebased(config: dict[str, Any]) -> str | None:
 
 
 def by_pattern(config: dict[str, Any], key: str, module: str, default: Any, file: Path | str) -> Any:
-    """The value of the first pattern that matches, by PEFT's rule (`peft.utils.other.get_pattern_key`)."""
-    patterns = config.get(key) or {}
-    for pattern, value in patterns.items():
-        if _REPEATED_GROUP.search(pattern):
-            raise InputError(f"{file}: {key}: {pattern[:80]}: a repeated group may take without end to match")
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except (re.error, OverflowError) as error:
-            raise InputError(f"{file}: {key}: not a regular expression: {error}") from None
-    return default
+    """The value of the first pattern that matches."""
+    return patterns_of(config, key, _PATTERNS[key], file).value(module, default)
 
 
 def _is_rank(value: Any) -> bool:
@@ -86,3 +72,6 @@ def _is_rank(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """A finite one, of a size that scales have."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+_PATTERNS = {"rank_pattern": _is_rank, "alpha_pattern": is_number}

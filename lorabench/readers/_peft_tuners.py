@@ -15,18 +15,16 @@ from lorabench.decode import InputError
 from lorabench.readers._difference import Difference
 from lorabench.readers._entry import Entry, Found, Other, Source, Tensors
 from lorabench.readers._lycoris import KERNELS
-from lorabench.readers._peft_config import PREFIX, check_patterns
+from lorabench.readers._names import PREFIX, Named
+from lorabench.readers._peft_config import check_patterns
 from lorabench.readers._peft_forms import FORMS, NEED_BASE, Form
 from lorabench.update import Update
 from lorabench.weightfile import WeightFiles, some
 
-_PARTS = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_[ABE]|hada_\w+|lokr_\w+|vera_lambda_[bd]|ia3_l|oft_R)(?:\.default)?(?:\.weight)?"
-)
+_PARTS = re.compile(r"(?P<module>.+)\.(?P<part>lora_[ABE]|hada_\w+|lokr_\w+|vera_lambda_[bd]|ia3_l|oft_R)(?:\.weight)?")
 _MISFIT = (RuntimeError, ValueError, TypeError, KeyError, IndexError)
 """What a product of tensors raises that do not fit each other."""
 _FOREIGN = re.compile(r"\.(lora_(?!B\.bias)|hada_|lokr_|vera_|ia3_|oft_|original_module\.)")
-_MODULES_TO_SAVE = re.compile(r"\.modules_to_save(\.[^.]+)?\.")
 _TRAINED = re.compile(r"\.(lora_|hada_|lokr_|vera_|ia3_|oft_|trainable_tokens_|base_layer\.)")
 
 
@@ -81,7 +79,7 @@ class Module:
         return self.weights
 
 
-def find(config: dict[str, Any], file: Path, tensors: Tensors, source: Source) -> Found:
+def find(config: dict[str, Any], file: Path, tensors: Named, source: Source) -> Found:
     """InputError for a tuner whose ΔW the file does not give."""
     kind = str(config["peft_type"])
     if kind not in FORMS:
@@ -130,13 +128,18 @@ def _check(config: dict[str, Any], file: Path, tensors: Tensors, source: Source)
         raise InputError(f"{tensors.file}: holds no shared A and B (VeRA with save_projection = false)")
 
 
-def others_beside(tensors: Tensors, used: Iterable[str]) -> tuple[dict[str, Other], list[str]]:
+def others_beside(tensors: Named, used: Iterable[str]) -> tuple[dict[str, Other], list[str]]:
     """What the file holds beside the tensors of ΔW, by the model's names; and what is another adapter's, or no weight
     that was trained."""
     rest = sorted(set(tensors.names) - set(used))
-    foreign = [name for name in rest if _FOREIGN.search(name)]
-    names = {_MODULES_TO_SAVE.sub(".", name).removeprefix(PREFIX).replace(".base_layer.", "."): name for name in rest}
-    return {key: Other(tensors=tensors, name=name) for key, name in names.items() if name not in foreign}, foreign
+    foreign = {name for name in rest if _FOREIGN.search(name)}
+    names = {
+        name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", "."): name for name in rest
+    }
+    others = {
+        key: Other(tensors=tensors, name=tensors.stored(name)) for key, name in names.items() if name not in foreign
+    }
+    return others, sorted(map(tensors.stored, foreign))
 
 
 def add_whole_weights(entries: dict[str, Entry], tensors: Tensors, source: Source, own: bool) -> list[str]:
@@ -146,7 +149,7 @@ def add_whole_weights(entries: dict[str, Entry], tensors: Tensors, source: Sourc
         return []
     if source.weights is None:
         return [f"saved whole, so that their ΔW needs the base (--base): {some(whole)}"]
-    tuned = WeightFiles(tensors.file)
+    tuned = WeightFiles(tensors.file, [tensors])
     tuned.has_conv1d = source.weights.has_conv1d
     missing = []
     for name in whole:

@@ -32,6 +32,7 @@ from lorabench.readers._factors import (
     rank_of,
 )
 from lorabench.readers._fused import split_rows
+from lorabench.readers._names import DIFFUSION_MODEL, Named
 
 LORA = {"lora_up.weight": "B", "lora_down.weight": "A"}
 LOCON = {f"lora_{part}.weight": f"lora_{part}" for part in ("up", "down", "mid")}
@@ -49,7 +50,7 @@ ASSUMED = "no alpha in the file, or 0: the scale is assumed to be 1"
 
 _ROLE = "|".join(map(re.escape, sorted({*PRODUCTS, *WHOLE, "alpha", "dora_scale"})))
 _NAME = re.compile(rf"(?P<module>.+?)\.(?P<role>{_ROLE})")
-_PREFIXES = ("lora_", "lycoris_", "diffusion_model.")
+_PREFIXES = ("lora_", "lycoris_")
 
 Module = dict[str, str]
 """Role -> tensor."""
@@ -68,7 +69,7 @@ def find(source: Source) -> Found | None:
     return found(format, layers, assumed=ASSUMED, left_out=set(tensors.names) - used)
 
 
-def _modules(tensors: Tensors) -> dict[str, Module]:
+def _modules(tensors: Named) -> dict[str, Module]:
     """The modules that hold a ΔW."""
     modules: dict[str, Module] = {}
     for tensor in tensors.names:
@@ -78,7 +79,8 @@ def _modules(tensors: Tensors) -> dict[str, Module]:
     return {
         name: module
         for name, module in modules.items()
-        if module.keys() & PRODUCTS or (module.keys() & WHOLE.keys() and name.startswith(_PREFIXES))
+        if module.keys() & PRODUCTS
+        or (module.keys() & WHOLE.keys() and (name.startswith(_PREFIXES) or DIFFUSION_MODEL in tensors.wrappers))
     }
 
 

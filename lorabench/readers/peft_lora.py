@@ -19,14 +19,15 @@ from typing import Any
 from lorabench.decode import InputError
 from lorabench.readers import _peft_tuners
 from lorabench.readers._dora import Dora
-from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Source, TensorFile, Tensors, open_tensors, read_json
-from lorabench.readers._peft_config import ADAPTER_FILE, ADAPTER_FILES, PREFIX, check_lora, rank_and_scale, rebased
+from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Source, TensorFile, Tensors, read_json
+from lorabench.readers._names import PREFIX, open_named
+from lorabench.readers._peft_config import ADAPTER_FILE, ADAPTER_FILES, check_lora, rank_and_scale, rebased
 from lorabench.readers._peft_factors import Factors
 from lorabench.update import DELTA_FILE, DORA_PART, INITIAL_FILE
 
 NORMS_FILE = "base_norms.json"
-_A = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A(?:\.default)?\.weight|lora_embedding_A(?:\.default)?)")
-_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.default)?(\.weight)?$")
+_A = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A\.weight|lora_embedding_A)")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(\.weight)?$")
 _INITIAL_FOLDER = re.compile(r"(.*[_-])?init(ial)?", re.IGNORECASE)
 _WITHOUT_UPDATE = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT",
                    "CARTRIDGE")  # fmt: skip
@@ -69,7 +70,7 @@ def find(source: Source) -> Found | None:
     if own and kind != "LORA":
         return None  # lorabench's own ΔW lies beside the adapter
     file = source.path if source.path.is_file() else _adapter_file(folder)
-    tensors = open_tensors(file)
+    tensors = open_named(file)
     if kind != "LORA":
         return _peft_tuners.find(config, folder / CONFIG_FILE, tensors, source)
     check_lora(config, folder / CONFIG_FILE)
@@ -153,7 +154,7 @@ def _B(name: str) -> str:
 
 
 def _magnitude(tensors: Tensors, module: str) -> str:
-    names = [f"{module}.lora_magnitude_vector{end}" for end in (".weight", "", ".default.weight", ".default")]
+    names = [f"{module}.lora_magnitude_vector{end}" for end in (".weight", "")]
     return next((name for name in names if name in tensors.names), names[0])
 
 
@@ -166,7 +167,7 @@ def _initial(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {}
     for other in [*sorted(folder.iterdir()), *sorted(folder.parent.iterdir())]:
         if other != folder and _INITIAL_FOLDER.fullmatch(other.name) and (other / CONFIG_FILE).exists():
-            return {"initial": open_tensors(_adapter_file(other)), "initial_is_peft": True}
+            return {"initial": open_named(_adapter_file(other)), "initial_is_peft": True}
     raise InputError(
         f"{folder / CONFIG_FILE}: init_lora_weights = {start}: ΔW needs the initial factors, not in the file; put the "
         "adapter as it was before training beside it, in a folder `init`, or let PEFT convert it "
@@ -196,7 +197,7 @@ def _without_config(source: Source) -> Found | None:
     files = [file for file in source.files(".safetensors", ".bin") if file.name in ADAPTER_FILES or source.path == file]
     if not files:
         return None
-    tensors = open_tensors(files[0])
+    tensors = open_named(files[0])
     names = [name for name in tensors.names if name.startswith(PREFIX) and _A.fullmatch(name)]
     if not names:
         return None
