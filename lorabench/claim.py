@@ -8,7 +8,6 @@ deleted, so there is no moment without an owner, and the numbers count the attem
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -16,11 +15,14 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from lorabench.decode import InputError
+from lorabench.durable import make_folder, sync
+from lorabench.stored import again, fit, read
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 90.0
@@ -29,10 +31,18 @@ LEAD_SECONDS = 60.0
 """How long a comparison of our clock with a file server's holds."""
 _LEADS: dict[int, tuple[float, float]] = {}
 """Device -> when our clock was compared with its files', monotonic, and by how much it was ahead."""
-TRIES = 3
-"""At reading what another machine may be replacing."""
-
-T = TypeVar("T")
+MAX_BYTES = 2**20
+"""Of a claim's file."""
+PROGRESS: dict[str, Any] = {
+    "phase": str,
+    "step": int,
+    "steps": int,
+    "loss": float,
+    "tokens_per_second": float,
+    "step_seconds_median": float,
+    "job": str,
+}
+"""What a claim may tell of its run, and the type of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +150,14 @@ def take(folder: Path, progress: dict[str, Any] | None = None) -> Hold | None:
         time=time.time(),
         progress=progress or {},
     )
-    (folder / "claims").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "claims")
     file = folder / "claims" / f"{claim.number:04d}.json"
     try:
         with open(file, "x") as handle:
             handle.write(json.dumps(vars(claim)))
+            handle.flush()
+            os.fsync(handle.fileno())
+        sync(file.parent)
     except FileExistsError:
         return None
     except OSError:  # a full disk: an empty claim would look like a worker that has just begun
@@ -156,7 +169,9 @@ def take(folder: Path, progress: dict[str, Any] | None = None) -> Hold | None:
 
 def _numbers(folder: Path) -> list[int]:
     with contextlib.suppress(FileNotFoundError):
-        return sorted(int(name[:-5]) for name in os.listdir(folder / "claims") if re.fullmatch(r"\d+\.json", name))
+        return sorted(
+            int(name[:-5]) for name in os.listdir(folder / "claims") if re.fullmatch(r"[0-9]{4,9}\.json", name)
+        )
     return []
 
 
@@ -164,15 +179,25 @@ def _read(folder: Path, number: int) -> Claim | None:
     """None where the run's folder was taken away meanwhile."""
     file = folder / "claims" / f"{number:04d}.json"
     try:
-        claim = Claim(**json.loads(read_text(file)))
+        claim = read(Claim, file, MAX_BYTES)
+        if claim is None:
+            return None
+        claim = replace(claim, number=number, progress=_typed(claim.progress))
         if claim.released or claim.machine == _machine():
             return claim
         return replace(claim, time=_heard(file, otherwise=claim.time))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, OSError):
-        # Created but not yet written, its disk was full, or not for us to read: alive as long as the file is fresh.
+    except InputError:
+        # Created but not yet written, damaged, or not for us to read: alive as long as the file is fresh.
         return _unread(number, file, otherwise=time.time())
+
+
+def _typed(progress: dict[str, Any]) -> dict[str, Any]:
+    """Without what is of another type than readers take it for: it tells nothing."""
+    kept = {}
+    for key, value in progress.items():
+        with contextlib.suppress(InputError):
+            kept[key] = fit(PROGRESS.get(key, Any), value, key)
+    return kept
 
 
 def _unread(number: int, file: Path, otherwise: float) -> Claim:
@@ -204,22 +229,6 @@ def _lead(folder: Path) -> float:
     except OSError:
         return 0.0
     return lead
-
-
-def read_text(file: Path) -> str:
-    """What is in a file that others replace. Raises OSError and UnicodeDecodeError."""
-    return again(lambda: file.read_text("utf-8"))
-
-
-def again(read: Callable[[], T]) -> T:
-    """What `read` returns; NFS says that a file is stale where another machine has replaced it just then."""
-    for _ in range(TRIES - 1):
-        try:
-            return read()
-        except OSError as error:
-            if error.errno not in (errno.ESTALE, errno.EIO):
-                raise
-    return read()
 
 
 @cache

@@ -15,16 +15,22 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from lorabench import plugins
+from lorabench.quote import LINE, printable
+from lorabench.quote import show as show
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 
 class InputError(Exception):
-    """The input was wrong. `problems` lists everything found, one line each; the command line exits with 2."""
+    """The input was wrong. `problems` lists everything found, one line each; the command line exits with 2.
+
+    A line is bounded and printable, whatever stands in it.
+    """
 
     def __init__(self, problems: str | list[str], source: str = ""):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        found = [problems] if isinstance(problems, str) else problems
+        self.problems = [printable(text if len(text) <= LINE else f"{text[: LINE - 1]}…") for text in found]
         prefix = f"{source}: " if source else ""
         super().__init__("\n".join(prefix + problem for problem in self.problems))
 
@@ -115,11 +121,6 @@ def encode(value: Any) -> Any:
 
 def _written(value: Any, field: dataclasses.Field[Any]) -> bool:
     return field.init and not ("later" in field.metadata and getattr(value, field.name) == field.default)
-
-
-def show(value: Any) -> str:
-    """A value as it stands in a TOML file."""
-    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 @cache

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
+from lorabench.quote import clip
+
 FOLDERS = ("methods", "tasks", "analyses", "figures")
 
 
@@ -57,6 +59,7 @@ def plugin_class(folder: str, name: str) -> type:
 
 def unknown(what: str, given: object, choices: list[str]) -> str:
     """`unknown method 'lorra'. Did you mean 'lora'? Choices: full, lora`."""
-    close = difflib.get_close_matches(str(given), choices, n=1)
+    text = clip(given)
+    close = difflib.get_close_matches(text, choices, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"unknown {what} '{given}'.{hint} Choices: {', '.join(choices)}"
+    return f"unknown {what} '{text}'.{hint} Choices: {', '.join(choices)}"

@@ -11,19 +11,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import json
+import itertools
+import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from lorabench.claim import Claim, current_claim, read_text
-from lorabench.decode import InputError, show
-from lorabench.plugins import unknown
-from lorabench.spec import RunSpec, canonical_json, spec_id
+from lorabench.claim import Claim, current_claim
+from lorabench.decode import InputError
+from lorabench.durable import write_bytes as write_bytes
+from lorabench.durable import write_json as write_json
+from lorabench.quote import clip
+from lorabench.spec import RunSpec, spec_id
+from lorabench.stored import Unreadable, below, build, check_name, fit
+from lorabench.stored import read_json as read_json
 
 
 class Status(StrEnum):
@@ -48,6 +53,7 @@ class Status(StrEnum):
 
 
 CANCEL_MARKER = "cancel"
+STEPS_FILE = "steps.jsonl"
 
 FAILURES = (Status.OOM, Status.TIMEOUT, Status.DIVERGED, Status.FAILED)
 """Ended without a result, and not tried again unless asked (`--retry`)."""
@@ -200,51 +206,63 @@ class RunRecord:
     """How a measure was made where that can differ: `peak_gib: VmHWM, reset per phase`."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of what was learned, by path below the run's folder: the analyses' cache key."""
+    steps_sha256: str | None = None
+    """Of the log of its steps; None of a run that did not end, or was made before this was kept."""
 
     @property
     def updates(self) -> dict[str, str]:
         """Those of `files` that hold what was learned at the end, snapshots apart."""
         return {path: digest for path, digest in self.files.items() if path.startswith("updates/")}
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of all that the run has left, by path below its folder."""
+        return self.files | ({STEPS_FILE: self.steps_sha256} if self.steps_sha256 else {})
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, table: dict[str, Any]) -> RunRecord:
-        """Raises InputError with every problem. Checked by hand: `status` reads thousands without loading pydantic."""
-        known = {item.name: item for item in dataclasses.fields(cls)}
-        problems = [f"{key}: {unknown('key', key, list(known))}" for key in table if key not in known]
-        problems += [f"{key}: is missing" for key in ("run_id", "spec", "status") if key not in table]
-        problems += [
-            f"{key} = {show(table[key])}: must be {' or '.join(kind.__name__ for kind in kinds)}"
-            for key, kinds in _RECORD_TYPES.items()
-            if key in table and not isinstance(table[key], kinds)
-        ]
-        if "status" in table and table["status"] not in list(Status):
-            problems.append(f"status = {show(table['status'])}: {unknown('status', table['status'], list(Status))}")
-        measures = table.get("measures", {})
-        for key, value in measures.items() if isinstance(measures, dict) else ():
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                problems.append(f"measures.{key} = {show(value)}: must be a number")
-        if problems:
+        """Raises InputError with every problem. A measure that is not finite counts as not measured."""
+        measures = table.get("measures")
+        if isinstance(measures, dict):
+            table = table | {"measures": {key: value for key, value in measures.items() if not _is_infinite(value)}}
+        record = build(cls, table)
+        if problems := [*record._problems()]:
             raise InputError(problems)
-        return cls(**table | {"status": Status(table["status"])})
+        return record
+
+    def _problems(self) -> Iterator[str]:
+        """What the fields' types do not tell: names that would stand for something else, parts of other types."""
+        for name in self.measures:
+            if not name.isidentifier() or name in COLUMNS or name in self.spec or len(name) > MAX_NAME:
+                yield f"measures.{clip(name)}: is no name of a measure"
+        for path in self.files:
+            try:
+                check_name(path)
+            except InputError as error:
+                yield f"files: {error.problems[0]}"
+        for part, hints in (("environment", _ENVIRONMENT), ("sequence", _SEQUENCE)):
+            for key, value in getattr(self, part).items():
+                try:
+                    fit(hints.get(key, Any), value, f"{part}.{clip(key)}")
+                except InputError as error:
+                    yield from error.problems
 
 
-_RECORD_TYPES: dict[str, tuple[type, ...]] = {
-    "run_id": (str,),
-    "spec": (dict,),
-    "error": (str, type(None)),
-    "started": (str,),
-    "finished": (str, type(None)),
-    "attempts": (int,),
-    "resumed_from_step": (int, type(None)),
-    "environment": (dict,),
-    "measures": (dict,),
-    "sequence": (dict,),
-    "provenance": (dict,),
-    "files": (dict,),
+def _is_infinite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+COLUMNS = ("run_id", "label", "status", "error", "attempts", "finished", "selected")
+"""Of tables of runs, beside the spec's keys and the measures."""
+MAX_NAME = 100
+_ENVIRONMENT: dict[str, Any] = {
+    **dict.fromkeys(("packages", "git", "hardware", "data", "data_notes"), dict[str, Any]),
+    **dict.fromkeys(("model_commit", "model_sha256"), str | None),
 }
+_SEQUENCE: dict[str, Any] = {"tasks": list[str], "matrices": dict[str, list[list[float]]]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,10 +277,6 @@ class RunState:
     error: str | None = None
     unread: bool = False
     """Whether what the run holds could not be read: nothing is known of it, and nothing may be written over."""
-
-
-class Unreadable(InputError):
-    """A file is there, and the system did not let us read it: no right to it, or a file server's trouble."""
 
 
 class Store:
@@ -327,12 +341,7 @@ class Store:
         table = read_json(file)
         if table is None:
             return None
-        try:
-            actual = spec_id(table)
-        except (KeyError, TypeError, ValueError):
-            raise InputError(f"{file}: is not the spec of a run") from None
-        if actual != run_id:
-            raise InputError(f"{file}: its content hashes to {actual}, but the folder is {run_id}: it was edited")
+        _check_spec(table, run_id, str(file))
         return table
 
     def state(self, run_id: str, spec: RunSpec | None = None) -> RunState:
@@ -346,8 +355,8 @@ class Store:
         try:
             table = self._spec_table(run_id) or (spec.to_json() if spec else {})
             record = self.read(run_id)
-            if record and table and record.spec != table and canonical_json(record.spec) != canonical_json(table):
-                raise InputError(f"{self.folder(run_id) / 'record.json'}: its spec is not the run's: it was edited")
+            if record and (not table or record.spec != table):
+                _check_spec(record.spec, run_id, f"{self.folder(run_id) / 'record.json'}: its spec is not the run's")
         except InputError as error:
             unread = isinstance(error, Unreadable)
             dead = Status.FAILED if unread else Status.CORRUPT
@@ -356,7 +365,7 @@ class Store:
                 status=Status.RUNNING if alive else dead,  # a live worker writes its record anew
                 spec=table or (spec.to_json() if spec else {}),
                 claim=claim,
-                error=error.problems[0],
+                error=str(error).splitlines()[0],
                 unread=unread,
             )
         if record is None:
@@ -371,11 +380,23 @@ class Store:
             run_id=run_id, status=status, spec=record.spec, record=record, claim=claim, error=record.error
         )  # fmt: skip
 
+    def verified(self, state: RunState) -> RunState:
+        """The same, but `corrupt` where a file that the record tells of is gone or has changed. Reads all of them."""
+        if state.record is None or state.status == Status.RUNNING:
+            return state
+        try:
+            check_files(self.folder(state.run_id), state.record.digests)
+        except InputError as error:
+            unread = isinstance(error, Unreadable)
+            status = Status.FAILED if unread else Status.CORRUPT
+            return replace(state, status=status, error=error.problems[0], unread=unread)
+        return state
+
     def set_aside(self, run_id: str) -> Path:
         """Move a damaged run's folder to `runs/.corrupt/`: the run can be made again, and nothing is lost."""
         shelf = self.root / "runs" / ".corrupt"
         shelf.mkdir(exist_ok=True)
-        number = 1 + sum(entry.name.startswith(run_id) for entry in os.scandir(shelf))
+        number = next(n for n in itertools.count(1) if not (shelf / f"{run_id}.{n}").exists())
         return self.folder(run_id).rename(shelf / f"{run_id}.{number}")
 
     def states(self, specs: list[RunSpec] | None = None) -> Iterator[RunState]:
@@ -386,24 +407,27 @@ class Store:
             yield from (self.state(spec.id, spec) for spec in specs)
 
 
-def write_json(file: Path, table: Any) -> None:
-    """Write a file whole or not at all, and make it last through a crash."""
-    write_bytes(file, (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_bytes(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+def _check_spec(table: dict[str, Any], run_id: str, where: str) -> None:
+    """InputError if a table is not the spec that gives this id. Not decoded: quick, and older versions' specs pass."""
     try:
-        with open(temporary, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+        fit(dict[str, Any], table.get("method"), "method")
+        for key, hint in _SPEC.items():
+            fit(hint, table.get(key), key)
+        actual = spec_id(table)
+    except (InputError, KeyError, TypeError, ValueError):
+        raise InputError(f"{where}: is not the spec of a run") from None
+    if actual != run_id:
+        raise InputError(f"{where}: its content hashes to {clip(actual)}, but the folder is {run_id}: it was edited")
+
+
+_SPEC: dict[str, Any] = {
+    **dict.fromkeys(("steps", "seed"), int | None),
+    "lr": float | None,
+    "model": str | None,
+    "task": dict[str, Any] | None,
+    "tasks": list[dict[str, Any]] | None,
+}
+"""What is read of a spec that is not decoded."""
 
 
 @contextlib.contextmanager
@@ -431,21 +455,18 @@ def file_digest(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def read_json(file: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is no file. InputError if it is no whole JSON object.
+def check_files(folder: Path, digests: dict[str, str]) -> None:
+    """InputError names the first of these files below a folder that is gone, or is not what it was.
 
     Unreadable where that cannot be told.
     """
-    try:
-        table = json.loads(read_text(file))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid JSON (cut short?): {error}") from None
-    except (IsADirectoryError, NotADirectoryError) as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    except OSError as error:
-        raise Unreadable(f"{file}: cannot be read: {error.strerror}") from None
-    if not isinstance(table, dict):
-        raise InputError(f"{file}: must be a JSON object")
-    return table
+    for path, digest in digests.items():
+        file = below(folder, path)
+        try:
+            if not file.is_file():
+                raise InputError(f"{file}: {'is no file' if file.exists() else 'is gone'}")
+            found = file_digest(file)
+        except OSError as error:
+            raise Unreadable(f"{file}: cannot be read: {error.strerror}") from None
+        if found != digest:
+            raise InputError(f"{file}: has changed since it was written")

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from lorabench.claim import take
 from lorabench.decode import InputError
-from lorabench.record import RunRecord, RunState, Status, Store, Unreadable
+from lorabench.record import RunRecord, RunState, Status, Store
+from lorabench.stored import Unreadable
 
 
 def settle(store: Store, state: RunState, status: Status, error: str) -> RunState:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorabench.decode import InputError
+from lorabench.stored import parse
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -258,13 +259,7 @@ def read_json(file: Path, *, limit_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
     """The JSON object in a text; InputError where it is none."""
-    try:
-        table = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON (cut short?): {error}") from None
-    if not isinstance(table, dict):
-        raise InputError(f"{where}: must be a JSON object")
-    return table
+    return parse(text, where)
 
 
 def check_regular(file: Path) -> None:

@@ -7,9 +7,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorabench"
 LAYERS = [
+    {"quote"},
     {
         "plugins",
-        "claim",
+        "durable",
         "linalg",
         "typeset",
         "products",
@@ -21,7 +22,8 @@ LAYERS = [
         "distributed",
     },
     {"decode", "nulls", "update", "live", "advice", "krylov"},
-    {"meter"},
+    {"meter", "stored"},
+    {"claim"},
     {"ranks", "weights", "tensorfile", "locate", "conflict", "perturbed"},
     {"weightfile"},
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},

@@ -10,6 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from lorabench import record as records
+from lorabench import stored as stored_files
 from lorabench.claim import take
 from lorabench.decode import InputError
 from lorabench.execute import Options, execute
@@ -35,15 +36,15 @@ def edit(file: Path, **changes: object) -> None:
 
 def refuse(patch: pytest.MonkeyPatch, name: str, number: int, times: int | None = None) -> None:
     """Have files of this name answer with this error, always or the first times."""
-    real, refusals = Path.read_text, []
+    real, refusals = stored_files._read, []
 
-    def read_text(file: Path, *arguments: str) -> str:
+    def read(file: Path, max_bytes: int) -> bytes:
         if file.name == name and (times is None or len(refusals) < times):
             refusals.append(file)
             raise OSError(number, os.strerror(number))
-        return real(file, *arguments)
+        return real(file, max_bytes)
 
-    patch.setattr(Path, "read_text", read_text)
+    patch.setattr(stored_files, "_read", read)
 
 
 def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
