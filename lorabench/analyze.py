@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import math
 import shutil
-import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
@@ -33,6 +32,7 @@ from lorabench.pairs import PAIR_AXES, Pair, find_pairs
 from lorabench.record import RunRecord, RunState, Status, Store
 from lorabench.share import WorkerFailed, share
 from lorabench.sweep import Sweep
+from lorabench.terminal import talk
 from lorabench.tidy import read_table, to_frame
 
 __all__ = ["PAIR_AXES", "analyze", "files_of"]
@@ -53,7 +53,7 @@ def analyze(
     pair_axes: tuple[str, ...] = PAIR_AXES,
     workers: int | None = 1,
     states: Iterable[RunState] | None = None,
-    note: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    note: Callable[[str], None] = talk,
 ) -> dict[str, pd.DataFrame]:
     """A frame for every analysis: of each run that is done, and of the pairs that differ in one of `pair_axes`.
 

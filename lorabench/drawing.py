@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
@@ -61,6 +62,7 @@ STYLE: dict[str, Any] = {
     "figure.dpi": 150,
     "pdf.fonttype": 42,
     "svg.hashsalt": "lorabench",
+    "text.parse_math": False,  # a label with two dollars is no formula
 }
 
 
@@ -145,13 +147,13 @@ def powers_of_two(axes: Axes, values: Iterable[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def plain_logarithmic(axes: Axes) -> None:
-    """A log y axis with its numbers written out: decades, and more between them where there are few."""
-    low, high = axes.get_ylim()
+def plain_logarithmic(axis: Axis) -> None:
+    """A log axis with its numbers written out: decades, and more between them where there are few."""
+    low, high = axis.get_view_interval()
     subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 10 * low else (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def wrapped(text: str, width: int) -> str:
@@ -170,6 +172,7 @@ def limit_x(axes: Axes, cells: Sequence[Cell]) -> None:
     if min(means) > 0 and max(means) > LOG_FACTOR * min(means):
         axes.set_xscale("log")
         axes.set_xlim(min(means) / 1.5, max(means) * 1.5)
+        plain_logarithmic(axes.xaxis)
     else:
         axes.set_xlim(*_limits(cells))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorabench.record import Measure
 from lorabench.sweep import known_measures
+from lorabench.terminal import one_line
 
 KEYS = {
     "method.name": "method",
@@ -59,7 +60,7 @@ def value_label(value: Any) -> str:
     if isinstance(value, float):
         mantissa, e, exponent = f"{value:g}".partition("e")
         return f"{mantissa}e{int(exponent)}" if e else mantissa
-    return str(value)
+    return one_line(str(value))
 
 
 def series_label(keys: Sequence[str], values: Sequence[Any], *, full: bool = False) -> str:

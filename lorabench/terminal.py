@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,9 +14,31 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 
 
+CONTROLS = re.compile(r"(?!\x1b\[[01]m)[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Of terminals, of the direction of writing, and halves of characters; not tabs, ends of lines, and bold letters."""
+
+
+def visible(text: str) -> str:
+    """Text for a terminal: what would control it, such as `ESC`, is written out as JSON does, `\\u001b`.
+
+    So JSON stays what it was.
+    """
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def one_line(text: str) -> str:
+    """`visible` in one line, for tables, labels and captions."""
+    return visible(" ".join(text.split()))
+
+
+def tell(text: object, end: str = "\n") -> None:
+    """Print data on stdout, whatever it holds."""
+    print(visible(str(text)), end=end, flush=True)
+
+
 def talk(text: str) -> None:
     """Say something to the person; stdout is for data."""
-    print(f"lorabench: {text}", file=sys.stderr, flush=True)
+    print(f"lorabench: {visible(text)}", file=sys.stderr, flush=True)
 
 
 def text_table(rows: Iterable[dict[str, Any]], columns: list[str]) -> str:
@@ -33,7 +56,7 @@ def text_table(rows: Iterable[dict[str, Any]], columns: list[str]) -> str:
 def _cell(value: Any) -> str:
     if value is None or value == "":
         return "-"
-    return f"{value:.6g}" if isinstance(value, float) else " ".join(str(value).split())
+    return f"{value:.6g}" if isinstance(value, float) else one_line(str(value))
 
 
 def _is_number(cell: str) -> bool:
@@ -79,7 +102,7 @@ class Display:
     """
 
     def __init__(self, name: str, labels: dict[str, str], *, stream: Any = None):
-        self._labels = labels
+        self._labels = {run_id: visible(text) for run_id, text in labels.items()}
         self._stream = stream or sys.stderr
         self._ended = 0
         self._bars: Any = None
@@ -98,6 +121,7 @@ class Display:
             self._bars.stop()
 
     def say(self, text: str) -> None:
+        text = visible(text)
         if self._bars:
             self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -135,7 +159,7 @@ _HEADLINES = ("valid_accuracy", "valid_loss")
 
 def progress_text(progress: dict[str, Any]) -> str:
     """`train  loss 2.31  5200 tokens/s` of what a claim's progress holds."""
-    parts = [str(progress.get("phase") or "start")]
+    parts = [one_line(str(progress.get("phase") or "start"))]
     if progress.get("loss") is not None:
         parts.append(f"loss {progress['loss']:.4g}")
     if progress.get("tokens_per_second"):

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import unicodedata
 from dataclasses import dataclass, field
 
 import pandas as pd
 
+from lorabench.terminal import one_line
+
 TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"$<$", ">": r"$>$", "±": r"$\pm$", "−": "$-$",
-    "–": "--", "—": "---", "×": r"$\times$", "Δ": r"$\Delta$", "σ": r"$\sigma$", "↑": r"$\uparrow$",
-    "↓": r"$\downarrow$", "·": r"$\cdot$", "≥": r"$\geq$", "≤": r"$\leq$", "‖": r"$\|$", "Σ": r"$\Sigma$",
-    "²": r"$^2$", "φ": r"$\varphi$", "α": r"$\alpha$", "…": r"\dots{}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}", "`": r"\textasciigrave{}",
+    "[": "{[}", "*": "{*}", "–": "--", "—": "---", "…": r"\dots{}",
 }  # fmt: skip
+"""`[` and `*` would be arguments of the line break before them."""
+MATH = {
+    "<": "<", ">": ">", "±": r"\pm", "−": "-", "×": r"\times", "Δ": r"\Delta", "σ": r"\sigma", "↑": r"\uparrow",
+    "↓": r"\downarrow", "·": r"\cdot", "≥": r"\geq", "≤": r"\leq", "‖": r"\|", "Σ": r"\Sigma", "²": "{}^2",
+    "φ": r"\varphi", "α": r"\alpha", "ε": r"\varepsilon", "λ": r"\lambda", "ρ": r"\rho",
+}  # fmt: skip
+LETTERS = "ßæœøåłıÆŒØÅŁ"
+ACCENTS = "\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327"
+"""Grave, acute, circumflex, tilde, macron, breve, dot, diaeresis, ring, double acute, caron, cedilla."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +86,7 @@ def latex(sheet: Sheet) -> str:
         r"\centering",
         rf"\caption{{{escape_tex(sheet.caption)}}}",
         r"\smallskip",
-        rf"\label{{tab:{sheet.name.replace('_', '-')}}}",
+        rf"\label{{tab:{_label(sheet.name)}}}",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{@{{}}{align}@{{}}}}",
         r"\toprule",
@@ -90,11 +102,35 @@ def latex(sheet: Sheet) -> str:
 
 
 def escape_tex(text: str) -> str:
-    return "".join(TEX.get(character, character) for character in text).replace("$$", "")
+    """As one paragraph that pdfTeX takes, whatever it holds: a blank line would end a caption."""
+    kinds = itertools.groupby(one_line(text), MATH.__contains__)
+    return "".join(
+        f"${''.join(MATH[c] + ' ' * MATH[c][-1].isalpha() for c in run).strip()}$" if is_math
+        else "".join(TEX.get(c) or (c if _is_latin(c) else _elsewhere(c)) for c in run)
+        for is_math, run in kinds
+    )  # fmt: skip
+
+
+def _is_latin(character: str) -> bool:
+    """Whether LaTeX has the letter without another font or package."""
+    base, *marks = unicodedata.normalize("NFD", character)
+    known = character.isascii() or character in LETTERS
+    return known or (base.isascii() and base.isalpha() and len(marks) == 1 and marks[0] in ACCENTS)
+
+
+def _elsewhere(character: str) -> str:
+    """A character that LuaTeX and XeTeX have where the font has it; its number where pdfTeX would stop at it."""
+    return rf"{{\ifdefined\Umathchar {character}\else {{[}}U+{ord(character):04X}{{]}}\fi}}"
 
 
 def escape_markdown(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("\n", " ")
+    """In one line, and nothing of it is taken for a cell's end, emphasis, code, a tag or a formula."""
+    return re.sub(r"([\\|*_<>$`])", r"\\\1", one_line(text))
+
+
+def _label(name: str) -> str:
+    """A table's name as a label of plain letters."""
+    return re.sub(r"[^\w .,+-]", lambda match: f"u{ord(match[0]):x}", name.replace("_", "-"), flags=re.ASCII)
 
 
 def _head(column: Column) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from lorabench.cluster.standing import UNSETTLED, Standing
 from lorabench.record import Status
+from lorabench.terminal import tell, visible
 
 PAUSE_SECONDS = 2.0
 """It is over when nothing has waited or run in two looks: between two runs a worker has none for a moment."""
@@ -36,7 +37,9 @@ def redrawn(draw: Callable[[list[Standing]], str]) -> Iterator[Show]:
     from rich.text import Text
 
     with Live(console=Console(), auto_refresh=False, vertical_overflow="visible") as live:
-        yield lambda standings: live.update(Text(draw(standings), no_wrap=True, overflow="ellipsis"), refresh=True)
+        yield lambda standings: live.update(
+            Text(visible(draw(standings)), no_wrap=True, overflow="ellipsis"), refresh=True
+        )
 
 
 def changes(line: Callable[[Standing, Status | None], str], begin: Callable[[list[Standing]], str | None]) -> Show:
@@ -48,11 +51,11 @@ def changes(line: Callable[[Standing, Status | None], str], begin: Callable[[lis
 
     def show(standings: list[Standing]) -> None:
         if not before and (text := begin(standings)):
-            print(text, flush=True)
+            tell(text)
             before.update({standing.run_id: standing.status for standing in standings})
         for standing in standings:
             if before.get(standing.run_id) != standing.status:
-                print(line(standing, before.get(standing.run_id)), flush=True)
+                tell(line(standing, before.get(standing.run_id)))
                 before[standing.run_id] = standing.status
 
     return show

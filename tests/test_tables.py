@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import os
 import shutil
 import subprocess
 
@@ -17,6 +18,7 @@ from lorabench import typeset
 from lorabench.aggregate import Cell, cell, interval, places, plain, value_text
 from lorabench.record import Status, Store
 from lorabench.results import load_results, selected, with_analyses
+from lorabench.sweep import parse_sweep
 from lorabench.tables import _shared, build_tables, subspace_table, write_tables
 from lorabench.typeset import Column, Sheet
 from tests import synthetic
@@ -223,17 +225,39 @@ def test_markdown_has_one_cell_a_column():
     assert {line.replace("\\|", "").count("|") for line in lines} == {3}
 
 
-def test_latex_is_accepted_by_latex(tmp_path, results):
+HOSTILE = r"""$x_1$ 50% & {a|b} \ ~^# <ΔW> σ²² $$ \$ \end{table} `code` *a* [3cm] {{ }} %"""
+HOSTILE_LABELS = [
+    HOSTILE.replace("}", ""), "[2cm] first", "* star", "a\n\n\nb", "\x1b[31mred\x07", "中文 ελληνικά Ünïcödé", "ąđ",
+    "🙂", "\\", "$", "_", "–−×±", "$\\frac$", "<script>", "\u202eright to left", "\u2028", "²²", "{", "%", "$$",
+]  # fmt: skip
+
+
+def latex_here():
+    """pdflatex; where there is none the test is skipped, but never where LORABENCH_TEST_LATEX asks for it."""
     latex = shutil.which("pdflatex")
-    if latex is None:
+    if latex is None and not os.environ.get("LORABENCH_TEST_LATEX"):
         pytest.skip("no pdflatex here")
-    body = "".join(typeset.latex(item) for item in [*build_tables(results), odd_sheet()])
-    (tmp_path / "t.tex").write_text(
-        rf"\documentclass{{article}}\usepackage{{booktabs,graphicx}}\begin{{document}}{body}\end{{document}}"
-    )
-    command = [latex, "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout[-1500:]
+    assert latex, "LORABENCH_TEST_LATEX is set, and there is no pdflatex"
+    return latex
+
+
+def test_latex_is_accepted_by_latex(tmp_path, results):
+    """Every table of a sweep with hostile labels, captions and values; twice, for the list of tables."""
+    tables = [
+        {"rows": ["label"], "value": ["valid_loss", "storage_bytes"], "caption": "5%\n\n\n$\\frac {a"},
+        {"rows": ["seed"], "columns": "label", "value": "valid_loss", "name": "é_中, +"},
+    ]
+    grid = [{"label": label, "method": {"rank": rank}, "seed": [0, 1]} for rank, label in enumerate(HOSTILE_LABELS, 1)]
+    base = {"method": {"name": "lora"}, "task": {"name": "text"}}
+    sweep = parse_sweep({"base": base, "grid": grid, "table": tables})
+    hostile = load_results(Store(tmp_path), synthetic.fill(Store(tmp_path), sweep))
+    body = "\\clearpage".join(map(typeset.latex, [*build_tables(results), *build_tables(hostile), odd_sheet()]))
+    text = rf"\documentclass{{article}}\usepackage{{booktabs,graphicx}}\begin{{document}}{body}\listoftables"
+    (tmp_path / "t.tex").write_text(text + r"\end{document}")
+    command = [latex_here(), "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=60)
+        assert done.returncode == 0, done.stdout[-1500:].decode(errors="replace")
 
 
 @pytest.mark.parametrize(
@@ -242,6 +266,10 @@ def test_latex_is_accepted_by_latex(tmp_path, results):
         ("5% & more_of #1", r"5\% \& more\_of \#1"),
         ("2 ± 1 ↑", r"2 $\pm$ 1 $\uparrow$"),
         ("a\\b", r"a\textbackslash{}b"),
+        ("$$ and $", r"\$\$ and \$"),
+        ("σ²²", r"$\sigma {}^2{}^2$"),
+        ("one\n\n  two", "one two"),
+        ("é中", r"é{\ifdefined\Umathchar 中\else {[}U+4E2D{]}\fi}"),
     ],
 )
 def test_latex_escapes(text, tex):
@@ -249,7 +277,7 @@ def test_latex_escapes(text, tex):
 
 
 def odd_sheet():
-    odd = r"50% of $x_1$ & {a|b} \ ~^# <ΔW> σ²"
+    odd = HOSTILE
     columns = [Column(label=odd, numeric=False), Column(label="v", unit="%", span="x_1")]
     return Sheet(
         name="odd_name", caption=odd, columns=columns, rows=[[odd, "−1 ± 2"]], notes=[odd], tidy=pd.DataFrame()

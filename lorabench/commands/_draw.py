@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabench.commands._arguments import hush_libraries, open_store
-from lorabench.terminal import talk
+from lorabench.terminal import talk, tell
 
 if TYPE_CHECKING:
     from lorabench.record import Store
@@ -31,7 +31,7 @@ def draw(arguments: argparse.Namespace, again: bool) -> int:
                 talk(f"error: {line}")
             return 1
         for file in files:
-            print(file)
+            tell(file)
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lorabench.commands._arguments import RESULTS, argument, open_store
 from lorabench.decode import InputError
-from lorabench.terminal import talk
+from lorabench.terminal import talk, tell
 
 if TYPE_CHECKING:
     from lorabench.cluster.cancel import Cancellation
@@ -72,11 +72,11 @@ def _say(plan: Cancellation, done: str) -> None:
 
     few = len(plan.jobs) <= MANY
     for job in plan.jobs if few else ():
-        print(f"job {job.job_id}  {' '.join(job.run_ids)}")
+        tell(f"job {job.job_id}  {' '.join(job.run_ids)}")
     for ids in condense_ids(job.job_id for job in plan.jobs) if not few else ():
-        print(f"jobs {ids}")
+        tell(f"jobs {ids}")
     for run_id, why in plan.alone.items():
-        print(f"run {run_id}  ({why})")
+        tell(f"run {run_id}  ({why})")
     counts = [f"{len(plan.jobs)} jobs with {len(plan.run_ids) - len(plan.alone)} runs"] * bool(plan.jobs)
     counts += [f"{len(plan.alone)} runs without their jobs"] * bool(plan.alone)
     ends = "; what was running writes its checkpoint first" if plan.marked and done == "cancelled" else ""

@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from lorabench.commands._arguments import ALPHA, BASE, HTML, JSON, argument, as_json, open_adapter, write_page
+from lorabench.terminal import tell
 
 ARGUMENTS = [
     argument("a", "a file, a folder or a Hub id", metavar="A"),
@@ -34,5 +35,5 @@ def main(arguments: argparse.Namespace) -> int:
         write_page(arguments.html, comparison_page(found))
     from lorabench.examine.comparison_text import comparison_text
 
-    print(as_json(found) if arguments.json else comparison_text(found, bold=sys.stdout.isatty()))
+    tell(as_json(found) if arguments.json else comparison_text(found, bold=sys.stdout.isatty()))
     return 0

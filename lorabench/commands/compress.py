@@ -28,7 +28,7 @@ from lorabench.commands._arguments import (
     hush_libraries,
     numbers,
 )
-from lorabench.terminal import talk
+from lorabench.terminal import talk, tell
 
 ARGUMENTS = [
     argument("adapter", "a run, or a file, folder or Hub id of an adapter", metavar="ADAPTER"),
@@ -67,5 +67,5 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.output:
         copy_adapters(store, records, arguments.output)
     table = provenance(subject) | {"compressions": records}
-    print(as_json(table) if arguments.json else compression_text(store, records))
+    tell(as_json(table) if arguments.json else compression_text(store, records))
     return 0

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from lorabench.commands._arguments import ALPHA, BASE, argument, hush_libraries, open_adapter
-from lorabench.terminal import talk
+from lorabench.terminal import talk, tell
 
 ARGUMENTS = [
     argument("adapter", "a file, a folder, a run's folder or a Hub id", metavar="ADAPTER"),
@@ -29,5 +29,5 @@ def main(arguments: argparse.Namespace) -> int:
     for note in write_as_peft(adapter, arguments.output, arguments.base):
         talk(f"note: {note}")
     talk(f"{len(adapter.entries)} layers of {adapter.format}, scale: {adapter.scale_source or 'none'}")
-    print(arguments.output)
+    tell(arguments.output)
     return 0

@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from lorabench.commands._arguments import ALPHA, BASE, HTML, JSON, argument, as_json, open_adapter, share_of, write_page
+from lorabench.terminal import tell
 
 ARGUMENTS = [
     argument("adapter", "a file, a folder or a Hub id", metavar="ADAPTER"),
@@ -37,5 +38,5 @@ def main(arguments: argparse.Namespace) -> int:
         write_page(arguments.html, inspection_page(found, energy))
     from lorabench.examine.inspection_text import inspection_text
 
-    print(as_json(found) if arguments.json else inspection_text(found, energy, bold=sys.stdout.isatty()))
+    tell(as_json(found) if arguments.json else inspection_text(found, energy, bold=sys.stdout.isatty()))
     return 0

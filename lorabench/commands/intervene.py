@@ -34,7 +34,7 @@ from lorabench.commands._arguments import (
     numbers,
     open_store,
 )
-from lorabench.terminal import talk
+from lorabench.terminal import talk, tell
 
 ARGUMENTS = [
     argument("runs", "a run's id, or what it begins with; one or more", nargs="+", metavar="RUN"),
@@ -81,9 +81,9 @@ def main(arguments: argparse.Namespace) -> int:
     rows = intervene_report.make_rows(records, wanted)
     if arguments.json:
         correlation = intervene_report.correlation(records)
-        print(as_json({"interventions": records, "rows": [row.to_json() for row in rows], "spearman": correlation}))
+        tell(as_json({"interventions": records, "rows": [row.to_json() for row in rows], "spearman": correlation}))
     else:
-        print(intervene_report.intervention_text(records, rows))
+        tell(intervene_report.intervention_text(records, rows))
     if arguments.figure is not None:
         files = intervene_report.draw(rows, arguments.figure)
         talk("wrote " + " and ".join(map(str, files)) if files else "nothing to draw: no run has an intruder")

@@ -6,7 +6,7 @@ import argparse
 
 from lorabench import plugins
 from lorabench.commands._arguments import JSON, argument, as_json
-from lorabench.terminal import text_table
+from lorabench.terminal import tell, text_table
 
 ARGUMENTS = [argument("kind", "only these", nargs="?", choices=plugins.FOLDERS), JSON]
 
@@ -19,5 +19,5 @@ def main(arguments: argparse.Namespace) -> int:
         for folder, entries in found.items()
         for name, text in entries.items()
     ]
-    print(as_json(found) if arguments.json else text_table(rows, ["kind", "name", "description"]))
+    tell(as_json(found) if arguments.json else text_table(rows, ["kind", "name", "description"]))
     return 0

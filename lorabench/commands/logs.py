@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabench.commands._arguments import RESULTS, argument, number, open_store
-from lorabench.terminal import talk
+from lorabench.terminal import talk, tell
 
 if TYPE_CHECKING:
     from lorabench.cluster.standing import Standing
@@ -43,13 +43,13 @@ def main(arguments: argparse.Namespace) -> int:
 
     if arguments.follow:
         for text in follow(files, has_ended, arguments.lines or FOLLOWED_LINES):
-            print(text, end="", flush=True)
+            tell(_lines(text), end="")
         return 0
     found = files()
     for file in found:
         if len(found) > 1:
-            print(f"==> {file} <==")
-        print("\n".join(last_lines(file, arguments.lines or WHOLE)))
+            tell(f"==> {file} <==")
+        tell(_lines("\n".join(last_lines(file, arguments.lines or WHOLE))))
     if not found:
         talk(f"{run_id}: {_without_log(_stand(store, run_id), arguments.job)}")
     return 0 if found else 1
@@ -75,3 +75,8 @@ def _without_log(standing: Standing, of_job: bool) -> str:
         return "was never submitted: it has no job"
     reason = standing.queue.reason if standing.queue else standing.state.error
     return f"no log yet: {standing.status}{f' ({reason})' if reason else ''}"
+
+
+def _lines(text: str) -> str:
+    """What a progress bar wrote over stands in lines of its own."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -40,7 +40,7 @@ from lorabench.commands._arguments import (
     numbers,
     open_store,
 )
-from lorabench.terminal import talk
+from lorabench.terminal import talk, tell
 
 ARGUMENTS = [
     argument("runs", "a run's id, or what it begins with; two or more", nargs="+", metavar="RUN"),
@@ -79,5 +79,5 @@ def main(arguments: argparse.Namespace) -> int:
     records = with_changes(compose(store, adapters, wanted, device, talk), wanted, adapters)
     pairs = interference(store, adapters, talk)
     texts = (merge_text(records, wanted), change_text(records, wanted), interference_text(pairs))
-    print(as_json({"merges": records, "interference": pairs}) if arguments.json else "\n\n".join(texts))
+    tell(as_json({"merges": records, "interference": pairs}) if arguments.json else "\n\n".join(texts))
     return 0

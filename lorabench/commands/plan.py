@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from lorabench.commands._arguments import DEVICE, JSON, RESULTS, SWEEP, as_json, device_name, hush_libraries
+from lorabench.terminal import tell
 
 ARGUMENTS = [SWEEP, RESULTS, DEVICE, JSON]
 
@@ -26,5 +27,5 @@ def main(arguments: argparse.Namespace) -> int:
     from lorabench.plan import make_plan, plan_text
 
     result = make_plan(sweep, Store(arguments.results), device_name(arguments.device))
-    print(as_json(result) if arguments.json else plan_text(sweep, result))
+    tell(as_json(result) if arguments.json else plan_text(sweep, result))
     return 0

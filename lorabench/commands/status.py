@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabench.commands._arguments import HERE, JSON, NAMED, argument, as_json, number, open_store
-from lorabench.terminal import count_statuses, talk
+from lorabench.terminal import count_statuses, talk, tell
 
 if TYPE_CHECKING:
     from lorabench.cluster.standing import Standing
@@ -57,7 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
         return _watch(arguments, store, look)
     found = look()
     many = len(found) if arguments.all else MANY
-    print(as_json(status_json(store, found)) if arguments.json else status_text(store, found, many))
+    tell(as_json(status_json(store, found)) if arguments.json else status_text(store, found, many))
     return 0
 
 

@@ -22,7 +22,7 @@ from lorabench.commands._arguments import (
     number,
     statuses,
 )  # fmt: skip
-from lorabench.terminal import talk
+from lorabench.terminal import talk, tell
 
 ARGUMENTS = [
     SWEEP,
@@ -60,7 +60,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         prospect = prepare(order, store, plan, talk)
         table = as_table(prospect, store.root)
-        print(as_json(table) if arguments.json else as_text(prospect, table), flush=True)
+        tell(as_json(table) if arguments.json else as_text(prospect, table))
         try_out(prospect, store.root, talk)
         return 0
     check_writable(store.root)
@@ -71,7 +71,7 @@ def main(arguments: argparse.Namespace) -> int:
             write_bytes(store.root / sweep.name / "sweep.toml", sweep.text.encode())
             job_ids = send(prospect, store, hold.check).job_ids
     table = as_table(prospect, store.root) | {"job_ids": job_ids}
-    print(as_json(table) if arguments.json else as_text(prospect, table | {"scripts": []}).rstrip())
+    tell(as_json(table) if arguments.json else as_text(prospect, table | {"scripts": []}).rstrip())
     if job_ids:
         arrays = dict.fromkeys(str(job_id).partition("_")[0] for job_id in job_ids)
         talk(f"submitted as {', '.join(arrays)}; `lorabench status {store.root}` tells how they stand")

@@ -49,6 +49,7 @@ def spectra(rows: list[Row]) -> Figure | None:
         drawing.powers_of_two(grid[0, 0], [2**k for k in range(longest.bit_length())])
         grid[0, 0].set_yscale("log")
         grid[0, 0].set_ylim(min(0.1, max(1e-4, grid[0, 0].get_ylim()[0])), 1.4)
+        drawing.plain_logarithmic(grid[0, 0].yaxis)
         handle = Line2D([], [], color=drawing.REFERENCE, linestyle=drawing.NULL_DASHES, linewidth=1.2)
         drawing.legend_below(figure, [handle], ["random update of the same shape"])
         if len({*depths}) > 1:
@@ -88,7 +89,9 @@ def heat_maps(rows: list[Row]) -> Figure | None:
             axes.set_xlabel("Block")
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
             bar = figure.colorbar(mesh, ax=axes, label=LABELS[metric], aspect=16, pad=0.02)
-            if metric == "rank_90":
+            if bar.ax.get_yscale() == "log":
+                drawing.plain_logarithmic(bar.ax.yaxis)
+            elif metric == "rank_90":
                 bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         grid[0, 0].set_yticks(range(len(groups)), list(groups))
     return figure

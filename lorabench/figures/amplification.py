@@ -49,7 +49,7 @@ class Amplification(Figure):
             _by_kind(grid[0, 1], groups, kinds, looks)
             for axes in grid[0]:
                 axes.set(yscale="log", ylabel="Amplification ‖ΔW‖ / ‖Uᵀ W0 V‖")
-                drawing.plain_logarithmic(axes)
+                drawing.plain_logarithmic(axes.yaxis)
             grid[0, 0].set(
                 xlabel="Top directions r of ΔW that U and V hold", title=", ".join(self.kinds) or "mean over all layers"
             )

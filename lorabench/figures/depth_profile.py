@@ -125,7 +125,7 @@ def _scale(axes: Axes, lines: list[Curve]) -> None:
     if min(means) > 0 and max(means) > drawing.LOG_FACTOR * min(means):
         axes.set_yscale("log")
         axes.set_ylim(min([*means, *nulls]) / 1.3, max([*means, *nulls]) * 1.3)
-        drawing.plain_logarithmic(axes)
+        drawing.plain_logarithmic(axes.yaxis)
     elif nulls:
         low, high = axes.get_ylim()
         room = 0.04 * (high - low)

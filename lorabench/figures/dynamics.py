@@ -114,7 +114,7 @@ def _curve(axes: Axes, series: pd.DataFrame, look: Any) -> Any:
 
 def _scale(axes: Axes, metric: str, values: pd.DataFrame) -> None:
     """Similarities on their whole range; ranks that are far apart on a log axis."""
-    from lorabench.drawing import LOG_FACTOR
+    from lorabench.drawing import LOG_FACTOR, plain_logarithmic
 
     if metric.startswith("phi_"):
         axes.set_ylim(0, 1.04)
@@ -122,3 +122,4 @@ def _scale(axes: Axes, metric: str, values: pd.DataFrame) -> None:
         known = values[["value", "value:null"]].stack()
         if known.max() > LOG_FACTOR * known.min() > 0:
             axes.set_yscale("log")
+            plain_logarithmic(axes.yaxis)

@@ -57,7 +57,7 @@ class HeatMap(Figure):
                 label = drawing.wrapped(capitalized(axis_label(value)), int(14 * height))
                 bar = figure.colorbar(colors, ax=line, label=label, pad=0.01, aspect=14)
                 if bar.ax.get_yscale() == "log":
-                    drawing.plain_logarithmic(bar.ax)
+                    drawing.plain_logarithmic(bar.ax.yaxis)
             for axes, title in zip(grid[0], titles, strict=True):
                 axes.set_title(drawing.wrapped(title, 88 // len(titles)))
             for axes in grid[-1]:

@@ -54,6 +54,7 @@ class Spectra(Figure):
             drawing.powers_of_two(grid[0, 0], [2**k for k in range(int(values["index"].max()).bit_length())])
             grid[0, 0].set_yscale("log")
             grid[0, 0].set_ylim(max(1e-4, grid[0, 0].get_ylim()[0]), 1.4)
+            drawing.plain_logarithmic(grid[0, 0].yaxis)
             if values["null_ratio"].notna().any():
                 handles |= null_handle("Gaussian")
             drawing.legend_below(figure, list(handles.values()), list(handles))
