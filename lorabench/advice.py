@@ -104,5 +104,10 @@ def _expression(head: str, numbers: list[str], tail: str) -> str:
     return anchor + _escaped(head.removeprefix("^")) + number + _escaped(tail)
 
 
+def exact_key(layer: str) -> str:
+    """A key of PEFT's `rank_pattern` or `alpha_pattern` that fits this layer alone, in whatever order keys are tried."""
+    return f"^{_escaped(layer)}$"
+
+
 def _escaped(text: str) -> str:
     return re.escape(text).replace(r"\-", "-")

@@ -35,11 +35,10 @@ VARIANTS = {
 }
 
 
-def peft_config(variant, names):
+def peft_config(method, names):
     """The same in PEFT's own words."""
     from peft import LoraConfig
 
-    method = VARIANTS[variant]
     ranks = method.get("rank_pattern", {})
     alphas = {name: 2 * rank for name, rank in ranks.items()} | method.get("alpha_pattern", {})  # alpha = "2r"
     extra = {"rank_pattern": ranks, "alpha_pattern": alphas}
@@ -66,7 +65,7 @@ def test_variant_is_peft_own_after_the_same_steps(variant, tiny_bases, labelled,
     linear = [name for name, m in base.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     torch.manual_seed(spec.seed)
     base = models.load_base(spec, CPU, {})
-    theirs = get_peft_model(base, peft_config(variant, linear), autocast_adapter_dtype=False)
+    theirs = get_peft_model(base, peft_config(VARIANTS[variant], linear), autocast_adapter_dtype=False)
     take_steps(spec, theirs, examples, 8)
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0, msg=name)

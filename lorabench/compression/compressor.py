@@ -130,8 +130,9 @@ class Compressor:
             return options
         task = "SEQ_CLS" if model.new_heads(self.skeleton) else "CAUSAL_LM"
         transposed = any(is_conv1d(self.skeleton.get_submodule(layer)) for layer in where)
-        source = {"base_model_name_or_path": model.resolve(self.spec.model), "revision": self.spec.revision}
-        return source | options | {"task_type": task, "fan_in_fan_out": transposed}
+        source = {"base_model_name_or_path": self.spec.model, "revision": self.spec.revision}
+        named = options | source if self.subject.own else source | options
+        return named | {"task_type": task, "fan_in_fan_out": transposed}
 
     def base(self) -> Any:
         assert self.spec is not None

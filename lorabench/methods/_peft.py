@@ -17,6 +17,7 @@ from lorabench import model as models
 from lorabench import targets, weights
 from lorabench.decode import InputError
 from lorabench.method import LoadBase, Method
+from lorabench.methods._patterns import make_exact
 from lorabench.update import Update, save_svds, save_updates
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class PeftMethod(Method):
             if isinstance(error, NotImplementedError) and next(model.parameters()).is_meta:
                 raise  # torch's: there are no weights to compute on
             raise InputError(f"{self.called}: PEFT refuses it for {spec.model}: {error}") from error
+        make_exact(config, tuner_layers(tuned), ADAPTER)
+        _name_base(config, spec.model)
         if not any(p.requires_grad for p in tuned.parameters()):
             raise InputError(f"{self.called}: trains nothing on {spec.model}")
         dtype = getattr(torch, self.trained_dtype)
@@ -198,6 +201,13 @@ def head_updates(model: Any) -> Iterator[Update]:
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             yield from weights.weight_changes(module.modules_to_save[ADAPTER], module.original_module, f"{name}.")
+
+
+def _name_base(config: Any, model: str) -> None:
+    """Call the base what the spec calls it: where this machine keeps it is nobody else's concern."""
+    for key in ("base_model_name_or_path", "tokenizer_name_or_path"):
+        if getattr(config, key, None) == models.resolve(model):
+            setattr(config, key, model)
 
 
 def merged(model: Any) -> nn.Module:
