@@ -11,6 +11,7 @@ from typing import Any
 
 from lorabench.advice import exact_key
 from lorabench.decode import InputError
+from lorabench.methods._parameters import parameter_name
 
 VALUES = {"rank_pattern": ("r", "effective_rank"), "alpha_pattern": ("lora_alpha", "alpha")}
 """What PEFT's configurations call the value of all others, and its layers that which they were given."""
@@ -47,6 +48,5 @@ def _first(owner: Any, attributes: tuple[str, ...]) -> Any:
 
 
 def _pattern_name(name: str, layer: Any) -> str:
-    """What PEFT holds patterns against: of a parameter that is a target itself, its name without the wrappers'."""
-    parameter = getattr(layer, "parameter_name", None)
-    return name if parameter is None else f"{name.replace('.base_layer', '')}.{parameter}"
+    """What PEFT holds patterns against."""
+    return parameter_name(name, layer) if hasattr(layer, "parameter_name") else name
