@@ -105,7 +105,7 @@ def _expression(head: str, numbers: list[str], tail: str) -> str:
 
 
 def exact_key(layer: str) -> str:
-    """A key of PEFT's `rank_pattern` or `alpha_pattern` that fits this layer alone, in whatever order keys are tried."""
+    """A key of PEFT's `rank_pattern` or `alpha_pattern` that fits this layer alone, whichever is tried first."""
     return f"^{_escaped(layer)}$"
 
 

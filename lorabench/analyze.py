@@ -54,12 +54,14 @@ def analyze(
     workers: int | None = 1,
     states: Iterable[RunState] | None = None,
     note: Callable[[str], None] = talk,
+    unread: Callable[[dict[str, str]], None] = lambda _: None,
 ) -> dict[str, pd.DataFrame]:
     """A frame for every analysis: of each run that is done, and of the pairs that differ in one of `pair_axes`.
 
     Frames begin with `run_id`, or `run_a, run_b, axis, value_a, value_b`, then `layer, kind, depth`. `selected` are
     the runs to compare (see `find_pairs`). Runs without updates, and those whose files are not as their record says,
-    are left out, each with a `note`. Cached results are only read.
+    are left out, each with a `note`; `unread` is given those of which ΔW could not be read, with the reason. Cached
+    results are only read.
 
     `workers` processes share what is to compute (None: one a core, where there is much); the frames are the same
     whatever their number, but for the last digits of dense ΔW of 1024² and more, whose SVD may use several threads.
@@ -81,11 +83,12 @@ def analyze(
     missing = {name: [job for job in jobs if job not in bundles[name] and job not in own[name]]
                for name, jobs in wanted.items()}  # fmt: skip
     failed = _compute(store, [job for jobs in missing.values() for job in jobs], note, workers)
+    unread(failed)
     frames = {}
     for analysis in analyses:
         name, before = analysis.name, bundles.pop(analysis.name)
         tables = own.pop(name) | _own_tables(missing[name], before)
-        kept = [job for job in wanted[name] if not failed & {*job.runs}]
+        kept = [job for job in wanted[name] if not failed.keys() & {*job.runs}]
         gathered = bundle.gather(kept, before, tables)
         bundle.write_bundle(files[name], gathered, before)
         frames[name] = _frame(analysis, gathered, pairs)
@@ -150,10 +153,10 @@ def _frame(analysis: Analysis, gathered: Gathered, pairs: list[Pair]) -> pd.Data
     return to_frame(gathered.table, gathered.counts, before)
 
 
-def _compute(store: Store, jobs: list[Job], note: Callable[[str], None], workers: int | None = 1) -> set[str]:
-    """Do the jobs and write their files. Returns the runs that could not be read."""
+def _compute(store: Store, jobs: list[Job], note: Callable[[str], None], workers: int | None = 1) -> dict[str, str]:
+    """Do the jobs and write their files. Returns the runs that could not be read, with the reason."""
     if not jobs:
-        return set()
+        return {}
     groups = list(batches(jobs))
     most = _num_workers(jobs, workers)
     num_parts = 1 if most == 1 else math.ceil(PARTS_A_WORKER * most / len(groups))
@@ -181,7 +184,7 @@ def _compute(store: Store, jobs: list[Job], note: Callable[[str], None], workers
     return _account([results[place] for place in sorted(results)], errors, note)
 
 
-def _account(outcomes: list[Outcome], errors: list[Exception], note: Callable[[str], None]) -> set[str]:
+def _account(outcomes: list[Outcome], errors: list[Exception], note: Callable[[str], None]) -> dict[str, str]:
     """Tell what went wrong, each thing once."""
     for text in dict.fromkeys(text for outcome in outcomes for text in outcome.notes):
         note(text)
@@ -195,7 +198,7 @@ def _account(outcomes: list[Outcome], errors: list[Exception], note: Callable[[s
     if errors:
         texts = "\n".join(dict.fromkeys(map(str, errors)))
         raise WorkerFailed(f"{texts}\n{len(errors)} parts of the analyses were not computed; the rest is kept")
-    return set(failed)
+    return failed
 
 
 def _results(

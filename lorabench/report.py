@@ -88,7 +88,9 @@ def _digest(results: Results) -> str:
     """Of all that a report is made of: results, this package's code, and the library that draws."""
     digest = hashlib.sha256(f"{matplotlib.__version__} {pd.__version__} {results.sweep.text}".encode())
     digest.update(results.runs.to_csv().encode())
-    digest.update(json.dumps([results.environments, results.provenance], sort_keys=True, default=str).encode())
+    digest.update(
+        json.dumps([results.environments, results.provenance, results.unread], sort_keys=True, default=str).encode()
+    )
     for name, frame in sorted(results.analyses.items()):
         digest.update(f"{name} {list(frame.columns)}".encode())
         digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
@@ -115,6 +117,7 @@ def render(results: Results, page: Content) -> str:
         counts=[(status, counts[status]) for status in Status if counts[status]],
         num_runs=len(results.runs),
         failures=_failures(results),
+        unread=_unread(results),
         page=page,
         sections=[(SECTIONS[section], drawn) for section, drawn in page.figures.items() if drawn],
         runs=_run_rows(results),
@@ -160,6 +163,14 @@ def _failures(results: Results) -> list[dict[str, Any]]:
         what = series_label(keys, [run[key] for key in keys], full=True)
         groups.setdefault((run["status"], run["error"] or "no message"), []).append(what)
     return [{"status": status, "error": error, "runs": where} for (status, error), where in groups.items()]
+
+
+def _unread(results: Results) -> dict[str, list[str]]:
+    """Why ΔW of some runs could not be read, and which those are."""
+    found: dict[str, list[str]] = {}
+    for run_id, reason in results.unread.items():
+        found.setdefault(reason, []).append(run_id)
+    return found
 
 
 def _run_rows(results: Results) -> dict[str, Any]:

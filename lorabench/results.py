@@ -38,6 +38,8 @@ class Results:
     """Run id -> how its measures were made."""
     sequences: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Run id -> its record's `sequence`, where it has one."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """Run id -> why its ΔW could not be read: such a run is in no analysis."""
 
     @cached_property
     def keys(self) -> list[str]:

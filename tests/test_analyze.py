@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorabench import analyze as engine
-from lorabench import bases, batch, bundle, formats, jobs, plugins
+from lorabench import bases, batch, bundle, cli, formats, jobs, plugins
 from lorabench.analyses.spectrum import Spectrum
 from lorabench.analysis import Analysis
 from lorabench.analyze import analyze
@@ -302,12 +302,31 @@ def test_a_corrupt_run_is_noted_and_left_out(store, sweep, damage, message):
     bad = sweep.runs[0]
     damage(store.folder(bad.id) / "updates" / "adapter_model.safetensors")
     notes = []
-    frames = analyze(store, sweep, note=notes.append)
+    unread = {}
+    frames = analyze(store, sweep, note=notes.append, unread=unread.update)
     assert len(notes) == 1 and f"corrupt): {bad.id}" in notes[0] and message in notes[0]
+    assert list(unread) == [bad.id] and message in unread[bad.id]
     for name, frame in frames.items():
         runs = {*frame.get("run_id", []), *frame.get("run_a", []), *frame.get("run_b", [])}
         assert runs == {spec.id for spec in sweep.runs} - {bad.id}, name
     assert not list(store.root.rglob("*.tmp")) and not list(store.folder(bad.id).rglob("*.parquet"))
+
+
+def test_a_run_that_cannot_be_read_is_told_each_time_and_stands_on_the_page(store, sweep, tmp_path, capsys):
+    bad = sweep.runs[0]
+    damage_byte(store.folder(bad.id) / "updates" / "adapter_model.safetensors")
+    (tmp_path / "tiny.toml").write_text(sweep.text + '\n[[figure]]\nname = "rank_quality"\n')
+    command = ["analyze", str(store.root), str(tmp_path / "tiny.toml"), "--workers", "1"]
+    for _ in range(2):
+        assert cli.main(command) == 1
+        told = capsys.readouterr()
+        assert f"not analyzed (corrupt): {bad.id}: " in told.err
+        assert f"{store.root}/tiny/report.html" in told.out
+    page = (store.root / "tiny" / "report.html").read_text()
+    assert "Not everything was analyzed" in page and "is not the file that the record describes" in page
+    write_run(store, bad)
+    assert cli.main(command) == 0 and not capsys.readouterr().err
+    assert "Not everything was analyzed" not in (store.root / "tiny" / "report.html").read_text()
 
 
 def test_a_damaged_cache_is_made_again(store, sweep):

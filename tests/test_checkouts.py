@@ -28,7 +28,8 @@ from lorabench.record import Store
 from lorabench.spec import RunSpec
 assert Path(lorabench.__file__).is_relative_to(sys.argv[1]), lorabench.__file__
 for table in json.loads(sys.argv[3]):
-    assert execute(RunSpec.from_json(table), Store(Path(sys.argv[2])), Options(log_to_file=False, device="cpu")) == "done"
+    spec, options = RunSpec.from_json(table), Options(log_to_file=False, device="cpu")
+    assert execute(spec, Store(Path(sys.argv[2])), options) == "done"
 """
 
 

@@ -83,5 +83,5 @@ def test_other_tuners_patterns_are_exact_too(kind, tiny_bases, labelled, tmp_pat
 def test_patterns_that_peft_does_not_keep_to_are_refused(tiny_bases, labelled):
     method = {"type": "HIRA", "config": {"r": 2, "rank_pattern": {FIRST: 3}}}
     spec = method_spec("peft", "llama", tiny_bases, labelled, method)
-    with pytest.raises(InputError, match="rank_pattern: PEFT does not keep to it: .*q_proj has 2 and not 3"):
+    with pytest.raises(InputError, match=r"rank_pattern: PEFT does not keep to it: .*q_proj has 2 and not 3"):
         attach(spec, prepare(spec))

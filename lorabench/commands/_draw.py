@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,21 +23,24 @@ def draw(arguments: argparse.Namespace, again: bool) -> int:
 
     store = open_store(arguments.results)
     hush_libraries()
+    code = 0
     for found in find_sweeps(store, arguments.sweep):
         files = None if again else found.up_to_date(store)
         try:
-            files = _write(store, found.read(), arguments.workers) if files is None else files
+            if files is None:
+                files, unread = _write(store, found.read(), arguments.workers)
+                code = 1 if unread else code
         except WorkerFailed as error:
             for line in str(error).splitlines():
                 talk(f"error: {line}")
             return 1
         for file in files:
             tell(file)
-    return 0
+    return code
 
 
-def _write(store: Store, sweep: Sweep, workers: int | None) -> list[Path]:
-    """Analyze what is new, and write everything that is drawn from the sweep."""
+def _write(store: Store, sweep: Sweep, workers: int | None) -> tuple[list[Path], dict[str, str]]:
+    """Analyze what is new, and write everything that is drawn from the sweep; the files, and what could not be read."""
     from lorabench.analyze import analyze as analyze_runs
     from lorabench.report import write_report
     from lorabench.results import load_results
@@ -47,7 +51,10 @@ def _write(store: Store, sweep: Sweep, workers: int | None) -> list[Path]:
     states = list(store.states(list(sweep.runs)))
     if any(state.status != "done" for state in states):
         talk(f"{sweep.name}: {count_statuses(states)}; the tables show which cells are lacking")
-    compute = partial(analyze_runs, workers=workers, states=states)
-    files = write_report(load_results(store, sweep, compute, states), store.root / sweep.name)
-    write_stamp(store, sweep, key, files)
-    return files
+    unread: dict[str, str] = {}
+    compute = partial(analyze_runs, workers=workers, states=states, unread=unread.update)
+    results = replace(load_results(store, sweep, compute, states), unread=unread)
+    files = write_report(results, store.root / sweep.name)
+    if not unread:  # else the next call looks again, and says so again
+        write_stamp(store, sweep, key, files)
+    return files, unread

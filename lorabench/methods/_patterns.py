@@ -1,7 +1,7 @@
 """PEFT's `rank_pattern` and `alpha_pattern` of a model that it has attached itself to, one exact name a module.
 
-PEFT takes the first key that fits a module, and writes its configuration with sorted keys: of keys that overlap, another
-would be the first when the adapter is read again, which gives it another scale, or ranks that do not fit.
+PEFT takes the first key that fits a module, and writes its configuration with sorted keys: of keys that overlap,
+another would be the first when the adapter is read again, which gives it another scale, or ranks that do not fit.
 """
 
 from __future__ import annotations
