@@ -29,7 +29,7 @@ from lorabench.tensorfile import SUFFIXES, open_tensors
 from lorabench.update import Update
 from lorabench.weightfile import some
 
-VERSION = 1
+VERSION = 2
 """Part of every analysis's cache key: raise it when the same file reads as other numbers."""
 DENSE_VECTORS = 64
 """Singular vectors kept of a dense ΔW; of a factored one all r are."""

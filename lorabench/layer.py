@@ -67,9 +67,10 @@ def layer_kind(layer: str) -> str:
 
     Names that BERT and GPT-2 give to several layers of a block keep their path in it: `attn.c_proj`, `mlp.c_proj`.
     A number alone says nothing of its kind: `to_out.0` in diffusion models. Of kohya's names, which have `_` for `.`,
-    it is all that follows the last number: `attn1_to_q`. A part keeps its mark: `c_proj[q]`.
+    it is all that follows the last number: `attn1_to_q`. A part keeps its mark: `c_proj[q]`; the number of an expert
+    (`gate_up_proj[3]`) is none.
     """
-    layer = _dotted(layer)
+    layer = re.sub(r"\[\d+\]$", "", _dotted(layer))
     last = layer.rpartition(".")[2]
     stem = last.partition("[")[0]
     if stem.isdigit():

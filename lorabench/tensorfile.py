@@ -159,6 +159,37 @@ class TorchFile:
         return tensor
 
 
+class Shards:
+    """Files that hold one dictionary of tensors together; `file` is named in messages."""
+
+    def __init__(self, file: Path, parts: list[Tensors]):
+        self.file = file
+        self.metadata = parts[0].metadata
+        self._parts: dict[str, Tensors] = {}
+        for part in parts:
+            if twice := [name for name in part.names if name in self._parts]:
+                raise InputError(f"{part.file}: {twice[0]}: is in {self._parts[twice[0]].file} too")
+            self._parts |= dict.fromkeys(part.names, part)
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._part(name).shape(name)
+
+    def dtype(self, name: str) -> str:
+        return self._part(name).dtype(name)
+
+    def read(self, name: str) -> Tensor:
+        return self._part(name).read(name)
+
+    def _part(self, name: str) -> Tensors:
+        if name not in self._parts:
+            raise InputError(f"{self.file}: {name}: no such tensor")
+        return self._parts[name]
+
+
 def _load(file: Path) -> Any:
     check_regular(file)
     try:

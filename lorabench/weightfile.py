@@ -37,6 +37,8 @@ _OUTPUT = re.compile(
     r"(?:^|\.)(?:lm_head|embed_out|proj_out|generator_lm_head|(?:lm_head|predictions)\.decoder)\.weight$"
 )
 """Names of the two matrices that may be tied, in transformers."""
+_INNER = re.compile(r"^(?:model\.|language_model\.)+")
+"""What transformers puts before the layers of a text model."""
 _FLAT = re.compile(r"(?:lora_unet|lora_te\d?|lora_transformer|lycoris)_([^.]+)\.weight")
 
 
@@ -71,7 +73,7 @@ class WeightFiles:
         """
         if parameter in self._files:
             return parameter
-        ways = (self._longer, self._shorter, self._alike, self._flat)
+        ways = (self._longer, self._shorter, self._alike, self._flat, self._moved)
         for candidates in (way(parameter) for way in ways):
             if candidates:
                 return candidates[0] if len(candidates) == 1 else None
@@ -179,6 +181,11 @@ class WeightFiles:
         if whole := [name for name, parts in ends if "_".join(parts) == flat]:
             return whole
         return [name for name, parts in ends if _is_flat_end(parts, flat)]
+
+    def _moved(self, parameter: str) -> list[str]:
+        """Of a text model in another, by its old and new place: `language_model.model.`, `model.language_model.`."""
+        inner = _INNER.sub("", parameter)
+        return [name for name in self._by_end[_end(parameter)] if _INNER.sub("", name) == inner]
 
     @cached_property
     def _by_end(self) -> defaultdict[str, list[str]]:

@@ -119,19 +119,38 @@ def _row(layers: tuple[LayerSVD, LayerSVD], side: str, U: Tensor, V: Tensor) -> 
 
 
 def match_layers(names_a: list[str], names_b: list[str]) -> Matches:
-    """By equal names; then where one is the other's ending (`model.` before it or not), the longest and only one."""
+    """By equal names; then where one is the other's ending (`model.` before it or not), the longest and only one; then
+    the same without `language_model.`, which stands in names of a text model that is a part of another."""
     same = {*names_a} & {*names_b}
     rest_a, rest_b = ([name for name in names if name not in same] for names in (names_a, names_b))
-    near = _by_ending(rest_a, rest_b)
-    chosen_a, chosen_b = (_longest(near, side) for side in (0, 1))
-    pairs = [(a, b) for a, b in chosen_a.items() if chosen_b.get(b) == a]
+    pairs = _nearest(rest_a, rest_b)
     matched_a, matched_b = {a for a, _ in pairs}, {b for _, b in pairs}
+    inner = [_without_part(names, matched) for names, matched in ((rest_a, matched_a), (rest_b, matched_b))]
+    parts = [(name, name) for name in inner[0] if name in inner[1]] or _nearest([*inner[0]], [*inner[1]])
+    parts = [(inner[0][a], inner[1][b]) for a, b in parts]
+    matched_a, matched_b = matched_a | {a for a, _ in parts}, matched_b | {b for _, b in parts}
     return Matches(
-        pairs=[(name, name) for name in names_a if name in same] + pairs,
+        pairs=[(name, name) for name in names_a if name in same] + pairs + parts,
         only_a=[name for name in rest_a if name not in matched_a],
         only_b=[name for name in rest_b if name not in matched_b],
-        notes=_prefix_notes(pairs),
+        notes=[*_prefix_notes(pairs), *([_PART_NOTE.format(len(parts))] if parts else [])],
     )
+
+
+_PART = "language_model."
+_PART_NOTE = f"{{}} layers are matched without the `{_PART}` in their names."
+
+
+def _nearest(names_a: list[str], names_b: list[str]) -> list[Names]:
+    """Pairs that are each other's longest."""
+    near = _by_ending(names_a, names_b)
+    chosen_a, chosen_b = (_longest(near, side) for side in (0, 1))
+    return [(a, b) for a, b in chosen_a.items() if chosen_b.get(b) == a]
+
+
+def _without_part(names: list[str], matched: set[str]) -> dict[str, str]:
+    """Name without `language_model.` -> name, of those that are not matched yet."""
+    return {name.replace(_PART, "", 1): name for name in names if name not in matched}
 
 
 def _prefix_notes(pairs: list[Names]) -> list[str]:

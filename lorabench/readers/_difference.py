@@ -20,6 +20,8 @@ class Difference:
     name: str
     parameter: str
     """Its name in the base."""
+    called: str | None = None
+    """The name of ΔW, where it is not that in the base (blocks that are replicated)."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -33,7 +35,7 @@ class Difference:
         before = self.base.read(self.parameter)
         norm = float(before.double().norm())
         return Update(
-            parameter=self.parameter,
+            parameter=self.called or self.parameter,
             B=(delta.to(before.dtype) - before).contiguous(),
             base_norm=norm,
             precision=coarser(self.tuned.dtype(self.name), self.base.dtype(self.parameter)),

@@ -30,12 +30,14 @@ class Dora:
     """Name of m, one number a row, in `tensors`."""
     weights: WeightFiles
     parameter: str
+    base_name: str | None = None
+    """Of W0, where it is not `parameter` (blocks that are replicated)."""
     by_input: bool = False
     """Whether m has one number an input instead: of MLX's embeddings (a token), and where LyCORIS is told so."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        shape, base = self.sBA.shape, self.weights.shape(self.parameter)
+        shape, base = self.sBA.shape, self.weights.shape(self.base_name or self.parameter)
         m = math.prod(self.tensors.shape(self.magnitude))
         fits = m > 0 and shape[1] % m == 0 if self.by_input else m == shape[0]
         if not (shape == base and fits):
@@ -46,7 +48,7 @@ class Dora:
         return shape
 
     def load(self) -> Update:
-        W0, m = self.weights.read(self.parameter), self.tensors.read(self.magnitude)
+        W0, m = self.weights.read(self.base_name or self.parameter), self.tensors.read(self.magnitude)
         update = self.sBA.load()
         assert isinstance(update, Update)  # of singular vectors alone there is no DoRA
         part = update.dense()

@@ -58,7 +58,7 @@ class Patterns:
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(f"{self._where}: {pattern[:80]}: not a regular expression: {error}") from None
+            raise InputError(f"{self._where}: not a regular expression: {pattern[:80]}: {error}") from None
         self._expressions.append((order, pattern))
 
     def _matches(self, module: str) -> Iterator[int]:
@@ -90,7 +90,7 @@ class Patterns:
         except TimeoutError:
             raise InputError(f"{self._where}: {pattern[:80]}: takes more than {SECONDS:g} s to match") from None
         except regex.error as error:
-            raise InputError(f"{self._where}: {pattern[:80]}: not a regular expression: {error}") from None
+            raise InputError(f"{self._where}: not a regular expression: {pattern[:80]}: {error}") from None
         finally:
             self._seconds -= time.monotonic() - begin
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.bin")
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations whose first B A is not zero and was taken out of the base: ΔW is what was added to it."""
-_OTHER_FORMS = ("target_parameters", "use_bdlora", "use_qalora", "kasa_config", "monteclora_config")
+_MOST_LAYERS = 100_000
+_BLOCK = re.compile(r"(?<=\.layers\.)\d{1,6}(?=\.)|(?<=\.layer\.)\d{1,6}(?=\.)|(?<=\.h\.)\d{1,6}(?=\.)")
+"""What PEFT replicates: blocks of Llama-, BERT- and Falcon-like models."""
+_OTHER_FORMS = ("use_bdlora", "use_qalora", "kasa_config", "monteclora_config")
 
 
 def check_lora(config: dict[str, Any], file: Path | str) -> None:
@@ -46,12 +50,35 @@ def scale_of_factors(config: dict[str, Any], module: str, rank: int, file: Path 
     InputError where the configuration says another rank, no number, or that the first B A is not zero.
     """
     check_lora(config, file)
+    if targets := config.get("target_parameters"):
+        raise InputError(f"{file}: target_parameters = {str(targets)[:80]}: its ΔW is not s B A, and cannot be read")
     if start := rebased(config):
         raise InputError(f"{file}: init_lora_weights = {start[:80]}: ΔW needs the initial factors, not in the file")
     told, scale = rank_and_scale(config, module, file)
     if told != rank:
         raise InputError(f"{file}: r = {told} for {module}: its factors have rank {rank}")
     return scale
+
+
+def original_layers(config: dict[str, Any], file: Path | str) -> list[int]:
+    """Of a model whose blocks `layer_replication` repeats: which block of the base each one is; empty of any other."""
+    told = config.get("layer_replication") or []
+    try:
+        spans = [range(start, stop) for start, stop in told]
+    except (TypeError, ValueError):
+        spans = [range(0)]
+    if told and not 0 < sum(map(len, spans)) <= _MOST_LAYERS:
+        raise InputError(f"{file}: layer_replication = {str(told)[:80]}: must be a list of [start, stop]")
+    return [layer for span in spans for layer in span]
+
+
+def original_name(name: str, layers: list[int]) -> str:
+    """The base's name of a parameter: `layers` as `original_layers` gives them."""
+
+    def number(match: re.Match[str]) -> str:
+        return str(layers[int(match[0])]) if int(match[0]) < len(layers) else match[0]
+
+    return _BLOCK.sub(number, name, count=1) if layers else name
 
 
 def rebased(config: dict[str, Any]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lorabench.readers._difference import Difference
 from lorabench.readers._entry import Entry, Found, Other, Source, Tensors
 from lorabench.readers._lycoris import KERNELS
 from lorabench.readers._names import PREFIX, Named
-from lorabench.readers._peft_config import check_patterns
+from lorabench.readers._peft_config import check_patterns, original_name
 from lorabench.readers._peft_forms import FORMS, NEED_BASE, Form
 from lorabench.update import Update
 from lorabench.weightfile import WeightFiles, some
@@ -25,7 +25,6 @@ _PARTS = re.compile(r"(?P<module>.+)\.(?P<part>lora_[ABE]|hada_\w+|lokr_\w+|vera
 _MISFIT = (RuntimeError, ValueError, TypeError, KeyError, IndexError)
 """What a product of tensors raises that do not fit each other."""
 _FOREIGN = re.compile(r"\.(lora_(?!B\.bias)|hada_|lokr_|vera_|ia3_|oft_|original_module\.)")
-_TRAINED = re.compile(r"\.(lora_|hada_|lokr_|vera_|ia3_|oft_|trainable_tokens_|base_layer\.)")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,7 +103,7 @@ def find(config: dict[str, Any], file: Path, tensors: Named, source: Source) -> 
     used = {name for parts in modules.values() for name in parts.values()}
     used |= {name for name in tensors.names if name.startswith("base_model.vera_")}
     others, left_out = others_beside(tensors, used)
-    notes = add_whole_weights(entries, tensors, source, own=False)
+    notes = add_whole_weights(entries, tensors, others, source, layers=[])
     if kind == "IA3":
         notes.append("IA3: biases of scaled outputs change too, which is not part of ΔW")
     return Found(
@@ -142,27 +141,55 @@ def others_beside(tensors: Named, used: Iterable[str]) -> tuple[dict[str, Other]
     return others, sorted(map(tensors.stored, foreign))
 
 
-def add_whole_weights(entries: dict[str, Entry], tensors: Tensors, source: Source, own: bool) -> list[str]:
-    """Add ΔW of the weights that were saved whole, where the base has them; else say which they are."""
-    whole = list(_whole(tensors))
-    if own or not whole:
-        return []
+def add_whole_weights(
+    entries: dict[str, Entry], tensors: Named, others: dict[str, Other], source: Source, layers: list[int]
+) -> list[str]:
+    """Add ΔW of what was saved whole, where the base has it in that shape; a note of each that it has not.
+
+    `layers` is as `original_layers` gives it.
+    """
+    whole = {key: other.name for key, other in others.items() if _is_whole(key, other.name)}
     if source.weights is None:
-        return [f"saved whole, so that their ΔW needs the base (--base): {some(whole)}"]
-    tuned = WeightFiles(tensors.file, [tensors])
-    tuned.has_conv1d = source.weights.has_conv1d
-    missing = []
-    for name in whole:
-        parameter = source.weights.find(name.removeprefix(PREFIX))
-        if parameter is None or source.weights.shape(parameter) != tuned.shape(name):
+        matrices = [name for name in whole.values() if len(tensors.shape(name)) > 1]
+        return [f"saved whole, so that their ΔW needs the base (--base): {some(matrices)}"] if matrices else []
+    tuned = WeightFiles(tensors.file, [_ByName(tensors, whole)]) if whole else None
+    missing, reshaped = [], []
+    for key, name in whole.items():
+        assert tuned is not None
+        tuned.has_conv1d = source.weights.has_conv1d
+        parameter = source.weights.find(original_name(key, layers))
+        if parameter is None:
             missing.append(name)
+        elif source.weights.shape(parameter) != tuned.shape(key):
+            before = source.weights.stored_shape(parameter)
+            reshaped.append(f"{key} is {tensors.shape(name)} for {before}")
         else:
-            entries[parameter] = Difference(tuned, source.weights, name, parameter)
-    return [f"saved whole, and not in the base: {some(missing)}"] if missing else []
+            called = key if original_name(key, layers) != key else parameter
+            entries[called] = Difference(tuned, source.weights, key, parameter, called)
+    notes = [f"saved whole, and not in the base: {some(missing)}"] if missing else []
+    return notes + (
+        [f"saved whole, in other shapes than in the base (another vocabulary?): {some(reshaped)}"] if reshaped else []
+    )
 
 
-def _whole(tensors: Tensors) -> Iterator[str]:
-    for name in tensors.names:
-        is_matrix = len(tensors.shape(name)) > 1 and name.endswith(".weight")
-        if is_matrix and not _TRAINED.search(name) and not name.startswith("base_model.vera_"):
-            yield name
+def _is_whole(key: str, name: str) -> bool:
+    """A weight or a bias of the model, of which no factors are trained too."""
+    of_model = key.endswith((".weight", ".bias")) and not key.endswith(".lora_B.bias")
+    return of_model and not name.endswith(".base_layer.weight")
+
+
+class _ByName:
+    """Tensors under other names: key -> name."""
+
+    def __init__(self, tensors: Named, names: dict[str, str]):
+        self.file, self.metadata, self.names = tensors.file, tensors.metadata, sorted(names)
+        self._tensors, self._names = tensors, names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(self._names[name])
+
+    def dtype(self, name: str) -> str:
+        return self._tensors.dtype(self._names[name])
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors.read(self._names[name])

@@ -18,6 +18,7 @@ from torch import Tensor
 from lorabench.decode import InputError
 from lorabench.readers._dora import Dora
 from lorabench.readers._entry import CONFIG_FILE, Found, Source, Tensors
+from lorabench.readers._experts import Kept
 from lorabench.readers._factors import (
     Layer,
     Scale,
@@ -68,6 +69,7 @@ def _layers(tensors: Tensors, module: str, scale_of: Callable[[int], Scale]) -> 
     shape = tensors.shape(names["A"])
     scale = scale_of(rank_of(tensors, names["A"], axis=1))
     if len(shape) == 3:
+        tensors = Kept(tensors)
         for index in range(shape[0]):
             form = partial(_expert, index=index)
             yield Layer(tensors=tensors, parameter=f"{module}[{index}].weight", names=names, scale=scale, form=form)

@@ -20,10 +20,24 @@ from lorabench.decode import InputError
 from lorabench.readers import _peft_tuners
 from lorabench.readers._dora import Dora
 from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Source, TensorFile, Tensors, read_json
-from lorabench.readers._names import PREFIX, open_named
-from lorabench.readers._peft_config import ADAPTER_FILE, ADAPTER_FILES, check_lora, rank_and_scale, rebased
+from lorabench.readers._experts import BASE_LAYER, expert_layers, targeted
+from lorabench.readers._factors import Layer
+from lorabench.readers._names import PREFIX, Named
+from lorabench.readers._peft_config import (
+    ADAPTER_FILE,
+    check_lora,
+    is_number,
+    original_layers,
+    original_name,
+    rank_and_scale,
+    rebased,
+)
 from lorabench.readers._peft_factors import Factors
+from lorabench.readers._peft_files import adapter_tensors, folder_tensors, has_adapter_file, own_configuration
 from lorabench.update import DELTA_FILE, DORA_PART, INITIAL_FILE
+from lorabench.weightfile import some
+
+__all__ = ["ADAPTER_FILE", "CONFIG_FILE", "PREFIX"]
 
 NORMS_FILE = "base_norms.json"
 _A = re.compile(r"(?P<module>.+)\.(?P<kind>lora_A\.weight|lora_embedding_A)")
@@ -39,11 +53,13 @@ class Adapter:
 
     config: dict[str, Any]
     config_file: Path
-    tensors: Tensors
+    tensors: Named
     source: Source
     own: bool
     """Whether lorabench wrote it: then the ΔW that factors do not give lies beside it."""
     norms: dict[str, float]
+    layers: list[int]
+    """As `original_layers` gives them."""
     initial: Tensors | None = None
     initial_is_peft: bool = False
 
@@ -55,10 +71,9 @@ class Adapter:
 
 def find(source: Source) -> Found | None:
     """The adapter of a folder with a PEFT configuration, or of a file without; None where there is none."""
-    folder = source.folder
-    if not (folder / CONFIG_FILE).exists():
+    folder, config = source.folder, own_configuration(source)
+    if not config:
         return _without_config(source)
-    config = read_json(folder / CONFIG_FILE)
     if "peft_type" not in config or _is_torchtune(source):
         return None
     own, kind = (folder / DELTA_FILE).exists(), str(config["peft_type"])
@@ -69,21 +84,23 @@ def find(source: Source) -> Found | None:
         raise InputError(f"{folder / CONFIG_FILE}: {why}")
     if own and kind != "LORA":
         return None  # lorabench's own ΔW lies beside the adapter
-    file = source.path if source.path.is_file() else _adapter_file(folder)
-    tensors = open_named(file)
+    tensors = adapter_tensors(source)
+    if tensors is None:
+        return None
     if kind != "LORA":
         return _peft_tuners.find(config, folder / CONFIG_FILE, tensors, source)
     check_lora(config, folder / CONFIG_FILE)
-    norms = read_json(folder / NORMS_FILE) if (folder / NORMS_FILE).exists() else {}
     adapter = Adapter(
-        config=config, config_file=folder / CONFIG_FILE, tensors=tensors, source=source, own=own, norms=norms,
-        **_initial(config, folder),
+        config=config, config_file=folder / CONFIG_FILE, tensors=tensors, source=source, own=own, norms=_norms(folder),
+        layers=original_layers(config, folder / CONFIG_FILE), **_initial(config, folder),
     )  # fmt: skip
     entries = _lora_entries(adapter)
-    notes = [*_notes(adapter, entries), *_peft_tuners.add_whole_weights(entries, tensors, source, own)]
+    others, left_out = _peft_tuners.others_beside(tensors, _used(tensors, entries))
+    notes = _notes(adapter, entries)
+    if not own:  # whose ΔW lies beside it
+        notes += _peft_tuners.add_whole_weights(entries, tensors, others, source, adapter.layers)
     if source.alpha is not None:
         notes.append(f"--alpha is not used: {CONFIG_FILE} has it")
-    others, left_out = _peft_tuners.others_beside(tensors, _used(tensors, entries))
     return Found(
         format="peft", entries=entries, scale_source="config", notes=tuple(notes), config=config, others=others,
         left_out=tuple(left_out),
@@ -93,6 +110,7 @@ def find(source: Source) -> Found | None:
 def _used(tensors: Tensors, entries: dict[str, Entry]) -> set[str]:
     """Names of the tensors that ΔW is made of."""
     factors = {name for entry in entries.values() if isinstance(entry, Factors) for name in (entry.A, entry.B)}
+    factors |= {name for entry in entries.values() if isinstance(entry, Layer) for name in entry.names.values()}
     return factors | {name for name in tensors.names if _MAGNITUDE.search(name)}
 
 
@@ -100,29 +118,41 @@ def _is_torchtune(source: Source) -> bool:
     """torchtune writes PEFT's configuration beside a file of its own, with or without PEFT's."""
     if source.path.is_file():
         return source.path.suffix == ".pt"
-    is_peft = any((source.folder / name).exists() for name in ADAPTER_FILES)
-    return not is_peft and any(file.name.startswith("adapter_") for file in source.files(".pt"))
+    return not has_adapter_file(source.folder) and any(file.name.startswith("adapter_") for file in source.files(".pt"))
 
 
-def _adapter_file(folder: Path) -> Path:
-    """InputError where it is missing, with the name that PEFT gives it now."""
-    return next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), folder / ADAPTER_FILE)
+def _norms(folder: Path) -> dict[str, float]:
+    """‖W0‖ by parameter, where lorabench has kept it."""
+    norms = read_json(folder / NORMS_FILE) if (folder / NORMS_FILE).exists() else {}
+    for name, norm in norms.items():
+        if norm is not None and not is_number(norm):
+            raise InputError(f"{folder / NORMS_FILE}: {name[:80]} = {str(norm)[:80]}: must be a number")
+    return norms
 
 
 def _lora_entries(adapter: Adapter) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
+    stacked: dict[str, tuple[str, str]] = {}
     for name in adapter.tensors.names:
         match = _A.fullmatch(name)
         if match is None:
             continue
         module = match["module"].removeprefix(PREFIX)
+        if targeted(adapter.config, module):
+            stacked[module] = name, _B(name)
+            continue
         factors = _factors(adapter, name, module)
         entries[factors.parameter] = factors
         if adapter.is_dora and not adapter.own and adapter.source.weights is not None:
             entries[f"{module}.weight"] = Dora(
                 sBA=factors, tensors=adapter.tensors, magnitude=_magnitude(adapter.tensors, match["module"]),
                 weights=adapter.source.weights, parameter=f"{module}.weight",
+                base_name=original_name(f"{module}.weight", adapter.layers),
             )  # fmt: skip
+    if stacked and adapter.initial is not None:
+        raise InputError(f"{adapter.config_file}: target_parameters: ΔW of experts needs initial factors, and has none")
+    for layer in expert_layers(adapter.config, adapter.config_file, stacked, adapter.tensors, adapter.source):
+        entries[layer.parameter] = layer
     if not entries:
         raise InputError(f"{adapter.tensors.file}: holds no LoRA factors (…lora_A.weight)")
     return entries
@@ -167,7 +197,7 @@ def _initial(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {}
     for other in [*sorted(folder.iterdir()), *sorted(folder.parent.iterdir())]:
         if other != folder and _INITIAL_FOLDER.fullmatch(other.name) and (other / CONFIG_FILE).exists():
-            return {"initial": open_named(_adapter_file(other)), "initial_is_peft": True}
+            return {"initial": folder_tensors(other), "initial_is_peft": True}
     raise InputError(
         f"{folder / CONFIG_FILE}: init_lora_weights = {start}: ΔW needs the initial factors, not in the file; put the "
         "adapter as it was before training beside it, in a folder `init`, or let PEFT convert it "
@@ -187,17 +217,32 @@ def _notes(adapter: Adapter, entries: dict[str, Entry]) -> list[str]:
         notes.append("aLoRA: ΔW acts on the tokens after its invocation alone")
     if any("trainable_tokens_" in name for name in adapter.tensors.names):
         notes.append("trainable_token_indices: the change of single tokens' rows is not part of ΔW")
+    if adapter.layers:
+        notes.append(
+            f"layer_replication: blocks 0 to {len(adapter.layers) - 1} are the base's {_spans(adapter.layers)}"
+        )
     if any(isinstance(entry, Factors) and entry.groups > 1 for entry in entries.values()):
         notes.append("a grouped convolution: its ΔW counts all inputs, which W0 does not")
     return notes
 
 
+def _spans(layers: list[int]) -> str:
+    """`0 to 1, 1`."""
+    starts = [i for i, layer in enumerate(layers) if i == 0 or layer != layers[i - 1] + 1]
+    ends = [*starts[1:], len(layers)]
+    names = [
+        f"{layers[i]} to {layers[j - 1]}" if j - i > 1 else f"{layers[i]}" for i, j in zip(starts, ends, strict=True)
+    ]
+    return some(names)
+
+
 def _without_config(source: Source) -> Found | None:
     """A file of PEFT's whose configuration is lost: the rank is that of the factors, α is given or taken for r."""
-    files = [file for file in source.files(".safetensors", ".bin") if file.name in ADAPTER_FILES or source.path == file]
-    if not files:
+    if not (source.files(".safetensors", ".bin") if source.path.is_file() else has_adapter_file(source.folder)):
         return None
-    tensors = open_named(files[0])
+    tensors = adapter_tensors(source)
+    if tensors is None:
+        return None
     names = [name for name in tensors.names if name.startswith(PREFIX) and _A.fullmatch(name)]
     if not names:
         return None
@@ -207,6 +252,11 @@ def _without_config(source: Source) -> Found | None:
     origin = "assumed" if source.alpha is None else "--alpha"
     for name in names:
         module, rank = name.removeprefix(PREFIX).rpartition(".lora_")[0], tensors.shape(name)[0]
+        if BASE_LAYER in f"{module}." or module.endswith(".experts"):
+            raise InputError(
+                f"{tensors.file}: {module}: LoRA on stacked experts (target_parameters), of which {CONFIG_FILE} alone "
+                "tells the rank and which weight: none lies beside it"
+            )
         scale = 1.0 if source.alpha is None else source.alpha / max(rank, 1)
         entries[f"{module}.weight"] = Factors(
             tensors=tensors, B=_B(name), A=name, parameter=f"{module}.weight", scale=scale, rank=rank,

@@ -168,3 +168,21 @@ def test_wrong_input_is_told_on_stderr_with_exit_code_2(pair, capsys, tmp_path):
 def test_the_mean_of_grids_of_different_sizes():
     rows = [{"phi": [[1.0, 0.5]]}, {"phi": [[0.0], [0.2]]}]
     assert mean_grid(rows) == pytest.approx(np.array([[0.5, 0.5], [0.2, np.nan]]), nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("language_model.model.layers", "model.language_model.layers"),
+        ("model.layers", "model.language_model.layers"),
+        ("layers", "model.language_model.layers"),
+    ],
+)
+def test_a_text_model_that_transformers_has_moved(old, new):
+    """One LoRA by both names (transformers 4.52 renamed vision-language models), and a layer that A alone has."""
+    ends = ("0.self_attn.q_proj.weight", "1.self_attn.q_proj.weight")
+    matches = match_layers(
+        [f"{old}.{end}" for end in ends] + ["visual.q_proj.weight"], [f"{new}.{end}" for end in ends]
+    )
+    assert matches.pairs == [(f"{old}.{end}", f"{new}.{end}") for end in ends]
+    assert matches.only_a == ["visual.q_proj.weight"] and matches.only_b == [] and len(matches.notes) == 1

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from lorabench import formats
 from lorabench.decode import InputError
+from lorabench.weightfile import WeightFiles
 
 LAYERS = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 PREFIX = "base_model.model."
@@ -105,3 +106,12 @@ def test_a_vision_language_model_before_it_was_moved(tmp_path):
     adapter = formats.open_adapter(write(tmp_path, tensors, CONFIG | pattern))
     assert [*adapter.entries] == [f"{x.replace('model.', 'model.language_model.', 1)}.weight" for x in LAYERS]
     assert [entry.shape for entry in adapter.entries.values()] == [(6, 8)] * 2
+
+
+def test_a_base_by_its_old_names(tmp_path):
+    for name in ("language_model.model.layers.0.q.weight", "model.language_model.layers.0.q.weight"):
+        save_file({name: torch.ones(2, 2), "vision.layers.0.q.weight": torch.ones(2, 2)}, tmp_path / "x.safetensors")
+        weights = WeightFiles(tmp_path / "x.safetensors")
+        for asked in ("language_model.model.layers.0.q.weight", "model.layers.0.q.weight"):
+            assert weights.find(asked) == name
+        assert weights.find("language_model.model.layers.1.q.weight") is None
