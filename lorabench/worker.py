@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -151,6 +152,7 @@ def child_main(
     target: Target, spec: RunSpec, root: str, settings: Settings, gpu: str | None, answer: Connection | None
 ) -> None:
     """The first function of a run's process. A rank that fails sends what it failed of to `answer`."""
+    gc.freeze()  # what the server has imported is no garbage, and is not to be looked through again and again
     store = Store(Path(root))
     redirect(store.folder(spec.id) / log_name(settings.place.rank), 1, 2)
     faulthandler.enable(all_threads=False)
