@@ -25,6 +25,7 @@ from lorabench.locate import adapter_folders, adapter_path, weights_path
 from lorabench.machine import available_cores
 from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Other, Source
 from lorabench.readers._factors import counted
+from lorabench.readers._gguf_file import GGUF_SUFFIX
 from lorabench.tensorfile import SUFFIXES, open_tensors
 from lorabench.update import Update
 from lorabench.weightfile import some
@@ -264,7 +265,7 @@ def _unknown(source: Source, names: list[str]) -> str:
     keys = [key for file in files[:4] for key in open_tensors(file).names]
     if not keys:
         what = "holds no" if source.path.is_dir() else "is no"
-        return f"{what} file of tensors ({', '.join(SUFFIXES)})"
+        return f"{what} file of tensors ({', '.join((*SUFFIXES, GGUF_SUFFIX))})"
     known = sorted({"lorabench", "peft", *names} - set(OWN))
     return f"of no known format. Keys found: {some(keys)}. Known formats: {', '.join(known)}, two {LAST} (with --base)"
 

@@ -10,7 +10,7 @@ from lorabench.decode import InputError
 BUILTIN = Path(__file__).parent / "builtin"
 ADAPTER_PATTERNS = [
     "*adapter_config.json", "*adapter_model.*", "*pytorch_adapter.bin", "*adapters.safetensors", "*adapter_[0-9]*",
-    "*lora*.safetensors", "*lora*.bin", "*lora*.pt",
+    "*adapter_model-*", "*lora*.safetensors", "*lora*.bin", "*lora*.pt", "*lora*.gguf", "*adapter*.gguf",
 ]  # fmt: skip
 """Files of adapters, in whichever folder of a repository."""
 WEIGHT_PATTERNS = ["config.json", "model*.safetensors", "model.safetensors.index.json"]

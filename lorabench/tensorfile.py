@@ -70,7 +70,7 @@ class TensorFile:
             self._handle = safe_open(file, framework="pt")
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: not a whole safetensors file (cut short?): {error}") from None
-        _check_names(self._handle.keys(), file)
+        check_names(self._handle.keys(), file)
 
     @cached_property
     def names(self) -> list[str]:
@@ -98,7 +98,7 @@ class TensorFile:
             tensor = self._handle.get_tensor(name)
         except (SafetensorError, AttributeError, TypeError) as error:  # a dtype that this torch does not know
             raise InputError(f"{self.file}: {name}: dtype {self.dtype(name)} cannot be read: {error}") from None
-        return _checked(tensor, self.file, name)
+        return checked(tensor, self.file, name)
 
     def _slice(self, name: str) -> Any:
         try:
@@ -133,7 +133,7 @@ class TorchFile:
         return str(self._tensor(name).dtype).removeprefix("torch.")
 
     def read(self, name: str) -> Tensor:
-        return _checked(self._tensor(name).detach(), self.file, name)
+        return checked(self._tensor(name).detach(), self.file, name)
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
@@ -145,7 +145,7 @@ class TorchFile:
         if not isinstance(table, dict):
             raise InputError(f"{self.file}: holds a {type(table).__name__}: must be a dictionary of tensors")
         flat = _flat(table, self.file)
-        _check_names(flat, self.file)
+        check_names(flat, self.file)
         return flat
 
     def _tensor(self, name: str) -> Tensor:
@@ -239,7 +239,7 @@ def _flat(table: dict[Any, Any], file: Path) -> dict[str, Any]:
     return flat
 
 
-def _check_names(names: Iterable[str], file: Path) -> None:
+def check_names(names: Iterable[str], file: Path) -> None:
     """InputError for a name that no message could show in its line."""
     for name in names:
         if len(name) > MAX_NAME or not name.isprintable():
@@ -263,7 +263,7 @@ def _flatten(table: dict[Any, Any], prefix: str, flat: dict[str, Any], file: Pat
             flat[f"{prefix}{key}"] = value
 
 
-def _checked(tensor: Tensor, file: Path, name: str) -> Tensor:
+def checked(tensor: Tensor, file: Path, name: str) -> Tensor:
     if not tensor.dtype.is_floating_point:
         if tensor.numel() != 1 or tensor.dtype.is_complex:
             kind = str(tensor.dtype).removeprefix("torch.")

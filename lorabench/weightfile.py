@@ -73,7 +73,7 @@ class WeightFiles:
         """
         if parameter in self._files:
             return parameter
-        ways = (self._longer, self._shorter, self._alike, self._flat, self._moved)
+        ways = (self._longer, self._shorter, self._moved, self._alike, self._flat)
         for candidates in (way(parameter) for way in ways):
             if candidates:
                 return candidates[0] if len(candidates) == 1 else None

@@ -37,6 +37,7 @@ CASES = {
     "diffusers_plain": Case(format="diffusers", scale="assumed", notes=(NO_ALPHA,)),
     "diffusers_processor": Case(format="diffusers", scale="assumed", notes=(NO_ALPHA,)),
     "kohya_flux": Case(format="kohya", scale="file"),
+    "kohya_zimage": Case(format="kohya", scale="file"),
     "kohya_unet": Case(format="kohya", scale="file"),
     "loralib_lora": Case(format="loralib", scale="--alpha", alpha=6, notes=("2 fused linears, such as c_attn",)),
     "loralib_weights": Case(
@@ -60,6 +61,7 @@ CASES = {
     "torchtune_alone": Case(format="torchtune", scale="--alpha", alpha=5, notes=(ROTARY,)),
     "torchtune_dora": Case(format="torchtune", scale="config", notes=(ROTARY, DORA)),
     "torchtune_lora": Case(format="torchtune", scale="config", notes=(ROTARY,)),
+    "xlabs_flux": Case(format="xlabs", scale="assumed", notes=(NO_ALPHA,)),
 }
 
 

@@ -1,7 +1,8 @@
 """Fused linears of diffusion models, split by rows: each of its blocks is a layer of its own.
 
-`…attn_qkv` (also `attn.qkv`) is q, k and v in three equal parts. Flux's `single_blocks_N_linear1` is q, k and v of the
-hidden size, which is its number of in features (3072), and `mlp`, the rest (12288).
+`…attn_qkv` (also `attn.qkv`, Z-Image's `attention_qkv`) is q, k and v in three equal parts. Flux's
+`single_blocks_N_linear1` is q, k and v of the hidden size, which is its number of in features (3072), and `mlp`, the
+rest (12288).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import replace
 from lorabench.decode import InputError
 from lorabench.readers._factors import Layer
 
-_FUSED = re.compile(r"attn[_.]qkv$|single_blocks[_.]\d+[_.]linear1$")
+_FUSED = re.compile(r"(?:attn|attention)[_.]qkv$|single_blocks[_.]\d+[_.]linear1$")
 
 
 def split_rows(layer: Layer, module: str) -> Iterator[Layer]:

@@ -9,13 +9,12 @@ Source: `loaders/lora_base.py`, `utils/state_dict_utils.py`. Fused linears are s
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorabench.decode import InputError
 from lorabench.readers._dora import Dora
 from lorabench.readers._entry import Found, Source, Tensors
 from lorabench.readers._factors import (
@@ -30,6 +29,7 @@ from lorabench.readers._factors import (
 )
 from lorabench.readers._fused import split_rows
 from lorabench.readers._peft_config import scale_of_factors
+from lorabench.tensorfile import parse_object
 
 METADATA = "lora_adapter_metadata"
 SUFFIXES = {
@@ -42,6 +42,7 @@ SUFFIXES = {
 MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".dora_scale")
 ASSUMED = "no alpha in the file: α = r is assumed, so that the scale is 1 (--alpha tells another)"
 
+_OF_XLABS = re.compile(r"_blocks\.\d+\.processor\.(?:qkv|proj)_lora\d?\.")
 _OLD_NAMES = {"to_out": "to_out.0"}
 _OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -63,7 +64,7 @@ def _modules(tensors: Tensors) -> Iterator[tuple[str, str, str]]:
     """A module's name without suffix, and those of its A and B."""
     for name in tensors.names:
         suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
-        if suffix and not name.startswith("base_model.model."):  # PEFT's own file
+        if suffix and not name.startswith("base_model.model.") and not _OF_XLABS.search(name):  # PEFT's own file
             stem = name.removesuffix(suffix)
             yield stem, name, stem + SUFFIXES[suffix]
 
@@ -102,13 +103,7 @@ class _File:
     @cached_property
     def _configs(self) -> dict[str, dict[str, Any]]:
         """The header's configurations by component; "" is that of a file of one component, without prefixes."""
-        text = self.tensors.metadata.get(METADATA)
-        try:
-            table = json.loads(text) if text else {}
-        except json.JSONDecodeError as error:
-            raise InputError(f"{self.tensors.file}: {METADATA}: not valid JSON: {error}") from None
-        if not isinstance(table, dict):
-            raise InputError(f"{self.tensors.file}: {METADATA}: must be a JSON object")
+        table = parse_object(self.tensors.metadata.get(METADATA) or "{}", f"{self.tensors.file}: {METADATA}")
         configs: dict[str, dict[str, Any]] = {}
         for key, value in table.items():
             component, _, field = key.rpartition(".")

@@ -110,9 +110,16 @@ def test_no_pattern_of_adapters_fetches_a_model():
     adapters = [
         "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "second/adapter_model.safetensors",
         "pytorch_lora_weights.safetensors", "pytorch_adapter.bin", "adapters.safetensors", "adapter_0.pt",
-        "unet/my_lora.safetensors",
+        "unet/my_lora.safetensors", "adapter_model-00001-of-00002.safetensors", "x-lora-f16.gguf",
     ]  # fmt: skip
-    models = ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin", "optimizer.pt", "README.md"]
+    models = [
+        "model.safetensors",
+        "model-q4_k_m.gguf",
+        "model-00001-of-00002.safetensors",
+        "pytorch_model.bin",
+        "optimizer.pt",
+        "README.md",
+    ]
     assert list(filter_repo_objects(adapters + models, allow_patterns=locate.ADAPTER_PATTERNS)) == adapters
 
 
