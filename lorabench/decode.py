@@ -10,7 +10,10 @@ import dataclasses
 import json
 import math
 import re
+import tomllib
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
@@ -51,6 +54,38 @@ class Pattern:
         from pydantic_core import core_schema  # not at the top: `lorabench status` decodes nothing
 
         return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+
+def read_toml(file: Path) -> tuple[dict[str, Any], str]:
+    """The table in a TOML file, and the file's text. FileNotFoundError; InputError where it cannot be read.
+
+    Numbers must be finite: an id is the hash of JSON, which has no others.
+    """
+    try:
+        text = file.read_text("utf-8")
+        table = tomllib.loads(text)
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read: {error}") from None
+    except RecursionError:
+        raise InputError(f"{file}: not valid TOML: nested too deep") from None
+    except ValueError as error:  # also of a whole number of thousands of digits
+        raise InputError(f"{file}: not valid TOML: {error}") from None
+    if problems := [f"{key} = {value}: must be a finite number" for key, value in _infinite(table)]:
+        raise InputError(problems, str(file))
+    return table, text
+
+
+def _infinite(value: Any, where: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, float) and not math.isfinite(value):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _infinite(item, f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _infinite(item, where)
 
 
 def decode(cls: type, table: dict[str, Any], where: str = "") -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lorabench import plugins
-from lorabench.decode import InputError, Pattern, decode, decode_plugin, show
+from lorabench.decode import InputError, Pattern, decode, decode_plugin, read_toml, show
 from lorabench.figure import Figure
 from lorabench.record import MEASURES, Measure
 from lorabench.spec import RunSpec, flatten, is_tables, unflatten
@@ -93,14 +92,9 @@ def read_sweep(path: Path, default_name: str | None = None) -> Sweep:
     Raises InputError with all of its problems at once.
     """
     try:
-        text = path.read_text("utf-8")
-        table = tomllib.loads(text)
+        table, text = read_toml(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such sweep file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
     try:
         return parse_sweep(table, text, default_name=default_name or path.stem)
     except InputError as error:

@@ -196,7 +196,14 @@ by = "loss"
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"a = ", "not valid TOML"), (b"\xff\xfe", "cannot be read"), (None, "no such sweep file")],
+    [
+        (b"a = ", "not valid TOML"),
+        (b"\xff\xfe", "cannot be read"),
+        (None, "no such sweep file"),
+        (b"base.lr = " + b"[" * 5000 + b"]" * 5000, "not valid TOML: nested too deep"),
+        (b"base.seed = " + b"9" * 5000, "not valid TOML: "),
+        (b"[base]\nlr = inf\nmethod.alpha = [1.0, 2.0]", "base.lr = inf: must be a finite number"),
+    ],
 )
 def test_a_file_that_is_no_sweep_is_one_message(tmp_path: Path, content: bytes | None, message: str) -> None:
     file = tmp_path / "s.toml"

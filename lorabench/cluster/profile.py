@@ -9,14 +9,13 @@ import dataclasses
 import math
 import shlex
 import sys
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from lorabench.decode import InputError, Pattern, decode, show
+from lorabench.decode import InputError, Pattern, decode, read_toml, show
 
 Word = Annotated[str, Pattern(r"\S+", "a text without spaces")]
 OWN_OPTIONS = {
@@ -210,14 +209,10 @@ def _requeue_lines(folder: Path) -> list[str]:
 def read_profile(path: Path, changes: dict[str, Any] | None = None) -> Profile:
     """The profile in a TOML file, with single keys replaced. InputError with all of its problems at once."""
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
+        table, _ = read_toml(path)
     except FileNotFoundError:
         shipped = sorted(str(file) for file in path.parent.glob("*.toml")) or ["slurm/*.toml of lorabench's repository"]
         raise InputError(f"{path}: no such cluster profile. Choices: {', '.join(shipped)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}") from None
     try:
         return decode(Profile, table | (changes or {}))
     except InputError as error:
