@@ -39,6 +39,7 @@ from lorabench.distributed import (
 )
 from lorabench.examples import Examples, prepare_stages
 from lorabench.record import RunRecord, Status, Store
+from lorabench.remarks import remarks
 from lorabench.snapshots import drop_unknown, keep_snapshot, write_update
 from lorabench.spec import RunSpec, canonical_json
 from lorabench.steps import StepLog
@@ -162,9 +163,10 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
         meter.set_baseline()
     if world.size > 1:
         stop.world = world = world.spread(sharding.choose(spec, options.sharding, device, options_of_model), device)
-    tuned, counts = sharding.in_turn(world, lambda: _load_tuned(spec, stages, meter, world))
+    tuned, counts, about = sharding.in_turn(world, lambda: _load_tuned(spec, stages, meter, world))
     record.environment |= world.describe() | model.fingerprint(spec) | account.data_of(stages)
     record.measures |= counts
+    record.provenance |= about
     content: dict[str, Any] = {key: record.environment.get(key) for key in ("model_commit", "model_sha256", "data")}
     training = Training(spec, tuned, make_optimizer(spec, tuned), meter, world, content=content)
     _compare_ranks(training)
@@ -179,10 +181,11 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
     _train_and_evaluate(training, stages, options, stop, hold, folder)
     _check_weights(training)
     hold.progress["phase"] = "save"
-    if spec.keep != "none":
-        load_base = base_loader(training, stages)
-        record.files = write_update(training, load_base, folder, "updates", hold) | training.snapshots
-    account.fill(record, training, folder)
+    with _kept_if_it_fails(training, folder, hold):
+        if spec.keep != "none":
+            load_base = base_loader(training, stages)
+            record.files = write_update(training, load_base, folder, "updates", hold) | training.snapshots
+        account.fill(record, training, folder)
     stop.world = world.leave()
     if spec.serving and world.is_sharded:
         record.provenance["serving"] = "not measured: no process has the whole model (fsdp)"
@@ -194,20 +197,46 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
         record.measures |= meter.wall_time()
 
 
+@contextlib.contextmanager
+def _kept_if_it_fails(training: Training, folder: Path, hold: Hold) -> Iterator[None]:
+    """A checkpoint of the end where what comes after training fails, so that another version can go on from there.
+
+    Where several ranks compute the run it is written beforehand: a rank that fails cannot have the others write it.
+    """
+
+    def save() -> None:
+        hold.check()
+        rows = training.rows
+        training.rows = rows[:-1]  # whoever goes on evaluates again
+        training.save(checkpoint_file(folder))
+        training.rows = rows
+
+    if training.world.size > 1:
+        save()
+    try:
+        yield
+    except Lost:
+        raise  # the folder is another worker's now
+    except Exception:
+        if training.world.size == 1:
+            save()
+        raise
+
+
 def _load_tuned(
     spec: RunSpec, stages: list[Examples], meter: meters.Meter, world: World
-) -> tuple[nn.Module, dict[str, float]]:
-    """The base with the method attached, and its counts."""
+) -> tuple[nn.Module, dict[str, float], dict[str, str]]:
+    """The base with the method attached, its counts, and remarks on the base."""
     with meter.clock("load"), meter.phase("load"):
         base = seeded_base(spec, stages[0], sharding.loads_on(world, meter.device))
     model.check_length(spec, model.max_length(base))
-    num_base = account.count(base)
+    about, num_base = remarks(spec, base), account.count(base)
     torch.manual_seed(method_seed(spec))
     tuned = spec.method.attach(base, spec)
     if spec.gradient_checkpointing:
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     counts = account.counts_of(tuned, num_base, stages)
-    return sharding.shard(tuned, world, meter.device, spec.method.trains_base), counts
+    return sharding.shard(tuned, world, meter.device, spec.method.trains_base), counts, about
 
 
 def base_loader(training: Training, stages: list[Examples]) -> Callable[[], nn.Module]:

@@ -214,9 +214,11 @@ class _Launch:
         process.start()
         there.close()
         with contextlib.suppress(EOFError):  # it died: whatever is wrong, the runs meet it and say so
-            problems = here.recv()
+            problems, notes = here.recv()
             if problems:
                 raise InputError(problems, self.sweep.name)
+            for note in notes:
+                self.display.say(note)
         process.join()
 
     def _start_server(self) -> None:

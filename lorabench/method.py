@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.plugins import Plugin
-from lorabench.update import Update, read_deltas, save_svds, save_updates
+from lorabench.update import Update, read_deltas, restore_drawn, save_drawn, save_svds, save_updates
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -68,6 +68,10 @@ class Method(Plugin, ABC):
         """Positions that the method takes up in front of each example."""
         return 0
 
+    def left_out(self, model: nn.Module) -> list[str]:
+        """What the untouched base's blocks have of matrices that `all-linear` does not reach with this method."""
+        return []
+
     def problems(self, spec: RunSpec) -> Iterator[str]:
         """Why this method cannot be run as `spec` asks: `key = value: reason`. Checked when a sweep is read."""
         if self.trains_base and spec.quantization != "none":
@@ -91,6 +95,7 @@ class Method(Plugin, ABC):
         """Write what was learned to `folder`: what `load` needs, or ΔW's top singular vectors with `keep = "svd:K"`."""
         if keep == "updates":
             save_updates(self.updates(model, load_base), folder)
+            save_drawn(getattr(model, "drawn", {}), folder)
         else:
             save_svds(self.updates(model, load_base), folder, int(keep.removeprefix("svd:")))
 
@@ -98,6 +103,7 @@ class Method(Plugin, ABC):
         """The tuned model out of an untouched base and what `save` wrote; nothing of it need require a gradient."""
         from lorabench.weights import add_update
 
+        restore_drawn(base, folder)
         for update in read_deltas(folder):
             add_update(base, update)
         return base

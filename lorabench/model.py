@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.decode import InputError
+from lorabench.decode import InputError, show
 
 if TYPE_CHECKING:
     import torch
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BUILTIN = Path(__file__).parent / "builtin"
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+_REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def resolve(source: str) -> str:
@@ -69,7 +70,8 @@ def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any], exac
 
     With `exact` it is not quantized, whatever the spec says.
 
-    A new task head takes its random weights from torch's global generator.
+    A new task head takes its random weights from torch's global generator. What else the files lack does too; `drawn`
+    of the model holds all of it, by name. InputError where that is most of the base.
     """
     import torch
     import transformers
@@ -80,7 +82,10 @@ def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any], exac
     quantized = spec.quantization != "none" and not exact
     if quantized:
         extra = {"quantization_config": _quantization(spec, options), "device_map": {"": device}}
-    model = _pretrained(spec.model, spec.revision, auto.from_pretrained, dtype=dtype, **options, **extra)
+    extra |= _REPORTED | options
+    model, report = _pretrained(spec.model, spec.revision, auto.from_pretrained, dtype=dtype, **extra)
+    missing = check_files(spec, model, report)
+    model.drawn = {name: model.get_parameter(name).detach().cpu().clone() for name in missing}
     if not quantized:
         model.to(device)
     for module in model.modules():
@@ -88,7 +93,7 @@ def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any], exac
             # bitsandbytes 0.50 repacks 4-bit weights at the first evaluation, rounding their scales to bfloat16;
             # training on afterwards reads the repacked bytes as if they were not, and learns from noise.
             module.support_avx512bf16_for_cpu = False
-    model.config.pad_token_id = load_tokenizer(spec.model, spec.revision).pad_token_id  # a classifier looks for it
+    model.config.pad_token_id = padding(spec, model)  # a classifier looks for it
     model.config.use_cache = False
     return model
 
@@ -99,11 +104,86 @@ def skeleton(spec: RunSpec, options: dict[str, Any], device: torch.device | None
     On any other `device` its weights are random.
     """
     import torch
+
+    return from_config(spec, read_config(spec, options), device or torch.device("meta"))
+
+
+def read_config(spec: RunSpec, options: dict[str, Any]) -> Any:
+    """The base's configuration."""
     import transformers
 
-    config = _pretrained(spec.model, spec.revision, transformers.AutoConfig.from_pretrained, **options)
-    with device or torch.device("meta"):
-        return getattr(transformers, spec.task.auto_class).from_config(config)
+    return _pretrained(spec.model, spec.revision, transformers.AutoConfig.from_pretrained, **options)
+
+
+def from_config(spec: RunSpec, config: Any, device: torch.device) -> nn.Module:
+    """A model of random weights. InputError where there is none of its kind for the task."""
+    import transformers
+
+    auto = getattr(transformers, spec.task.auto_class)
+    try:
+        with device:
+            return auto.from_config(config)
+    except ValueError as error:
+        if type(config) in auto._model_mapping:
+            raise
+        raise InputError(
+            f'model = "{spec.model}": a {config.model_type} cannot do task.name = "{spec.task.name}": transformers has '
+            f"no {spec.task.auto_class} of it"
+        ) from error
+
+
+def from_files(spec: RunSpec, options: dict[str, Any]) -> nn.Module:
+    """The base without weights (meta device), and in `drawn` what its files lack; nothing where they are not here.
+
+    Reads no more of the files than what is in them. InputError as `load_base` has it.
+    """
+    import transformers
+
+    base: Any = skeleton(spec, options)
+    base.drawn = {}
+    try:
+        folder = local_files(spec.model, spec.revision)
+    except InputError:
+        return base
+    if any(True for pattern in WEIGHT_FILES for _ in folder.glob(pattern)):
+        auto, arguments = getattr(transformers, spec.task.auto_class), {"device_map": "meta"} | _REPORTED | options
+        base, report = _pretrained(spec.model, spec.revision, auto.from_pretrained, **arguments)
+        base.drawn = dict.fromkeys(check_files(spec, base, report))
+    return base
+
+
+def check_files(spec: RunSpec, model: nn.Module, report: dict[str, Any]) -> list[str]:
+    """The parameters that a base's files lack, by transformers' report. InputError where they are not this model's.
+
+    That is so where they lack most of the base, or have it in other shapes; a new task head apart, whose shape is the
+    data's.
+    """
+    heads = _below(new_heads(model))
+    shapes = {name: (tuple(there), tuple(here)) for name, there, here in report["mismatched_keys"]}
+    other = next((name for name in shapes if not name.startswith(heads)), None)
+    if other:
+        there, here = shapes[other]
+        asked = f"{other} as {there}, and its config.json asks for {here}"
+        raise InputError(f'model = "{spec.model}": its files hold {asked}')
+    parameters = {name: p.numel() for name, p in model.named_parameters() if not name.startswith(heads)}
+    missing = [name for name, _ in model.named_parameters() if name in report["missing_keys"] or name in shapes]
+    lacking = [name for name in missing if name in parameters]
+    if 2 * sum(parameters[name] for name in lacking) > sum(parameters.values()):
+        found = sorted(report["unexpected_keys"])
+        instead = f"; what they hold is called {show(found[0])} …" if found else ""
+        raise InputError(
+            f'model = "{spec.model}": its files lack {len(lacking)} of the {len(parameters)} parameters of '
+            f"{type(model).__name__}, such as {lacking[0]}{instead}: it would be trained from random numbers"
+        )
+    return missing
+
+
+def drawn_modules(model: nn.Module) -> list[str]:
+    """The modules with weights that the base's files lack, a new task head's apart: random, and the same at each load
+    under one seed only, so that what is saved has to hold them."""
+    heads = _below(new_heads(model))
+    names = [name for name in getattr(model, "drawn", ()) if not name.startswith(heads)]
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
 
 def fingerprint(spec: RunSpec) -> dict[str, str]:
@@ -137,12 +217,29 @@ def check_length(spec: RunSpec, longest: int | None) -> None:
         raise InputError(f"seq_len = {spec.seq_len}: must{also} be {limit}")
 
 
+def padding(spec: RunSpec, model: nn.Module) -> int:
+    """The tokenizer's padding token. InputError where the model has no embedding of it."""
+    tokenizer = load_tokenizer(spec.model, spec.revision)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id >= rows:
+        raise InputError(
+            f'model = "{spec.model}": its tokenizer of {len(tokenizer)} tokens pads with {show(tokenizer.pad_token)}, '
+            f"number {tokenizer.pad_token_id}, and the model has embeddings of {rows}: 0 to {rows - 1}"
+        )
+    return int(tokenizer.pad_token_id)
+
+
 def new_heads(model: nn.Module) -> list[str]:
     """The head modules that a classification model puts on the pretrained base."""
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return []
     prefix = model.base_model_prefix
     return [name for name, module in model.named_children() if name != prefix and list(module.parameters())]
+
+
+def _below(modules: list[str]) -> tuple[str, ...]:
+    """What the names begin with of all that lies in the modules."""
+    return tuple(f"{name}." for name in modules)
 
 
 def reads_last_token(model: nn.Module) -> bool:

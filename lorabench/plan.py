@@ -18,10 +18,12 @@ from lorabench.decode import InputError, encode
 from lorabench.examples import shared_options
 from lorabench.meter import GIB, PEAK_FLOPS, model_flops_per_token, peak_flops
 from lorabench.record import RunRecord, RunState, Status, Store
+from lorabench.remarks import remarks
 from lorabench.spec import RunSpec, brief, flatten, swept_keys
 from lorabench.sweep import Sweep
 from lorabench.task import Task
 from lorabench.terminal import duration, size, text_table
+from lorabench.trial import from_json, try_out
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
 """Of a weight; nf4 with an 8-bit scale for each block of 64."""
@@ -64,7 +66,7 @@ class Estimate:
 
 
 def make_plan(sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | None = None) -> dict[str, Any]:
-    """`{"runs": [{"run_id", "spec", "done", "status", "estimate"}], "totals", "assumptions"}`.
+    """`{"runs": [{"run_id", "spec", "done", "status", "estimate"}], "totals", "notes", "assumptions"}`.
 
     `gpu` names the kind that the runs will have, where this machine has none of it.
     InputError with every problem that shows only when a method meets the model (targets that fit no layer).
@@ -84,7 +86,12 @@ def make_plan(sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | 
                 "estimate": _measured(state) if done else history.estimate(spec, counts[spec.id]),
             }
         )
-    return {"runs": runs, "totals": _totals(runs), "assumptions": _assumptions(sweep, runs, device, gpu)}
+    return {
+        "runs": runs,
+        "totals": _totals(runs),
+        "notes": notes(sweep.runs),
+        "assumptions": _assumptions(sweep, runs, device, gpu),
+    }
 
 
 def plan_text(sweep: Sweep, plan: dict[str, Any]) -> str:
@@ -110,7 +117,7 @@ def plan_text(sweep: Sweep, plan: dict[str, Any]) -> str:
     if totals["num_to_run"]:
         at_most, time = size(totals["peak_gib"] * GIB), duration(totals["seconds"])
         lines.append(f"to run: about {time} one after another, at most about {at_most} each")
-    return "\n".join([*lines, *plan["assumptions"]])
+    return "\n".join([*lines, *plan["notes"], *plan["assumptions"]])
 
 
 def _approximate(known: bool, text: str) -> str:
@@ -129,6 +136,16 @@ def refusals(specs: Sequence[RunSpec]) -> list[str]:
     return _counts_and_problems(specs)[1]
 
 
+def notes(specs: Sequence[RunSpec]) -> list[str]:
+    """What there is to say of the runs' bases, each once; of runs that can be counted."""
+    found = {}
+    for spec in specs:
+        known = _known(spec)
+        for key, text in {} if isinstance(known, InputError) else known.remarks.items():
+            found[f"{spec.model}: {key}: {text}"] = True
+    return list(found)
+
+
 def _counts_and_problems(specs: Sequence[RunSpec]) -> tuple[dict[str, Counts], list[str]]:
     counts, problems = {}, []
     for spec in specs:
@@ -141,24 +158,43 @@ def _counts_and_problems(specs: Sequence[RunSpec]) -> tuple[dict[str, Counts], l
 
 def count(spec: RunSpec) -> Counts:
     """Exact counts from the model's config; no weight is loaded."""
-    keys = ("model", "revision", "method", "quantization", "tasks" if spec.tasks else "task", "dtype")
-    found = _count(json.dumps({key: encode(getattr(spec, key)) for key in keys}))
+    found = _known(spec)
     if isinstance(found, InputError):
         raise found
-    models.check_length(spec, found[1])
-    at_length = found[0].flops_per_token + found[2] * spec.seq_len
-    return Counts(**vars(found[0]) | {"flops_per_token": at_length})
+    models.check_length(spec, found.longest)
+    at_length = found.counts.flops_per_token + found.attention_flops * spec.seq_len
+    return Counts(**vars(found.counts) | {"flops_per_token": at_length})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """What is known of runs that share a model, a method and a task."""
+
+    counts: Counts
+    """FLOPs without attention."""
+    longest: int | None
+    """The model's longest input."""
+    attention_flops: float
+    """Per token and position."""
+    remarks: dict[str, str]
+
+
+def _known(spec: RunSpec) -> _Known | InputError:
+    keys = ("model", "revision", "method", "quantization", "tasks" if spec.tasks else "task", "dtype")
+    return _know(json.dumps({key: encode(getattr(spec, key)) for key in keys}))
 
 
 @cache
-def _count(key: str) -> tuple[Counts, int | None, float] | InputError:
-    """Counts (FLOPs without attention), the model's longest input, and attention's FLOPs per token and position."""
+def _know(key: str) -> _Known | InputError:
     spec = RunSpec.from_json(json.loads(key))
     try:
         options = shared_options([_model_options(task) for task in spec.stages])
-        base = models.skeleton(spec, options)
+        base: Any = models.skeleton(spec, options)
+        base.drawn = dict.fromkeys(_lacking(spec, options))
+        about = remarks(spec, base)
         weight_bytes = _weight_bytes(spec, base)
         tuned = _attach(spec, base, options)
+        try_out(spec, options)
     except InputError as error:
         return error
     config: Any = base.config
@@ -176,7 +212,32 @@ def _count(key: str) -> tuple[Counts, int | None, float] | InputError:
         vocabulary=config.vocab_size if "CausalLM" in spec.task.auto_class else 0,
         flops_per_token=per_token,
     )
-    return counts, models.max_length(base), model_flops_per_token(tuned, 1) - per_token
+    return _Known(
+        counts=counts,
+        longest=models.max_length(base),
+        attention_flops=model_flops_per_token(tuned, 1) - per_token,
+        remarks=about,
+    )
+
+
+def _lacking(spec: RunSpec, options: dict[str, Any]) -> tuple[str, ...]:
+    """What the base's files lack. InputError where they, or its tokenizer, do not fit the model."""
+    keys = ("model", "revision", "tasks" if spec.tasks else "task")
+    found = _lack(json.dumps({key: encode(getattr(spec, key)) for key in keys}), json.dumps(options))
+    if isinstance(found, InputError):
+        raise found
+    return found
+
+
+@cache
+def _lack(key: str, options: str) -> tuple[str, ...] | InputError:
+    spec = RunSpec.from_json(json.loads(key) | {"method": {"name": "head"}})
+    try:
+        base: Any = models.from_files(spec, from_json(options))
+        models.padding(spec, base)
+    except InputError as error:
+        return error
+    return tuple(base.drawn)
 
 
 def _attach(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:

@@ -80,7 +80,15 @@ def shard(model: nn.Module, world: World, device: torch.device, trains_base: boo
         return model
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    kept = set() if trains_base else {p for p in model.parameters() if p.requires_grad or p.numel() == 1}
+    kept = (
+        set()
+        if trains_base
+        else {
+            parameter
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad or ".modules_to_save." in name or parameter.numel() == 1
+        }
+    )
     for module in [*blocks(model), model]:
         fully_shard(module, mesh=world.mesh, ignored_params=kept)
     for module in model.modules():

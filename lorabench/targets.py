@@ -155,13 +155,13 @@ def unreached(model: nn.Module, found: Targets) -> list[str]:
 
     reached, inner = {*(f"{name}.weight" for name in found.layers), *found.stacked}, _block_names(model)
     left = [
-        _plain(f"{name}.{key}").removeprefix(f"{block}.")
+        f"{name}.{key}"
         for name, module in model.named_modules()
-        if (block := _block_of(name, inner)) and not isinstance(module, nn.Embedding)
+        if _block_of(name, inner) and not isinstance(module, nn.Embedding)
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.ndim > 1 and not key.endswith("bias") and f"{name}.{key}" not in reached
     ]
-    return list(dict.fromkeys(left))
+    return in_block(model, left)
 
 
 def parts(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -186,6 +186,12 @@ def parts(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         if block and not found[name] and of_block[block] == {"attention", ""}:
             found[name] = "mlp"
     return found
+
+
+def in_block(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """What the parameters of blocks are called within them, each once."""
+    lists = _block_names(model)
+    return list(dict.fromkeys(_plain(name).removeprefix(f"{_block_of(name, lists)}.") for name in names))
 
 
 def _preset(model: nn.Module, preset: str, names: list[str]) -> list[str]:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 DELTA_FILE = "delta.safetensors"
 SVD_FILE = "svd.safetensors"
 INITIAL_FILE = "initial_factors.safetensors"
 """Beside a LoRA adapter whose factors did not begin at B A = 0: `LAYER.B` and `LAYER.A` before training."""
+DRAWN_FILE = "drawn.safetensors"
+"""Beside what a run has learned: what the base's files lack (a new head, a pooler), as the run drew it."""
 DORA_PART = "sBA"
 """`Update.part` of the factors of DoRA's ΔW, which are reported beside it as `MODULE[sBA]`."""
 
@@ -133,6 +135,25 @@ def read_deltas(folder: Path) -> Iterator[Update]:
                 yield Update(parameter=name, B=handle.get_tensor(f"{name}:B"), A=handle.get_tensor(f"{name}:A"))
             else:
                 yield Update(parameter=name, B=handle.get_tensor(name))
+
+
+def save_drawn(drawn: dict[str, Tensor], folder: Path) -> None:
+    """What the base's files lack, as it was drawn: ΔW counts from there."""
+    from safetensors.torch import save_file
+
+    if drawn:
+        save_file({name: tensor.contiguous() for name, tensor in drawn.items()}, folder / DRAWN_FILE)
+
+
+def restore_drawn(base: nn.Module, folder: Path) -> None:
+    """Put what `save_drawn` wrote in place of what the base was loaded with; where there is any."""
+    import torch
+    from safetensors.torch import load_file
+
+    if (folder / DRAWN_FILE).exists():
+        with torch.no_grad():
+            for name, tensor in load_file(folder / DRAWN_FILE).items():
+                base.get_parameter(name).copy_(tensor)
 
 
 def save_svds(updates: Iterable[Update], folder: Path, keep: int) -> None:

@@ -172,15 +172,15 @@ def child_main(
 
 
 def check_main(specs: Sequence[RunSpec], answer: Connection, log: Path) -> None:
-    """Sends why some of the specs cannot be run, as `lorabench.plan.refusals` tells it; in a process of its own."""
-    from lorabench.plan import refusals
+    """Sends why some of the specs cannot be run, and what else there is to say; in a process of its own."""
+    from lorabench.plan import notes, refusals
 
     redirect(log, 1, 2)
     try:
-        answer.send(refusals(specs))
+        answer.send((refusals(specs), notes(specs)))
     except Exception:  # whatever is wrong, the runs meet it and say so in their records
         traceback.print_exc()
-        answer.send([])
+        answer.send(([], []))
 
 
 def _stop_with_parent() -> None:

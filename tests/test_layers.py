@@ -44,7 +44,7 @@ LAYERS = [
     {"methods/*", "tasks/*", "analyses/*", "figures/*"},
     {"methods/hybrid"},  # of methods
     {"examples", "intervention/directions", "jobs"},
-    {"bundle", "batch"},
+    {"bundle", "batch", "trial", "remarks"},
     {"sharding"},
     {"training", "analyze", "api", "changes"},
     {"train", "account"},

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorabench.decode import InputError, encode, show
 from lorabench.method import LoadBase, Method
 from lorabench.model import new_heads
-from lorabench.update import Update, save_svds, save_updates
+from lorabench.update import Update, restore_drawn, save_drawn, save_svds, save_updates
 from lorabench.weights import weight_changes
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class OwnFile(Method):
 
         save_file({name: t.contiguous() for name, t in self.trained_state(model).items()}, folder / ADAPTER_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(self._config, indent=2, sort_keys=True) + "\n")
+        save_drawn(getattr(_base_of(model), "drawn", {}), folder)
         updates = list(self.updates(model, load_base))
         if updates and keep == "updates":
             save_updates(updates, folder)
@@ -45,6 +46,7 @@ class OwnFile(Method):
         if other:
             pairs = (f"{key} = {show(found.get(key))} and not {show(self._config.get(key))}" for key in other)
             raise InputError(f"{folder / CONFIG_FILE}: is of another method: {', '.join(pairs)}")
+        restore_drawn(base, folder)
         tensors, model = TensorFile(folder / ADAPTER_FILE), self.attach(base, spec)
         try:
             self.restore(model, {name: tensors.read(name) for name in tensors.names})
@@ -56,6 +58,10 @@ class OwnFile(Method):
     def _config(self) -> dict[str, Any]:
         """The method's fields; without PEFT's key `peft_type`, so that nobody takes it for PEFT's."""
         return {"lorabench_method": self.name} | {k: v for k, v in encode(self).items() if k != "name"}
+
+
+def _base_of(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def new_head_updates(model: nn.Module, load_base: LoadBase) -> Iterator[Update]:

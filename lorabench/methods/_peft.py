@@ -9,7 +9,7 @@ import copy
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,7 @@ from lorabench import targets, weights
 from lorabench.decode import InputError
 from lorabench.method import LoadBase, Method
 from lorabench.methods._patterns import make_exact
-from lorabench.update import Update, save_svds, save_updates
+from lorabench.update import Update, restore_drawn, save_drawn, save_svds, save_updates
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -43,12 +43,13 @@ class PeftMethod(Method):
         from peft import get_peft_model
 
         self.prepare(model)
-        heads = models.new_heads(model)
+        heads, drawn = models.new_heads(model), models.drawn_modules(model)
         try:
             config = self.peft_config(model, spec)
             config.task_type = "SEQ_CLS" if heads else "CAUSAL_LM"
             if hasattr(config, "modules_to_save"):
-                config.modules_to_save = heads or None
+                config.modules_to_save = [*heads, *drawn] or None
+            self._check_drawn(config, drawn, spec)
             tuned = get_peft_model(model, config, autocast_adapter_dtype=False)
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
             if isinstance(error, NotImplementedError) and next(model.parameters()).is_meta:
@@ -56,6 +57,8 @@ class PeftMethod(Method):
             raise InputError(f"{self.called}: PEFT refuses it for {spec.model}: {error}") from error
         make_exact(config, tuner_layers(tuned), ADAPTER)
         _name_base(config, spec.model)
+        for module in drawn if hasattr(config, "modules_to_save") else ():
+            tuned.get_base_model().get_submodule(module).requires_grad_(False)  # it is saved, and not trained
         if not any(p.requires_grad for p in tuned.parameters()):
             raise InputError(f"{self.called}: trains nothing on {spec.model}")
         dtype = getattr(torch, self.trained_dtype)
@@ -63,6 +66,17 @@ class PeftMethod(Method):
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
         return tuned
+
+    def _check_drawn(self, config: PeftConfig, drawn: list[str], spec: RunSpec) -> None:
+        """InputError for a target whose own weights are random: PEFT saves a module's weights, or what it adds."""
+        targeted = {str(name).removesuffix(".weight") for key in ("target_modules", "target_parameters")
+                    for name in getattr(config, key, None) or ()}  # fmt: skip
+        for name in drawn:
+            if name in targeted:
+                raise InputError(
+                    f'model = "{spec.model}": its files lack the weights of {name}, which {self.called} is put on: ΔW '
+                    "would count from random numbers; leave it out by method.targets, or use another model"
+                )
 
     def prepare(self, model: nn.Module) -> None:
         """Change the base into what PEFT can attach to."""
@@ -95,16 +109,20 @@ class PeftMethod(Method):
             precision="float32",
         )
 
-    def save(self, model: nn.Module, load_base: LoadBase, folder: Path, keep: str) -> None:
+    def save(self, model: Any, load_base: LoadBase, folder: Path, keep: str) -> None:
         if keep == "updates":
             models.save_peft(model, folder)
             save_updates(self.updates(model, load_base), folder)
+            base = model.get_base_model()
+            if not hasattr(model.peft_config[ADAPTER], "modules_to_save"):
+                save_drawn(getattr(base, "drawn", {}), folder)
         else:
             save_svds(self.updates(model, load_base), folder, int(keep.removeprefix("svd:")))
 
     def load(self, base: nn.Module, folder: Path, spec: RunSpec) -> nn.Module:
         from peft import PeftModel
 
+        restore_drawn(base, folder)
         self.prepare(base)
         return PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
 
@@ -147,6 +165,15 @@ class Tuner(PeftMethod):
 
     def match(self, model: nn.Module) -> list[str]:
         return targets.match(model, self.targets, self.layers)
+
+    def reach(self, found: targets.Targets) -> targets.Targets:
+        """What of the targets that were found the method can be put on."""
+        return replace(found, stacked=[])
+
+    def left_out(self, model: nn.Module) -> list[str]:
+        if self.targets != "all-linear":
+            return []
+        return targets.unreached(model, self.reach(targets.find(model, self.targets)))
 
 
 class SoftPrompt(PeftMethod):
@@ -198,8 +225,10 @@ def head_updates(model: Any) -> Iterator[Update]:
     """ΔW of a task head that was trained in full beside the method's own parameters."""
     from peft.utils import ModulesToSaveWrapper
 
-    for name, module in model.get_base_model().named_modules():
-        if isinstance(module, ModulesToSaveWrapper):
+    base = model.get_base_model()
+    drawn = models.drawn_modules(base)
+    for name, module in base.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and name not in drawn:
             yield from weights.weight_changes(module.modules_to_save[ADAPTER], module.original_module, f"{name}.")
 
 

@@ -59,6 +59,9 @@ class Hybrid(OwnFile):
     def num_virtual_tokens(self) -> int:
         return sum(part.num_virtual_tokens for part in self.parts)
 
+    def left_out(self, model: nn.Module) -> list[str]:
+        return self.lora.left_out(model) if self.lora else []
+
     def problems(self, spec: RunSpec) -> Iterator[str]:
         for part in self.parts:
             yield from (text.replace("method.", f"method.{part.name}.", 1) for text in part.problems(spec))

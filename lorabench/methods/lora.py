@@ -161,6 +161,9 @@ class Lora(Tuner):
             fan_in_fan_out=transposed,
         )
 
+    def reach(self, found: targets.Targets) -> targets.Targets:
+        return found
+
     def _check_parameters(self, model: nn.Module, spec: RunSpec, parameters: list[str]) -> None:
         """InputError for what PEFT cannot do where the target is a parameter, and not a layer."""
         unfit = {"dropout": self.dropout > 0, "dora": self.dora, "init": self.init not in ("kaiming", "gaussian")}

@@ -1,0 +1,179 @@
+"""A small random model of the same architecture, on which is tried what a run would find out too late.
+
+Whether a language model sees the tokens that it predicts, and whether what a method has learned can be saved and read.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorabench import model as models
+from lorabench.decode import InputError, encode
+from lorabench.formats import read_updates
+from lorabench.spec import RunSpec
+from lorabench.task import LanguageModeling
+
+_WIDTH = re.compile(r"(?!.*(vocab|kernel|patch|window|chunk|block|image|state|type|group|time))"
+                    r"(.*_(size|dim|rank)|dim|d_(model|ff|kv|inner|embed|head)|n_(embd|inner)|\w*ffn_dim)")  # fmt: skip
+"""The fields of a configuration that are widths: in one proportion, any of them may be smaller."""
+_AT_MOST = {"vocab_size": 1000, r"\w+_token_id": 999, "num_experts|num_local_experts|n_routed_experts": 16}
+"""What else is made smaller. Of fewer experts a token could be given more than there are."""
+NARROWEST = 2
+"""What no width is made smaller than."""
+LARGEST = 60e6
+"""Parameters of the largest model that is tried."""
+LENGTH, CHANGED = 12, 8
+SEEN = 1e-5
+"""Share of what a changed token changes at its own place: as much before it is no rounding. (Causal models: below 1e-6;
+a BERT of random weights: 1e-3.)"""
+
+
+def try_out(spec: RunSpec, options: dict[str, Any]) -> None:
+    """InputError where the run's model does not fit its task, or what its method learns could not be saved."""
+    keys = ("model", "revision", "method", "tasks" if spec.tasks else "task")
+    table = {key: encode(getattr(spec, key)) for key in keys}
+    table["method"] = {key: value for key, value in table["method"].items() if key == "name" or not _is_amount(value)}
+    problem = _try_out(json.dumps(table), json.dumps(options))
+    if problem:
+        raise problem
+
+
+def _is_amount(value: Any) -> bool:
+    """Whether a hyperparameter only says how much: ranks and rates change nothing of what can be saved."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@cache
+def _try_out(key: str, options: str) -> InputError | None:
+    table = json.loads(key)
+    try:
+        spec = RunSpec.from_json(table)
+    except InputError:
+        return None  # a method that needs a quantized base, or an amount that is no default
+    with torch.random.fork_rng(devices=[]):
+        try:
+            base = small(spec, from_json(options))
+            if base is not None:
+                check_causal(spec, base)
+                check_saving(spec, base)
+        except InputError as error:
+            return error
+    return None
+
+
+def from_json(text: str) -> dict[str, Any]:
+    """A model's options: the keys of `id2label` are numbers, which JSON has as text."""
+    options = json.loads(text)
+    if "id2label" in options:
+        options["id2label"] = {int(number): name for number, name in options["id2label"].items()}
+    return dict(options)
+
+
+def small(spec: RunSpec, options: dict[str, Any]) -> nn.Module | None:
+    """A narrow model of random weights that the run's configuration describes; None where it cannot be made so.
+
+    It has all of its blocks, and its vocabulary.
+    """
+    config = models.read_config(spec, options)
+    whole = models.from_config(spec, config, torch.device("meta"))
+    for divisor in _divisors(config):
+        narrow = type(config).from_dict(_narrowed(config.to_dict(), divisor))
+        try:
+            meta = models.from_config(spec, narrow, torch.device("meta"))
+            if (
+                sum(p.numel() for p in meta.parameters()) > LARGEST
+                or meta.state_dict().keys() != whole.state_dict().keys()
+            ):
+                continue
+            torch.manual_seed(0)
+            base = models.from_config(spec, narrow, torch.device("cpu")).eval()
+            _logits(base, _tokens(base))
+        except Exception:  # widths that do not go together: another proportion may
+            continue
+        return base
+    return None
+
+
+def _divisors(config: Any) -> list[int]:
+    """By how much its widths may all be divided, most first; 1 is last."""
+    widths = [value for key, value in config.to_dict().items() if _is_width(key, value)]
+    heads = getattr(config, "num_attention_heads", None) or 1
+    hidden = getattr(config, "hidden_size", None)
+    each = [hidden // heads] if isinstance(hidden, int) and isinstance(heads, int) and hidden % heads == 0 else []
+    common = math.gcd(*widths, *each)
+    powers = [2**k for k in range(10, 0, -1)]
+    fit = [n for n in powers if common % n == 0 and min([*widths, *each]) // n >= NARROWEST]
+    return [*fit[:2], 1]
+
+
+def _narrowed(table: dict[str, Any], divisor: int) -> dict[str, Any]:
+    found = {key: value // divisor if _is_width(key, value) else value for key, value in table.items()}
+    for key, value in found.items():
+        most = next((most for pattern, most in _AT_MOST.items() if re.fullmatch(pattern, key)), None)
+        if most is not None and isinstance(value, int):
+            found[key] = min(value, most)
+    return found
+
+
+def _is_width(key: str, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= NARROWEST and bool(_WIDTH.fullmatch(key))
+
+
+def _tokens(model: nn.Module) -> torch.Tensor:
+    rows = min(model.get_input_embeddings().weight.shape[0], 500)  # type: ignore[operator]
+    tokens = torch.randint(3, rows, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    end = getattr(model.config, "eos_token_id", None)
+    if isinstance(end, int) and end < rows:
+        tokens[0, -1] = end  # a T5 classifies by it
+    return tokens
+
+
+def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens).logits.float()
+
+
+def check_causal(spec: RunSpec, base: nn.Module) -> None:
+    """InputError where a language model sees the tokens that it is to predict."""
+    if not isinstance(spec.task, LanguageModeling):
+        return
+    tokens = _tokens(base)
+    changed = tokens.clone()
+    changed[0, CHANGED] = 3 if tokens[0, CHANGED] != 3 else 4
+    moved = (_logits(base, changed) - _logits(base, tokens)).abs()[0]
+    if moved[:CHANGED].max() > SEEN * moved[CHANGED].max():
+        raise InputError(
+            f'model = "{spec.model}": {type(base).__name__} is no causal language model: what it says of a token '
+            f'depends on later ones, so that task.name = "{spec.task.name}" would give it the answers. Use a causal '
+            'model, or task.name = "classification"'
+        )
+
+
+def check_saving(spec: RunSpec, base: nn.Module) -> None:
+    """InputError where what the method learns cannot be saved and read. What cannot be attached is not tried here."""
+    method, untouched = spec.method, copy.deepcopy(base)
+    try:
+        torch.manual_seed(0)
+        tuned = method.attach(base, spec)
+    except Exception:  # at these widths: at its own, `lorabench.plan` tries it
+        return
+    try:
+        with tempfile.TemporaryDirectory(prefix="lorabench-") as folder:
+            method.save(tuned, lambda: untouched, Path(folder), "updates")
+            if method.has_update:
+                list(read_updates(Path(folder)))
+    except Exception as error:
+        reason = error.problems[0] if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        raise InputError(
+            f'method.name = "{spec.method.name}": what it learns on {type(base).__name__} cannot be saved: {reason}'
+        ) from error
