@@ -106,13 +106,13 @@ def small(spec: RunSpec, options: dict[str, Any]) -> nn.Module | None:
 
 def _divisors(config: Any) -> list[int]:
     """By how much its widths may all be divided, most first; 1 is last."""
-    widths = [value for key, value in config.to_dict().items() if _is_width(key, value)]
-    heads = getattr(config, "num_attention_heads", None) or 1
-    hidden = getattr(config, "hidden_size", None)
-    each = [hidden // heads] if isinstance(hidden, int) and isinstance(heads, int) and hidden % heads == 0 else []
-    common = math.gcd(*widths, *each)
-    powers = [2**k for k in range(10, 0, -1)]
-    fit = [n for n in powers if common % n == 0 and min([*widths, *each]) // n >= NARROWEST]
+    table = config.to_dict()
+    widths = [value for key, value in table.items() if _is_width(key, value)]
+    heads, hidden = table.get("num_attention_heads"), table.get("hidden_size")
+    if "head_dim" not in table and isinstance(hidden, int) and isinstance(heads, int) and hidden % heads == 0:
+        widths.append(hidden // heads)
+    common = math.gcd(*widths)
+    fit = [n for n in (2**k for k in range(10, 0, -1)) if common % n == 0 and min(widths) // n >= NARROWEST]
     return [*fit[:2], 1]
 
 
