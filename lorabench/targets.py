@@ -131,9 +131,9 @@ def find(model: nn.Module, targets: str, layers: str | None = None) -> Targets:
     found = _preset(model, targets, names) if targets in PRESETS else _expression(targets, names)
     if not found:
         raise InputError(_fits_nothing(model, targets, names))
-    found = set(in_layers(found, layers))
+    kept = set(in_layers(found, layers))
     return Targets(
-        layers=[name for name in linear if name in found], stacked=[name for name in stacked if _plain(name) in found]
+        layers=[name for name in linear if name in kept], stacked=[name for name in stacked if _plain(name) in kept]
     )
 
 

@@ -30,7 +30,7 @@ _AT_MOST = {"vocab_size": 1000, r"\w+_token_id": 999, "num_experts|num_local_exp
 """What else is made smaller. Of fewer experts a token could be given more than there are."""
 NARROWEST = 2
 """What no width is made smaller than."""
-LARGEST = 60e6
+LARGEST = 100e6
 """Parameters of the largest model that is tried."""
 LENGTH, CHANGED = 12, 8
 SEEN = 1e-5
@@ -130,7 +130,7 @@ def _is_width(key: str, value: Any) -> bool:
 
 
 def _tokens(model: nn.Module) -> torch.Tensor:
-    rows = min(model.get_input_embeddings().weight.shape[0], 500)  # type: ignore[operator]
+    rows = min(model.get_input_embeddings().weight.shape[0], 500)
     tokens = torch.randint(3, rows, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     end = getattr(model.config, "eos_token_id", None)
     if isinstance(end, int) and end < rows:

@@ -59,6 +59,9 @@ def test_lora_on_every_expert_is_what_its_updates_say_and_peft_loads_it(family, 
         p.numel() for p in model.parameters() if p.requires_grad
     )
     spec.method.save(model, lambda: base(family), tmp_path, "updates")
+    read = list(read_updates(tmp_path))
+    assert {update.parameter for update in read} == names
+    torch.testing.assert_close(logits(add(base(family), read)), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base(family), tmp_path)), want, atol=0, rtol=0)
     torch.testing.assert_close(logits(spec.method.merge(copy.deepcopy(model))), want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logits(spec.method.unload(model)), logits(base(family)), atol=0, rtol=0)

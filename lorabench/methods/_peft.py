@@ -18,6 +18,7 @@ from lorabench import targets, weights
 from lorabench.decode import InputError
 from lorabench.method import LoadBase, Method
 from lorabench.methods._patterns import make_exact
+from lorabench.targets import Targets
 from lorabench.update import Update, restore_drawn, save_drawn, save_svds, save_updates
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class Tuner(PeftMethod):
     def match(self, model: nn.Module) -> list[str]:
         return targets.match(model, self.targets, self.layers)
 
-    def reach(self, found: targets.Targets) -> targets.Targets:
+    def reach(self, found: Targets) -> Targets:
         """What of the targets that were found the method can be put on."""
         return replace(found, stacked=[])
 

@@ -24,6 +24,7 @@ from lorabench.decode import InputError, Pattern, show
 from lorabench.method import LoadBase
 from lorabench.methods._parameters import parameter_updates, split_targets
 from lorabench.methods._peft import ADAPTER, Tuner, head_updates, probe, tuner_layers, write_norms
+from lorabench.targets import Targets
 from lorabench.update import INITIAL_FILE, Update, save_svds, save_updates
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class Lora(Tuner):
             fan_in_fan_out=transposed,
         )
 
-    def reach(self, found: targets.Targets) -> targets.Targets:
+    def reach(self, found: Targets) -> Targets:
         return found
 
     def _check_parameters(self, model: nn.Module, spec: RunSpec, parameters: list[str]) -> None:
