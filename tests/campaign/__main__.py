@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from typing import Any
 
 from tests.campaign import clusters, fuzz, kills
@@ -41,10 +40,10 @@ def main() -> int:
 
 def _part(name: str, minutes: float, seed: int) -> dict[str, Any]:
     if name == "fuzz":
-        return asdict(fuzz.campaign(round(minutes * FUZZ_CASES_PER_MINUTE), seed, _say))
+        return vars(fuzz.campaign(round(minutes * FUZZ_CASES_PER_MINUTE), seed, _say))
     if name == "clusters" and (problem := clusters.missing()):
         return {"skipped": problem}
-    return asdict((clusters if name == "clusters" else kills).campaign(minutes, seed, _say))
+    return vars((clusters if name == "clusters" else kills).campaign(minutes, seed, _say))
 
 
 def _machine() -> dict[str, Any]:
