@@ -247,11 +247,15 @@ def _named(parameter: str) -> Iterator[None]:
 
 
 def _claimed(source: Source) -> list[Found]:
-    """What the one format finds that claims the source; lorabench's own may lie beside PEFT's. InputError for none."""
+    """What the one format finds that claims the source, of several the one that uses all tensors; lorabench's own may
+    lie beside PEFT's. InputError for none."""
     names = [name for name in plugins.names("readers") if name != LAST]
     found = _find(source, names) or _find(source, [LAST])
     claimed = {each.format for each in found}
     if len(claimed) > 1 and claimed != {"lorabench", "peft"}:
+        whole = [each for each in found if not each.left_out]
+        if len({each.format for each in whole}) == 1:
+            return whole
         raise InputError(f"{source.path}: could be {' or '.join(sorted(claimed))}: give one file of it alone")
     if not found:
         raise InputError(f"{source.path}: {_unknown(source, names)}")

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from lorabench.decode import InputError
+from lorabench.quote import clip
 from lorabench.tensorfile import SUFFIXES, TORCH_SUFFIXES, Tensors, check_regular, open_tensors, read_json
 
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 """`model_type` of the models with transformers' Conv1D layers, whose weights are stored as (in, out)."""
 CONV1D_NAMES = ("c_attn", "q_attn", "c_proj", "c_fc")
+_NAME_BYTES = 255
+"""Of a file, on Linux and elsewhere."""
 INDEX_BYTES = 64 * 2**20
 """That of a model of some hundred thousand tensors is smaller."""
 _OF_TRAINING = re.compile(r"training_args|optimizer|scheduler|scaler|rng_state")
@@ -233,11 +236,16 @@ def _shards(index: Path) -> list[Path]:
     files = []
     for name in sorted(set(table.values())):
         file = index.parent / name
-        if Path(name).name != name or file.resolve().parent not in (folder, hub):
-            raise InputError(f"{index}: weight_map: {name}: leads outside the folder")
+        if not is_file_name(name) or file.resolve().parent not in (folder, hub):
+            raise InputError(f"{index}: weight_map: {clip(name)}: leads outside the folder, or is no name of a file")
         check_regular(file)
         files.append(file)
     return files
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file may be called so, in its folder."""
+    return Path(name).name == name and "\0" not in name and len(name.encode("utf-8", "surrogatepass")) <= _NAME_BYTES
 
 
 def _end(name: str) -> str:
@@ -258,4 +266,4 @@ def _is_flat_end(parts: list[str], flat: str) -> bool:
 
 def some(names: list[str]) -> str:
     """The first of many names, for a message."""
-    return ", ".join(names[:3]) + (f", … ({len(names)} in all)" if len(names) > 3 else "")
+    return ", ".join(map(clip, names[:3])) + (f", … ({len(names)} in all)" if len(names) > 3 else "")

@@ -52,7 +52,7 @@ CASES = {
     "lycoris_lokr": Case(format="lycoris", scale="file"),
     "lycoris_lokr_both": Case(format="lycoris", scale="file"),
     "lycoris_lokr_tucker": Case(format="lycoris", scale="file"),
-    "lycoris_lokr_whole": Case(format="lycoris", scale="file"),
+    "lycoris_lokr_whole": Case(format="lycoris", scale="file", notes=("alpha of 3 layers is not used",)),
     "lycoris_lora": Case(format="kohya", scale="file"),
     "lycoris_lora_zero": Case(format="kohya", scale="assumed", notes=(NO_ALPHA,)),
     "mlx_dora": Case(format="mlx", scale="config", notes=(DORA,)),

@@ -7,7 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
+from lorabench.quote import clip
+from lorabench.readers._peft_config import is_number
 from lorabench.tensorfile import TensorFile, Tensors, TorchFile, read_json
 from lorabench.update import Update
 from lorabench.weightfile import WeightFiles
@@ -92,6 +95,16 @@ class Source:
         """The file itself, or the folder's files, with these suffixes (`.safetensors`); sorted."""
         candidates = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
         return [file for file in candidates if file.suffix in suffixes and file.is_file()]
+
+
+def numbers(table: Any, where: str) -> dict[str, Any]:
+    """A table of numbers by name, some of which may be null. InputError for anything else."""
+    if not isinstance(table, dict):
+        raise InputError(f"{where} = {clip(table)}: must be a table of numbers")
+    for name, value in table.items():
+        if value is not None and not is_number(value):
+            raise InputError(f"{where}: {clip(name)} = {clip(value)}: must be a number")
+    return table
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

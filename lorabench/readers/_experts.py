@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorabench.decode import InputError
+from lorabench.quote import clip
 from lorabench.readers._entry import Source, Tensors
 from lorabench.readers._factors import Layer, Scale, rank_of
 from lorabench.readers._peft_config import rank_and_scale
@@ -54,7 +55,7 @@ def targeted(config: dict[str, Any], module: str) -> list[str]:
     """Names of the parameters of a module that `target_parameters` may mean."""
     targets = config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise InputError(f"target_parameters = {str(targets)[:80]}: must be a list of names")
+        raise InputError(f"target_parameters = {clip(targets)}: must be a list of names")
     pairs = [target.rpartition(".") for target in sorted({*targets})]
     return [name for owner, _, name in pairs if not owner or f".{bare(module)}".endswith(f".{owner}")]
 

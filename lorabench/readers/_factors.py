@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,10 +168,25 @@ def adapter_file(source: Source, recognized: Callable[[Named], bool], *, named: 
     return own[0] if own else None
 
 
-def configuration(source: Source) -> dict[str, Any]:
-    """What `adapter_config.json` says, in the folder or beside the file; empty where there is none."""
+def configuration(source: Source, named: str) -> dict[str, Any]:
+    """What `adapter_config.json` says, in the folder or beside the file; empty where there is none.
+
+    `named`: the names of the files of which it speaks, a regular expression; of another it does not, where it lies
+    beside one of these.
+    """
     file = source.folder / CONFIG_FILE
-    return read_json(file) if file.exists() else {}
+    if not file.exists() or (is_other_file(source, named) and _lies_there(source.folder, named)):
+        return {}
+    return read_json(file)
+
+
+def is_other_file(source: Source, named: str) -> bool:
+    """Whether one file is given, and of another name."""
+    return source.path.is_file() and not re.fullmatch(named, source.path.name)
+
+
+def _lies_there(folder: Path, named: str) -> bool:
+    return any(re.fullmatch(named, file.name) for file in folder.iterdir())
 
 
 def found(
@@ -181,10 +197,12 @@ def found(
     dora: str = "ΔW needs W0 by the same names (--base)",
     notes: Iterable[str] = (),
     left_out: Iterable[str] = (),
+    config: dict[str, Any] | None = None,
 ) -> Found:
     """What a reader has found, its scale's source and notes.
 
-    `assumed` is the note where a scale was assumed, `dora` why DoRA's part alone is given; `left_out` is as in `Found`.
+    `assumed` is the note where a scale was assumed, `dora` why DoRA's part alone is given; `left_out` and `config` are
+    as in `Found`.
     """
     entries: dict[str, Entry] = {}
     scales: list[str] = []
@@ -209,6 +227,7 @@ def found(
         scale_source=scale_source,
         notes=tuple(told),
         left_out=tuple(sorted(left_out)),
+        config=config or {},
     )
 
 

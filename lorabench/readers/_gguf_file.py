@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lorabench.decode import InputError
+from lorabench.quote import clip
 from lorabench.tensorfile import check_names, check_regular, checked
 
 GGUF_SUFFIX = ".gguf"
@@ -97,7 +98,7 @@ class GGUFFile:
         return gguf.GGMLQuantizationType(number)
 
     def _header(self) -> tuple[dict[str, Any], dict[str, _Place]]:
-        walk = _Walk(memoryview(self._data), self.file)
+        walk = _Walk(self._data, self.file)
         magic, version = walk.bytes(4), walk.number("I")
         if magic != b"GGUF" or version not in (2, 3):
             raise InputError(f"{self.file}: not a GGUF file of version 2 or 3 in little-endian order")
@@ -106,7 +107,7 @@ class GGUFFile:
         places = {walk.text(): walk.place() for _ in walk.times(num_tensors)}
         alignment = settings.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 2**20:
-            raise InputError(f"{self.file}: general.alignment = {str(alignment)[:80]}: must be a small number")
+            raise InputError(f"{self.file}: general.alignment = {clip(alignment)}: must be a small number")
         begin = -(-walk.at // alignment) * alignment
         return settings, {n: _Place(p.shape, p.kind, begin + p.offset) for n, p in places.items()}
 
@@ -114,14 +115,14 @@ class GGUFFile:
 class _Walk:
     """Reads on from a place in a buffer; InputError at its end."""
 
-    def __init__(self, data: memoryview, file: Path):
+    def __init__(self, data: np.memmap[Any, Any], file: Path):
         self._data, self._file, self.at = data, file, 0
 
     def bytes(self, count: int) -> bytes:
         if count > len(self._data) - self.at:
             raise InputError(f"{self._file}: not a whole GGUF file (cut short?)")
         self.at += count
-        return bytes(self._data[self.at - count : self.at])
+        return self._data[self.at - count : self.at].tobytes()
 
     def number(self, form: str) -> Any:
         return struct.unpack(f"<{form}", self.bytes(struct.calcsize(f"<{form}")))[0]

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from lorabench.decode import InputError
+from lorabench.quote import clip
 from lorabench.readers._names import older
 
 SECONDS = 5.0
@@ -52,13 +53,13 @@ class Patterns:
             self._names[anchored, len(marked)].append((order, marked, marked.replace("\0", ".")))
             return
         if len(pattern) > LONGEST:
-            raise InputError(f"{self._where}: {pattern[:80]}: has {len(pattern)} letters, {LONGEST} at most")
+            raise InputError(f"{self._where}: {clip(pattern)}: has {len(pattern)} letters, {LONGEST} at most")
         if _REPEATED_GROUP.search(pattern):
-            raise InputError(f"{self._where}: {pattern[:80]}: a repeated group may take without end to match")
+            raise InputError(f"{self._where}: {clip(pattern)}: a repeated group may take without end to match")
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise InputError(f"{self._where}: not a regular expression: {pattern[:80]}: {error}") from None
+            raise InputError(f"{self._where}: not a regular expression: {clip(pattern)}: {error}") from None
         self._expressions.append((order, pattern))
 
     def _matches(self, module: str) -> Iterator[int]:
@@ -88,9 +89,9 @@ class Patterns:
         try:
             return bool(regex.match(rf"(.*\.)?({pattern})$", module, timeout=max(self._seconds, 1e-3)))
         except TimeoutError:
-            raise InputError(f"{self._where}: {pattern[:80]}: takes more than {SECONDS:g} s to match") from None
+            raise InputError(f"{self._where}: {clip(pattern)}: takes more than {SECONDS:g} s to match") from None
         except regex.error as error:
-            raise InputError(f"{self._where}: not a regular expression: {pattern[:80]}: {error}") from None
+            raise InputError(f"{self._where}: not a regular expression: {clip(pattern)}: {error}") from None
         finally:
             self._seconds -= time.monotonic() - begin
 
@@ -134,5 +135,5 @@ _NONE: dict[str, Any] = {}
 def _patterns(same: _Same, key: str, valid: Callable[[Any], bool], file: str) -> Patterns:
     patterns = same.patterns
     if not isinstance(patterns, dict) or not all(map(valid, patterns.values())):
-        raise InputError(f"{file}: {key} = {str(patterns)[:80]}: must give a number for each pattern")
+        raise InputError(f"{file}: {key} = {clip(patterns)}: must give a number for each pattern")
     return Patterns(patterns, f"{file}: {key}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.decode import InputError
+from lorabench.quote import clip
 from lorabench.readers._patterns import patterns_of
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -23,13 +24,13 @@ _OTHER_FORMS = ("use_bdlora", "use_qalora", "kasa_config", "monteclora_config")
 def check_lora(config: dict[str, Any], file: Path | str) -> None:
     """Refuse what is not ΔW = s B A, or no sensible number, rather than give wrong ones."""
     if not _is_rank(config.get("r")):
-        raise InputError(f"{file}: r = {str(config.get('r'))[:80]}: must be a whole number, at least 1")
+        raise InputError(f"{file}: r = {clip(config.get('r'))}: must be a whole number, at least 1")
     if not is_number(config.get("lora_alpha")):
-        raise InputError(f"{file}: lora_alpha = {str(config.get('lora_alpha'))[:80]}: must be a number")
+        raise InputError(f"{file}: lora_alpha = {clip(config.get('lora_alpha'))}: must be a number")
     check_patterns(config, file)
     for key in _OTHER_FORMS:
         if config.get(key):
-            raise InputError(f"{file}: {key} = {str(config[key])[:80]}: its ΔW is not s B A, and cannot be read")
+            raise InputError(f"{file}: {key} = {clip(config[key])}: its ΔW is not s B A, and cannot be read")
 
 
 def check_patterns(config: dict[str, Any], file: Path | str) -> None:
@@ -51,9 +52,9 @@ def scale_of_factors(config: dict[str, Any], module: str, rank: int, file: Path 
     """
     check_lora(config, file)
     if targets := config.get("target_parameters"):
-        raise InputError(f"{file}: target_parameters = {str(targets)[:80]}: its ΔW is not s B A, and cannot be read")
+        raise InputError(f"{file}: target_parameters = {clip(targets)}: its ΔW is not s B A, and cannot be read")
     if start := rebased(config):
-        raise InputError(f"{file}: init_lora_weights = {start[:80]}: ΔW needs the initial factors, not in the file")
+        raise InputError(f"{file}: init_lora_weights = {clip(start)}: ΔW needs the initial factors, not in the file")
     told, scale = rank_and_scale(config, module, file)
     if told != rank:
         raise InputError(f"{file}: r = {told} for {module}: its factors have rank {rank}")
@@ -68,7 +69,7 @@ def original_layers(config: dict[str, Any], file: Path | str) -> list[int]:
     except (TypeError, ValueError):
         spans = [range(0)]
     if told and not 0 < sum(map(len, spans)) <= _MOST_LAYERS:
-        raise InputError(f"{file}: layer_replication = {str(told)[:80]}: must be a list of [start, stop]")
+        raise InputError(f"{file}: layer_replication = {clip(told)}: must be a list of [start, stop]")
     return [layer for span in spans for layer in span]
 
 

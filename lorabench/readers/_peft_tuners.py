@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lorabench.decode import InputError
+from lorabench.quote import clip
 from lorabench.readers._difference import Difference
 from lorabench.readers._entry import Entry, Found, Other, Source, Tensors
 from lorabench.readers._lycoris import KERNELS
@@ -83,7 +84,7 @@ def find(config: dict[str, Any], file: Path, tensors: Named, source: Source) -> 
     kind = str(config["peft_type"])
     if kind not in FORMS:
         raise InputError(
-            f"{file}: peft_type = {str(kind)[:40]}: its ΔW cannot be read from the file; these can: LORA, "
+            f"{file}: peft_type = {clip(kind)}: its ΔW cannot be read from the file; these can: LORA, "
             f"{', '.join(FORMS)}"
         )
     _check(config, file, tensors, source)
@@ -120,7 +121,7 @@ def _check(config: dict[str, Any], file: Path, tensors: Tensors, source: Source)
     for key in keys:
         value = config.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or (key != "lora_alpha" and value <= 0):
-            raise InputError(f"{file}: {key} = {str(value)[:40]}: must be a number above 0")
+            raise InputError(f"{file}: {key} = {clip(value)}: must be a number above 0")
     if kind in NEED_BASE and source.weights is None:
         raise InputError(f"{file}: peft_type = {kind}: its ΔW needs the base: give --base")
     if kind == "VERA" and not any(name.startswith("base_model.vera_A") for name in tensors.names):

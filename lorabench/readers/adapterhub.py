@@ -25,6 +25,7 @@ from lorabench.readers._factors import (
     configuration,
     found,
     grouped,
+    is_other_file,
     plain,
     rank_of,
 )
@@ -36,24 +37,32 @@ FUSED = ("c_attn", "in_proj", "Wqkv", "qkv")
 
 DORA = "what adapters computes with is not what it merges, so that ΔW itself is not told"
 
+_FIELDS = {"architecture", "selfattn_lora", "intermediate_lora", "output_lora", "leave_out", "r", "alpha", "dropout",
+           "attn_matrices", "composition_mode", "init_weights", "init_weights_seed", "use_gating", "use_dora",
+           "vera_d", "vera_b", "dtype"}  # fmt: skip
+"""Of its LoRAConfig: what is used, and what says where and how it was trained."""
 _NAME = re.compile(r"(?P<module>.+)\.loras\.[^.]+\.lora_A")
 
 
 def find(source: Source) -> Found | None:
     """The adapter of a folder, or of a file with its configuration beside it; None where there is none."""
-    told = configuration(source)
+    told = configuration(source, ADAPTER_FILE)
     config, where = told.get("config"), f"{source.folder / CONFIG_FILE}"
     if not isinstance(config, dict) or "peft_type" in told or not {"model_class", "version"} & told.keys():
         return None
-    _check_readable(config, where)
+    if not is_other_file(source, ADAPTER_FILE):
+        _check_readable(config, where)
     tensors = adapter_file(source, lambda tensors: bool(_modules(tensors)), named=ADAPTER_FILE)
+    if tensors is None and is_other_file(source, ADAPTER_FILE):
+        return None
+    _check_readable(config, where)
     if tensors is None:
         raise InputError(f"{source.path}: no LoRA factors (….loras.NAME.lora_A) beside {CONFIG_FILE}")
     modules = _modules(tensors)
     layers = [_layer(tensors, stem, module, config) for stem, module in modules.items()]
     dora = {f"{stem}.m.weight" for stem in modules} if config.get("use_dora") else set()
     used = {f"{stem}.{factor}" for stem in modules for factor in ("lora_A", "lora_B")} | dora
-    return found("adapterhub", layers, dora=DORA, left_out=set(tensors.names) - used)
+    return found("adapterhub", layers, dora=DORA, left_out=[*(set(tensors.names) - used), *_unused_fields(config)])
 
 
 def _check_readable(config: dict[str, Any], where: str) -> None:
@@ -69,6 +78,10 @@ def _check_readable(config: dict[str, Any], where: str) -> None:
     for key in ("r", "alpha"):
         if not is_number(config.get(key)) or config[key] <= 0:
             raise InputError(f"{where}: {key} = {config.get(key)}: must be a number above 0")
+
+
+def _unused_fields(config: dict[str, Any]) -> list[str]:
+    return [f"{CONFIG_FILE}: config.{name}" for name in config.keys() - _FIELDS]
 
 
 def _modules(tensors: Tensors) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorabench.decode import InputError
-from lorabench.readers._entry import Entry, Found, Source, TensorFile
+from lorabench.readers._entry import Entry, Found, Source, TensorFile, numbers
 from lorabench.update import DELTA_FILE, Update
 
 
@@ -54,7 +54,7 @@ def find(source: Source) -> Found | None:
     tensors = TensorFile(folder / DELTA_FILE)
     if tensors.about.get("format") != "lorabench-delta":
         return None
-    norms = tensors.about["base_norms"]
+    norms = numbers(tensors.about.get("base_norms"), f"{tensors.file}: base_norms")
     entries: dict[str, Entry] = {}
     for key in tensors.names:
         name, _, factor = key.partition(":")

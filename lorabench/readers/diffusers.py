@@ -57,7 +57,7 @@ def find(source: Source) -> Found | None:
     layers = [layer for stem, A, B in modules for layer in file.layers(stem, A, B)]
     companions = (".alpha", *MAGNITUDES)
     used = {name for stem, A, B in modules for name in (A, B, *(stem + suffix for suffix in companions))}
-    return found("diffusers", layers, assumed=ASSUMED, left_out=set(tensors.names) - used)
+    return found("diffusers", layers, assumed=ASSUMED, left_out=set(tensors.names) - used, config=file.config)
 
 
 def _modules(tensors: Tensors) -> Iterator[tuple[str, str, str]]:
@@ -95,6 +95,12 @@ class _File:
                 return Scale(value=scale_of_factors(config, name, rank, where), source="file")
         alpha = number(self.tensors, f"{stem}.alpha") if f"{stem}.alpha" in self._names else 0.0
         return Scale(value=alpha / rank, source="file") if alpha else by_convention(self.source, rank)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """PEFT's configuration in the header, of a file of one component; of several there is none for all."""
+        (config, *more) = self._configs.values() or [{}]
+        return {} if more else config
 
     @cached_property
     def _names(self) -> frozenset[str]:

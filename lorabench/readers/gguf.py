@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from lorabench.decode import InputError
+from lorabench.quote import clip
 from lorabench.readers._entry import Found, Source, read_json
 from lorabench.readers._experts import Kept
 from lorabench.readers._factors import Form, Layer, Scale, by_convention, counted, found, plain, rank_of
@@ -105,7 +106,7 @@ def _scale(file: GGUFFile, stem: str, source: Source) -> Scale:
     if alpha is None or alpha == 0:
         return by_convention(source, rank)
     if not is_number(alpha):
-        raise InputError(f"{file.file}: adapter.lora.alpha = {str(alpha)[:80]}: must be a number")
+        raise InputError(f"{file.file}: adapter.lora.alpha = {clip(alpha)}: must be a number")
     return Scale(value=alpha / rank, source="file")
 
 
@@ -156,6 +157,6 @@ def _notes(file: GGUFFile, architecture: str, in_their_order: list[str]) -> Iter
             "singular vectors are not those of other formats: --base, with its config.json, tells the heads"
         )
     if architecture not in PERMUTED + PLAIN:
-        yield f"architecture {architecture[:80] or 'unknown'}: rows and names are as llama.cpp has them"
+        yield f"architecture {clip(architecture) or 'unknown'}: rows and names are as llama.cpp has them"
     if file.settings.get("adapter.alora.invocation_tokens"):
         yield "aLoRA: ΔW acts on the tokens after its invocation alone"

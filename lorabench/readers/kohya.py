@@ -26,6 +26,7 @@ from lorabench.readers._factors import (
     adapter_file,
     as_dora,
     by_convention,
+    counted,
     found,
     number,
     plain,
@@ -66,7 +67,9 @@ def find(source: Source) -> Found | None:
     used = {tensor for module in modules.values() for tensor in module.values()}
     lycoris = any(module.keys() & LYCORIS for module in modules.values())
     format = "lycoris" if lycoris else "kohya"
-    return found(format, layers, assumed=ASSUMED, left_out=set(tensors.names) - used)
+    unused = sum("alpha" in module and _is_whole_lokr(module) for module in modules.values())
+    notes = [f"alpha of {counted(unused, 'layer')} is not used: LoKr of two whole matrices has s = 1"] if unused else []
+    return found(format, layers, assumed=ASSUMED, notes=notes, left_out=set(tensors.names) - used)
 
 
 def _modules(tensors: Named) -> dict[str, Module]:
@@ -122,6 +125,11 @@ def _product(module: Module) -> tuple[dict[str, str], Form]:
     if module.keys() & {*LOHA, *LOHA_CORES}:
         return {role: role for role in (*LOHA, *LOHA_CORES) if role in LOHA or role in module}, _lycoris.loha
     return {role: role for role in LOKR if role in module}, _lycoris.lokr
+
+
+def _is_whole_lokr(module: Module) -> bool:
+    """LyCORIS sets s = 1 then, and saves α all the same."""
+    return {"lokr_w1", "lokr_w2"} <= module.keys() and not module.keys() & set(RANKED)
 
 
 def _scale(tensors: Tensors, module: Module, source: Source) -> Scale:

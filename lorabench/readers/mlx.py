@@ -27,20 +27,25 @@ from lorabench.readers._factors import (
     by_convention,
     configuration,
     found,
+    is_other_file,
     rank_of,
 )
 from lorabench.readers._peft_config import is_number
 from lorabench.weightfile import is_embedding
 
 ADAPTER_FILE = r"adapters\.safetensors"
+OWN_FILE = r"(?:\d+_)?adapters\.safetensors"
+"""Also of a checkpoint."""
+_OF_LORA = {"rank", "scale", "dropout", "keys"}
 A_LEAF, B_LEAF, MAGNITUDE = ".lora_a", ".lora_b", ".m"
 ASSUMED = "no scale in a configuration beside it: it is assumed to be 1 (--alpha tells α, and s = α / r)"
 
 
 def find(source: Source) -> Found | None:
     """The adapter of a folder, or of one of its files (`0000100_adapters.safetensors`); None where there is none."""
-    config = configuration(source)
-    _refuse_tuned_weights(source, config)
+    config = configuration(source, OWN_FILE)
+    if not is_other_file(source, OWN_FILE):
+        _refuse_tuned_weights(source, config)
     tensors = adapter_file(source, lambda tensors: bool(_modules(tensors)), named=ADAPTER_FILE)
     if tensors is None:
         return None
@@ -52,7 +57,14 @@ def find(source: Source) -> Found | None:
             m, by_input = module + MAGNITUDE, is_embedding(layer.parameter)
             layers += as_dora(layer, source, m, by_input=by_input) if m in names else [layer]
     used = {module + leaf for module in modules for leaf in (A_LEAF, B_LEAF, MAGNITUDE)}
-    return found("mlx", layers, assumed=ASSUMED, left_out=names - used)
+    return found("mlx", layers, assumed=ASSUMED, left_out=[*(names - used), *_unused_fields(config)])
+
+
+def _unused_fields(config: dict[str, Any]) -> list[str]:
+    """Of the LoRA's own parameters; the others are those of training."""
+    parameters = config.get("lora_parameters")
+    unused = parameters.keys() - _OF_LORA if isinstance(parameters, dict) else ()
+    return [f"{CONFIG_FILE}: lora_parameters.{name}" for name in unused]
 
 
 def _modules(tensors: Tensors) -> list[str]:

@@ -19,14 +19,13 @@ from typing import Any
 from lorabench.decode import InputError
 from lorabench.readers import _peft_tuners
 from lorabench.readers._dora import Dora
-from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Source, TensorFile, Tensors, read_json
+from lorabench.readers._entry import CONFIG_FILE, Entry, Found, Source, TensorFile, Tensors, numbers, read_json
 from lorabench.readers._experts import BASE_LAYER, expert_layers, targeted
 from lorabench.readers._factors import Layer
 from lorabench.readers._names import PREFIX, Named
 from lorabench.readers._peft_config import (
     ADAPTER_FILE,
     check_lora,
-    is_number,
     original_layers,
     original_name,
     rank_and_scale,
@@ -123,11 +122,8 @@ def _is_torchtune(source: Source) -> bool:
 
 def _norms(folder: Path) -> dict[str, float]:
     """‖W0‖ by parameter, where lorabench has kept it."""
-    norms = read_json(folder / NORMS_FILE) if (folder / NORMS_FILE).exists() else {}
-    for name, norm in norms.items():
-        if norm is not None and not is_number(norm):
-            raise InputError(f"{folder / NORMS_FILE}: {name[:80]} = {str(norm)[:80]}: must be a number")
-    return norms
+    file = folder / NORMS_FILE
+    return numbers(read_json(file), str(file)) if file.exists() else {}
 
 
 def _lora_entries(adapter: Adapter) -> dict[str, Entry]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
 from lorabench.linalg import ThinSVD
-from lorabench.readers._entry import Entry, Found, Source, TensorFile
+from lorabench.readers._entry import Entry, Found, Source, TensorFile, numbers
 from lorabench.update import SVD_FILE
 
 
@@ -44,7 +44,7 @@ def find(source: Source) -> Found | None:
     tensors = TensorFile(folder / SVD_FILE)
     if tensors.about.get("format") != "lorabench-svd":
         return None
-    norms, ranks = tensors.about["base_norms"], tensors.about["ranks"]
+    norms, ranks = (numbers(tensors.about.get(key), f"{tensors.file}: {key}") for key in ("base_norms", "ranks"))
     parameters = sorted({name.rpartition(":")[0] for name in tensors.names})
     entries: dict[str, Entry] = {name: KeptSVD(tensors, name, norms.get(name), ranks.get(name)) for name in parameters}
     return Found(format="lorabench", entries=entries)

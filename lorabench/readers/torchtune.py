@@ -43,14 +43,15 @@ def find(source: Source) -> Found | None:
         return None
     modules, names = _modules(tensors), set(tensors.names)
     dora = {module for module in modules if module + MAGNITUDE in names}
-    scale = partial(_scale, configuration(source), source)
+    config = configuration(source, ADAPTER_FILE)
+    scale = partial(_scale, config, source)
     layers: list[Layer | Dora] = []
     for module in modules:
         layer = _layer(tensors, module, scale)
         layers += as_dora(layer, source, module + MAGNITUDE) if module in dora else [layer]
     used = {module + leaf for module in modules for leaf in (A_LEAF, B_LEAF, MAGNITUDE)}
     notes = [ROTARY] if any(module.endswith(("q_proj", "k_proj")) for module in modules) else []
-    return found("torchtune", layers, assumed=ASSUMED, notes=notes, left_out=names - used)
+    return found("torchtune", layers, assumed=ASSUMED, notes=notes, left_out=names - used, config=config)
 
 
 def _modules(tensors: Tensors) -> list[str]:

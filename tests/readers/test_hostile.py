@@ -329,6 +329,30 @@ def test_an_index_that_leads_outside(tmp_path):
     assert "../secret.safetensors: leads outside the folder" in refusal(folder, base=folder)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "", ".", "..", "ü" * 200, "\ud800"])
+def test_an_index_that_names_no_file(name, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"a.weight": torch.ones(2, 2)}, folder / "model-1.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": name}}))
+    assert "model.safetensors.index.json: " in refusal(folder, base=folder)
+
+
+@pytest.mark.parametrize("file", ["delta", "svd"])
+@pytest.mark.parametrize("norms", [{"q.weight": "word"}, ["q.weight"], None, 3, {"q.weight": [1]}])
+def test_norms_in_lorabenchs_own_files_that_are_none(file, norms, tmp_path):
+    about = {"format": f"lorabench-{file}", "base_norms": norms, "ranks": {}}
+    save_file({"q.weight": torch.ones(2, 2)}, tmp_path / f"{file}.safetensors", {"lorabench": json.dumps(about)})
+    assert "base_norms" in refusal(tmp_path) and "number" in refusal(tmp_path)
+
+
+def test_metadata_that_is_nested(tmp_path):
+    tensors = {f"unet.to_q.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    for text in ('{"a":' * 50_000, '{"unet.r": ' + "9" * 5000 + "}"):
+        save_file(tensors, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": text})
+        assert "lora_adapter_metadata: " in refusal(tmp_path / "lora.safetensors")
+
+
 def test_a_small_file_cannot_ask_for_a_huge_product(tmp_path, little_memory):
     """LoKr: the Kronecker product of two matrices of 2 MB has 2 · 10^11 numbers."""
     W = torch.ones(700, 700)

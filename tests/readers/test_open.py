@@ -54,6 +54,17 @@ def test_two_formats_that_claim_one_source(tmp_path, monkeypatch):
         formats.open_adapter(tmp_path)
 
 
+def test_of_several_formats_the_one_that_uses_all_tensors(tmp_path, monkeypatch):
+    write_adapter(tmp_path)
+    other = types.SimpleNamespace(find=lambda source: Found(format="other", entries={}, left_out=("x",)))
+    names, load = plugins.names, formats.importlib.import_module
+    monkeypatch.setattr(formats.plugins, "names", lambda folder: [*names(folder), "other"])
+    monkeypatch.setattr(
+        formats.importlib, "import_module", lambda name: other if name.endswith(".other") else load(name)
+    )
+    assert formats.open_adapter(tmp_path).format == "peft"
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub with one repository, `someone/thing`; the calls that it got."""

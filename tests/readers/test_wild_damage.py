@@ -159,6 +159,27 @@ def test_what_trainers_leave_beside_an_adapter_is_not_opened(tmp_path):
     assert len(formats.open_adapter(tmp_path).entries) == 3
 
 
+@pytest.mark.parametrize(("name", "place"), [("mlx_lora", "lora_parameters"), ("adapterhub_bert", "config")])
+def test_fields_of_a_configuration_that_nobody_knows(name, place, tmp_path):
+    copy(name, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config[place]["sparkle"] = 3
+    file.write_text(json.dumps(config))
+    adapter = formats.open_adapter(tmp_path)
+    assert adapter.left_out == (f"adapter_config.json: {place}.sparkle",)
+    assert adapter.notes[-1] == f"1 field left out, such as adapter_config.json: {place}.sparkle"
+
+
+@pytest.mark.parametrize("name", ["mlx_lora", "adapterhub_bert", "adapterhub_prefix", "torchtune_lora"])
+def test_a_file_of_another_format_beside_a_configuration(name, tmp_path):
+    """Given by its own name, it is read by what is in it."""
+    shutil.copytree(ADAPTERS / name / "adapter", tmp_path, dirs_exist_ok=True)
+    other = shutil.copy(next((ADAPTERS / "lycoris_lora" / "adapter").iterdir()), tmp_path / "other.safetensors")
+    adapter = formats.open_adapter(other)
+    assert (adapter.format, len(adapter.entries), adapter.scale_source) == ("kohya", 3, "file")
+
+
 def test_mlx_weights_that_are_no_adapter(tmp_path):
     copy("mlx_lora", tmp_path)
     file = tmp_path / "adapter_config.json"
