@@ -3,47 +3,60 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorabench.datafile import SUFFIXES, Row, kind, read_rows
 from lorabench.decode import InputError
+from lorabench.values import find
 
 BUILTIN = Path(__file__).parent / "builtin"
 SPLITS = ("train", "validation", "test")
 ALIASES = {
     "train": ["train"],
-    "validation": ["validation", "valid", "val", "dev", "validation_matched"],
+    "validation": ["validation", "valid", "val", "dev", "validation_matched", "dev_matched"],
     "test": ["test"],
 }
-SUFFIXES = [".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet"]
 HELD_OUT = 20
-"""Where a source has no validation (or test) split, every 20th row of `train` becomes one (5% each)."""
+"""Where a source has no validation (or test) split, each is one row of this many of `train` (5%)."""
+NAMED = r"(\.|[-_]?(part|shard)?[-_]?\d)"
+"""What follows a split's name in the names of its files."""
+PART = re.compile(r"\D*(\d+)(?:-?of-?(\d+))?")
+"""What numbers a part of a split, without its suffixes: `train.part2`, `train-00001-of-00004`."""
+CUT_SEED = 0
+"""Of the shuffle by which rows are held out; the same for every run, whatever its own seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Rows by split. `test` is empty where the source has none with labels."""
+    """Rows by split. `test` is empty where the source has none."""
 
-    splits: dict[str, list[dict[str, Any]]]
+    splits: dict[str, list[Row]]
     fingerprint: str
-    """SHA-256 of the files' bytes, or the Hub's own fingerprint."""
+    """SHA-256 of the files' bytes, or the Hub's own fingerprint; where rows were held out, with these."""
     note: str = ""
     """How the splits were made, where the source did not give them."""
 
 
-def read_data(source: str, revision: str | None = None, columns: str | None = None) -> Data:
+def read_data(source: str, revision: str | None = None, columns: str | None = None, label: str | None = None) -> Data:
     """The data set `source`. InputError with the choices if there is no such thing.
 
-    `columns` names the columns of files without a header line, separated by commas.
+    `columns` names the columns of files without a header line, separated by commas. `label` is the column whose values
+    rows that are held out have in the same shares as the rest.
     """
     if source.startswith("builtin:"):
-        return _read_local(_builtin(source), columns)
-    if Path(source).exists():
-        return _read_local(Path(source), columns)
+        return _read_local(_builtin(source), columns, label)
+    if os.path.exists(source):  # False also of a name that no file system takes
+        return _read_local(Path(source), columns, label)
     if source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES:
         raise InputError(f'task.data = "{source}": no such file or folder')
-    return _read_hub(source, revision)
+    return _read_hub(source, revision, label)
 
 
 def _builtin(source: str) -> Path:
@@ -54,66 +67,80 @@ def _builtin(source: str) -> Path:
     return folder
 
 
-def _read_local(path: Path, columns: str | None) -> Data:
-    files = _split_files(path) if path.is_dir() else {"train": path}
+def _read_local(path: Path, columns: str | None, label: str | None) -> Data:
+    files = _split_files(path) if path.is_dir() else {"train": [path]}
     digest = hashlib.sha256()
-    splits = {}
-    for split, file in files.items():
-        content = file.read_bytes()
-        digest.update(f"{split} {len(content)} ".encode() + content)
-        splits[split] = _read_file(file, columns)
+    splits: dict[str, list[Row]] = {}
+    for split, parts in files.items():
+        splits[split] = []
+        for file in parts:
+            content = _content(file)
+            digest.update(f"{split} {len(content)} ".encode() + content)
+            splits[split] += read_rows(file, content, columns)
         if not splits[split]:
-            raise InputError(f'task.data = "{path}": {file.name} holds no rows')
-    return _complete(splits, digest.hexdigest())
+            raise InputError(f'task.data = "{path}": {parts[0].name} holds no rows')
+    return _complete(splits, digest.hexdigest(), label)
 
 
-def _split_files(folder: Path) -> dict[str, Path]:
-    """`train.*`, `validation.*` (or valid, val, dev) and `test.*` of a folder."""
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError(f'task.data = "{file}": cannot be read: {error.strerror}') from None
+
+
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    """`train.*`, `validation.*` (or valid, val, dev) and `test.*` of a folder, each one file or numbered parts."""
+    known = [file for file in sorted(folder.iterdir()) if kind(file) in SUFFIXES and file.is_file()]
     files = {}
     for split, names in ALIASES.items():
-        for name in names:
-            found = [file for file in sorted(folder.glob(f"{name}.*")) if _suffix(file) in SUFFIXES]
-            if found:
-                files[split] = found[0]
-                break
+        found = {name: [file for file in known if re.match(rf"{name}{NAMED}", file.name)] for name in names}
+        found = {name: parts for name, parts in found.items() if parts}
+        if len(found) > 1:
+            raise _unclear(folder, split, [file for parts in found.values() for file in parts])
+        for parts in found.values():
+            files[split] = parts if len(parts) == 1 else _in_order(folder, split, parts)
+            _check_whole(folder, split, files[split])
     if "train" not in files:
         raise InputError(f'task.data = "{folder}": needs a file train.* of a kind in {", ".join(SUFFIXES)}')
     return files
 
 
-def _suffix(file: Path) -> str:
-    return file.with_suffix("").suffix if file.suffix in (".gz", ".xz") else file.suffix
+def _in_order(folder: Path, split: str, files: list[Path]) -> list[Path]:
+    """The numbered parts of one split. InputError where the files are no such parts: none is read by half."""
+    numbers = {file: _number(file) for file in files}
+    if None in numbers.values() or len(set(numbers.values())) < len(files) or len(set(map(kind, files))) > 1:
+        raise _unclear(folder, split, files)
+    return sorted(files, key=lambda file: numbers[file] or 0)
 
 
-def _read_file(file: Path, columns: str | None) -> list[dict[str, Any]]:
-    import pandas as pd
-
-    header: dict[str, Any] = {"header": None, "names": columns.split(",")} if columns else {}
-    try:
-        match _suffix(file):
-            case ".txt":
-                if file.suffix == ".txt":
-                    return [{"text": file.read_text("utf-8")}]
-                frame = pd.DataFrame({"text": [pd.io.common.get_handle(file, "rt", compression="infer").handle.read()]})
-            case ".jsonl":
-                frame = pd.read_json(file, lines=True, dtype=False, convert_dates=False)
-            case ".json":
-                frame = pd.read_json(file, dtype=False, convert_dates=False)
-            case ".csv":
-                frame = pd.read_csv(file, keep_default_na=False, **header)
-            case ".tsv":
-                # No quoting: a quotation mark in a sentence is text (GLUE's own files are written so).
-                frame = pd.read_csv(file, sep="\t", quoting=3, keep_default_na=False, **header)
-            case ".parquet":
-                frame = pd.read_parquet(file)
-            case suffix:
-                raise InputError(f'task.data = "{file}": unknown kind "{suffix}". Choices: {", ".join(SUFFIXES)}')
-    except (ValueError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f'task.data = "{file}": cannot be read: {error}') from None
-    return frame.to_dict("records")
+def _number(file: Path) -> int | None:
+    match = PART.fullmatch(_stem(file))
+    return int(match[1]) if match else None
 
 
-def _read_hub(source: str, revision: str | None) -> Data:
+def _stem(file: Path) -> str:
+    return file.name[: file.name.rindex(kind(file))]
+
+
+def _check_whole(folder: Path, split: str, files: list[Path]) -> None:
+    """InputError where a file says of how many it is one, and others are missing."""
+    for file in files:
+        match = PART.fullmatch(_stem(file))
+        if match and match[2] and int(match[2]) != len(files):
+            says = f"{file.name} says that {split} has {int(match[2])} files, and {len(files)} are there"
+            raise InputError(f'task.data = "{folder}": {says}')
+
+
+def _unclear(folder: Path, split: str, files: Iterable[Path]) -> InputError:
+    names = ", ".join(file.name for file in files)
+    names = names if len(names) <= 200 else f"{names[:199]}…"
+    return InputError(
+        f'task.data = "{folder}": which is the {split} split? One file, or numbered parts of one: {names}'
+    )
+
+
+def _read_hub(source: str, revision: str | None, label: str | None) -> Data:
     try:
         import datasets
     except ImportError:
@@ -125,7 +152,7 @@ def _read_hub(source: str, revision: str | None) -> Data:
         loaded = datasets.load_dataset(name, config or None, revision=revision)
     except Exception as error:  # datasets raises a dozen kinds for "not there", "no network", "no such config"
         message = f'task.data = "{source}": neither a local path nor a Hub data set that could be loaded'
-        raise InputError(f"{message}: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{message}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     splits = {
         split: loaded[alias].to_list()
         for split, aliases in ALIASES.items()
@@ -135,28 +162,51 @@ def _read_hub(source: str, revision: str | None) -> Data:
     if "train" not in splits:
         raise InputError(f'task.data = "{source}": has no split "train" but {", ".join(loaded)}')
     fingerprint = ",".join(f"{split}:{loaded[split]._fingerprint}" for split in loaded)
-    return _complete(splits, fingerprint)
+    return _complete(splits, fingerprint, label)
 
 
-def _complete(splits: dict[str, list[dict[str, Any]]], fingerprint: str) -> Data:
+def _complete(splits: dict[str, list[Row]], fingerprint: str, label: str | None) -> Data:
     """Cut validation and test out of train where the source does not give them."""
-    made = []
     train = splits["train"]
-    missing = [split for split in SPLITS[1:] if split not in splits]
-    if len(train) == 1 and "validation" in missing:  # one long text: cut by position
-        splits, made = splits | _cut_text(train[0], missing), missing
-    elif "validation" in missing:
-        for offset, split in enumerate(missing):
-            splits[split] = train[offset::HELD_OUT]
-        splits["train"] = [row for i, row in enumerate(train) if i % HELD_OUT >= len(missing)]
-        made = missing
-    if not (splits["train"] and splits.get("validation")):
-        raise InputError(f"task.data: {len(train)} rows are too few to hold some out for validation")
-    note = f"{' and '.join(made)} cut out of train, 1/{HELD_OUT} each" if made else ""
+    missing = [split for split in SPLITS[1:] if split not in splits] if "validation" not in splits else []
+    if not missing:
+        return _data(splits, fingerprint)
+    if len(train) == 1:  # one long text: cut by position
+        splits = splits | _cut_text(train[0], missing)
+        note = f"1/{HELD_OUT} of the text each, at its end"
+    else:
+        held = _held_out([None if label is None else find(row, label) for row in train], len(missing))
+        splits = splits | {split: [train[i] for i in places] for split, places in zip(missing, held, strict=True)}
+        out = {place for places in held for place in places}
+        splits["train"] = [row for i, row in enumerate(train) if i not in out]
+        fingerprint = hashlib.sha256(f"{fingerprint} {json.dumps(held)}".encode()).hexdigest()
+        note = f"1/{HELD_OUT} each, at random (seed {CUT_SEED}){f', alike in {label}' if label else ''}"
+    if not all(splits.get(split) for split in ("train", *missing)):
+        raise InputError(f"task.data: {len(train)} rows are too few to hold some out for {' and '.join(missing)}")
+    return _data(splits, fingerprint, f"{' and '.join(missing)} cut out of train, {note}")
+
+
+def _data(splits: dict[str, list[Row]], fingerprint: str, note: str = "") -> Data:
     return Data(splits={split: splits.get(split, []) for split in SPLITS}, fingerprint=fingerprint, note=note)
 
 
-def _cut_text(row: dict[str, Any], missing: list[str]) -> dict[str, list[dict[str, Any]]]:
+def _held_out(labels: list[Any], num_splits: int) -> list[list[int]]:
+    """The rows of each split to cut out: shuffled, sorted by label, and dealt one in HELD_OUT; stratified so.
+
+    One row of each label always stays. Where most labels stand once they are no classes, and count as one.
+    """
+    places = list(range(len(labels)))
+    random.Random(CUT_SEED).shuffle(places)
+    by_label: dict[str, list[int]] = {}
+    for place in places:
+        by_label.setdefault(str(labels[place]), []).append(place)
+    if 2 * len(by_label) > len(places):
+        by_label = {"": places}
+    dealt = [place for alike in by_label.values() for place in alike[1:]]
+    return [sorted(dealt[offset::HELD_OUT]) for offset in range(num_splits)]
+
+
+def _cut_text(row: Row, missing: list[str]) -> dict[str, list[Row]]:
     key = max((key for key in row if isinstance(row[key], str)), key=lambda key: len(row[key]), default=None)
     if key is None:
         return {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -9,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lorabench.data import Data, read_data
+from lorabench.data import SPLITS, Data, read_data
+from lorabench.datafile import Row
 from lorabench.decode import InputError
 from lorabench.model import load_tokenizer
 from lorabench.spec import in_stage
@@ -65,25 +68,109 @@ def shared_options(options: list[dict[str, Any]]) -> dict[str, Any]:
 @lru_cache(maxsize=16)
 def _prepare(model: str, revision: str | None, task: Task, seq_len: int) -> Examples:
     tokenizer = load_tokenizer(model, revision)
-    columns = getattr(task, "columns", None)
-    sources = {role: _read(role, source, task, columns) for role, source in task.sources().items()}
-    main = sources["task"].splits
-    options = task.model_options(main["train"])
-    limits = {"train": task.max_train, "validation": task.max_eval, "test": task.max_eval}
-    splits = {name: task.examples(main[name], tokenizer, seq_len, options)[:limit] for name, limit in limits.items()}
-    if not splits["train"] or not splits["validation"]:
-        raise InputError(f'task.data = "{task.data}": gives no training or no validation examples')
-    if "retain" in sources:  # running text whatever the task is, read as `text` reads it
-        retained = sources["retain"].splits["validation"]
-        splits["retain"] = RETAIN.examples(retained, tokenizer, seq_len, {})[: task.max_eval]
+    usable = read_usable(task)
+    splits = tokenized(task, usable, tokenizer, seq_len)
+    limits = {"train": task.max_train}
     return Examples(
         task=task,
-        splits={name: [_compact(example) for example in examples] for name, examples in splits.items()},
-        model_options=options,
+        splits={
+            name: [_compact(example) for example in examples[: limits.get(name, task.max_eval)]]
+            for name, examples in splits.items()
+        },
+        model_options=usable.options,
         padding=tokenizer.pad_token_id,
-        fingerprints={role: data.fingerprint for role, data in sources.items()},
-        notes={role: data.note for role, data in sources.items() if data.note},
+        fingerprints=usable.fingerprints,
+        notes=usable.notes,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usable:
+    """The rows of a task that count, by split (`retain` too), and what they ask of the model."""
+
+    rows: dict[str, list[Row]]
+    options: dict[str, Any]
+    fingerprints: dict[str, str]
+    notes: dict[str, str]
+
+
+def read_usable(task: Task) -> Usable:
+    """Read a task's data and check every row. InputError with the problems of all splits, each with its split."""
+    sources = {role: _read(role, source, task) for role, source in task.sources().items()}
+    main, rows, problems = sources["task"].splits, {}, []
+    options: dict[str, Any] = {}
+    for split in SPLITS:
+        try:
+            with _named(split):
+                rows[split] = task.usable(split, main[split], options)
+                options = task.model_options(rows[split]) if split == "train" else options
+        except InputError as error:
+            problems += error.problems
+    if "retain" in sources:  # running text whatever the task is, read as `text` reads it
+        rows["retain"] = sources["retain"].splits["validation"]
+        try:
+            with _named("retain"):
+                RETAIN.usable("validation", rows["retain"], {})
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    notes = {role: [data.note] if data.note else [] for role, data in sources.items()}
+    for split in SPLITS:
+        left_out = len(main[split]) - len(rows[split])
+        notes["task"] += (
+            [f"{left_out} of {len(main[split])} rows of {split} left out, without a label"] if left_out else []
+        )
+    return Usable(
+        rows=rows,
+        options=options,
+        fingerprints={role: data.fingerprint for role, data in sources.items()},
+        notes={role: "; ".join(texts) for role, texts in notes.items() if texts},
+    )
+
+
+def tokenized(
+    task: Task, usable: Usable, tokenizer: Any, seq_len: int, most: int | None = None
+) -> dict[str, list[Example]]:
+    """Examples of every split, of its first rows alone where it holds more than `most` characters.
+
+    InputError with the problems of all splits, each with its split.
+    """
+    splits, problems = {}, []
+    for split, rows in usable.rows.items():
+        reader = RETAIN if split == "retain" else task
+        try:
+            with _named(split):
+                splits[split] = reader.examples(_first(rows, most), tokenizer, seq_len, usable.options) if rows else []
+        except InputError as error:
+            problems += error.problems
+    for split in ("train", "validation"):
+        if splits.get(split) == []:
+            problems.append(f"{split} split: gives no examples")
+    if problems:
+        raise InputError(problems)
+    return splits
+
+
+def _first(rows: list[Row], most: int | None) -> list[Row]:
+    if most is None:
+        return rows
+    size = 0
+    for place, row in enumerate(rows, 1):
+        size += sum(len(value) for value in row.values() if isinstance(value, str))
+        if size > most:
+            return rows[:place]
+    return rows
+
+
+@contextmanager
+def _named(split: str) -> Iterator[None]:
+    """Says in InputErrors of what split they are."""
+    try:
+        yield
+    except InputError as error:
+        where = "task.retain" if split == "retain" else f"{split} split"
+        raise InputError([f"{where}: {problem}" for problem in error.problems]) from error
 
 
 def _compact(example: Example) -> Example:
@@ -91,24 +178,36 @@ def _compact(example: Example) -> Example:
     return {key: np.array(v, dtype=np.int32) if isinstance(v, list) else v for key, v in example.items()}
 
 
-def _read(role: str, source: str, task: Task, columns: str | None) -> Data:
-    return read_data(source, task.data_revision if role == "task" else None, columns if role == "task" else None)
+def _read(role: str, source: str, task: Task) -> Data:
+    if role == "task":
+        label = task.stratified_by()
+        return read_data(source, task.data_revision, getattr(task, "columns", None), label)
+    try:
+        return read_data(source)
+    except InputError as error:
+        problems = [problem.replace("task.data", f"task.{role}", 1) for problem in error.problems]
+        raise InputError(problems) from error
 
 
 def collate(examples: list[Example], padding: int, device: torch.device) -> Batch:
     """Tensors (n, longest) on `device`, padded on the right; no attention mask where nothing is padded."""
     lengths = [len(example["input_ids"]) for example in examples]
     longest = max(lengths)
-    per_token = not isinstance(examples[0]["labels"], int)
+    per_token = not isinstance(examples[0]["labels"], (int, float))
     arrays = {"input_ids": np.full((len(examples), longest), padding, np.int64)}
     if per_token:
         arrays["labels"] = np.full((len(examples), longest), IGNORE, np.int64)
     else:
-        arrays["labels"] = np.array([example["labels"] for example in examples], np.int64)
+        kind = np.int64 if isinstance(examples[0]["labels"], int) else np.float32
+        arrays["labels"] = np.array([example["labels"] for example in examples], kind)
+    if any("token_type_ids" in example for example in examples):
+        arrays["token_type_ids"] = np.zeros((len(examples), longest), np.int64)
     for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
         arrays["input_ids"][row, :length] = example["input_ids"]
         if per_token:
             arrays["labels"][row, :length] = example["labels"]
+        if "token_type_ids" in example:
+            arrays["token_type_ids"][row, :length] = example["token_type_ids"]
     if min(lengths) < longest:
         arrays["attention_mask"] = (np.arange(longest) < np.array(lengths)[:, None]).astype(np.int64)
     return {key: torch.from_numpy(array).to(device, non_blocking=True) for key, array in arrays.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from lorabench import model as models
 from lorabench import targets
-from lorabench.data import read_data
+from lorabench.datacheck import data_problems, token_problems, usable_of
 from lorabench.decode import InputError, encode
 from lorabench.examples import shared_options
 from lorabench.meter import GIB, PEAK_FLOPS, model_flops_per_token, peak_flops
@@ -72,10 +72,11 @@ def make_plan(sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | 
     InputError with every problem that shows only when a method meets the model (targets that fit no layer).
     """
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
-    counts = _count_all(sweep)
+    states = list(store.states(list(sweep.runs)))
+    counts = _count_all(sweep, states)
     history = History(store, sweep.runs, device, gpu)
     runs = []
-    for spec, state in zip(sweep.runs, store.states(list(sweep.runs)), strict=True):
+    for spec, state in zip(sweep.runs, states, strict=True):
         done = state.status == Status.DONE
         runs.append(
             {
@@ -124,8 +125,10 @@ def _approximate(known: bool, text: str) -> str:
     return text if known else f"~{text}"
 
 
-def _count_all(sweep: Sweep) -> dict[str, Counts]:
-    counts, problems = _counts_and_problems(sweep.runs)
+def _count_all(sweep: Sweep, states: Sequence[RunState]) -> dict[str, Counts]:
+    """InputError with every problem of the sweep; the data of runs that are done may be gone."""
+    done = {state.run_id for state in states if state.status == Status.DONE}
+    counts, problems = _counts_and_problems(sweep.runs, done)
     if problems:
         raise InputError(problems, sweep.name)
     return counts
@@ -146,13 +149,19 @@ def notes(specs: Sequence[RunSpec]) -> list[str]:
     return list(found)
 
 
-def _counts_and_problems(specs: Sequence[RunSpec]) -> tuple[dict[str, Counts], list[str]]:
+def _counts_and_problems(
+    specs: Sequence[RunSpec], done: Collection[str] = frozenset()
+) -> tuple[dict[str, Counts], list[str]]:
     counts, problems = {}, []
     for spec in specs:
+        wrong = [] if spec.id in done else data_problems(spec)
         try:
-            counts[spec.id] = count(spec)
+            if not wrong:
+                counts[spec.id] = count(spec)
+                wrong = [] if spec.id in done else token_problems(spec)
         except InputError as error:
-            problems += error.problems
+            wrong = error.problems
+        problems += wrong
     return counts, list(dict.fromkeys(problems))
 
 
@@ -257,8 +266,10 @@ def _attach(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> to
 def _model_options(task: Task) -> dict[str, Any]:
     if type(task).model_options is Task.model_options:
         return {}
-    data = read_data(task.data, task.data_revision, getattr(task, "columns", None))
-    return task.model_options(data.splits["train"])
+    usable = usable_of(task)
+    if isinstance(usable, InputError):
+        raise usable
+    return usable.options
 
 
 def _weight_bytes(spec: RunSpec, base: torch.nn.Module) -> float:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge
 
-from lorabench.decode import InputError
+from lorabench.datafile import Row
 from lorabench.plugins import Plugin
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from lorabench.spec import RunSpec
 
 Example = dict[str, Any]
-"""`input_ids` (t,) and `labels`: (t,) with IGNORE where nothing is predicted, or one class."""
+"""`input_ids` (t,) and `labels`: (t,) with IGNORE where nothing is predicted, or one class (int) or score (float).
+
+`token_type_ids` (t,) where the tokenizer tells the texts of a pair apart by them.
+"""
 IGNORE = -100
 
 
@@ -52,14 +55,24 @@ class Task(Plugin, ABC):
         """The data sets that this task reads: role (`task`, `retain`) -> source."""
         return {"task": self.data}
 
-    @abstractmethod
-    def examples(
-        self, rows: list[dict[str, Any]], tokenizer: Any, seq_len: int, options: dict[str, Any]
-    ) -> list[Example]:
-        """Tokenized examples of the rows of one split, of at most `seq_len` tokens each."""
+    def stratified_by(self) -> str | None:
+        """The column whose values rows held out for validation have in the same shares as the rest."""
+        return None
 
-    def model_options(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Further arguments for loading the base model (`num_labels`), from the training rows."""
+    def usable(self, split: str, rows: list[Row], options: dict[str, Any]) -> list[Row]:
+        """The rows of `train`, `validation` or `test` that count; none of a test split that cannot be scored.
+
+        InputError with what is wrong of them as far as it shows without a tokenizer: it is found before anything
+        starts. `options` is what `model_options` has given of the training rows, empty where these are asked for.
+        """
+        return rows
+
+    @abstractmethod
+    def examples(self, rows: list[Row], tokenizer: Any, seq_len: int, options: dict[str, Any]) -> list[Example]:
+        """Tokenized examples of the usable rows of one split, of at most `seq_len` tokens each."""
+
+    def model_options(self, rows: list[Row]) -> dict[str, Any]:
+        """Further arguments for loading the base model (`num_labels`), from the usable training rows."""
         return {}
 
     @abstractmethod
@@ -77,16 +90,6 @@ class Task(Plugin, ABC):
     @abstractmethod
     def metrics(self, loss: float, scores: list[Any]) -> dict[str, float | None]:
         """The field's metrics of a whole split; `loss` is the mean over its predictions."""
-
-
-def check_column(rows: list[dict[str, Any]], key: str, column: str) -> None:
-    """InputError if the rows have no such column, or one of them has nothing in it."""
-    if rows and column not in rows[0]:
-        raise InputError(f'{key} = "{column}": no such column. Choices: {", ".join(map(str, rows[0]))}')
-    for number, row in enumerate(rows, 1):
-        value = row.get(column)
-        if value is None or value != value:  # NaN, as pandas reads a missing value
-            raise InputError(f'{key} = "{column}": row {number} has no value')
 
 
 class LanguageModeling(Task):

@@ -3,72 +3,61 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from lorabench.datafile import Row
 from lorabench.decode import InputError
-from lorabench.task import Example, Task, check_column
+from lorabench.tasks._labelled import Labelled
+from lorabench.values import are_scores, as_class, in_order, number, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorabench.spec import RunSpec
-
 
 @dataclass(frozen=True, kw_only=True)
-class Classification(Task):
-    """The head starts from the same random weights in every run of one seed, and is always trained.
+class Classification(Labelled):
+    """Labels are compared as text, of which 0, "0" and 0.0 are one; classes are the sorted ones of the training split.
 
-    Labels may be integers or strings; their classes are the sorted values of the training split. A test split
-    without labels (-1, as the GLUE benchmark ships it) counts as none.
+    Numbers with a fraction, and more than two different ones that all have a decimal point, are scores: these are
+    refused, for they are the task `regression`'s.
     """
 
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     reports: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1", "matthews", "majority")
 
-    data: str
-    text: str = "text"
-    """Column of the (first) text."""
-    text_pair: str | None = None
-    """Column of the second text of a pair."""
-    label: str = "label"
-    columns: str | None = None
-    """Column names of a csv or tsv without a header line, separated by commas."""
+    def stratified_by(self) -> str:
+        return self.label
 
-    def examples(
-        self, rows: list[dict[str, Any]], tokenizer: Any, seq_len: int, options: dict[str, Any]
-    ) -> list[Example]:
-        keys = [self.text, *([self.text_pair] if self.text_pair else [])]
-        self._check_columns(rows, [*keys, self.label])
-        classes = options["label2id"]
-        labels = [str(row[self.label]) for row in rows]
-        if not rows or ("-1" not in classes and set(labels) == {"-1"}):
-            return []
-        strange = sorted(set(labels) - set(classes))
-        if strange:
-            raise InputError(
-                f'task.label = "{self.label}": {strange[0]} is no label of the training split: {list(classes)}'
+    def written(self, label: str) -> str:
+        return as_class(label)
+
+    def target(self, label: str, options: dict[str, Any]) -> int:
+        return options["label2id"][label]
+
+    def check_labels(self, split: str, found: dict[int, str], options: dict[str, Any]) -> None:
+        where = f'task.label = "{self.label}"'
+        if split == "train" and are_scores(found.values()):
+            example = next(
+                (label for label in found.values() if not (number(label) or 0.0).is_integer()), found[min(found)]
             )
-        texts = [[str(row[key]) for row in rows] for key in keys]
-        encoded = tokenizer(*texts, truncation=True, max_length=seq_len)["input_ids"]
-        if [] in encoded:
-            raise InputError(f'task.text = "{self.text}": row {encoded.index([]) + 1} has no tokens')
-        return [{"input_ids": ids, "labels": classes[y]} for ids, y in zip(encoded, labels, strict=True)]
+            hint = 'task.name = "regression" predicts scores; classes are written without a decimal point'
+            raise InputError(f"{where}: holds scores, such as {example}, and no classes; {hint}")
+        rows = {as_class(label): row for row, label in reversed(found.items())}
+        if split == "train" and len(rows) < 2:
+            raise InputError(f"{where}: needs at least two classes, found {shown(in_order(rows))}")
+        known = options.get("label2id", rows)
+        strange = [label for label in in_order(rows) if label not in known]
+        if strange:
+            reason = f"{shown(strange[0])} (row {rows[strange[0]]}) is no label of the training split"
+            raise InputError(f"{where}: {reason}: {shown(list(known))}")
 
-    def model_options(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        self._check_columns(rows, [self.label])
-        classes = sorted({row[self.label] for row in rows})
-        if len(classes) < 2:
-            raise InputError(f'task.label = "{self.label}": needs at least two classes, found {classes}')
+    def model_options(self, rows: list[Row]) -> dict[str, Any]:
+        classes = self.classes(rows)
         return {
             "num_labels": len(classes),
-            "id2label": {i: str(value) for i, value in enumerate(classes)},
-            "label2id": {str(value): i for i, value in enumerate(classes)},
+            "id2label": dict(enumerate(classes)),
+            "label2id": {name: i for i, name in enumerate(classes)},
         }
-
-    def count(self, batch: dict[str, Tensor]) -> int:
-        return len(batch["labels"])
 
     def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
         from torch.nn.functional import cross_entropy
@@ -88,21 +77,6 @@ class Classification(Task):
             "matthews": _matthews(confusion),
             "majority": max(map(sum, confusion)) / total,
         }
-
-    def problems(self, spec: RunSpec) -> Iterator[str]:
-        if self.columns and self.label not in self.columns.split(","):
-            yield f'task.label = "{self.label}": is not among task.columns = "{self.columns}"'
-
-    def _check_columns(self, rows: list[dict[str, Any]], keys: list[str]) -> None:
-        fields = {self.text: "text", self.text_pair: "text_pair", self.label: "label"}
-        problems = []
-        for key in keys:
-            try:
-                check_column(rows, f"task.{fields[key]}", key)
-            except InputError as error:
-                problems += error.problems
-        if problems:
-            raise InputError(problems)
 
 
 def _confusion(scores: list[Any]) -> list[list[int]]:

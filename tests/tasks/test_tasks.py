@@ -32,10 +32,15 @@ def tokenizer():
 def test_every_task_has_a_loss_that_falls_on_the_right_answer(name, tokenizer, labelled):
     task = plugins.example("tasks", name)
     rows = [{"source": "a", "text": f"text number {i} " * 9, "label": i % 2} for i in range(8)]
-    if name == "classification":
+    if name in ("classification", "regression"):
         task = dataclasses.replace(task, data=labelled)
-    options = task.model_options(rows)
+    options = task.model_options(task.usable("train", rows, {}))
     batch = collate(task.examples(rows, tokenizer, 16, options), 2, CPU)
+    if name == "regression":
+        right = batch["labels"][:, None]
+        assert float(task.loss(right + 2, batch)) / task.count(batch) == pytest.approx(4)  # mean squared error
+        assert task.metrics(0.0, [task.score(right, batch)]) == pytest.approx({"loss": 0, "pearson": 1, "spearman": 1})
+        return
     if name == "classification":
         right = torch.nn.functional.one_hot(batch["labels"], 2).float()
     else:
@@ -103,9 +108,9 @@ def test_labels_may_be_words_and_an_unlabelled_split_counts_as_none(tokenizer):
     options = task.model_options(rows)
     assert options["label2id"] == {"maybe": 0, "no": 1, "yes": 2}
     assert [e["labels"] for e in task.examples(rows, tokenizer, 16, options)] == [2, 1, 0]
-    assert task.examples([row | {"label": -1} for row in rows], tokenizer, 16, options) == []
+    assert task.usable("test", [row | {"label": -1} for row in rows], options) == []
     with pytest.raises(InputError, match="perhaps"):
-        task.examples([rows[0] | {"label": "perhaps"}], tokenizer, 16, options)
+        task.usable("validation", [rows[0] | {"label": "perhaps"}], options)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +122,10 @@ def test_labels_may_be_words_and_an_unlabelled_split_counts_as_none(tokenizer):
         (Classification(data="x", label="class"), ["task.label", "class", "label"]),
     ],
 )
-def test_a_missing_column_is_named_with_the_choices(task, words, tokenizer):
+def test_a_missing_column_is_named_with_the_choices(task, words):
     rows = [{"text": "some text " * 9, "label": i} for i in range(4)]
     with pytest.raises(InputError) as error:
-        task.examples(rows, tokenizer, 8, {"label2id": {}})
+        task.usable("validation", rows, {"label2id": {}})
     assert all(word in str(error.value) for word in words)
 
 
