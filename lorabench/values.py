@@ -141,7 +141,7 @@ class Template(string.Formatter):
         return _text(text, f"{self.where}: row {number}")
 
     def _missing(self, column: str, number: int, rows: Sequence[Row]) -> InputError:
-        if any(_reached(row, column) is not None for row in rows):
+        if any(column in row or _reached(row, column) is not None for row in rows):
             return InputError(f"{self.where}: row {number} has no value in {shown(column)}")
         return InputError(f"{self.where}: no such column: {shown(column)}. Choices: {_columns(rows)}")
 
