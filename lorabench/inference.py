@@ -124,20 +124,24 @@ def workload(spec: RunSpec, examples: Examples, base: nn.Module, device: torch.d
 
 
 @torch.no_grad()
-def compare(base: nn.Module, model: nn.Module, name: str, work: Workload) -> dict[str, float]:
-    """Latency and throughput of both, and what the model called `name` adds, by their names in MEASURES."""
+def compare(base: nn.Module, models: dict[str, nn.Module], work: Workload) -> dict[str, float]:
+    """Latency and throughput of the base and of each model, and what each adds, by their names in MEASURES.
+
+    All in one race, so that the seconds of one may be held against another's. What a model adds is the median of the
+    ratios within a round, which a machine that slows down meanwhile does not change; that of the medians may differ.
+    """
     measures = {}
     for size in BATCH_SIZES:
         ids = work.ids[:size]
-        rows = race([partial(work.times, base, ids), partial(work.times, model, ids)])
+        rows = race([partial(work.times, model, ids) for model in (base, *models.values())])
         for index, part in enumerate(work.parts):
-            pairs = [(of_base[index], of_model[index]) for of_base, of_model in rows]
-            tokens = ids.numel() if part == "prefill" else size
-            for which, column in zip(("base", name), zip(*pairs, strict=True), strict=True):
-                median = statistics.median(column)
-                measures[f"{part}_{which}_batch_{size}_seconds"] = median
-                measures[f"{part}_{which}_batch_{size}_tokens_per_second"] = tokens / median
-            measures[f"added_{part}_{name}_batch_{size}"] = statistics.median(b / a for a, b in pairs) - 1
+            of_base, *others = zip(*([each[index] for each in row] for row in rows), strict=True)
+            for name, times in {"base": of_base, **dict(zip(models, others, strict=True))}.items():
+                key, median = f"{part}_{name}_batch_{size}", statistics.median(times)
+                measures[f"{key}_seconds"] = median
+                measures[f"{key}_tokens_per_second"] = (ids.numel() if part == "prefill" else size) / median
+                if name != "base":
+                    measures[f"added_{key}"] = statistics.median(b / a for a, b in zip(of_base, times, strict=True)) - 1
     return measures
 
 

@@ -1,6 +1,6 @@
 """What a run's result takes to use: inference, merging, storage, loading, swapping, several adapters at once.
 
-Measured on what is left of the run: the tuned model is changed on the way. Each part stands alone, so that one that
+Measured on what is left of the run: its weights are changed on the way. Each part stands alone, so that one that
 fails (PEFT cannot merge into some quantized layers, memory runs out) leaves out its own measures only.
 """
 
@@ -62,7 +62,7 @@ def measure(subject: Subject, check: Callable[[], None]) -> tuple[dict[str, floa
     `check` may raise Stopped between two parts.
     """
     bench = _Bench(subject)
-    parts = (bench.prepare, bench.inference, bench.loading, bench.swapping, bench.mixing, bench.merging)
+    parts = (bench.prepare, bench.merging, bench.inference, bench.loading, bench.swapping, bench.mixing)
     for part in parts:
         try:
             check()
@@ -91,6 +91,8 @@ class _Bench:
         self.subject, self.spec, self.method = subject, subject.spec, subject.spec.method
         self.several: nn.Module | None = None
         """A model that holds NUM_RESIDENT adapters."""
+        self.merged: nn.Module | None = None
+        """The run's own model where that is in the base's architecture; None where the method cannot be merged."""
         self.measures: dict[str, float] = {}
         self.notes: dict[str, str] = {}
         self.left_out: list[str] = []
@@ -108,8 +110,31 @@ class _Bench:
         also = f", {NEW_TOKENS} generated" if self.work.generates else ""
         self.notes["inference"] = f"{tokens}{also}, {spec.dtype} without autocast; the base {source}"
 
+    def merging(self) -> None:
+        """Changes the weights that all models share: from here on their speed counts, not what they compute."""
+        model, spec = self.subject.model, self.spec
+        batch = checked_batch(self.subject.examples, self.subject.device)
+        wanted = logits(model, batch)
+        copied = twin(model)
+        merged = self.method.merge(copied)
+        if merged is None:
+            self.notes["merge_error"] = "not applicable: what the method adds cannot be merged into the weights"
+            return
+        error = self.measures["merge_error"] = relative_error(logits(merged, batch), wanted)
+        self.notes["merge_error"] = _verdict(error, spec)
+        self.merged = model if merged is copied else as_served(merged, spec.dtype)
+
     def inference(self) -> None:
-        self.measures |= compare(self.base, self.subject.model, "unmerged", self.work)
+        """Base, unmerged and merged model in one race; one that is in the base's architecture is both of the latter."""
+        models = {"unmerged": self.subject.model}
+        if self.merged is not None and self.merged is not self.subject.model:
+            models["merged"] = self.merged
+        found = compare(self.base, models, self.work)
+        if self.merged is self.subject.model:
+            found |= {name.replace("unmerged", "merged"): value for name, value in found.items()}
+        self.merged = None
+        self.measures |= found
+        self.notes["inference"] += f"; {', '.join(['base', *models])} in turn, in one race"
 
     def loading(self) -> None:
         """Bytes of one more task, and the time from disk onto the resident base."""
@@ -168,24 +193,6 @@ class _Bench:
         rows = race([partial(seconds, call, self.subject.device) for call in calls])
         medians = [statistics.median(column) for column in zip(*rows, strict=True)]
         self.measures |= dict(zip(("mixed_batch_seconds", "swapped_batch_seconds"), medians, strict=True))
-
-    def merging(self) -> None:
-        """Last, for it changes the model in place, and the weights that the base shares: its values, not its speed."""
-        self.several = None
-        model, spec = self.subject.model, self.spec
-        batch = checked_batch(self.subject.examples, self.subject.device)
-        wanted = logits(model, batch)
-        merged = self.method.merge(model)
-        if merged is None:
-            self.notes["merge_error"] = "not applicable: what the method adds cannot be merged into the weights"
-            return
-        error = self.measures["merge_error"] = relative_error(logits(merged, batch), wanted)
-        self.notes["merge_error"] = _verdict(error, spec)
-        if merged is model:  # it was in the base's architecture all the time
-            same = {name.replace("unmerged", "merged"): value for name, value in self.measures.items()}
-            self.measures = same | self.measures
-        else:
-            self.measures = compare(self.base, as_served(merged, spec.dtype), "merged", self.work) | self.measures
 
 
 def mixed(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Tensor:

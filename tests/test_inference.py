@@ -114,26 +114,33 @@ def test_a_race_of_quick_calls_goes_on_for_its_time(monkeypatch):
     assert len(race([lambda: 0])) == 7
 
 
-def test_measures_are_medians_of_the_pairs(monkeypatch):
-    """The machine slows down by a tenth each round, so that only the ratio within a round is 3 / 2."""
-    count = dict.fromkeys(["base", "tuned"], 0)
+SLOWER = {"base": 2.0, "unmerged": 3.0, "merged": 2.5}
+
+
+def test_one_race_gives_all_seconds_and_what_each_model_adds(monkeypatch):
+    """The machine slows down by a tenth each round, so that only ratios within a round are those of the models."""
+    seen = []
 
     def times(self, model, ids):
-        count[model] += 1
-        slow = 1.1 ** count[model] * len(ids)
-        return (3.0 * slow, 0.3 * slow) if model == "tuned" else (2.0 * slow, 0.2 * slow)
+        seen.append(model)
+        slow = 1.1 ** seen.count(model) * len(ids)
+        return SLOWER[model] * slow, SLOWER[model] * slow / 10
 
     monkeypatch.setattr(inference, "SECONDS", 0.0)
     monkeypatch.setattr(inference, "MIN_ROUNDS", 3)
     monkeypatch.setattr(Workload, "times", times)
     work = Workload(ids=torch.zeros(8, 5, dtype=torch.long), generates=True, options={})
-    found = compare("base", "tuned", "unmerged", work)
-    assert set(found) <= set(MEASURES) and len(found) == 2 * 2 * (2 + 2 + 1)
-    for part, seconds, tokens in (("prefill", 3.0, 5), ("decode", 0.3, 1)):
-        assert found[f"added_{part}_unmerged_batch_1"] == pytest.approx(0.5)
-        assert found[f"{part}_unmerged_batch_1_seconds"] == pytest.approx(seconds * 1.1**3)
-        assert found[f"{part}_unmerged_batch_1_tokens_per_second"] == pytest.approx(tokens / (seconds * 1.1**3))
-        assert found[f"{part}_unmerged_batch_8_tokens_per_second"] == pytest.approx(tokens / (seconds * 1.1**7))
+    found = compare("base", {"unmerged": "unmerged", "merged": "merged"}, work)
+    assert seen[:6] == ["base", "unmerged", "merged", "merged", "unmerged", "base"]
+    assert set(found) == {name for name in MEASURES if name.startswith(("prefill", "decode", "added"))}
+    for part, share, tokens in (("prefill", 1.0, 5), ("decode", 0.1, 1)):
+        for model, seconds in SLOWER.items():
+            key = f"{part}_{model}_batch"
+            assert found[f"{key}_1_seconds"] == pytest.approx(share * seconds * 1.1**3)
+            assert found[f"{key}_1_tokens_per_second"] == pytest.approx(tokens / (share * seconds * 1.1**3))
+            assert found[f"{key}_8_tokens_per_second"] == pytest.approx(tokens / (share * seconds * 1.1**7))
+            if model != "base":
+                assert found[f"added_{key}_1"] == pytest.approx(seconds / 2 - 1)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,26 @@ def test_what_makes_sense_is_measured(name, base, absent, tiny_bases, labelled, 
         assert record.provenance["merge_error"].startswith("within the tolerance of 0.001")
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_base_unmerged_and_merged_model_are_there_together(quantization, common, quick, monkeypatch):
+    """And share what is frozen: memory holds the merged weights of a quantized base alone beside those of the run."""
+    seen = {}
+
+    def look(base, models, work):
+        seen.update({"base": base} | models)
+        return {}
+
+    monkeypatch.setattr(serving, "compare", look)
+    record, _ = run(quick(quantization=quantization, seed=7), common)
+    adapted = {name: any("lora_A" in key for key, _ in model.named_parameters()) for name, model in seen.items()}
+    assert adapted == {"base": False, "unmerged": True, "merged": False}
+    queries = [{name.replace(".base_layer", "").removeprefix("base_model.model."): parameter.data_ptr()
+                for name, parameter in model.named_parameters()}["model.layers.0.self_attn.q_proj.weight"]
+               for model in seen.values()]  # fmt: skip
+    assert len(set(queries)) == (1 if quantization == "none" else 2)
+    assert record.provenance["inference"].endswith("base, unmerged, merged in turn, in one race")
+
+
 def test_what_is_in_the_base_s_architecture_is_merged_already(common, quick):
     record, _ = run(quick(method={"name": "full"}), common)
     for name in MERGED - {"merge_error"}:
@@ -203,6 +223,7 @@ def test_what_is_not_kept_cannot_be_loaded(keep, common, quick):
     [
         ("twin", torch.OutOfMemoryError("CUDA out of memory.\nTried"), "prepare", set()),
         ("compare", NotImplementedError(), "inference", {"storage_bytes", "adapter_swap_seconds", "merge_error"}),
+        ("relative_error", ValueError("no"), "merging", {"added_decode_unmerged_batch_1", "storage_bytes"}),
     ],
 )
 def test_a_failure_costs_its_own_measures_only(place, error, part, left, tmp_path, monkeypatch, quick):
@@ -223,19 +244,19 @@ def test_a_stop_ends_the_measuring_and_not_the_run(tmp_path, monkeypatch, quick)
 
     def stopped(self):
         stopped.count += 1
-        if stopped.count == 3:
+        if stopped.count == 4:
             raise Stopped("SIGTERM")
 
-    def stop_third(*arguments):
+    def stop_fourth(*arguments):
         stopped.count = 0
         monkeypatch.setattr(Stop, "check", stopped)
         serve(*arguments)
 
-    monkeypatch.setattr(module, "_serve", stop_third)
+    monkeypatch.setattr(module, "_serve", stop_fourth)
     record, _ = run(quick(), tmp_path)
     assert "stopped by SIGTERM before loading" in record.provenance["serving"]
     assert "prefill_base_batch_1_seconds" in record.measures and "storage_bytes" not in record.measures
-    assert stopped.count == 3
+    assert stopped.count == 4
 
 
 def test_a_process_that_dies_meanwhile_leaves_the_run_done(tmp_path, monkeypatch, quick):

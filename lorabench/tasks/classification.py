@@ -90,11 +90,12 @@ def _confusion(scores: list[Any]) -> list[list[int]]:
 
 
 def _macro_f1(confusion: list[list[int]]) -> float:
-    """Unweighted mean over classes of 2 TP / (2 TP + FP + FN); 0 for a class that neither occurs nor is predicted."""
+    """Unweighted mean of 2 TP / (2 TP + FP + FN) over the classes that occur or are predicted: scikit-learn's."""
     scores = []
     for i, row in enumerate(confusion):
         both = sum(row) + sum(other[i] for other in confusion)
-        scores.append(2 * row[i] / both if both else 0.0)
+        if both:
+            scores.append(2 * row[i] / both)
     return sum(scores) / len(scores)
 
 

@@ -102,6 +102,22 @@ def test_classification_metrics_are_those_of_scikit_learn(classes):
     assert got["majority"] == pytest.approx(np.bincount(true).max() / 200)
 
 
+@pytest.mark.parametrize(("true", "predicted", "macro_f1"), [([1, 1], [1, 1], 1.0), ([0, 0, 1], [0, 2, 1], 5 / 9)])
+def test_macro_f1_is_of_the_classes_that_occur_or_are_predicted(true, predicted, macro_f1):
+    """Of the three classes that the training split has."""
+    assert Classification(data="x").metrics(0.5, [(predicted, true, 3)])["macro_f1"] == pytest.approx(macro_f1)
+
+
+def test_metrics_are_scikit_learn_s_whatever_is_absent():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        classes, rows = rng.integers(2, 8), rng.integers(1, 9)
+        true, predicted = rng.integers(0, classes, (2, rows))
+        got = Classification(data="x").metrics(0.5, [(predicted.tolist(), true.tolist(), int(classes))])
+        assert got["macro_f1"] == pytest.approx(sk.f1_score(true, predicted, average="macro"))
+        assert got["matthews"] == pytest.approx(sk.matthews_corrcoef(true, predicted))
+
+
 def test_labels_may_be_words_and_an_unlabelled_split_counts_as_none(tokenizer):
     task = Classification(data="x", text="a", text_pair="b")
     rows = [{"a": "one", "b": "two", "label": word} for word in ("yes", "no", "maybe")]
