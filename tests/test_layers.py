@@ -35,6 +35,7 @@ LAYERS = [
     {"sweep", "endings"},
     {"model", "readers/*"},
     {"formats", "bases", "pairs", "results", "labels"},
+    {"peftfile"},
     {"compression/truncation"},
     {"aggregate", "examine/convert"},
     {"notes", "drawing", "transfer", "longform", "columns"},

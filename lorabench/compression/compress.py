@@ -21,7 +21,7 @@ from lorabench.execute import pick_device
 from lorabench.record import Store, file_digests, read_json, write_json
 from lorabench.spec import canonical_json
 
-VERSION = 1
+VERSION = 2
 """Part of every id: raise it when a compression or its evaluation changes."""
 BASE, FULL, ENERGY = "base", "full", "energy"
 

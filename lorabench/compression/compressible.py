@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorabench import formats
-from lorabench.compression.truncation import Head
+from lorabench.compression.truncation import Carried
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
 from lorabench.locate import adapter_path
 from lorabench.merging.adapters import find_run
-from lorabench.readers._entry import Entry, Source, TensorFile, read_json
-from lorabench.readers.peft_lora import ADAPTER_FILE, CONFIG_FILE, PREFIX
+from lorabench.peftfile import Beside, beside, whole_names
+from lorabench.readers._entry import Entry, Source, read_json
+from lorabench.readers.peft_lora import CONFIG_FILE
 from lorabench.record import RunRecord, Status, Store, file_digests
 from lorabench.serving import stored_files
 from lorabench.spec import RunSpec, canonical_json
@@ -49,17 +50,15 @@ class Subject:
 
     @property
     def config(self) -> dict[str, Any]:
-        """PEFT's configuration beside it; empty where there is none."""
-        return peft_config(self.folder)
+        """PEFT's configuration of it; empty where there is none."""
+        if self.adapter.config or not self.own:
+            return self.adapter.config
+        file = self.folder / CONFIG_FILE if self.folder else None
+        return read_json(file) if file and file.exists() else {}
 
     @property
     def notes(self) -> list[str]:
-        biases = self.config.get("bias", "none") != "none" or self.config.get("lora_bias")
-        return [*self.adapter.notes, *(["biases that were trained beside the factors are left out"] if biases else [])]
-
-
-def peft_config(folder: Path | None) -> dict[str, Any]:
-    return read_json(folder / CONFIG_FILE) if folder and (folder / CONFIG_FILE).exists() else {}
+        return [*self.adapter.notes]
 
 
 def open_subject(
@@ -124,8 +123,8 @@ def _foreign(store: Store, given: str, like: str | None, base: str | None, alpha
         update = _load(entry, parameter)
         for name, tensor in (("B", update.B), ("A", update.A)):
             _add(digest, f"{parameter}:{name}", tensor)
-    for name, tensor in saved_head(subject.folder).tensors.items():
-        _add(digest, name, tensor)
+    for name, other in adapter.others.items():
+        _add(digest, name, other.load())
     return Subject(**{**vars(subject), "content": digest.hexdigest()})
 
 
@@ -141,35 +140,30 @@ def _done(store: Store, run_id: str, what: str) -> RunRecord:
     return state.record
 
 
-def saved_head(folder: Path | None) -> Head:
-    """What PEFT's `modules_to_save` has kept beside the factors; its ΔW too where lorabench wrote it."""
-    modules = tuple(peft_config(folder).get("modules_to_save") or ())
-    if not modules or folder is None:
-        return Head()
-    file = TensorFile(folder / ADAPTER_FILE)
-    names = {name.removeprefix(PREFIX): name for name in file.names if ".lora_" not in name}
-    inside = re.compile(rf"(^|\.)({'|'.join(map(re.escape, modules))})\.")
-    tensors = {short: file.read(name) for short, name in names.items() if inside.search(short)}
-    return Head(modules=modules, tensors=tensors)
+def saved_whole(adapter: formats.Adapter) -> Carried:
+    """What a file has beside the factors; the ΔW of it that is known."""
+    names = whole_names(adapter)
+    entries = adapter.entries | adapter.vectors
+    changes = load_updates({name: entries[name] for name in sorted(names) if name in entries})
+    return Carried(beside=beside(adapter), names=frozenset(names), updates=tuple(changes))
 
 
-def trained_head(tuned: nn.Module, heads: list[str]) -> Head:
+def trained_head(subject: Subject, tuned: nn.Module, heads: list[str]) -> Carried:
     """The heads of a run that has kept their ΔW alone, out of its tuned model."""
-    tensors = {
-        name: tensor.detach().cpu()
-        for name, tensor in tuned.state_dict().items()
-        if name.startswith(tuple(f"{head}." for head in heads))
-    }
-    return Head(modules=tuple(heads), tensors=tensors)
+    state, begins = tuned.state_dict(), tuple(f"{head}." for head in heads)
+    tensors = {name: tensor.detach().cpu() for name, tensor in state.items() if name.startswith(begins)}
+    entries = subject.adapter.entries | subject.adapter.vectors
+    changes = load_updates({name: entry for name, entry in entries.items() if name in tensors})
+    return Carried(
+        beside=Beside(tensors=tensors, modules=tuple(heads)), names=frozenset(tensors), updates=tuple(changes)
+    )
 
 
-def is_of_head(parameter: str, heads: tuple[str, ...]) -> bool:
-    return any(re.search(rf"(^|\.){re.escape(head)}\.", parameter) for head in heads)
-
-
-def matrices(subject: Subject, heads: tuple[str, ...]) -> dict[str, Entry]:
-    """What is compressed: each matrix ΔW, less those of a head, and less parts of one that is there as a whole."""
-    entries = {p: entry for p, entry in subject.adapter.entries.items() if not is_of_head(p, heads)}
+def matrices(subject: Subject, carried: frozenset[str]) -> dict[str, Entry]:
+    """What is compressed: each matrix ΔW, less what is carried over, and less parts of one that is there as a whole."""
+    entries = {p: entry for p, entry in subject.adapter.entries.items() if p not in carried}
+    if experts := [p for p in entries if re.search(r"\[\d+\]", p)]:
+        raise InputError(f"{subject.name}: {experts[0]}: is one of stacked experts, which PEFT gives one rank all")
     whole = {p: entry for p, entry in entries.items() if getattr(entry, "part", None) is None}
     alone = [p for p in entries if p not in whole and re.sub(r"\[\w+\]", "", p) not in whole]
     if alone:

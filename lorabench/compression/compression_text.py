@@ -11,6 +11,7 @@ from lorabench.aggregate import number, plain
 from lorabench.decode import InputError
 from lorabench.record import Store
 from lorabench.terminal import text_table
+from lorabench.weightfile import some
 
 COLUMNS = ["body", "kept_%", "error", "rank", "parameters", "kib"]
 METRICS = {
@@ -55,6 +56,8 @@ def _remarks(records: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(f"left out: {left_out['num_vectors']} vectors (biases, norms), {share}: no factors hold them")
     if left_out.get("num_unchanged"):
         lines.append(f"left out: {left_out['num_unchanged']} layers whose ΔW is 0")
+    if names := left_out.get("tensors"):
+        lines.append(f"left out: {some(names)}: not understood")
     lines += [
         f"{layer} and {twin} share one weight and have factors each: untie them before merging, or ΔW counts twice"
         for layer, twin in made["tied"].items()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import shutil
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,20 +13,19 @@ import torch
 from torch import nn
 
 from lorabench import environment, model
-from lorabench.compression.compressible import Subject, is_of_head, load_updates, matrices, saved_head, trained_head
-from lorabench.compression.truncation import Cut, Head, Place, cut, places, write_adapter
+from lorabench.compression.compressible import Subject, load_updates, matrices, saved_whole, trained_head
+from lorabench.compression.truncation import Carried, Cut, Place, cut, places, write_adapter
 from lorabench.decode import InputError
 from lorabench.examples import Examples, prepare_stages
 from lorabench.execute import seeded_base
+from lorabench.peftfile import carried as carried_fields
+from lorabench.peftfile import whole_folder
 from lorabench.readers._entry import Entry, TensorFile
-from lorabench.readers.peft_lora import ADAPTER_FILE, CONFIG_FILE, PREFIX, Factors
+from lorabench.readers.peft_lora import ADAPTER_FILE, CONFIG_FILE, Factors
 from lorabench.record import file_digests, read_json
 from lorabench.train import metrics_of
 from lorabench.update import Update
 from lorabench.weights import add_update, is_conv1d
-
-COPIED = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out")
-"""Fields of a PEFT configuration that say what the adapter is for."""
 
 
 class Compressor:
@@ -50,20 +46,18 @@ class Compressor:
         return model.skeleton(self.spec, self.stages[0].model_options) if self.spec else None
 
     @cached_property
-    def head(self) -> Head:
-        """With its ΔW, where that was kept beside."""
-        subject, head = self.subject, saved_head(self.subject.folder)
+    def carried(self) -> Carried:
+        """What was trained in full beside the factors."""
+        found = saved_whole(self.subject.adapter)
         heads = model.new_heads(self.skeleton) if self.skeleton is not None else []
-        if subject.own and heads and not head.modules:
-            head = trained_head(self.full(), heads)
-        entries = subject.adapter.entries | subject.adapter.vectors
-        changes = load_updates({p: entry for p, entry in entries.items() if is_of_head(p, head.modules)})
-        return Head(modules=head.modules, tensors=head.tensors, updates=tuple(changes))
+        if self.subject.own and heads and not found.beside.modules:
+            return trained_head(self.subject, self.full(), heads)
+        return found
 
     @cached_property
     def entries(self) -> dict[str, Entry]:
         """What is compressed."""
-        return matrices(self.subject, self.head.modules)
+        return matrices(self.subject, self.carried.names)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -74,7 +68,7 @@ class Compressor:
         """Of the adapter as it is: parameters as they are stored, a head apart; no ranks where a ΔW is dense."""
         shapes = [_rank_and_size(update) for update in load_updates(self.entries)]
         ranks = [rank for rank, _ in shapes if rank is not None]
-        stored = _stored_parameters(self.subject.folder, self.head)
+        stored = _stored_parameters(self.subject.folder)
         return {
             "ranks": _span(ranks) if len(ranks) == len(shapes) else None,
             "num_parameters": sum(count for _, count in shapes) if stored is None else stored,
@@ -93,8 +87,8 @@ class Compressor:
         made = {}
         for number, (energy, folder) in enumerate(folders.items()):
             cuts = [layer[number] for layer in layers]
-            with _whole(folder) as temporary:
-                write_adapter(temporary, cuts, where, self.head, self._options(where))
+            with whole_folder(folder) as temporary:
+                write_adapter(temporary, cuts, where, self.carried, self._options(where))
             made[energy] = self._summary(cuts, folder) | {"tied": tied}
         return made
 
@@ -105,7 +99,7 @@ class Compressor:
             "kept": sum(each.kept for each in cuts) / energy,
             "relative_error": math.sqrt(sum(each.lost for each in cuts) / energy),
             "ranks": _span([each.new_rank for each in cuts]),
-            "num_parameters": _stored_parameters(folder, self.head),
+            "num_parameters": _stored_parameters(folder),
             "bytes": (folder / ADAPTER_FILE).stat().st_size,
             "rank_advice": {key: config[key] for key in ("r", "rank_pattern")},
             "left_out": self._left_out(energy, len(cuts)),
@@ -114,18 +108,19 @@ class Compressor:
         }
 
     def _left_out(self, energy: float, num_layers: int) -> dict[str, Any]:
-        """What two factors cannot hold, or need not."""
-        entries = {p: e for p, e in self.subject.adapter.vectors.items() if not is_of_head(p, self.head.modules)}
+        """What two factors cannot hold, or need not, and what was read from no file."""
+        entries = {p: e for p, e in self.subject.adapter.vectors.items() if p not in self.carried.names}
         squares = [float(update.dense().double().square().sum()) for update in load_updates(entries)]
         return {
             "num_vectors": len(squares),
             "energy_of_vectors": sum(squares) / (energy + sum(squares)),
             "num_unchanged": len(self.entries) - num_layers,
+            "tensors": list(self.subject.adapter.left_out),
         }
 
     def _options(self, where: dict[str, Place]) -> dict[str, Any]:
         """What PEFT's configuration says beside the ranks."""
-        options = {key: self.subject.config[key] for key in COPIED if key in self.subject.config}
+        options = carried_fields(self.subject.config)
         if self.spec is None or self.skeleton is None:
             return options
         task = "SEQ_CLS" if model.new_heads(self.skeleton) else "CAUSAL_LM"
@@ -176,17 +171,16 @@ def stored_dtype(entries: dict[str, Entry]) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
-def _stored_parameters(folder: Path | None, head: Head) -> int | None:
-    """Entries of an adapter's tensors in PEFT's format, without a head or a base's embedding that PEFT put in too.
+def _stored_parameters(folder: Path | None) -> int | None:
+    """Entries of an adapter's factors in PEFT's format, without what was saved whole beside them.
 
     None where there is no such file.
     """
     if folder is None or not (folder / ADAPTER_FILE).exists():
         return None
     file = TensorFile(folder / ADAPTER_FILE)
-    names = [name for name in file.names if name.removeprefix(PREFIX) not in head.tensors]
-    factors = [name for name in names if ".lora_" in name]
-    return sum(math.prod(file.shape(name)) for name in factors or names)
+    factors = [name for name in file.names if ".lora_" in name]
+    return sum(math.prod(file.shape(name)) for name in factors or file.names)
 
 
 def _rank_and_size(update: Update) -> tuple[int | None, int]:
@@ -208,17 +202,3 @@ def _row(each: Cut) -> dict[str, Any]:
         "kept": each.kept / each.energy,
         "relative_error": math.sqrt(each.lost / each.energy),
     }
-
-
-@contextlib.contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `folder` when all is written."""
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

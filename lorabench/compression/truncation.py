@@ -19,10 +19,9 @@ from lorabench.advice import rank_pattern_for, smallest_rank
 from lorabench.decode import InputError
 from lorabench.formats import decompose
 from lorabench.linalg import thin_svd
-from lorabench.model import sort_config
+from lorabench.peftfile import Beside, Target, configuration, save_adapter
 from lorabench.readers._entry import Entry
-from lorabench.readers.peft_lora import ADAPTER_FILE, NORMS_FILE, PREFIX, Factors
-from lorabench.record import disk_errors
+from lorabench.readers.peft_lora import NORMS_FILE, Factors
 from lorabench.update import Update, save_updates
 from lorabench.weights import is_linear_layer, is_transposed
 
@@ -140,53 +139,31 @@ def _place_in(base: nn.Module, layer: str, shape: tuple[int, int], *, factored: 
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Head:
-    """A task head that was trained in full, carried over as it is: `tensors` by their names in the base."""
+class Carried:
+    """What was trained in full, and is carried over as it is: a task head, norms, biases, the rows of tokens."""
 
-    modules: tuple[str, ...] = ()
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    beside: Beside = field(default_factory=Beside)
+    names: frozenset[str] = frozenset()
+    """Of the parameters, in the source."""
     updates: tuple[Update, ...] = ()
-    """Its ΔW, where it is known."""
+    """Their ΔW, where it is known."""
 
 
 def write_adapter(
-    folder: Path, cuts: Sequence[Cut], where: dict[str, Place], head: Head, options: dict[str, Any]
+    folder: Path, cuts: Sequence[Cut], where: dict[str, Place], carried: Carried, options: dict[str, Any]
 ) -> None:
     """An adapter that plain PEFT loads, with s = 1 in every layer: α is the layer's rank. `options`: of LoraConfig."""
-    from peft import LoraConfig
-    from safetensors.torch import save_file
-
-    tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in head.tensors.items()}
-    ranks = {}
+    targets = []
     for each in cuts:
         place = where[each.layer]
-        tensors |= _named(each.layer, place.kind, each.B, each.A)
-        ranks[each.layer] = each.new_rank
+        embedding = place.kind == "embedding"
+        targets.append(Target(module=each.layer, B=each.B, A=each.A, rank=each.new_rank, embedding=embedding))
         if place.twin:
-            transposed = (factor.mT.clone(memory_format=torch.contiguous_format) for factor in (each.A, each.B))
-            tensors |= _named(place.twin, "linear", *transposed)
-            ranks[place.twin] = each.new_rank
-    rank, pattern = rank_pattern_for(ranks)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        target_modules=sorted(ranks),
-        modules_to_save=list(head.modules) or None,
-        inference_mode=True,
-        **options,
-    )
-    config.save_pretrained(str(folder))
-    sort_config(folder)
-    with disk_errors(folder / ADAPTER_FILE):
-        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+            targets.append(Target(module=place.twin, B=each.A.mT, A=each.B.mT, rank=each.new_rank))
+    rank, pattern = rank_pattern_for({target.module: target.rank for target in targets})
+    config = configuration(targets, carried.beside, rank) | {"rank_pattern": pattern, "alpha_pattern": pattern}
+    save_adapter(folder, targets, carried.beside, config | options)
     norms = {f"{each.layer}.weight": each.base_norm for each in cuts if each.base_norm is not None}
     (folder / NORMS_FILE).write_text(json.dumps(norms, indent=1))
-    if head.updates:
-        save_updates(head.updates, folder)
-
-
-def _named(layer: str, kind: Kind, B: Tensor, A: Tensor) -> dict[str, Tensor]:
-    suffixes = ("lora_B.weight", "lora_A.weight") if kind == "linear" else ("lora_embedding_B", "lora_embedding_A")
-    return {f"{PREFIX}{layer}.{suffix}": factor.contiguous() for suffix, factor in zip(suffixes, (B, A), strict=True)}
+    if carried.updates:
+        save_updates(carried.updates, folder)

@@ -1,28 +1,33 @@
-"""Any adapter that is factored, written as PEFT's LoRA: where the mapping is exact, and not otherwise.
-
-Each module keeps its own rank and, with the scale in B, s = 1: `lora_alpha` is r, by module where ranks differ.
-"""
+"""Any adapter that is factored, written as PEFT's LoRA: where the mapping is exact, and not otherwise."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorabench.decode import InputError
 from lorabench.formats import Adapter
 from lorabench.layer import LayerSVD
-from lorabench.locate import adapter_path, weights_path
-from lorabench.readers.peft_lora import ADAPTER_FILE, CONFIG_FILE
-from lorabench.record import disk_errors
-from lorabench.tensorfile import read_json
+from lorabench.locate import weights_path
+from lorabench.peftfile import (
+    Target,
+    beside,
+    configuration,
+    padded,
+    save_adapter,
+    whole_folder,
+    whole_names,
+)
+from lorabench.readers._entry import Entry
+from lorabench.readers._factors import Layer
+from lorabench.readers._names import PREFIX
+from lorabench.readers._peft_config import original_layers, original_name
+from lorabench.readers.peft_lora import CONFIG_FILE
 from lorabench.update import Update
 from lorabench.weightfile import WeightFiles, flat_name, is_embedding
 
@@ -30,36 +35,11 @@ NOT_EXACT = {"torchtune": "it permutes the rows of queries and keys for its rota
              "loads does not"}  # fmt: skip
 """Formats of which the names or rows are not those of the model that PEFT would attach to."""
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder(?:_\d)?|prior|decoder)\.(?=.)")
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Target:
-    """One module to write: its name in the model, and what goes there."""
-
-    module: str
-    B: Tensor
-    """(M, r), with the scale in it."""
-    A: Tensor
-    """(r, N)"""
-    kernel: tuple[int, ...] = ()
-    """Of a convolution: (height, width)."""
-    embedding: bool = False
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """By PEFT's names and in its shapes."""
-        B, A = self.B, self.A
-        if self.kernel:
-            A = A.reshape(self.rank, -1, *self.kernel)
-            B = B.reshape(*B.shape, *(1 for _ in self.kernel))
-        ends = ("lora_embedding_B", "lora_embedding_A") if self.embedding else ("lora_B.weight", "lora_A.weight")
-        return {
-            f"base_model.model.{self.module}.{end}": tensor.clone(memory_format=torch.contiguous_format)
-            for end, tensor in zip(ends, (B, A), strict=True)
-        }
+_EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>w[123]|(?:gate|up|down)_proj)")
+"""An expert of the models that had one module each, before transformers 5 stacked them."""
+_OF_MODULE = re.compile(r"(?P<module>.+)(?P<leaf>\.(?:lora_B\.bias|token_adapter\..+))")
+_PAIRS = {"w1": "w3", "w3": "w1", "gate_proj": "up_proj", "up_proj": "gate_proj"}
+"""What PEFT makes one matrix of."""
 
 
 def convert(adapter: Adapter, folder: Path, base_model: str | None = None) -> list[str]:
@@ -82,60 +62,71 @@ def convert(adapter: Adapter, folder: Path, base_model: str | None = None) -> li
             f"{adapter.source}: holds adapters of several models ({', '.join(models)}): without --base, each is "
             "written into a folder of its own"
         )
-    name = base_model or _base_of(adapter)
-    found = {model: _targets(adapter, prefix, base) for model, prefix in models.items()}
-    for model, targets in found.items():
-        _write(targets, folder / model if len(found) > 1 else folder, name)
+    name = base_model or adapter.config.get("base_model_name_or_path")
+    found = {model: _of_experts(_targets(adapter, prefix, base)) for model, prefix in models.items()}
+    extra = beside(adapter, partial(_in_base, base=base, layers=_layers(adapter)))
+    if name is not None:
+        extra.config["base_model_name_or_path"] = name
+    with whole_folder(folder) as temporary:
+        for model, (targets, rank) in found.items():
+            inner = temporary / model if len(found) > 1 else temporary
+            inner.mkdir(exist_ok=True)
+            save_adapter(inner, targets, extra, configuration(targets, extra, rank))
     several = [f"one folder a model: {', '.join(found)}"] if len(found) > 1 else []
     return [*several, *_notes(adapter, base, name)]
 
 
-def _write(targets: list[Target], folder: Path, base_model: str | None) -> None:
-    from safetensors.torch import save_file
+def _of_experts(targets: list[Target]) -> tuple[list[Target], int | None]:
+    """Modules of single experts as PEFT stacks them when it loads, and the rank that `r` must then be.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor for target in targets for name, tensor in target.tensors().items()}
-    with disk_errors(folder / ADAPTER_FILE):
-        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(configuration(targets, base_model), indent=2, sort_keys=True) + "\n")
+    It puts w1 and w3 (gate_proj, up_proj) together at twice `r`, whatever patterns say, and all experts of a block in
+    one tensor: all have the same rank, what is lacking in it is zero.
+    """
+    experts = {target.module: match for target in targets if (match := _EXPERT.fullmatch(target.module))}
+    if not experts:
+        return targets, None
+    by_name = {target.module: target for target in targets}
+    blocks: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    for match in experts.values():
+        blocks[match["stack"], match["leaf"]].add(int(match["index"]))
+    missing = [
+        f"{stack}.{index}.{leaf}"
+        for (stack, leaf), there in blocks.items()
+        for index in range(1 + max(max(blocks[stack, other]) for other in _leaves(blocks, stack)))
+        if index not in there
+    ]
+    missing += [f"{stack}.0.{_PAIRS[leaf]}" for stack, leaf in blocks if leaf in _PAIRS
+                and (stack, _PAIRS[leaf]) not in blocks]  # fmt: skip
+    if missing:
+        raise InputError(f"{missing[0]}: has no ΔW, and PEFT stacks either all experts of a block or none")
+    rank = max(by_name[module].rank for module in experts)
+    stacks = {match["stack"].removesuffix(".experts") for match in experts.values()}
+    routers = {f"{stack}.gate" for stack in stacks} & by_name.keys()
+    alike = experts.keys() | routers
+    return [padded(target, rank) if target.module in alike else target for target in targets], rank
 
 
-def configuration(targets: list[Target], base_model: str | None) -> dict[str, Any]:
-    """PEFT's, with s = 1 everywhere: the most frequent rank as `r`, and patterns for the others."""
-    rank = Counter(target.rank for target in targets).most_common(1)[0][0]
-    # Anchored: of PEFT's patterns the first that fits a name's end counts.
-    others = {f"^{re.escape(target.module)}": target.rank for target in targets if target.rank != rank}
-    return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "target_modules": sorted(target.module for target in targets),
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-        "task_type": None,
-        "use_dora": False,
-        "use_rslora": False,
-    }
+def _leaves(blocks: dict[tuple[str, str], set[int]], stack: str) -> list[str]:
+    return [leaf for other, leaf in blocks if other == stack]
 
 
 def _targets(adapter: Adapter, prefix: str, base: WeightFiles | None) -> list[Target]:
     """What is to be written of the names with a prefix. InputError with all that stands in the way."""
     problems: list[str] = []
     targets: dict[str, Target] = {}
-    for parameter, entry in adapter.entries.items():
-        if not parameter.startswith(prefix):
+    whole, layers = _whole(adapter, base), _layers(adapter)
+    stacked: dict[str, list[Layer]] = {}
+    for parameter, entry in (adapter.entries | adapter.vectors).items():
+        if not parameter.startswith(prefix) or parameter in whole:
             continue
         try:
+            if wrapper := _wrapper(adapter, entry):
+                stacked.setdefault(wrapper, []).append(entry)  # type: ignore[arg-type]  # `_wrapper` has seen to it
+                continue
             update = _factored(entry.load(), parameter)
             if getattr(entry, "groups", 1) > 1:
                 raise InputError(f"{parameter}: of a grouped convolution, whose B is a part of this one")
-            target = _target(update, _module(parameter.removeprefix(prefix), base), base)
+            target = _target(update, _module(parameter.removeprefix(prefix), base, layers), base, layers)
             if target.module in targets:
                 raise InputError(f"{parameter}: belongs to {target.module}, as another does")
             targets[target.module] = target
@@ -144,7 +135,43 @@ def _targets(adapter: Adapter, prefix: str, base: WeightFiles | None) -> list[Ta
     if problems:
         shown = problems[:4] + ([f"and so {len(problems) - 4} more"] if len(problems) > 4 else [])
         raise InputError([f"{adapter.source}: cannot be written as PEFT exactly: {problem}" for problem in shown])
-    return list(targets.values())
+    return [*targets.values(), *(_stack(adapter, wrapper, parts) for wrapper, parts in stacked.items())]
+
+
+def _layers(adapter: Adapter) -> list[int]:
+    return original_layers(adapter.config, adapter.source)
+
+
+def _whole(adapter: Adapter, base: WeightFiles | None) -> set[str]:
+    """Names of what was saved whole, in the source and in the base."""
+    names, layers = whole_names(adapter), _layers(adapter)
+    found = (None if base is None else base.find(original_name(name, layers)) for name in names)
+    return names | {name for name in found if name}
+
+
+def _wrapper(adapter: Adapter, entry: Entry) -> str | None:
+    """PEFT's name of the LoRA that a ΔW is a part of, where the target is a parameter (`target_parameters`)."""
+    if adapter.config.get("target_parameters") and isinstance(entry, Layer):
+        return entry.names["A"].removeprefix(PREFIX).removesuffix(".lora_A.weight")
+    return None
+
+
+def _stack(adapter: Adapter, wrapper: str, parts: list[Layer]) -> Target:
+    """ΔW of all experts of one parameter, in PEFT's order: A expert by expert, B with the expert last."""
+    updates = {_expert(part.parameter): _factored(part.load(), part.parameter) for part in parts}
+    ordered = [updates[index] for index in sorted(updates)]
+    A = torch.cat([update.A for update in ordered if update.A is not None])
+    B = torch.stack([update.B for update in ordered], 2).flatten(1)
+    name = re.sub(r"\[\d+\]\.weight$", "", parts[0].parameter)
+    targets = adapter.config["target_parameters"]
+    if not any(f".{name}".endswith(f".{target}") for target in targets):
+        name = name.removesuffix(".weight")
+    return Target(module=wrapper, B=B, A=A, rank=ordered[0].B.shape[1], parameter=name)
+
+
+def _expert(parameter: str) -> int:
+    match = re.search(r"\[(\d+)\]\.weight$", parameter)
+    return int(match[1]) if match else 0
 
 
 def _factored(update: Update | LayerSVD, parameter: str) -> Update:
@@ -159,30 +186,48 @@ def _factored(update: Update | LayerSVD, parameter: str) -> Update:
     return update
 
 
-def _module(parameter: str, base: WeightFiles | None) -> str:
+def _module(parameter: str, base: WeightFiles | None, layers: list[int]) -> str:
     """The module's name in the model. InputError where it is not certain."""
     layer = parameter.removesuffix(".weight")
+    if re.search(r"\[\d+\]$", layer):
+        raise InputError(
+            f"{parameter}: is one of stacked experts, and which LoRA of theirs PEFT would load is not known"
+        )
     if "[" in layer:
         raise InputError(f"{parameter}: is some rows of a fused layer, and no module of its own")
     if base is None:
         if flat_name(parameter):
             raise InputError(f"{parameter}: `_` may stand for `.`: which module it is, only --base can tell")
         return layer
-    name = base.find(parameter)
-    if name is None:
+    if base.find(original_name(parameter, layers)) is None:
         raise InputError(f"{parameter}: the base {base.path} has no such weight, or several")
-    return name.removesuffix(".weight")
+    return _in_base(parameter, base, layers).removesuffix(".weight")
 
 
-def _target(update: Update, module: str, base: WeightFiles | None) -> Target:
+def _in_base(parameter: str, base: WeightFiles | None, layers: list[int]) -> str:
+    """The base's name of a parameter, of replicated blocks by their own numbers; as it is where the base has none."""
+    if match := _OF_MODULE.fullmatch(parameter):
+        return _in_base(f"{match['module']}.weight", base, layers).removesuffix(".weight") + match["leaf"]
+    original = original_name(parameter, layers)
+    found = base.find(original) if base is not None else None
+    if found is None or original == parameter:
+        return found or parameter
+    if found.endswith(original):
+        return found.removesuffix(original) + parameter
+    return parameter.removeprefix(original.removesuffix(found))
+
+
+def _target(update: Update, module: str, base: WeightFiles | None, layers: list[int]) -> Target:
     assert update.A is not None
     kernel = update.kernel
     if base is not None:
-        shape = base.shape(f"{module}.weight")
+        stored = original_name(f"{module}.weight", layers)
+        shape = base.shape(stored)
         if shape != update.shape:
             raise InputError(f"{update.parameter}: ΔW {update.shape}, and the base's weight is {shape}")
-        kernel = base.stored_shape(f"{module}.weight")[2:]
-    return Target(module=module, B=update.B, A=update.A, kernel=kernel, embedding=is_embedding(f"{module}.weight"))
+        kernel = base.stored_shape(stored)[2:]
+    embedding = is_embedding(f"{module}.weight")
+    return Target(module=module, B=update.B, A=update.A, rank=len(update.A), kernel=kernel, embedding=embedding)
 
 
 def _models(adapter: Adapter) -> dict[str, str]:
@@ -193,14 +238,6 @@ def _models(adapter: Adapter) -> dict[str, str]:
     if "" in found:
         return {"": ""}
     return {prefix.removesuffix("."): prefix for prefix in sorted(found)}
-
-
-def _base_of(adapter: Adapter) -> str | None:
-    """The base that the source's own PEFT configuration names."""
-    path = adapter_path(adapter.source)
-    file = (path if path.is_dir() else path.parent) / CONFIG_FILE
-    name = read_json(file).get("base_model_name_or_path") if file.exists() else None
-    return name if isinstance(name, str) else None
 
 
 def _notes(adapter: Adapter, base: WeightFiles | None, name: str | None) -> Iterator[str]:
