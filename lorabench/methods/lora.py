@@ -56,7 +56,8 @@ class Lora(Tuner):
     lr_ratio: Annotated[float, Gt(0)] = 1.0
     """LoRA+: the learning rate of B over that of A and of all else that is trained."""
     rank_pattern: dict[str, Annotated[int, Ge(1)]] = field(default_factory=dict)
-    """Ranks of their own for some layers: the end of a layer's name, or a regular expression -> rank, as in PEFT."""
+    """Ranks of their own for some layers: the end of a layer's name, or a regular expression -> rank, as in PEFT. Of
+    several that fit a layer the first counts; the adapter's file has each such layer's own name."""
     alpha_pattern: dict[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
     embeddings: bool = False
     """Factors for the input embedding too."""
