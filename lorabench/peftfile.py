@@ -92,7 +92,8 @@ def beside(adapter: Adapter, renamed: Callable[[str], str] = lambda name: name) 
     PEFT takes each module whose name ends with one of `modules_to_save`: all that were saved stand there in full.
     """
     saved = tuple(name for name in adapter.config.get("modules_to_save") or () if isinstance(name, str))
-    tensors, modules = {}, {}
+    tensors: dict[str, Tensor] = {}
+    modules: dict[str, None] = {}
     for name, other in adapter.others.items():
         tensor = other.load()
         if name.endswith(_LORA_BIAS):

@@ -146,7 +146,7 @@ class Compressor:
                 f"--like {self.spec.id}: is quantized, and {subject.adapter.format} cannot be added to that"
             )
         tuned = self.base()
-        for update in load_updates(matrices(subject, ()) | subject.adapter.vectors):
+        for update in load_updates(matrices(subject, frozenset()) | subject.adapter.vectors):
             add_update(tuned, update)
         return tuned
 

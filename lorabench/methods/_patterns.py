@@ -38,7 +38,7 @@ def _check_followed(key: str, patterns: dict[str, Any], usual: Any, given: dict[
     from peft.utils.other import get_pattern_key
 
     for name, value in given.items():
-        asked = patterns.get(get_pattern_key(patterns.keys(), name), usual)
+        asked = patterns.get(get_pattern_key(list(patterns), name), usual)
         if asked != value:
             raise InputError(f"{key}: PEFT does not keep to it: {name} has {value:g} and not {asked:g}")
 
