@@ -37,12 +37,13 @@ from lorabench.distributed import (
     own_device,
     told,
 )
+from lorabench.durable import remove
 from lorabench.examples import Examples, prepare_stages
-from lorabench.record import RunRecord, Status, Store
+from lorabench.record import STEPS_FILE, RunRecord, Status, Store
 from lorabench.remarks import remarks
 from lorabench.snapshots import drop_unknown, keep_snapshot, write_update
 from lorabench.spec import RunSpec, canonical_json
-from lorabench.steps import StepLog
+from lorabench.steps import StepLog, write_steps
 from lorabench.train import Saves, evaluate, stop_on_signals, train
 from lorabench.training import Diverged, Stop, Stopped, Training, make_optimizer
 
@@ -185,6 +186,8 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
         if spec.keep != "none":
             load_base = base_loader(training, stages)
             record.files = write_update(training, load_base, folder, "updates", hold) | training.snapshots
+        if world.is_first:
+            record.steps_sha256 = write_steps(folder / STEPS_FILE, training.log)
         account.fill(record, training, folder)
     stop.world = world.leave()
     if spec.serving and world.is_sharded:
@@ -261,6 +264,7 @@ def _resume(training: Training, checkpoint: Path) -> int | None:
         training.load(checkpoint)
     except ValueError as error:
         if training.world.is_first:
+            remove(checkpoint.with_suffix(".unusable"))
             os.replace(checkpoint, checkpoint.with_suffix(".unusable"))
         print(f"checkpoint {error}; it is set aside, and the run begins anew")
         return None
@@ -291,8 +295,8 @@ def _train_and_evaluate(
             checkpoint()
             raise
 
-    log_file = folder / "steps.jsonl" if training.world.is_first else None
-    log = StepLog(log_file, training.step, options.checkpoint_seconds)
+    log_file = folder / STEPS_FILE if training.world.is_first else None
+    log = StepLog(log_file, training.log, options.checkpoint_seconds)
     saves = Saves(checkpoint=checkpoint, snapshot=snapshot)
     for stage in range(training.stage, len(stages)):
         if stage > training.stage:

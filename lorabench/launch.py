@@ -187,6 +187,8 @@ class _Launch:
     def _sort(self) -> None:
         """Split the sweep into what is settled already and what is to do."""
         for state, spec in zip(self.store.states(list(self.sweep.runs)), self.sweep.runs, strict=True):
+            if Status.CORRUPT in self.pool.retry or spec.id in self.pool.again:
+                state = self.store.verified(state)
             if state.status == Status.DONE:
                 self._settle(state, "already")
             elif state.status == Status.RUNNING:

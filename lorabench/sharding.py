@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lorabench import model as models
 from lorabench.decode import InputError
 from lorabench.distributed import Sharding, World, is_sharded
+from lorabench.durable import sync
 from lorabench.spec import RunSpec
 
 FITS = 0.8
@@ -136,6 +137,7 @@ def write_shares(
     checkpoint.save(_named(trained, state["state"]), checkpoint_id=folder / name)
     # Each rank looks at its own files: to see another machine's at once is more than NFS promises.
     own = [*(folder / name).glob(f"__{world.rank}_*"), *([folder / name / METADATA] if world.is_first else [])]
+    sync(folder / name)
     sizes = world.gather({file.name: file.stat().st_size for file in own})
     return {
         "shares": name,

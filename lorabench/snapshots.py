@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabench.claim import Hold
+from lorabench.durable import make_folder, remove, sync, sync_tree
 from lorabench.method import LoadBase, Method
 from lorabench.record import file_digests
 from lorabench.training import Training, random_state, set_random_state
@@ -37,14 +38,16 @@ def write_update(training: Training, load_base: LoadBase, folder: Path, name: st
     temporary, final = folder / f"{name}.{os.getpid()}.tmp", folder / name
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had the same pid
-        temporary.mkdir(parents=True)
+        make_folder(temporary)
         if is_streamed(training) and training.spec.keep == "updates":
             stream_updates(training.spec.method.updates(training.model, load_base), temporary)
         else:
             training.spec.method.save(training.model, load_base, temporary, training.spec.keep)
+        sync_tree(temporary)
         hold.check()
-        shutil.rmtree(final, ignore_errors=True)
+        remove(final)
         os.replace(temporary, final)
+        sync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return file_digests(final, folder)
@@ -88,7 +91,11 @@ def keep_snapshot(training: Training, load_base: LoadBase, folder: Path, hold: H
 def drop_unknown(folder: Path, known: Collection[str], hold: Hold) -> None:
     """Remove the snapshots of a run that are not among its `known` files: those of steps that will be taken again."""
     hold.check()
+    kept = folder / FOLDER
+    if kept.is_symlink() or not kept.is_dir():
+        remove(kept)
+        return
     steps = {Path(path).parts[1] for path in known}
-    for found in (folder / FOLDER).glob("*"):
+    for found in kept.iterdir():
         if found.name not in steps:
-            shutil.rmtree(found)
+            remove(found)

@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
+from lorabench.durable import remove, write_bytes
+
 
 class StepLog:
-    """Appends rows; a resumed run drops the rows past its checkpoint and goes on.
+    """Appends rows to `lines`, which checkpoints keep, and to a file, from which nothing is ever read back.
 
-    Without a file nothing is written, and no checkpoint is ever due: another rank sees to both.
+    So a resumed run has exactly the rows of an uninterrupted one, whatever has become of the file meanwhile. Without
+    a file nothing is written, and no checkpoint is ever due: another rank sees to both.
     """
 
-    def __init__(self, file: Path | None, resume_at: int, checkpoint_seconds: float):
-        self._file = file
-        self._rows: list[str] = []
+    def __init__(self, file: Path | None, lines: list[str], checkpoint_seconds: float):
+        self._file, self._lines = file, lines
         self._every = checkpoint_seconds
         self._last_checkpoint = time.monotonic()
-        if file is None:
-            return
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text("".join(_rows_until(file, resume_at)))
-        os.replace(temporary, file)
+        self._begin()
+        self.flush()
 
     def step(self, row: dict[str, Any]) -> None:
-        self._rows.append(json.dumps(row) + "\n")
+        self._lines.append(json.dumps(row) + "\n")
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        self._rows.append(json.dumps({"step": step} | metrics) + "\n")
+        self._lines.append(json.dumps({"step": step} | metrics) + "\n")
 
     def flush(self) -> None:
-        """Write what is pending; steps of a checkpoint are always written before it."""
-        if self._rows and self._file is not None:
-            with open(self._file, "a") as handle:
-                handle.writelines(self._rows)
-        self._rows.clear()
+        """Show what is pending to whoever follows the file."""
+        if self._file is not None and self._written < len(self._lines):
+            if not self._file.is_file():  # somebody has taken it away
+                self._begin()
+            with open(self._file, "a", encoding="utf-8") as handle:
+                handle.writelines(self._lines[self._written :])
+            self._written = len(self._lines)
+
+    def _begin(self) -> None:
+        if self._file is not None:
+            remove(self._file)
+            self._file.touch()
+        self._written = 0
 
     def checkpoint_due(self) -> bool:
         """Whether so many seconds have passed since this was last true."""
@@ -47,17 +54,10 @@ class StepLog:
         return True
 
 
-def _rows_until(file: Path, step: int) -> list[str]:
-    """The lines up to a step. What a crash cut short is past the checkpoint: the lines before it were flushed first."""
-    kept: list[str] = []
-    if not step or not file.exists():
-        return kept
-    for line in file.read_text().splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if row["step"] > step:
-            break
-        kept.append(line)
-    return kept
+def write_steps(file: Path, lines: list[str]) -> str:
+    """Write the log of a run that has ended whole and to last, whatever lies there; its SHA-256."""
+    content = "".join(lines).encode()
+    if file.is_dir():
+        remove(file)
+    write_bytes(file, content)
+    return hashlib.sha256(content).hexdigest()

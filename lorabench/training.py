@@ -7,6 +7,7 @@ import os
 import pickle
 import struct
 import time
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from torch import nn
 
 from lorabench import meter as meters
 from lorabench import ranks, sharding
+from lorabench.decode import InputError
 from lorabench.distributed import ALONE, World, is_sharded
+from lorabench.durable import make_folder, remove, sync
+from lorabench.record import check_files
 from lorabench.spec import RunSpec
+from lorabench.stored import fit
 
 MARKER_SECONDS = 3.0
 """Between two looks for a file: a shared file system is asked over the network."""
@@ -85,6 +90,8 @@ class Training:
     """Fingerprints of the base and the data: a checkpoint goes on with the same ones or not at all."""
     snapshots: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the files of the snapshots kept so far, by path below the run's folder."""
+    log: list[str] = field(default_factory=list)
+    """The lines of `steps.jsonl` so far."""
 
     sizes: set[int] = field(default_factory=set)
     """Numbers of ranks that took the steps before it was stopped."""
@@ -126,22 +133,26 @@ class Training:
             "metrics": self.metrics,
             "rows": self.rows,
             "snapshots": self.snapshots,
+            "log": "".join(self.log),
             "others": others,
             "sizes": sorted(self.sizes | {self.world.size}),
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.parent.is_dir():
+            remove(file.parent)
+        make_folder(file.parent)
         temporary = file.with_suffix(".tmp")
         with open(temporary, "wb") as handle:
             torch.save(state | own | tensors, handle)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, file)
+        sync(file.parent)
         sharding.drop_shares(file.parent, tensors.get("shares"))
 
     def load(self, file: Path) -> None:
         """Go on where the checkpoint was written, on as many ranks or on others.
 
-        ValueError if it is damaged, or of other data or weights.
+        ValueError if it is damaged, or a snapshot that it tells of is, or it is of other data or weights.
         """
         state = self.world.from_first(lambda: read_checkpoint(file))
         if state["content"] != self.content:
@@ -155,6 +166,7 @@ class Training:
         self.stage, self.step, self.evaluated = state["stage"], state["step"], state["evaluated"]
         self.losses, self.metrics, self.rows = state["losses"], state["metrics"], state["rows"]
         self.snapshots, self.sizes = state["snapshots"], set(state["sizes"])
+        self.log = state["log"].splitlines(keepends=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self._load_rank([state, *state["others"]])
 
@@ -173,15 +185,24 @@ class Training:
                 self.meter.restore_peaks(gone["meter"])
 
 
+_PLAIN: dict[str, Any] = {"stage": int, "step": int, "evaluated": int, "losses": list[float], "log": str}
+
+
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """What `Training.save` wrote. ValueError if it is damaged."""
+    """What `Training.save` wrote. ValueError if it, or a file of a snapshot that it tells of, is damaged or gone."""
     try:
+        if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"{damaged} is damaged")
         state = torch.load(file, map_location="cpu", weights_only=True)
         tensors = ("share_bytes", "moments") if "shares" in state else ("model",)
-        needed = (*tensors, "stage", "step", "evaluated", "losses", "metrics", "rows", "optimizer", "meter", "random")
+        needed = (*tensors, *_PLAIN, "metrics", "rows", "optimizer", "meter", "random")
         optional: dict[str, Any] = {"content": None, "snapshots": {}, "others": [], "sizes": []}
-        return optional | state | {key: state[key] for key in needed}
+        state = optional | state | {key: fit(_PLAIN.get(key, Any), state[key], key) for key in needed}
+        check_files(file.parent.parent, fit(dict[str, str], state["snapshots"], "snapshots"))
+        return state
     except (
+        InputError,
+        zipfile.BadZipFile,
         RuntimeError,
         OSError,
         EOFError,

@@ -68,16 +68,21 @@ class Standing:
 
 
 def standings(
-    store: Store, runs: Sequence[RunSpec] | Sequence[str] | None = None, tell: Tell | None = None
+    store: Store,
+    runs: Sequence[RunSpec] | Sequence[str] | None = None,
+    tell: Tell | None = None,
+    verify: bool = False,
 ) -> list[Standing]:
     """These runs (specs, or ids), or all that the store and its queue hold; what ended jobs left is settled on the way.
 
+    With `verify` runs whose files are gone or changed are `corrupt`: every file is read.
     Raises slurm.Unreachable where squeue does not answer; with `tell` it is told instead, and what cannot be known
     stays as the store has it.
     """
     submissions = list(read_submissions(store.root, tell))
     places = _places(submissions)
     states = _states(store, submissions, runs)
+    states = [store.verified(state) for state in states] if verify else states
     placed = [state for state in states if state.run_id in places]
     marked = {state.run_id for state in placed if _is_marked(store, state)}
     states = [_cancelled(state) if state.run_id in marked else state for state in states]

@@ -76,7 +76,8 @@ ALPHA = argument("--alpha", "α of a format that does not keep its own", type=fl
 HTML = argument("--html", "write a page with figures too", type=Path, metavar="FILE")
 RETRY = argument(
     "--retry",
-    "repeat what has ended as: failed, oom, timeout, diverged, corrupt or all (several: comma)",
+    "repeat what has ended as: failed, oom, timeout, diverged, corrupt (every file of a run is read) or all "
+    "(several: comma)",
     default="",
     metavar="STATUS",
 )

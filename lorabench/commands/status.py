@@ -4,6 +4,9 @@ What the store says is joined with the queue of `lorabench submit` and with SLUR
 ended): `pending` runs show SLURM's reason, `lost` ones went away with their job and are submitted again by the next
 `lorabench submit`. Of more than 60 runs a summary is shown, and a line for those that run or have not ended well.
 
+`corrupt` is a run whose spec or record does not say what a run's does, or, with --verify, one whose files are no more
+what they were when it ended. `--retry corrupt` of `run` and `submit` looks so too, and makes such runs again.
+
 --watch ends when nothing waits or runs any more, with exit code 1 unless all is done. It prints only changes where
 its output is no terminal.
 """
@@ -35,6 +38,11 @@ ARGUMENTS = [
         "--watch", f"look again every so many seconds (default: {WATCH_SECONDS:g})", type=number(float, 0.1),
         nargs="?", const=WATCH_SECONDS, metavar="SECONDS",
     ),
+    argument(
+        "--verify",
+        "read every file that a run has left: `corrupt` where one is gone or has changed; exit code 1 if any run is",
+        action="store_true",
+    ),
     argument("--all", "a line for every run, however many they are", action="store_true"),
     JSON,
 ]  # fmt: skip
@@ -42,6 +50,7 @@ ARGUMENTS = [
 
 def main(arguments: argparse.Namespace) -> int:
     from lorabench.cluster.standing import standings
+    from lorabench.record import Status
     from lorabench.stamp import find_sweeps
     from lorabench.status import MANY, status_json, status_text
 
@@ -51,14 +60,14 @@ def main(arguments: argparse.Namespace) -> int:
     once = cache(talk)  # what stays wrong from one look to the next is said once
 
     def look() -> list[Standing]:
-        return standings(store, specs, tell=once)
+        return standings(store, specs, tell=once, verify=arguments.verify)
 
     if arguments.watch is not None:
         return _watch(arguments, store, look)
     found = look()
     many = len(found) if arguments.all else MANY
     tell(as_json(status_json(store, found)) if arguments.json else status_text(store, found, many))
-    return 0
+    return int(arguments.verify and any(standing.status == Status.CORRUPT for standing in found))
 
 
 def _sweep_alone(arguments: argparse.Namespace) -> None:
