@@ -71,7 +71,10 @@ def prepare(order: Order, store: Store, plan: dict[str, Any], tell: Callable[[st
     Raises slurm.Unreachable where SLURM does not answer; with `tell` that is told instead.
     """
     profile = order.profile
-    found = {standing.run_id: standing for standing in standings(store, order.sweep.runs, tell, Status.CORRUPT in order.retry)}
+    found = {
+        standing.run_id: standing
+        for standing in standings(store, order.sweep.runs, tell, Status.CORRUPT in order.retry)
+    }
     estimates = {run["run_id"]: run["estimate"] for run in plan["runs"]}
     missing = [spec for spec in order.sweep.runs if is_missing(found[spec.id].status, order.retry)]
     cells = [Cell(run_id=s.id, seconds=expected_seconds(estimates[s.id]), kind=warm_kind(s)) for s in missing]
