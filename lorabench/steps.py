@@ -20,6 +20,7 @@ class StepLog:
 
     def __init__(self, file: Path | None, lines: list[str], checkpoint_seconds: float):
         self._file, self._lines = file, lines
+        self._written = 0
         self._every = checkpoint_seconds
         self._last_checkpoint = time.monotonic()
         self._begin()
