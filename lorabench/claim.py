@@ -24,6 +24,8 @@ from lorabench.decode import InputError
 from lorabench.durable import make_folder, sync
 from lorabench.stored import again, fit, read
 
+from lorabench.machine import process_start
+
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 90.0
 """An owner on another machine that has not been heard of for so long is taken for dead."""
@@ -64,7 +66,7 @@ class Claim:
         if self.released:
             return False
         if self.machine == _machine():
-            return _process_start(self.pid) == self.process_start is not None
+            return process_start(self.pid) == self.process_start is not None
         return time.time() - self.time < STALE_SECONDS
 
 
@@ -146,7 +148,7 @@ def take(folder: Path, progress: dict[str, Any] | None = None) -> Hold | None:
         host=socket.gethostname(),
         machine=_machine(),
         pid=os.getpid(),
-        process_start=_process_start(os.getpid()),
+        process_start=process_start(os.getpid()),
         time=time.time(),
         progress=progress or {},
     )
@@ -235,12 +237,3 @@ def _lead(folder: Path) -> float:
 def _machine() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}" if boot.exists() else socket.gethostname()
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot: tells it from a later one with the same pid."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except (FileNotFoundError, ProcessLookupError):
-        return None

@@ -25,6 +25,8 @@ class Ending:
     rank: int = 0
     stopped: bool = False
     """Whether who had started it ended it, for another rank had ended."""
+    orphaned: bool = False
+    """Whether its fork server had died before it, so that nobody knows its exit code."""
     out_of_memory: bool = False
     """Whether the kernel has counted a kill for want of memory."""
     failure: tuple[str, str, bool] | None = None
@@ -41,10 +43,12 @@ class Ending:
         code = self.code
         if code is None:
             return Status.CANCELLED, "its machine does not answer any more; run again to resume"
-        if code == -signal.SIGKILL and self.out_of_memory:
+        if self.out_of_memory and (code == -signal.SIGKILL or self.orphaned):
             return Status.OOM, "killed by the kernel: out of memory"
         if self.failure:
             return Status(self.failure[0]), self.failure[1]
+        if self.orphaned:
+            return Status.CANCELLED, "its fork server died, and then it did; run again to resume"
         if code in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT):
             return Status.CANCELLED, f"killed by signal {-code}; run again to resume"
         ending = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

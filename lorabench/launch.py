@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
@@ -22,6 +22,7 @@ from lorabench.claim import current_claim
 from lorabench.decode import InputError
 from lorabench.distributed import Place
 from lorabench.endings import Ending, common_cause, record_stamp, write_ending
+from lorabench.forks import Server, ServerDied, killed_server
 from lorabench.machine import count_oom_kills
 from lorabench.record import FAILURES, RunState, Status, Store
 from lorabench.spec import RunSpec, brief, swept_keys
@@ -38,6 +39,8 @@ PEER_GRACE_SECONDS = 10.0
 GRACE_SECONDS = 60.0
 """A run that is so long past its time limit does not reach its own check any more, and is killed."""
 STARTS_WITHOUT_RECORD = 3
+SERVER_DEATHS = 3
+"""Fork servers in a row that may die before they have started a process of a run."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REPEATABLE = (*FAILURES, Status.CORRUPT)
 """What `--retry` can name."""
@@ -77,6 +80,8 @@ class Outcome:
     signal: int | None = None
     stopped: tuple[str, ...] = ()
     """Runs that were being computed when the signal came."""
+    problem: str | None = None
+    """Why not every run could be begun."""
 
     @property
     def exit_code(self) -> int:
@@ -162,7 +167,10 @@ class _Launch:
         self.oom_kills = count_oom_kills()
         self.meetings = tempfile.TemporaryDirectory(prefix="lorabench-")
         self.server_log = pool.server_log or store.root / "runs" / ".server.log"
-        self.context: Any = None
+        self.server: Server | None = None
+        self.server_deaths = 0
+        self.killed_server: int | None = None
+        self.problem: str | None = None
         self.signals: list[int] = []
         self.obeyed = 0
         self.stopped: tuple[str, ...] = ()
@@ -182,7 +190,8 @@ class _Launch:
                 self._kill_overdue()
                 self._show()
         states = [self.settled.get(spec.id) or self.store.state(spec.id, spec) for spec in self.sweep.runs]
-        return Outcome(states=states, signal=self.signals[0] if self.signals else None, stopped=self.stopped)
+        number = self.signals[0] if self.signals else None
+        return Outcome(states=states, signal=number, stopped=self.stopped, problem=self.problem)
 
     def _sort(self) -> None:
         """Split the sweep into what is settled already and what is to do."""
@@ -210,21 +219,21 @@ class _Launch:
 
     def _check(self) -> None:
         """InputError, before anything runs, if some method does not fit its model."""
-        self._start_server()
-        here, there = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=check_main, args=(self.pending, there, self.server_log))
-        process.start()
-        there.close()
-        with contextlib.suppress(EOFError):  # it died: whatever is wrong, the runs meet it and say so
+        server = self._running_server()
+        here, there = server.context.Pipe(duplex=False)
+        with contextlib.suppress(ServerDied, EOFError, OSError):  # whatever is wrong, the runs meet it and say so
+            process = server.start(check_main, (self.pending, there, self.server_log))
+            there.close()
             problems, notes = here.recv()
             if problems:
                 raise InputError(problems, self.sweep.name)
             for note in notes:
                 self.display.say(note)
-        process.join()
+            process.join()
 
-    def _start_server(self) -> None:
-        self.context = self.context or start_server(self.server_log, self.pool.preload, self.sweep.runs)
+    def _running_server(self) -> Server:
+        self.server = self.server or start_server(self.server_log, self.pool.preload, self.sweep.runs)
+        return self.server
 
     def _fill(self) -> None:
         """Start pending runs in the free slots."""
@@ -249,18 +258,35 @@ class _Launch:
             text = f"its folder cannot be written: {error.strerror}"
             self._settle(write_ending(self.store, spec, Status.FAILED, text))
             return
-        self._start_server()
+        server = self._running_server()
         before = record_stamp(self.store, spec)
         self.starts[spec.id] = self.starts.get(spec.id, 0) + 1
         places = self._places(spec)
         ranks: list[RankProcess | RemoteRank] = []
-        for place in places:
-            settings = replace(self.pool.settings, place=place)
-            ranks.append(RankProcess.start(self.context, self.target, spec, self.store, settings, self._gpus(slot)))
+        try:
+            for place in places:
+                settings = replace(self.pool.settings, place=place)
+                ranks.append(RankProcess.start(server, self.target, spec, self.store, settings, self._gpus(slot)))
+        except ServerDied as died:
+            self._begin_later(spec, ranks, str(died))
+            return
+        self.server_deaths = 0
         if self.pool.team:
             ranks += self.pool.team.start(spec, places[0])
         child = _Child(spec=spec, slot=slot, ranks=ranks, started=time.monotonic(), record_before=before)
         self.children.append(child)
+
+    def _begin_later(self, spec: RunSpec, ranks: Sequence[RankProcess | RemoteRank], why: str) -> None:
+        """With another fork server; unless that dies each time."""
+        for rank in ranks:
+            rank.kill()
+        self.server_deaths += 1
+        if self.server_deaths < SERVER_DEATHS:
+            self.pending.insert(0, spec)
+        else:
+            self.problem = why
+            self.pending.clear()
+            self.display.say(f"no run can be begun: {why}")
 
     def _places(self, spec: RunSpec) -> list[Place]:
         """Of the processes of a run that are started here."""
@@ -279,12 +305,13 @@ class _Launch:
     def _wait(self) -> None:
         if self.children:
             here = [rank.process for child in self.children for rank in child.ranks if isinstance(rank, RankProcess)]
-            alive = [process.sentinel for process in here if process.is_alive()]
+            alive = [forked.process.sentinel for forked in here if forked.process.is_alive()]
             connection.wait(alive, timeout=TICK_SECONDS) if alive else time.sleep(TICK_SECONDS)
         elif not self.pending and self.elsewhere:
             time.sleep(TICK_SECONDS)
 
     def _reap(self) -> None:
+        self._count_server_kill()
         for child in list(self.children):
             child.end_stragglers()
             if not child.alive:
@@ -303,21 +330,36 @@ class _Launch:
             self.elsewhere.append(spec)
         elif state.status == Status.DONE or (written and state.status in (*REPEATABLE, Status.CANCELLED)):
             self._settle(state)
-        elif _went_well(endings) and not self.signals and self.starts[spec.id] < STARTS_WITHOUT_RECORD:
-            self.pending.append(spec)  # another worker had it and gave it up
         elif child.overdue:
             error = f"killed {GRACE_SECONDS:.0f} s after its time limit: it did not answer"
             self._settle(write_ending(self.store, spec, Status.TIMEOUT, error))
+        elif self.signals and self._may_begin_again(endings):
+            self._settle(state)
+        elif self.starts[spec.id] < STARTS_WITHOUT_RECORD and self._may_begin_again(endings):
+            self.pending.append(spec)
         else:
             self._settle(write_ending(self.store, spec, *common_cause(endings)))
 
+    def _may_begin_again(self, endings: list[Ending]) -> bool:
+        """Whether another worker had the run and gave it up, or nobody knows how it ended."""
+        lost = any(ending.orphaned and not ending.out_of_memory for ending in endings)
+        return lost or all(ending.code == 0 for ending in endings)
+
     def _out_of_memory(self, rank: RankProcess | RemoteRank) -> bool:
         """Whether the kernel has counted one kill more on this machine than was accounted for."""
-        killed = isinstance(rank, RankProcess) and rank.exitcode == -signal.SIGKILL and not rank.stopped
-        if not killed or self.oom_kills >= count_oom_kills():
+        if not (isinstance(rank, RankProcess) and rank.was_killed) or self.oom_kills >= count_oom_kills():
             return False
         self.oom_kills += 1
         return True
+
+    def _count_server_kill(self) -> None:
+        """A fork server that the kernel has killed for want of memory is counted as one kill, which is no run's."""
+        pid = killed_server()
+        if pid in (None, self.killed_server):
+            return
+        self.killed_server = pid
+        if self.oom_kills < count_oom_kills():
+            self.oom_kills += 1
 
     def _look_elsewhere(self) -> None:
         """Take up what other workers have given up; settle what they have ended.
@@ -394,10 +436,6 @@ class _Launch:
     def _settle(self, state: RunState, note: str = "") -> None:
         self.settled[state.run_id] = state
         self.display.ended(state, note)
-
-
-def _went_well(endings: list[Ending]) -> bool:
-    return all(ending.code == 0 for ending in endings)
 
 
 def summary(sweep: Sweep, outcome: Outcome) -> str:

@@ -1,4 +1,4 @@
-"""What this machine has to give: GPUs and CPU cores; and how often its kernel has run out of memory."""
+"""What this machine has to give: GPUs and CPU cores; how often its kernel has run out of memory; its processes."""
 
 from __future__ import annotations
 
@@ -57,6 +57,15 @@ def count_oom_kills() -> int:
     with contextlib.suppress(OSError):
         return _counter(Path("/proc/vmstat"), "oom_kill")
     return 0
+
+
+def process_start(pid: int) -> str | None:
+    """When a process started, in clock ticks since boot: tells it from a later one with the same pid."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def _control_groups() -> list[Path]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.decode import InputError
-from lorabench.forks import redirect, start_server, when_parent_ends
+from lorabench.forks import Forked, Server, ServerDied, redirect, start_server, when_parent_ends
 
 PATIENCE_SECONDS = 5.0
 """How long a worker that is asked to stop may take."""
@@ -29,7 +29,7 @@ class WorkerFailed(Exception):
 
 @dataclass(kw_only=True, eq=False)
 class _Worker:
-    process: Any
+    process: Forked
     pipe: Any
     task: int | None = None
 
@@ -41,13 +41,13 @@ def share(
 
     `do`, tasks and results travel by pickle. When the caller stops, however that is, the workers are stopped too.
     """
-    context = start_server(log, preload, {})
+    server = start_server(log, preload, {})
     waiting = list(range(len(tasks)))[::-1]
     workers: list[_Worker] = []
     try:
         while waiting or any(worker.task is not None for worker in workers):
             while len(workers) < min(num_workers, len(waiting) + sum(worker.task is not None for worker in workers)):
-                workers.append(_start(context, do, log))
+                workers.append(_start(server, do, log))
             for worker in workers:
                 if worker.task is None and waiting:
                     worker.task = waiting.pop()
@@ -65,12 +65,14 @@ def share(
         _stop(workers)
 
 
-def _start(context: Any, do: Do, log: Path) -> _Worker:
-    here, there = context.Pipe()
-    process = context.Process(target=_main, args=(there, do, log), daemon=True)
-    process.start()
+def _start(server: Server, do: Do, log: Path) -> _Worker:
+    here, there = server.context.Pipe()
+    try:
+        process = server.start(_main, (there, do, log), daemon=True)
+    except ServerDied as died:
+        raise WorkerFailed(str(died)) from None
     there.close()
-    return _Worker(process=process, pipe=here)
+    return _Worker(process=Forked(process), pipe=here)
 
 
 def _receive(worker: _Worker, advance: Callable[[float], None]) -> Any:
@@ -81,6 +83,8 @@ def _receive(worker: _Worker, advance: Callable[[float], None]) -> Any:
         worker.process.join()
         worker.pipe.close()
         code = worker.process.exitcode
+        if worker.process.is_orphan:
+            return WorkerFailed("a worker ended, and so had its fork server")
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
         return WorkerFailed(f"a worker {how}")
     if kind == "progress":
@@ -91,11 +95,11 @@ def _receive(worker: _Worker, advance: Callable[[float], None]) -> Any:
 
 def _stop(workers: list[_Worker]) -> None:
     for worker in workers:
-        worker.process.terminate()
+        worker.process.send(signal.SIGTERM)
     for worker in workers:
         worker.process.join(PATIENCE_SECONDS)
         if worker.process.is_alive():
-            worker.process.kill()
+            worker.process.send(signal.SIGKILL)
             worker.process.join()
         worker.pipe.close()
 

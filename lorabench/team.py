@@ -24,6 +24,7 @@ from typing import Any
 
 from lorabench.distributed import MEET_SECONDS, Place
 from lorabench.endings import Ending
+from lorabench.forks import EXIT_CODE_UNKNOWN, ServerDied
 from lorabench.launch import STOP_SIGNALS, Outcome, Pool, launch
 from lorabench.machine import count_oom_kills
 from lorabench.record import Store
@@ -157,7 +158,7 @@ class _Follower:
         self.store, _ = _open_store(self.place.rank)
         beating = threading.Thread(target=self._beat, daemon=True, name="beat")
         beating.start()
-        self.context = start_server(self.log, self.pool.preload, self.specs)
+        self.server = start_server(self.log, self.pool.preload, self.specs)
         try:
             for number in itertools.count():
                 order = self._next(f"run {number}")
@@ -179,8 +180,13 @@ class _Follower:
     def _compute(self, order: dict[str, Any]) -> None:
         """One run's process; it ends with this one, however that ends."""
         spec, settings = RunSpec.from_json(order["spec"]), self._settings(order["meeting"])
-        rank = RankProcess.start(self.context, self.target, spec, self.runs, settings, None)
         key = f"{order['number']} {self.place.rank}"
+        try:
+            rank = RankProcess.start(self.server, self.target, spec, self.runs, settings, None)
+        except ServerDied:
+            lost = Ending(code=EXIT_CODE_UNKNOWN, rank=self.place.rank, orphaned=True)
+            self.store.set(f"ended {key}", json.dumps(lost.to_json()))
+            return
         obeyed = b""
         try:
             while rank.is_alive():
@@ -191,8 +197,9 @@ class _Follower:
                 time.sleep(TICK_SECONDS)
         finally:
             rank.kill()
-        is_killed = rank.exitcode == -signal.SIGKILL and not rank.stopped
-        ending = rank.ending(is_killed and count_oom_kills() > self.oom_kills, self.log)
+        while rank.is_alive():  # killed just now
+            time.sleep(TICK_SECONDS)
+        ending = rank.ending(rank.was_killed and count_oom_kills() > self.oom_kills, self.log)
         self.oom_kills = count_oom_kills()
         self.store.set(f"ended {key}", json.dumps(ending.to_json()))
 

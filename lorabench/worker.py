@@ -18,14 +18,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from lorabench import forks
 from lorabench.distributed import Place, RankFailed, Sharding, log_name
 from lorabench.endings import Ending, crash_line
-from lorabench.forks import redirect, stops_blocked, when_parent_ends
+from lorabench.forks import Forked, Server, redirect, when_parent_ends
 from lorabench.machine import has_gpu_driver
 from lorabench.record import Store
 from lorabench.spec import RunSpec
@@ -79,8 +78,8 @@ def warm_specs(specs: Sequence[RunSpec]) -> str:
     return json.dumps([spec.to_json() for spec in list(distinct.values())[:8]])
 
 
-def start_server(log: Path, preload: tuple[str, ...] = PRELOAD, specs: Sequence[RunSpec] = ()) -> Any:
-    """The fork server's context, warmed up for these specs; see `lorabench.forks`."""
+def start_server(log: Path, preload: tuple[str, ...] = PRELOAD, specs: Sequence[RunSpec] = ()) -> Server:
+    """The fork server, warmed up for these specs; see `lorabench.forks`."""
     extra = () if has_gpu_driver() or preload != PRELOAD else NO_GPU_PRELOAD
     return forks.start_server(log, [*preload, *extra], {WARM_VARIABLE: warm_specs(specs)})
 
@@ -89,7 +88,7 @@ def start_server(log: Path, preload: tuple[str, ...] = PRELOAD, specs: Sequence[
 class RankProcess:
     """A process of a run, one of several or the only one, as the one that has started it sees it."""
 
-    process: ForkServerProcess
+    process: Forked
     rank: int
     log: Path
     answer: Connection | None
@@ -98,14 +97,13 @@ class RankProcess:
 
     @classmethod
     def start(
-        cls, context: Any, target: Target, spec: RunSpec, store: Store, settings: Settings, gpu: str | None
+        cls, server: Server, target: Target, spec: RunSpec, store: Store, settings: Settings, gpu: str | None
     ) -> RankProcess:
+        """Raises ServerDied."""
         rank, log = settings.place.rank, store.folder(spec.id) / log_name(settings.place.rank)
-        here, there = context.Pipe(duplex=False) if settings.place.size > 1 else (None, None)
+        here, there = server.context.Pipe(duplex=False) if settings.place.size > 1 else (None, None)
         arguments = (target, spec, str(store.root.absolute()), settings, gpu, there)
-        process = context.Process(target=child_main, args=arguments, name=f"{spec.id} {rank}")
-        with stops_blocked():
-            process.start()
+        process = Forked(server.start(child_main, arguments, tries=1))
         if there is not None:
             there.close()
         return cls(process=process, rank=rank, log=log, answer=here)
@@ -114,14 +112,19 @@ class RankProcess:
     def exitcode(self) -> int | None:
         return self.process.exitcode
 
+    @property
+    def was_killed(self) -> bool:
+        """By SIGKILL, as far as is known, and not by who had started it."""
+        return not self.stopped and (self.exitcode == -signal.SIGKILL or self.process.is_orphan)
+
     def is_alive(self) -> bool:
         return self.process.is_alive()
 
     def terminate(self) -> None:
-        self.process.terminate()
+        self.process.send(signal.SIGTERM)
 
     def kill(self) -> None:
-        self.process.kill()
+        self.process.send(signal.SIGKILL)
 
     def stop(self) -> None:
         """Kill it, for another rank has ended."""
@@ -131,10 +134,9 @@ class RankProcess:
 
     def ending(self, out_of_memory: bool, server_log: Path) -> Ending:
         """How it ended. Once: it is closed."""
-        self.process.join()
         failure = None
         if self.answer is not None:
-            with contextlib.suppress(EOFError):
+            with contextlib.suppress(EOFError, OSError):  # OSError: it was killed while it told
                 failure = self.answer.recv()
             self.answer.close()
         lines = filter(None, map(crash_line, (self.log, server_log)))
@@ -142,6 +144,7 @@ class RankProcess:
             code=self.process.exitcode,
             rank=self.rank,
             stopped=self.stopped,
+            orphaned=self.process.is_orphan,
             out_of_memory=out_of_memory,
             failure=failure,
             last_line=next(lines, ""),

@@ -16,7 +16,7 @@ from lorabench.spec import RunSpec
 from lorabench.sweep import Sweep, parse_sweep
 from lorabench.worker import Settings
 
-DONE, OOM, RAISES, EXITS, SEGFAULT, KILLED, WAITS, HANGS, NO_RECORD = range(9)
+DONE, OOM, RAISES, EXITS, SEGFAULT, KILLED, WAITS, HANGS, NO_RECORD, ORPHAN, LOST, LOST_AGAIN, EXITS_255 = range(13)
 
 
 def sweep(*seeds: int, **base: object) -> Sweep:
@@ -33,7 +33,7 @@ def run(spec: RunSpec, store: Store, settings: Settings) -> None:
         return
     with hold:
         hold.progress |= {"phase": "train", "step": 1, "steps": 2, "loss": 2.5, "tokens_per_second": 100.0}
-        record = RunRecord(run_id=spec.id, spec=spec.to_json(), status=Status.RUNNING)
+        record = RunRecord(run_id=spec.id, spec=spec.to_json(), status=Status.RUNNING, attempts=hold.number)
         if spec.seed != NO_RECORD:
             store.write(record)
         end(spec.seed % 100, record, store)
@@ -45,6 +45,12 @@ def end(behaviour: int, record: RunRecord, store: Store) -> None:
     if behaviour == EXITS:
         print("about to leave", flush=True)
         os._exit(3)
+    if behaviour == EXITS_255:
+        os._exit(255)
+    if behaviour in (ORPHAN, LOST, LOST_AGAIN):
+        kill_server()
+        if behaviour == LOST_AGAIN or (behaviour == LOST and record.attempts == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == SEGFAULT:
         ctypes.string_at(0)
     if behaviour == KILLED:
@@ -63,6 +69,14 @@ def end(behaviour: int, record: RunRecord, store: Store) -> None:
         record.status = Status.DONE
         record.measures = {"valid_loss": 2.0, "total_seconds": 0.2}
     store.write(record)
+
+
+def kill_server() -> None:
+    """The fork server that this process comes from."""
+    server = os.getppid()
+    os.kill(server, signal.SIGKILL)
+    while os.getppid() == server:
+        time.sleep(0.01)
 
 
 def wait_for_signal() -> Status:

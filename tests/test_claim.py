@@ -112,7 +112,7 @@ def test_clocks_that_differ_neither_kill_nor_revive_an_owner(
 def test_a_later_process_with_the_same_pid_is_not_the_owner(tmp_path: Path) -> None:
     write_claim(tmp_path, pid=os.getpid(), process_start="1")
     assert not current_claim(tmp_path).is_alive()
-    write_claim(tmp_path, pid=os.getpid(), process_start=claim._process_start(os.getpid()))
+    write_claim(tmp_path, pid=os.getpid(), process_start=claim.process_start(os.getpid()))
     assert current_claim(tmp_path).is_alive()
 
 

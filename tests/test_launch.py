@@ -16,7 +16,21 @@ from lorabench.endings import crash_line
 from lorabench.launch import Pool, check_writable, launch
 from lorabench.record import RunRecord, Status, Store
 from tests import fake_runs
-from tests.fake_runs import DONE, EXITS, HANGS, KILLED, NO_RECORD, OOM, RAISES, SEGFAULT, WAITS
+from tests.fake_runs import (
+    DONE,
+    EXITS,
+    EXITS_255,
+    HANGS,
+    KILLED,
+    LOST,
+    LOST_AGAIN,
+    NO_RECORD,
+    OOM,
+    ORPHAN,
+    RAISES,
+    SEGFAULT,
+    WAITS,
+)
 
 PRELOAD = ("lorabench.worker",)
 
@@ -187,9 +201,7 @@ from pathlib import Path
 from multiprocessing import forkserver
 from lorabench.worker import start_server
 if __name__ == "__main__":
-    context = start_server(Path('server.log'))
-    process = context.Process(target=print, args=("ready",))
-    process.start(), process.join()
+    start_server(Path('server.log')).start(print, ("ready",)).join()
     pid = forkserver._forkserver._forkserver_pid
     maps = open(f"/proc/{pid}/maps").read()
     print(json.dumps({"threads": len(os.listdir(f"/proc/{pid}/task")), "torch": "libtorch" in maps,
@@ -231,11 +243,11 @@ from lorabench.worker import RankProcess, Settings
 from tests import fake_runs
 store, (spec,) = Store(Path({str(tmp_path)!r})), fake_runs.sweep({DONE}).runs
 store.write_spec(spec)
-context = start_server(store.root / "log", ["lorabench.worker"], {{}})
+server = start_server(store.root / "log", ["lorabench.worker"], {{}})
 first = forkserver._forkserver._forkserver_pid
 os.kill(first, signal.SIGKILL)
 os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
-rank = RankProcess.start(context, fake_runs.run, spec, store, Settings(), None)
+rank = RankProcess.start(server, fake_runs.run, spec, store, Settings(), None)
 second = forkserver._forkserver._forkserver_pid
 line = [line for line in open(f"/proc/{{second}}/status") if line.startswith("SigBlk")][0]
 blocked = int(line.split()[1], 16)
@@ -246,3 +258,56 @@ print(store.state(spec.id).status)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == "done\n", done.stderr
+
+
+def test_a_run_outlives_its_fork_server_and_is_begun_again_where_it_did_not(tmp_path: Path) -> None:
+    """Each server in turn is killed by a run; the runs beside it, and those to come, do not notice."""
+    states = run(tmp_path, ORPHAN, DONE, LOST, DONE + 100, ORPHAN + 100, DONE + 200)
+    assert {str(state.status) for state in states.values()} == {"done"}
+    assert sorted(starts(tmp_path)) == sorted([*states, LOST])
+
+
+def test_a_run_that_is_always_lost_with_its_server_is_left_to_another_launch(tmp_path: Path) -> None:
+    state = run(tmp_path, LOST_AGAIN)[LOST_AGAIN]
+    assert (str(state.status), state.error) == (
+        "cancelled", "its fork server died, and then it did; run again to resume",
+    )  # fmt: skip
+    assert starts(tmp_path) == [LOST_AGAIN] * 3
+
+
+def test_an_exit_code_of_255_is_one_where_the_server_lives(tmp_path: Path) -> None:
+    state = run(tmp_path, EXITS_255)[EXITS_255]
+    assert (str(state.status), state.error) == ("failed", "ended with exit code 255")
+
+
+def test_a_kill_that_hit_the_server_for_memory_is_no_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([7, 8, 8, 8, 8])
+    monkeypatch.setattr("lorabench.launch.count_oom_kills", lambda: next(counts))
+    states = run(tmp_path, ORPHAN, KILLED)
+    assert {seed: str(state.status) for seed, state in states.items()} == {ORPHAN: "done", KILLED: "cancelled"}
+
+
+def test_an_orphan_that_the_kernel_killed_for_memory_is_oom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter([7, 7, 8])  # at the start, when the server was killed, when the run was
+    monkeypatch.setattr("lorabench.launch.count_oom_kills", lambda: next(counts, 8))
+    state = run(tmp_path, LOST)[LOST]
+    assert (str(state.status), state.error) == ("oom", "killed by the kernel: out of memory")
+
+
+def test_a_server_that_always_dies_ends_the_launch_with_one_message(tmp_path: Path) -> None:
+    (tmp_path / "deadly.py").write_text("import os\nprint('last words', flush=True)\nos.kill(os.getpid(), 9)\n")
+    code = f"""
+from pathlib import Path
+from lorabench.launch import Pool, launch
+from lorabench.record import Store
+from tests import fake_runs
+pool = Pool(workers=2, preload=("deadly",))
+outcome = launch(fake_runs.sweep(0, 100, 200), Store(Path({str(tmp_path)!r})), pool, fake_runs.run)
+print([str(state.status) for state in outcome.states], outcome.exit_code)
+"""
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    assert done.stdout == "['missing', 'missing', 'missing'] 1\n", done.stderr
+    assert done.stderr.count("no run can be begun: the fork server dies") == 1 and "Traceback" not in done.stderr
+    assert "last words" in (tmp_path / "runs" / ".server.log").read_text()
