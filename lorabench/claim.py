@@ -22,9 +22,8 @@ from typing import Any
 
 from lorabench.decode import InputError
 from lorabench.durable import make_folder, sync
-from lorabench.stored import again, fit, read
-
 from lorabench.machine import process_start
+from lorabench.stored import again, fit, read
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 90.0
