@@ -19,10 +19,11 @@ LOOK_SECONDS = 5.0
 """Between two looks whether what is followed has ended."""
 
 
-def find_run(store: Store, text: str, others: Collection[str] = ()) -> str:
+def find_run(store: Store, text: str, sweeps: Collection[str] | None = None) -> str:
     """The id of the run in the store or its queue that `text` is, or begins.
 
-    InputError names the closest of them, or of the `others` that might have been meant.
+    InputError names the closest of them; or, where one of these sweeps might have been meant, the closest of those
+    alone, for then something is done to it.
     """
     ids = store.run_ids()
     if text in ids:
@@ -34,9 +35,9 @@ def find_run(store: Store, text: str, others: Collection[str] = ()) -> str:
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise InputError(f"RUN = {text}: begins {len(found)} runs: {', '.join(found[:3])}{more}")
-    close = difflib.get_close_matches(text, [*others, *ids], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(text, ids if sweeps is None else sweeps, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else f" `lorabench status {store.root}` lists them"
-    raise InputError(f"RUN = {text}: no such {'run or sweep' if others else 'run'} in {store.root}.{hint}")
+    raise InputError(f"RUN = {text}: no such {'run' if sweeps is None else 'run or sweep'} in {store.root}.{hint}")
 
 
 def jobs_of(store: Store, run_id: str) -> list[tuple[Submission, str]]:

@@ -16,7 +16,8 @@ from lorabench.spec import RunSpec
 from lorabench.sweep import Sweep, parse_sweep
 from lorabench.worker import Settings
 
-DONE, OOM, RAISES, EXITS, SEGFAULT, KILLED, WAITS, HANGS, NO_RECORD, ORPHAN, LOST, LOST_AGAIN, EXITS_255 = range(13)
+DONE, OOM, RAISES, EXITS, SEGFAULT, KILLED, WAITS, HANGS, NO_RECORD = range(9)
+ORPHAN, LOST, LOST_AGAIN, EXITS_255 = range(20, 24)
 
 
 def sweep(*seeds: int, **base: object) -> Sweep:
@@ -72,11 +73,12 @@ def end(behaviour: int, record: RunRecord, store: Store) -> None:
 
 
 def kill_server() -> None:
-    """The fork server that this process comes from."""
-    server = os.getppid()
-    os.kill(server, signal.SIGKILL)
-    while os.getppid() == server:
-        time.sleep(0.01)
+    """The fork server that this process comes from, unless it is dead already: then another is the parent."""
+    parent = os.getppid()
+    if b"multiprocessing.forkserver" in Path(f"/proc/{parent}/cmdline").read_bytes():
+        os.kill(parent, signal.SIGKILL)
+        while os.getppid() == parent:
+            time.sleep(0.01)
 
 
 def wait_for_signal() -> Status:

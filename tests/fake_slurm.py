@@ -20,6 +20,8 @@ cat {file}.out
 cat {file}.err >&2
 exit $(cat {file}.code)
 """
+NAME = "20261124T143000-grid-0a1b"
+"""Of a submission, where a test names none."""
 COMMANDS = ("squeue", "sacct", "scontrol", "scancel")
 
 
@@ -44,12 +46,12 @@ class FakeSlurm:
         if wait is not None:
             file.with_suffix(".wait").write_text(f"{wait}")
 
-    def queue(self, states: dict[str, str], comment: str = "") -> None:
+    def queue(self, states: dict[str, str], comment: str = "", user: str | None = None) -> None:
         """squeue's answer: job id -> state, or `STATE reason`."""
         lines = []
         for job_id, text in states.items():
             state, _, reason = text.partition(" ")
-            lines.append(f"{job_id}|{state}|{reason or 'None'}|N/A|N/A||{comment or '(null)'}")
+            lines.append(f"{job_id}|{state}|{reason or 'None'}|N/A|N/A||{user or user_name()}|{comment or '(null)'}")
         self.answer("squeue", "".join(f"{line}\n" for line in lines))
 
     def accounting(self, states: dict[str, str]) -> None:
@@ -78,7 +80,7 @@ def submitted(
     """Lay down a submission: its jobs, in one array for each id. The folder."""
     size = -(-len(jobs) // max(1, len(job_ids)))
     arrays = [[first, min(size, len(jobs) - first)] for first in range(0, len(jobs), size)]
-    name = str(changes.get("name", "20261124T143000-grid-0a1b"))
+    name = str(changes.get("name", NAME))
     plan = {
         "submission": name,
         "sweep": "grid",

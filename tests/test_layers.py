@@ -62,6 +62,7 @@ LAYERS = [
     {"launch", "warm", "intervention/intervene_report"},
     {"team"},
     {"cluster/work"},
+    {"cluster/job"},
     {"cluster/background"},
     {"cluster/submit"},
     {"cluster/submit_text"},

@@ -1,4 +1,4 @@
-"""Jobs on this machine: starts submitit's local executor in a session of its own, so that jobs outlive the command.
+"""Jobs on this machine: starts submitit's controllers in a session of its own, so that jobs outlive the command.
 
 A process of this module reads the submission's plan, starts its jobs, notes their process ids and ends; closing the
 terminal or a pipe behind the command then means nothing to them.
@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from lorabench.cluster.enqueue import write_jobs
+from lorabench.cluster.job import command
 from lorabench.cluster.profile import Profile
 from lorabench.cluster.queue import Array, Submission, read_submission
-from lorabench.cluster.work import ENDLESS, Work
 from lorabench.decode import InputError, decode
 
 
@@ -32,7 +32,7 @@ def start(submission: Submission) -> None:
         raise InputError(f"{submission.folder}: jobs could not be started: {lines[-1] if lines else 'for no reason'}")
 
 
-def _command(profile: Profile) -> str:
+def _python(profile: Profile) -> str:
     """Python, behind the set-up lines. submitit's own `setup` needs a shell that stays, as not every /bin/sh does."""
     if not profile.shell:
         return profile.command
@@ -42,22 +42,22 @@ def _command(profile: Profile) -> str:
 
 def _main(folder: Path) -> None:
     os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)
-    from submitit.local.local import LocalExecutor
+    from submitit.local.local import start_controller
 
     submission = read_submission(folder)
     assert submission is not None
     profile: Profile = decode(Profile, submission.profile)
-    executor = LocalExecutor(submission.submitit, max_num_timeout=ENDLESS, python=_command(profile))
-    executor.update_parameters(
-        timeout_min=profile.minutes,
-        gpus_per_node=profile.gpus,
-        tasks_per_node=profile.ranks,
-        signal_delay_s=profile.signal_seconds,
-    )
     taken: list[Array] = []
     for number in range(len(submission.jobs)):
-        job = executor.submit(Work(root=str(folder.parents[1]), submission=submission.name, number=number))
-        taken.append(Array(first=number, count=1, job_id=job.job_id))
+        controller = start_controller(
+            folder=submission.submitit,
+            command=command(_python(profile), folder, number),
+            tasks_per_node=profile.ranks,
+            cuda_devices=",".join(map(str, range(profile.gpus))),
+            timeout_min=profile.minutes,
+            signal_delay_s=profile.signal_seconds,
+        )
+        taken.append(Array(first=number, count=1, job_id=str(controller.pid)))
         write_jobs(submission, taken)
 
 

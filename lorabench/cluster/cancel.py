@@ -54,11 +54,12 @@ def plan_cancellation(standings: Collection[Standing], chosen: Collection[str]) 
         ours = [standing for standing in runs if standing.run_id in wanted]
         place, queue = runs[0].place, runs[0].queue
         assert place and queue and queue.job_id
-        if ours and len(ours) == len(runs) and place.submission.user == user_name() and queue.state is not None:
+        is_ours = place.submission.user == user_name() and runs[0].is_ours and queue.state is not None
+        if is_ours and len(ours) == len(runs):
             run_ids = tuple(standing.run_id for standing in ours)
             jobs.append(Whole(submission=place.submission, job=place.job, job_id=queue.job_id, run_ids=run_ids))
         else:
-            alone |= {standing.run_id: _why(place, queue.state, runs, ours) for standing in ours}
+            alone |= {standing.run_id: _why(place, runs, ours) for standing in ours}
     in_jobs = {run_id for job in jobs for run_id in job.run_ids} | set(alone)
     outside = [s for s in unsettled if s.run_id in wanted and s.run_id not in in_jobs]
     alone |= {standing.run_id: "is in no job" for standing in outside}
@@ -70,11 +71,14 @@ def _key(place: Place) -> tuple[str, int]:
     return place.submission.name, place.job
 
 
-def _why(place: Place, state: str | None, runs: list[Standing], ours: list[Standing]) -> str:
+def _why(place: Place, runs: list[Standing], ours: list[Standing]) -> str:
+    queue = runs[0].queue
     if place.submission.user != user_name():
         return f"its job is {place.submission.user}'s"
-    if state is None:
+    if queue is None or queue.state is None:
         return "its job cannot be reached from here"
+    if not runs[0].is_ours:
+        return f"job {queue.job_id} does not say that it is lorabench's"
     return f"its job holds {len(runs) - len(ours)} runs that go on"
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lorabench import claim
-from lorabench.cluster.queue import Array, Submission, read_submission, user_name
+from lorabench.cluster.queue import Array, Submission, check_own, keep_own, read_submission, user_name
 from lorabench.decode import InputError
-from lorabench.record import write_bytes, write_json
+from lorabench.durable import make_folder, write_bytes, write_json
 
 POLL_SECONDS = 0.5
 
@@ -47,11 +47,19 @@ def new_name(sweep: str) -> str:
 
 
 def write_plan(root: Path, name: str, plan: Plan) -> Submission:
-    """Begin a submission: it counts from the moment at which its `plan.json` is there, whole."""
+    """Begin a submission: it counts from the moment at which its `plan.json` is there, whole.
+
+    Only this user may write it, whatever the umask: a job refuses what others may have written. InputError where the
+    file system has no such rights.
+    """
     folder = root / "queue" / name
+    make_folder(folder)
+    keep_own(folder)
     head = {"submission": name, "submitted": datetime.now(UTC).isoformat(timespec="seconds")}
     table = head | {"host": socket.gethostname(), "user": user_name()} | vars(plan)
     write_bytes(folder / "plan.json", (json.dumps(table, ensure_ascii=False) + "\n").encode())
+    keep_own(folder / "plan.json")
+    check_own(folder)
     submission = read_submission(folder)
     if submission is None:
         raise InputError(f"{folder}: was taken away while it was submitted")

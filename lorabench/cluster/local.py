@@ -12,13 +12,15 @@ CONTROLLER = "submitit.local._local"
 
 
 def is_alive(pid: str, folder: Path) -> bool:
-    """Whether the process is there, and is the one that watches over a job in this submitit folder.
+    """Whether the process is there, is this user's, and watches over a job in this submitit folder.
 
     The folder stands in its command line, which tells it from a later process with the same number.
     """
     with contextlib.suppress(OSError, ValueError):
-        command = Path(f"/proc/{int(pid)}/cmdline").read_bytes().decode(errors="replace")
-        return CONTROLLER in command and str(folder.absolute()) in command
+        process = Path(f"/proc/{int(pid)}")
+        command = (process / "cmdline").read_bytes().decode(errors="replace")
+        is_own = process.stat().st_uid == os.geteuid()
+        return is_own and CONTROLLER in command and str(folder.absolute()) in command
     return False
 
 

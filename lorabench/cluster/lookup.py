@@ -27,6 +27,8 @@ class Seen:
     start: str | None = None
     end: str | None = None
     nodes: str | None = None
+    is_ours: bool = True
+    """Whether it is known to be the submission's job: of its user, and with its comment."""
 
 
 class Lookup:
@@ -39,7 +41,7 @@ class Lookup:
     def __init__(self, submissions: Iterable[Submission], tell: Tell | None = None):
         submissions = list(submissions)
         self._jobs: dict[str, slurm.Job] = {}
-        self._arrays: dict[str, set[str]] = {}
+        self._arrays: dict[tuple[str, str | None], set[str]] = {}
         self._problem: str | None = None
         self._cluster: str | None = None
         self._only_own = False
@@ -67,20 +69,19 @@ class Lookup:
             return
         for job in jobs:
             self._jobs[job.id] = job
-            if job.comment and job.comment.startswith(COMMENT):
-                self._arrays.setdefault(job.comment, set()).add(job.id.partition("_")[0])
+            if job.comment and _is_lorabench(job):
+                self._arrays.setdefault((job.comment, job.user), set()).add(job.id.partition("_")[0])
 
     def _look(self, submission: Submission) -> list[Seen]:
         why = self._unknown(submission)
         if why:
             return [Seen(job_id=job_id, reason=why) for job_id in submission.job_ids]
-        comment = COMMENT + submission.name
         if not submission.complete:
             submission = self._with_unwritten(submission)
         unwritten = Seen(is_queued=False)
         if not submission.complete and is_submitting(submission):
             unwritten = Seen(is_queued=True, state="SUBMITTING")
-        look = self._process(submission) if submission.kind == "local" else self._job(comment)
+        look = self._process(submission) if submission.kind == "local" else self._job(submission)
         return [unwritten if job_id is None else look(job_id) for job_id in submission.job_ids]
 
     def _unknown(self, submission: Submission) -> str | None:
@@ -96,15 +97,17 @@ class Lookup:
             return f"{submission.user}'s; this cluster shows everyone only his own jobs"
         return None
 
-    def _job(self, comment: str) -> Callable[[str], Seen]:
+    def _job(self, submission: Submission) -> Callable[[str], Seen]:
+        comment = COMMENT + submission.name
+
         def look(job_id: str) -> Seen:
             job = self._jobs.get(job_id)
-            of_another = job and job.comment and job.comment.startswith(COMMENT) and job.comment != comment
-            if job is None or of_another:  # a cluster that was set up anew counts its jobs from one again
+            if job is None or job.user != submission.user or (_is_lorabench(job) and job.comment != comment):
+                # a cluster that was set up anew counts its jobs from one again
                 return Seen(job_id=job_id, is_queued=False)
             return Seen(
                 job_id=job_id, is_queued=job.is_queued, state=job.state, reason=job.reason, start=job.start,
-                end=job.end, nodes=job.nodes,
+                end=job.end, nodes=job.nodes, is_ours=job.comment == comment,
             )  # fmt: skip
 
         return look
@@ -119,9 +122,16 @@ class Lookup:
     def _with_unwritten(self, submission: Submission) -> Submission:
         """The submission with the ids of arrays that SLURM took before its submitter, who died, could write them."""
         written = {array.job_id for array in submission.arrays}
-        unwritten = iter(sorted(self._arrays.get(COMMENT + submission.name, set()) - written, key=int))
+        unwritten = iter(
+            sorted(self._arrays.get((COMMENT + submission.name, submission.user), set()) - written, key=int)
+        )
         arrays = [a if a.job_id else replace(a, job_id=next(unwritten, None)) for a in submission.arrays]
         return replace(submission, arrays=tuple(arrays))
+
+
+def _is_lorabench(job: slurm.Job) -> bool:
+    """By its comment; a site may write another one there."""
+    return (job.comment or "").startswith(COMMENT)
 
 
 def is_submitting(submission: Submission) -> bool:

@@ -3,7 +3,7 @@
     plan.json        written whole before anything is submitted: the runs, and which job each is in
     jobs.json        rewritten whole after each array that the cluster has taken
     cancelled.json   the jobs that `lorabench cancel` has cancelled
-    submitit/        submitit's own files: scripts, pickles, the jobs' stdout and stderr
+    submitit/        the scripts, and the jobs' stdout and stderr, named as submitit names them
 
 Job k of a plan is element k - first of the array that begins at job `first`: SLURM's `<job_id>_<k - first>`, or
 `<job_id>` itself where the array is of one job.
@@ -13,18 +13,26 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge
+
+from lorabench import stored
 from lorabench.cluster.slurm import COMMENT as COMMENT
 from lorabench.decode import InputError
-from lorabench.record import read_json, write_json
+from lorabench.durable import write_json
+from lorabench.quote import show
 
 CANCELLED_FILE = "cancelled.json"
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+Number = Annotated[int, Ge(0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +83,7 @@ class Submission:
 
     @property
     def submitit(self) -> Path:
-        """submitit's own folder: pickles, scripts, and what the jobs print."""
+        """Where the scripts are, and what the jobs print."""
         return self.folder / "submitit"
 
     def job_logs(self, job_id: str) -> list[Path]:
@@ -116,7 +124,7 @@ def read_submissions(root: Path, tell: Callable[[str], None] | None = None) -> I
         except InputError as error:
             if tell is None:
                 raise
-            tell(f"{error.problems[0]}; what is submitted there is not known")
+            tell(f"{str(error).splitlines()[0]}; what is submitted there is not known")
             continue
         if submission is not None:
             yield submission
@@ -124,36 +132,113 @@ def read_submissions(root: Path, tell: Callable[[str], None] | None = None) -> I
 
 def read_submission(folder: Path) -> Submission | None:
     """None where no plan is written yet. InputError names a damaged file."""
-    plan = read_json(folder / "plan.json")
+    plan = stored.read(_PlanFile, folder / "plan.json")
     if plan is None:
         return None
-    jobs = read_json(folder / "jobs.json") or {}
-    try:
-        ids = {entry["first"]: str(entry["job_id"]) for entry in jobs.get("arrays", [])}
-        arrays = tuple(Array(first=first, count=count, job_id=ids.get(first)) for first, count in plan["arrays"])
-        submission = Submission(
-            name=folder.name,
-            folder=folder,
-            arrays=arrays,
-            jobs=tuple(map(tuple, plan["jobs"])),
-            user=plan.get("user") or user_name((folder / "plan.json").stat().st_uid),
-            slurm_cluster=plan.get("slurm_cluster"),
-            complete=bool(jobs.get("complete", False)),
-            cancelled=frozenset((read_json(folder / CANCELLED_FILE) or {}).get("jobs", [])),
-            retry=plan.get("retry", {}),
-            **{key: plan[key] for key in ("sweep", "cluster", "kind", "submitted", "host", "profile", "specs")},
-        )
-        submission.time, submission.job_ids  # noqa: B018  # both fail here, and not at a reader's, if the plan is damaged
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(f"{folder}: plan.json and jobs.json cannot be read: {error!r}") from None
-    return submission
+    taken = stored.read(_JobsFile, folder / "jobs.json") or _JobsFile()
+    cancelled = stored.read(_CancelledFile, folder / CANCELLED_FILE) or _CancelledFile()
+    ids = {array.first: array.job_id for array in taken.arrays}
+    return Submission(
+        name=folder.name,
+        folder=folder,
+        sweep=plan.sweep,
+        cluster=plan.cluster,
+        kind=plan.kind,
+        submitted=plan.submitted,
+        host=plan.host,
+        user=plan.user or user_name((folder / "plan.json").stat().st_uid),
+        slurm_cluster=plan.slurm_cluster,
+        profile=plan.profile,
+        specs=plan.specs,
+        jobs=plan.jobs,
+        arrays=tuple(Array(first=first, count=count, job_id=ids.get(first)) for first, count in plan.arrays),
+        complete=taken.complete,
+        retry=plan.retry,
+        cancelled=frozenset(cancelled.jobs),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PlanFile:
+    sweep: str
+    cluster: str
+    kind: Literal["slurm", "local"]
+    submitted: str
+    host: str
+    profile: dict[str, Any]
+    specs: dict[str, dict[str, Any]]
+    jobs: tuple[tuple[str, ...], ...]
+    arrays: tuple[tuple[Number, Number], ...]
+    submission: str = ""
+    user: str | None = None
+    slurm_cluster: str | None = None
+    retry: dict[str, Number] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for run_id in self.specs:
+            stored.check_name(run_id.replace("/", "//"))
+        unknown = {run_id for job in self.jobs for run_id in job} - self.specs.keys()
+        outside = [first for first, count in self.arrays if not 0 < count <= len(self.jobs) - first]
+        problems = [f"jobs: {show(min(unknown))} is none of its runs"] if unknown else []
+        problems += [f"arrays: the one from job {outside[0]} on holds none, or more than there are"] if outside else []
+        try:
+            datetime.fromisoformat(self.submitted).timestamp()
+        except (ValueError, OverflowError):
+            problems.append(f"submitted = {show(self.submitted)}: is no time")
+        if problems:
+            raise InputError(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TakenArray:
+    job_id: str
+    first: Number
+    count: Number
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[0-9]+", self.job_id):  # it is handed to scancel
+            raise InputError(f"job_id = {show(self.job_id)}: is no number of a job")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _JobsFile:
+    arrays: tuple[_TakenArray, ...] = ()
+    complete: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CancelledFile:
+    jobs: tuple[Number, ...] = ()
 
 
 def note_cancelled(submission: Submission, jobs: Iterable[int]) -> None:
     """Keep it with the submission that these of its jobs were cancelled."""
     file = submission.folder / CANCELLED_FILE
-    before = (read_json(file) or {}).get("jobs", [])
-    write_json(file, {"jobs": sorted({*before, *jobs})})
+    before = stored.read(_CancelledFile, file) or _CancelledFile()
+    write_json(file, {"jobs": sorted({*before.jobs, *jobs})})
+
+
+def keep_own(path: Path) -> None:
+    """Let nobody but its owner write a file, or into a folder."""
+    path.chmod(stat.S_IMODE(path.stat().st_mode) & ~OTHERS_WRITE)
+
+
+def check_own(folder: Path) -> None:
+    """InputError unless a submission is this user's, and its plan what this user wrote.
+
+    Who writes a plan decides what its jobs read and compute, with the rights of the one whose jobs they are.
+    """
+    for path in (folder, folder / "plan.json"):
+        try:
+            found = path.lstat()
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        if stat.S_ISLNK(found.st_mode):
+            raise InputError(f"{path}: is a link")
+        if found.st_uid not in (os.geteuid(), 0):
+            raise InputError(f"{path}: belongs to {user_name(found.st_uid)}, not to {user_name(os.geteuid())}")
+        if found.st_mode & OTHERS_WRITE:
+            raise InputError(f"{path}: others may write it (mode {stat.S_IMODE(found.st_mode):o}): not believed")
 
 
 def user_name(number: int | None = None) -> str:

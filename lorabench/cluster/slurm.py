@@ -13,15 +13,17 @@ import re
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lorabench.decode import InputError
 
 COMMENT = "lorabench:"
 """With a submission's name behind it, the comment of its jobs."""
 TIMEOUT_SECONDS = 60.0
+SUBMIT_SECONDS = 300.0
 BATCH = 200
 """Most job ids, or ranges of them, in one command."""
-SQUEUE = ["squeue", "--noheader", "--all", "--array", "--states=all", "--format=%i|%T|%r|%S|%e|%N|%k"]
+SQUEUE = ["squeue", "--noheader", "--all", "--array", "--states=all", "--format=%i|%T|%r|%S|%e|%N|%u|%k"]
 """`--all`: partitions that are hidden from lists too. `--states=all`: what has ended in the last minutes too."""
 SACCT_FIELDS = ["JobID", "State", "ExitCode", "Start", "End", "NodeList"]
 SACCT = [
@@ -59,6 +61,7 @@ class Job:
     end: str | None = None
     """When it ended, or has to end at the latest."""
     nodes: str | None = None
+    user: str | None = None
     comment: str | None = None
 
     @property
@@ -97,13 +100,13 @@ def list_jobs(users: Iterable[str]) -> list[Job]:
 
 def parse_job(line: str) -> list[Job]:
     """The jobs in a line of SQUEUE: several where an array that was cancelled before it began stands in one line."""
-    fields = line.split("|", 6)
-    if len(fields) != 7:
+    fields = line.split("|", 7)
+    if len(fields) != 8:
         raise Unreachable(f"squeue: a line that cannot be read: {line!r}")
     ids, state, *rest = (field.strip() for field in fields)
-    reason, start, end, nodes, comment = (_known(field) for field in rest)
+    reason, start, end, nodes, user, comment = (_known(field) for field in rest)
     return [
-        Job(id=id, state=_state(state), reason=reason, start=start, end=end, nodes=nodes, comment=comment)
+        Job(id=id, state=_state(state), reason=reason, start=start, end=end, nodes=nodes, user=user, comment=comment)
         for id in expand_ids(ids)
     ]
 
@@ -187,17 +190,45 @@ def try_script(text: str) -> str:
 
     InputError with its words if it would refuse it. Raises Unreachable.
     """
+    return _said(_sbatch(["--test-only"], text))
+
+
+def submit(script: Path) -> str:
+    """The id of the job, or the array, that sbatch has made of a script.
+
+    InputError with its words where it refuses. Raises Unreachable where it may have taken it all the same.
+    """
+    done = _sbatch([str(script)], timeout=SUBMIT_SECONDS)
+    found = re.search(r"job (\d+)", done.stdout)
+    if found is None:
+        raise Unreachable(f"sbatch: an answer that cannot be read: {done.stdout!r}")
+    return found[1]
+
+
+def requeue(job_id: str) -> None:
+    """Have a job start anew once it has ended. Raises Unreachable."""
+    _call(["scontrol", "requeue", job_id])
+
+
+def _sbatch(
+    arguments: list[str], text: str | None = None, timeout: float = TIMEOUT_SECONDS
+) -> subprocess.CompletedProcess[str]:
     try:
         done = subprocess.run(
-            ["sbatch", "--test-only"], input=text, capture_output=True, text=True, errors="replace",
-            timeout=TIMEOUT_SECONDS, env=_environment(), check=False,
+            ["sbatch", *arguments], input=text or "", capture_output=True, text=True, errors="replace",
+            timeout=timeout, env=_environment(), check=False,
         )  # fmt: skip
+    except FileNotFoundError:
+        raise Unreachable("sbatch: no such command here; SLURM's commands are on a login node") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unreachable(f"sbatch: cannot be asked: {error}") from None
-    said = " ".join(line.removeprefix("sbatch: ") for line in done.stderr.splitlines())
     if done.returncode:
-        raise InputError(said.removeprefix("error: "), "sbatch")
-    return said
+        raise InputError(_said(done).replace("error: ", ""), "sbatch")
+    return done
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    return " ".join(line.removeprefix("sbatch: ") for line in done.stderr.splitlines())
 
 
 def node_address(name: str) -> str:

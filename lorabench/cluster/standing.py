@@ -57,6 +57,8 @@ class Standing:
     place: Place | None = None
     gone: Seen | None = None
     """The job that went away without a result of the run."""
+    is_ours: bool = True
+    """Whether the job in the queue is known to be the submission's, and not another one with its number."""
 
     @property
     def run_id(self) -> str:
@@ -156,7 +158,9 @@ def _join(state: RunState, places: list[Place], may_wait: bool, lookup: Lookup) 
         start=seen.start,
     )
     gone = may_wait and seen.is_queued is False and state.status in (Status.MISSING, Status.INTERRUPTED)
-    return Standing(state=state, queue=queued, place=place, gone=seen if gone else None)
+    return Standing(
+        state=state, queue=queued, place=place, gone=seen if gone else None, is_ours=seen.is_ours
+    )  # fmt: skip
 
 
 def _reason(state: RunState, seen: Seen) -> str | None:

@@ -1,10 +1,9 @@
-"""What to submit, and its submission through submitit."""
+"""What to submit, and its submission by sbatch."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.claim import current_claim
-from lorabench.cluster import background, slurm
+from lorabench.cluster import background, job, slurm
 from lorabench.cluster.enqueue import Plan, new_name, write_jobs, write_plan
 from lorabench.cluster.packing import Cell, Limits, pack, share, split, spread
 from lorabench.cluster.profile import Profile
 from lorabench.cluster.queue import COMMENT, Array, Submission, read_submission
 from lorabench.cluster.standing import Standing, standings
-from lorabench.cluster.work import ENDLESS, Work, forget_timeouts
+from lorabench.cluster.work import forget_timeouts
 from lorabench.decode import InputError, encode
 from lorabench.record import FAILURES, Status, Store
 from lorabench.spec import RunSpec
@@ -127,17 +126,16 @@ def _config(tell: Callable[[str], None] | None) -> dict[str, str]:
 
 
 def scripts(prospect: Prospect, root: Path) -> list[str]:
-    """The sbatch script of each array, in submitit's own words."""
+    """The sbatch script of each array, in submitit's words; what it starts is `lorabench.cluster.job`."""
     os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)  # read when submitit is imported; the signal is USR2
     from submitit.slurm.slurm import _make_sbatch_string
 
-    profile = prospect.order.profile
+    python = prospect.order.profile.command
     folder = submitit_folder(root, prospect.name)
-    command = f"{profile.command} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     texts = []
-    for (_, count), parallel in zip(prospect.arrays, _parallel(prospect), strict=True):
+    for (first, count), parallel in zip(prospect.arrays, _parallel(prospect), strict=True):
         own = parameters(prospect, parallel, folder) | ({"map_count": count} if count > 1 else {})
-        texts.append(_make_sbatch_string(command=command, folder=folder, **own))
+        texts.append(_make_sbatch_string(command=job.command(python, folder.parent, first), folder=folder, **own))
     return texts
 
 
@@ -148,7 +146,7 @@ def try_out(prospect: Prospect, root: Path, tell: Callable[[str], None]) -> None
 
 
 def parameters(prospect: Prospect, parallel: int, folder: Path) -> dict[str, Any]:
-    """For submitit's SlurmExecutor."""
+    """For submitit's script."""
     name = f"lorabench-{prospect.order.sweep.name}"
     return prospect.order.profile.slurm_parameters(name, COMMENT + prospect.name, parallel, folder)
 
@@ -188,7 +186,7 @@ def send(prospect: Prospect, store: Store, check: Callable[[], None] = lambda: N
     if profile.kind == "local":
         background.start(submission)
     else:
-        _send_arrays(prospect, store.root.absolute(), submission, check)
+        _send_arrays(prospect, store.root, submission, check)
     return read_submission(submission.folder) or submission
 
 
@@ -206,27 +204,20 @@ def _clear(prospect: Prospect, store: Store) -> dict[str, int]:
 
 
 def _send_arrays(prospect: Prospect, root: Path, submission: Submission, check: Callable[[], None]) -> None:
-    os.environ.pop("SUBMITIT_PREEMPT_SIGNAL", None)
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-    from submitit.slurm.slurm import SlurmExecutor
-
-    profile, folder = prospect.order.profile, submitit_folder(root, prospect.name)
     taken: list[Array] = []
-    for (first, count), parallel in zip(prospect.arrays, _parallel(prospect), strict=True):
+    for (first, count), text in zip(prospect.arrays, scripts(prospect, root), strict=True):
         check()
-        works = [Work(root=str(root), submission=prospect.name, number=first + index) for index in range(count)]
+        script = submission.submitit / f"array_{first}.sh"
+        script.write_text(text)
         try:
-            with _plain_environment(profile):
-                executor = SlurmExecutor(folder, max_num_timeout=ENDLESS, python=profile.command)
-                executor.update_parameters(**parameters(prospect, parallel, folder))
-                jobs = executor.submit_array(works)
-        except (FailedJobError, FailedSubmissionError, OSError, RuntimeError) as error:
-            if isinstance(error, FailedJobError) and not taken:  # sbatch said no: nothing was submitted
+            with _plain_environment(prospect.order.profile):
+                job_id = slurm.submit(script)
+        except InputError as error:
+            if not (taken or isinstance(error, slurm.Unreachable)):  # sbatch said no: nothing was submitted
                 shutil.rmtree(submission.folder)
             done = f"; {len(taken)} of {len(prospect.arrays)} arrays were submitted" if taken else ""
-            said = " ".join(str(error).replace("sbatch: error: ", "").split())
-            raise InputError(f"{said}{done}", "sbatch") from None
-        taken.append(Array(first=first, count=count, job_id=jobs[0].job_id.partition("_")[0]))
+            raise InputError(f"{error}{done}") from None
+        taken.append(Array(first=first, count=count, job_id=job_id))
         write_jobs(submission, taken)
 
 

@@ -1,7 +1,7 @@
 """What a job does: its runs, one after another in fresh processes of one warm server, until a signal stops it.
 
 SLURM's warnings reach every process of a job. The runs are told to stop by this one alone: each writes its
-checkpoint; then the job is queued again, by submitit, or ends.
+checkpoint; then the job is queued again, or ends.
 """
 
 from __future__ import annotations
@@ -10,91 +10,47 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
+from annotated_types import Ge
+
+from lorabench import stored
 from lorabench.claim import current_claim
 from lorabench.cluster import slurm
-from lorabench.cluster.profile import Profile, requeue_file
-from lorabench.cluster.queue import Submission, read_submission
-from lorabench.decode import InputError, decode
+from lorabench.cluster.profile import Profile
+from lorabench.cluster.queue import Submission
+from lorabench.decode import InputError
 from lorabench.distributed import Place
+from lorabench.durable import write_json
 from lorabench.launch import Outcome, Pool, launch
 from lorabench.machine import visible_gpus
-from lorabench.record import FAILURES, Status, Store, read_json, write_json
+from lorabench.record import FAILURES, Status, Store
 from lorabench.settle import settle
 from lorabench.spec import RunSpec
 from lorabench.sweep import Sweep
 from lorabench.terminal import talk
 from lorabench.worker import Settings
 
-if TYPE_CHECKING:
-    from submitit.core.utils import DelayedSubmission
-
-ENDLESS = 10**9
-"""Time-outs that submitit allows a job: they are counted here, a run at a time."""
 EARLY_SECONDS = 90.0
 """By so much SLURM's warning may come before it is due: it looks at its clocks every 30 or 60 s."""
 MARGIN_SECONDS = 15.0
 """Of the time between the warning and the end, what is left for queueing the job again."""
 LINGER_SECONDS = 900.0
 """How long a job that SLURM ends for a reason it cannot learn waits for that."""
-REQUEUE_TRIES, REQUEUE_SECONDS = 4, 3.0
 TIMEOUTS = "timeouts.json"
 """In a run's folder: how often it was stopped by a job's time limit since it was submitted anew."""
 SETTLED = (Status.DONE, *FAILURES, Status.CORRUPT)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Work:
-    """One job of a submission. It is pickled, and reads all else from the submission's plan when it starts."""
+    """What jobs of lorabench 0.1.0 were pickled as: such a job ends here, and its runs are submitted again."""
 
-    root: str
-    submission: str
-    number: int
-
-    def __call__(self) -> dict[str, str]:
-        """Compute the job's runs; run id -> status. May end in SystemExit, where the job is queued again."""
-        from submitit import JobEnvironment
-
-        began, job_id = time.time(), JobEnvironment().job_id
-        requeue = signal.getsignal(signal.SIGUSR2)
-        store = Store(Path(self.root))
-        submission = read_submission(store.root / "queue" / self.submission)
-        if submission is None:
-            raise InputError(f"{self.submission}: its plan is gone")
-        profile: Profile = decode(Profile, submission.profile)
-        outcome = compute(store, submission, profile, self.number, job_id)
-        if outcome is None:
-            return {}
-        if outcome.signal:
-            interruption = Interruption(store=store, profile=profile, job_id=job_id, began=began)
-            if interruption.is_to_be_queued_again(outcome):
-                self._queue_again(submission, profile, requeue)
-        unwritten = [s.run_id for s in outcome.states if s.status in FAILURES and not store.state(s.run_id).record]
-        if unwritten:  # a full disk: let SLURM call the job failed too
-            raise RuntimeError(f"{len(unwritten)} runs failed, and their records could not be written: {unwritten[0]}")
-        return {state.run_id: str(state.status) for state in outcome.states}
-
-    def _queue_again(self, submission: Submission, profile: Profile, handler: Any) -> None:
-        if profile.container and "SLURM_JOB_ID" in os.environ:
-            requeue_file(submission.submitit, os.environ["SLURM_JOB_ID"]).touch()
-        elif callable(handler):
-            for _ in range(REQUEUE_TRIES):
-                with contextlib.suppress(subprocess.SubprocessError, OSError):  # scontrol: a busy controller
-                    handler(signal.SIGUSR2, None)
-                time.sleep(REQUEUE_SECONDS)
-            raise RuntimeError("scontrol requeue has failed; submit again to resume")
-
-    def checkpoint(self) -> DelayedSubmission | None:
-        """What submitit queues again: the same job, which goes on with what is not done yet."""
-        from submitit.core.utils import DelayedSubmission
-
-        return DelayedSubmission(self)
+    def __setstate__(self, state: object) -> None:
+        raise InputError("this job was submitted by an older lorabench, as a pickle: submit again to resume its runs")
 
 
 def compute(store: Store, submission: Submission, profile: Profile, number: int, job_id: str) -> Outcome | None:
@@ -194,11 +150,24 @@ class Interruption:
                 continue
             file = self.store.folder(run_id) / TIMEOUTS
             with contextlib.suppress(OSError):  # a full disk: to be queued again matters more
-                count = (read_json(file) or {}).get("count", 0) + 1
+                count = _num_timeouts(file) + 1
                 write_json(file, {"count": count})
                 if count > self.profile.max_timeouts:
                     error = f"stopped by the time limit of {self.profile.minutes} min, {count} times"
                     settle(self.store, state, Status.TIMEOUT, f"{error}; --retry timeout resumes it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Timeouts:
+    count: Annotated[int, Ge(0)] = 0
+
+
+def _num_timeouts(file: Path) -> int:
+    """As far as it can be read: a damaged file is no reason for a job not to be queued again."""
+    try:
+        return (stored.read(_Timeouts, file) or _Timeouts()).count
+    except InputError:
+        return 0
 
 
 def forget_timeouts(folder: Path) -> None:

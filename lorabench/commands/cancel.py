@@ -7,6 +7,7 @@ only these runs are. What is running writes its checkpoint and ends `cancelled`:
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,8 +40,10 @@ def main(arguments: argparse.Namespace) -> int:
     found = standings(store)
     plan = plan_cancellation(found, chosen)
     if not plan.run_ids:
-        states = count_statuses(standing.state for standing in found if standing.run_id in chosen)
-        talk(f"{arguments.what}: nothing to cancel: {states}")
+        known = [standing.state for standing in found if standing.run_id in chosen]
+        told = [count_statuses(known)] * bool(known)
+        told += [f"{len(chosen) - len(known)} not begun"] * (len(known) < len(chosen))
+        talk(f"{arguments.what}: nothing to cancel: {', '.join(told)}")
         return 0
     if not arguments.dry_run:
         cancel(store, plan)
@@ -49,7 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _chosen(store: Store, what: str) -> set[str]:
-    """The ids that are meant. InputError names the closest run, where `what` is neither a sweep nor a run."""
+    """The ids that are meant. InputError names the closest sweep, where `what` is neither a sweep nor a run."""
     from lorabench.cluster.queue import read_submissions
     from lorabench.logs import find_run
     from lorabench.stamp import find_sweeps
@@ -60,10 +63,23 @@ def _chosen(store: Store, what: str) -> set[str]:
         return submitted | {spec.id for spec in find_sweeps(store, what)[0].read().runs}
     if submitted:
         return submitted
+    if what in _declared(store, names):
+        return {what}
     try:
-        return {find_run(store, what, others=names)}
+        return {find_run(store, what, sweeps=names)}
     except InputError as error:
         raise InputError([problem.replace("RUN =", "SWEEP|RUN =", 1) for problem in error.problems]) from None
+
+
+def _declared(store: Store, names: set[str]) -> set[str]:
+    """The runs of these sweeps, begun or not."""
+    from lorabench.stamp import find_sweeps
+
+    found: set[str] = set()
+    for name in names:
+        with contextlib.suppress(InputError):  # a damaged one declares nothing
+            found |= {spec.id for spec in find_sweeps(store, name)[0].read().runs}
+    return found
 
 
 def _say(plan: Cancellation, done: str) -> None:

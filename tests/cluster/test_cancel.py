@@ -16,11 +16,13 @@ from lorabench.cluster.queue import read_submissions
 from lorabench.cluster.standing import standings
 from lorabench.execute import Options, execute
 from lorabench.record import Status, Store, write_bytes
+from lorabench.sweep import read_sweep
 from tests import fake_runs
 from tests.conftest import make_spec
-from tests.fake_slurm import FakeSlurm, submitted
+from tests.fake_slurm import NAME, FakeSlurm, submitted
 from tests.fake_slurm import slurm_commands as slurm_commands
 
+OURS = f"lorabench:{NAME}"
 SPECS = list(fake_runs.sweep(*range(12)).runs)
 SWEEP = """
 [base]
@@ -50,7 +52,7 @@ def scancels(slurm_commands: FakeSlurm) -> list[str]:
 def test_a_sweep_s_own_jobs_are_cancelled_and_of_the_others_its_runs(
     store: Store, slurm_commands: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slurm_commands.queue({"5_0": "PENDING", "5_1": "RUNNING", "5_2": "PENDING"})
+    slurm_commands.queue({"5_0": "PENDING", "5_1": "RUNNING", "5_2": "PENDING"}, OURS)
     with take(store.folder(SPECS[4].id), {"job": "5_1"}), take(store.folder(SPECS[6].id), {"job": "5_1"}):
         assert cancel(store, "half", "--dry-run") == 0
         assert scancels(slurm_commands) == [] and not store.cancel_marker(SPECS[4].id).exists()
@@ -65,13 +67,13 @@ def test_a_sweep_s_own_jobs_are_cancelled_and_of_the_others_its_runs(
     assert all("its job holds 2 runs that go on" in line for line in lines[1:])
     assert "cancelled 1 jobs with 4 runs and 2 runs without their jobs" in err
     assert [store.cancel_marker(spec.id).exists() for spec in SPECS] == [False] * 4 + [True] * 2 + [False] * 6
-    slurm_commands.queue({"5_1": "RUNNING", "5_2": "PENDING"})
+    slurm_commands.queue({"5_1": "RUNNING", "5_2": "PENDING"}, OURS)
     found = [standing.status for standing in standings(store, SPECS)]
     assert found == ["cancelled"] * 6 + ["pending"] * 6
 
 
 def test_the_name_of_what_was_submitted_means_all_of_it(store: Store, slurm_commands: FakeSlurm) -> None:
-    slurm_commands.queue({"5_0": "PENDING", "5_1": "RUNNING", "5_2": "PENDING"})
+    slurm_commands.queue({"5_0": "PENDING", "5_1": "RUNNING", "5_2": "PENDING"}, OURS)
     with take(store.folder(SPECS[4].id), {"job": "5_1"}):
         assert cancel(store, "grid") == 0
     assert scancels(slurm_commands) == ["scancel 5_[0-2]"]
@@ -81,7 +83,7 @@ def test_the_name_of_what_was_submitted_means_all_of_it(store: Store, slurm_comm
 def test_a_job_whose_other_runs_are_settled_is_cancelled_for_its_last_run(
     store: Store, slurm_commands: FakeSlurm
 ) -> None:
-    slurm_commands.queue({"5_2": "RUNNING"})
+    slurm_commands.queue({"5_2": "RUNNING"}, OURS)
     from lorabench.record import RunRecord
 
     for spec in SPECS[8:11]:
@@ -99,21 +101,53 @@ def test_nothing_to_cancel_is_said_so(
     assert out == "" and "half: nothing to cancel: 6 lost" in err and scancels(slurm_commands) == []
 
 
-def test_an_unknown_name_gets_the_closest(
+def test_an_unknown_name_gets_the_closest_sweep_but_never_another_run(
     store: Store, slurm_commands: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     near = SPECS[0].id[:-1] + ("0" if SPECS[0].id[-1] != "0" else "1")
     assert cancel(store, near) == 2
-    assert f"no such run or sweep in {store.root}. Did you mean '{SPECS[0].id}'?" in capsys.readouterr().err
+    assert f"no such run or sweep in {store.root}. `lorabench status" in capsys.readouterr().err
     assert cancel(store, "hlaf") == 2
     assert "SWEEP|RUN = hlaf: " in (err := capsys.readouterr().err) and "Did you mean 'half'?" in err
+
+
+def test_a_run_that_has_not_begun_is_said_so(
+    store: Store, slurm_commands: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bytes(store.root / "more" / "sweep.toml", SWEEP.replace("[0, 1, 2, 3, 4, 5]", "[77, 78]").encode())
+    new = read_sweep(store.root / "more" / "sweep.toml").runs[0].id
+    assert cancel(store, new) == 0
+    assert f"{new}: nothing to cancel: 1 not begun" in capsys.readouterr().err
+    assert cancel(store, "more") == 0
+    assert "more: nothing to cancel: 2 not begun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("comment", "user", "why"),
+    [
+        ("", None, "job 5_0 does not say that it is lorabench's"),
+        ("a site's plug-in", None, "job 5_0 does not say that it is lorabench's"),
+        (OURS, "somebody", "its job cannot be reached from here"),
+        ("lorabench:20261125T000000-other-ffff", None, "its job cannot be reached from here"),
+    ],
+)
+def test_a_job_that_is_not_known_to_be_ours_is_never_cancelled(
+    comment: str, user: str | None, why: str, store: Store, slurm_commands: FakeSlurm,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """As where SLURM was set up anew and counts from one, or somebody wrote the number of another job of mine."""
+    slurm_commands.queue({"5_0": "RUNNING"}, comment, user)
+    with take(store.folder(SPECS[0].id), {"job": "5_0"}):
+        assert cancel(store, "half") == 0
+    assert f"run {SPECS[0].id}  ({why})" in capsys.readouterr().out
+    assert scancels(slurm_commands) == [] and store.cancel_marker(SPECS[0].id).exists()
 
 
 def test_another_s_job_is_left_to_him(
     store: Store, slurm_commands: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submitted(store.root, [SPECS[:2]], ["7"], user="somebody", name="20261124T150000-grid-ffff")
-    slurm_commands.queue({"7": "PENDING"})
+    slurm_commands.queue({"7": "PENDING"}, "lorabench:20261124T150000-grid-ffff", "somebody")
     assert cancel(store, SPECS[0].id) == 0
     assert "(its job is somebody's)" in capsys.readouterr().out and scancels(slurm_commands) == []
 
@@ -121,7 +155,7 @@ def test_another_s_job_is_left_to_him(
 def test_where_slurm_does_not_answer_the_runs_are_marked(
     store: Store, slurm_commands: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slurm_commands.queue({"5_0": "RUNNING"})
+    slurm_commands.queue({"5_0": "RUNNING"}, OURS)
     slurm_commands.answer("scancel", err="scancel: error: Unable to contact slurm controller", code=1)
     with take(store.folder(SPECS[0].id), {"job": "5_0"}):
         assert cancel(store, "half") == 2
@@ -176,7 +210,7 @@ def test_a_controller_that_is_down_is_one_message(
     command: str, said: str, store: Store, slurm_commands: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As a real one has said it, before the look or after it; nothing then says that anything was cancelled."""
-    slurm_commands.queue({"5_0": "PENDING", "5_1": "RUNNING", "5_2": "PENDING"})
+    slurm_commands.queue({"5_0": "PENDING", "5_1": "RUNNING", "5_2": "PENDING"}, OURS)
     slurm_commands.answer(command, err=f"{said}\n", code=1)
     assert cancel(store, "half") == 2
     out, err = capsys.readouterr()

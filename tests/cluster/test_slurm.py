@@ -133,11 +133,11 @@ def test_an_element_that_has_started_outdoes_its_row_among_those_that_wait(slurm
 
 def test_what_others_let_stand_in_the_queue_stops_nobody(slurm_commands: FakeSlurm) -> None:
     """Parts of a heterogeneous job, ids of a kind not known here, and comments of several lines."""
-    foreign = "7+0|RUNNING|None|N/A|N/A|n1|(null)\n7+1|RUNNING|None|N/A|N/A|n2|a\nb|c\n\x1fd\nx7|RUNNING|||||\n"
-    own = f"8_1|PENDING|Priority|N/A|N/A||{slurm.COMMENT}x\n"
+    foreign = "7+0|RUNNING|None|N/A|N/A|n1|x|(null)\n7+1|RUNNING|None|N/A|N/A|n2|x|a\nb|c\n\x1fd\nx7|RUNNING||||||\n"
+    own = f"8_1|PENDING|Priority|N/A|N/A||root|{slurm.COMMENT}x\n"
     slurm_commands.answer("squeue", foreign + own)
     assert [job.id for job in list_jobs(["root"])] == ["7+0", "7+1", "8_1"]
-    for broken in (own.replace("8_1", "x8"), "8_[1-...]|PENDING|||||\n", "8|PENDING\n"):  # may be one of ours
+    for broken in (own.replace("8_1", "x8"), "8_[1-...]|PENDING||||||\n", "8|PENDING\n"):  # may be one of ours
         slurm_commands.answer("squeue", foreign + broken)
         with pytest.raises(Unreachable, match="cannot be read"):
             list_jobs(["root"])

@@ -15,7 +15,7 @@ import pytest
 from lorabench import claim
 from lorabench.claim import STALE_SECONDS, take
 from lorabench.cluster import slurm, verdict
-from lorabench.cluster.queue import COMMENT, note_cancelled, read_submission
+from lorabench.cluster.queue import COMMENT, note_cancelled, read_submission, user_name
 from lorabench.cluster.standing import Standing, standings
 from lorabench.decode import InputError
 from lorabench.record import Status, Store, write_bytes
@@ -251,7 +251,7 @@ def test_on_nfs_what_a_job_wrote_last_is_waited_for(
     submitted(store.root, [[SPECS[0]], [SPECS[1]], [SPECS[2]], [SPECS[3]]], ["5"])
     ended = datetime.now().isoformat(timespec="seconds")
     died(store, SPECS[2], "5_2")
-    slurm_commands.answer("squeue", f"5_1|FAILED|NonZeroExitCode|N/A|{ended}|n1|(null)\n")
+    slurm_commands.answer("squeue", f"5_1|FAILED|NonZeroExitCode|N/A|{ended}|n1|{user_name()}|(null)\n")
     slurm_commands.answer(
         "sacct", f"5_0|COMPLETED|0:0|{ended}|{ended}|n1\n5_3|COMPLETED|0:0|{ended}|2026-11-24T14:31:00|n1\n"
     )
@@ -290,7 +290,7 @@ def test_a_verdict_that_cannot_be_written_is_shown_all_the_same(
 def test_another_s_jobs_are_shown_but_not_settled(store: Store, slurm_commands: FakeSlurm) -> None:
     submitted(store.root, [[SPECS[0]], [SPECS[1]]], ["5"], user="somebody")
     died(store, SPECS[0], "5_0")
-    slurm_commands.queue({"5_1": "PENDING Priority"})
+    slurm_commands.queue({"5_1": "PENDING Priority"}, user="somebody")
     slurm_commands.accounting({"5_0": "OUT_OF_MEMORY"})
     assert [s.status for s in stand(store, *SPECS[:2])] == ["oom", "pending"]
     assert store.read(SPECS[0].id).status == Status.RUNNING
@@ -323,6 +323,8 @@ def test_another_cluster_s_jobs_are_not_taken_for_lost(store: Store, slurm_comma
 def test_a_later_job_with_the_same_number_is_not_the_run_s(store: Store, slurm_commands: FakeSlurm) -> None:
     submitted(store.root, [[SPECS[0]]], ["5"])
     slurm_commands.queue({"5": "RUNNING"}, comment=COMMENT + "20261125T000000-another-ffff")
+    assert stand(store)[0].status == "lost"
+    slurm_commands.queue({"5": "RUNNING"}, user="somebody")
     assert stand(store)[0].status == "lost"
     slurm_commands.queue({"5": "RUNNING"}, comment="what a site's plug-in writes here")
     assert stand(store)[0].status == "pending"
@@ -394,6 +396,34 @@ def test_a_local_job_is_its_process(store: Store, slurm_commands: FakeSlurm) -> 
     (found,) = stand(store)
     assert found.status == "missing" and found.queue and found.queue.reason == "on elsewhere; not seen from here"
     assert slurm_commands.calls == []
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value", "words"),
+    [
+        ("plan", "jobs", [["lora-000000000000"]], 'jobs: "lora-000000000000" is none of its runs'),
+        ("plan", "jobs", 7, "jobs = 7: must be list"),
+        ("plan", "arrays", [[0, 10**200]], "holds none, or more than there are"),
+        ("plan", "arrays", [[0]], "must be 2 values"),
+        ("plan", "specs", {"../../x": {}}, "is no name of a file below the folder"),
+        ("plan", "retry", {"x": "1"}, 'retry.x = "1": must be int'),
+        ("plan", "submitted", "yesterday", "is no time"),
+        ("plan", "kind", "cloud", 'kind = "cloud"'),
+        ("jobs", "arrays", [{"job_id": "--user=root", "first": 0, "count": 1}], "is no number of a job"),
+        ("jobs", "arrays", {"0": 1}, "must be list"),
+        ("jobs", "complete", "yes", "must be bool"),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_told_and_nothing_else_suffers(
+    file: str, field: str, value: object, words: str, store: Store, slurm_commands: FakeSlurm
+) -> None:
+    folder = submitted(store.root, [[SPECS[1]]], ["5"])
+    table = json.loads((folder / f"{file}.json").read_text()) | {field: value}
+    (folder / f"{file}.json").write_text(json.dumps(table))
+    record(store, SPECS[0], Status.DONE)
+    told: list[str] = []
+    assert [s.status for s in standings(store, tell=told.append)] == ["done"]
+    assert len(told) == 1 and f"{file}.json" in told[0] and words in told[0]
 
 
 @pytest.mark.parametrize("content", [b'{"jobs": [', b'{"jobs": []}', b"[]"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from lorabench.claim import take
 from lorabench.cluster import slurm
 from lorabench.cluster.enqueue import only_one
 from lorabench.cluster.profile import Profile
-from lorabench.cluster.queue import Submission, read_submissions
+from lorabench.cluster.queue import Submission, check_own, read_submissions, user_name
 from lorabench.cluster.submit import Order, prepare, scripts, send, try_out, warnings
 from lorabench.decode import InputError
 from lorabench.record import RunRecord, Status, Store
@@ -82,7 +84,7 @@ def test_a_submission_is_written_down_with_the_ids_of_its_jobs(cluster: FakeClus
     assert read.complete
     assert read.specs == {spec.id: spec.to_json() for spec in sweep.runs}
     assert all(f"--comment=lorabench:{read.name}\n" in text for text in cluster.scripts)
-    assert len(list(read.submitit.glob("*_submitted.pkl"))) == 5
+    assert not list(read.folder.rglob("*.pkl"))  # whoever may write a pickle runs code as the one who loads it
 
 
 def test_what_is_done_queued_or_has_failed_is_not_submitted_again(cluster: FakeCluster, tmp_path: Path) -> None:
@@ -192,7 +194,8 @@ print("made", made.name if made else None, flush=True)
 def test_two_overlapping_submits_at_once_submit_each_run_once(cluster: FakeCluster, tmp_path: Path) -> None:
     root = tmp_path / "r"
     cluster.answer(
-        "squeue", "".join(f"{100 + a}_{e}|PENDING|None|N/A|N/A||(null)\n" for a in range(2) for e in range(9))
+        "squeue",
+        "".join(f"{100 + a}_{e}|PENDING|None|N/A|N/A||{user_name()}|(null)\n" for a in range(2) for e in range(9)),
     )
     children = [child(root, *range(8)), child(root, *range(4, 12))]
     assert [process.wait(60) for process in children] == [0, 0]
@@ -284,3 +287,54 @@ def test_a_path_that_slurm_would_change_is_refused(cluster: FakeCluster, tmp_pat
     with pytest.raises(InputError, match="must have no %"):
         submit(fake_runs.sweep(0), Store(tmp_path / "50%"))
     assert cluster.scripts == []
+
+
+def test_a_plan_is_its_user_s_alone_whatever_the_umask(cluster: FakeCluster, tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        submission = submit(fake_runs.sweep(0), Store(tmp_path / "r"))
+    finally:
+        os.umask(before)
+    assert submission
+    check_own(submission.folder)
+    assert (tmp_path / "r" / "queue").stat().st_mode & 0o022  # the folder above may be everybody's
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (lambda folder: (folder / "plan.json").chmod(0o664), r"plan.json: others may write it \(mode 664\)"),
+        (lambda folder: folder.chmod(0o757), "others may write it"),
+        (lambda folder: os.chown(folder / "plan.json", 12345, -1), "plan.json: belongs to 12345, not to"),
+        (lambda folder: os.chown(folder, 12345, -1), "belongs to 12345, not to"),
+        (lambda folder: link(folder / "plan.json"), "plan.json: is a link"),
+        (lambda folder: (folder / "plan.json").unlink(), "plan.json: cannot be read: No such file"),
+    ],
+    ids=["file", "folder", "file's owner", "folder's owner", "link", "missing"],
+)
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+def test_a_plan_that_others_may_have_written_is_not_believed(
+    harm: Callable[[Path], object], words: str, cluster: FakeCluster, tmp_path: Path
+) -> None:
+    submission = submit(fake_runs.sweep(0), Store(tmp_path / "r"))
+    assert submission
+    harm(submission.folder)
+    with pytest.raises(InputError, match=words):
+        check_own(submission.folder)
+
+
+def link(file: Path) -> None:
+    file.rename(file.with_name("other"))
+    file.symlink_to("other")
+
+
+def test_a_job_ends_where_others_may_have_written_its_plan(cluster: FakeCluster, tmp_path: Path) -> None:
+    submission = submit(fake_runs.sweep(0), Store(tmp_path / "r"))
+    assert submission
+    (submission.folder / "plan.json").chmod(0o666)
+    (line,) = [line for line in cluster.scripts[0].splitlines() if line.startswith("srun")]
+    words = shlex.split(line)
+    variables = {"SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "100", "PYTHONPATH": os.getcwd()}
+    job = [sys.executable, *words[words.index("-P") :]]
+    done = subprocess.run(job, env=os.environ | variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "others may write it" in done.stderr and "Traceback" not in done.stderr
