@@ -14,6 +14,8 @@ from lorabench.labels import measure
 from lorabench.record import FAILURES, Status
 
 CONFIDENCE = 0.95
+LARGEST = 1e150
+"""Whose square is a number still: of what has diverged further there is no interval."""
 FAILED = (*FAILURES, Status.CORRUPT)
 
 
@@ -109,6 +111,8 @@ def _by_seed(runs: pd.DataFrame, name: str) -> dict[int, list[float]]:
 def interval(values: Iterable[float]) -> tuple[float, float | None]:
     """Mean and half width of the two-sided 95% Student-t interval; no interval for one value or an infinite one."""
     values = sorted(values)  # a sum of floats depends on its order
+    if values[-1] < math.inf and max(-values[0], values[-1]) > LARGEST:
+        return math.fsum(value / len(values) for value in values), None
     mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.inf
     if len(values) < 2 or not math.isfinite(mean):
         return mean, None

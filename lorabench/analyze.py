@@ -29,6 +29,7 @@ from lorabench.decode import InputError
 from lorabench.jobs import Job, batches, files_of, subjects, updates_bytes
 from lorabench.machine import available_cores
 from lorabench.pairs import PAIR_AXES, Pair, find_pairs
+from lorabench.quote import blame
 from lorabench.record import RunRecord, RunState, Status, Store
 from lorabench.share import WorkerFailed, share
 from lorabench.sweep import Sweep
@@ -55,6 +56,7 @@ def analyze(
     states: Iterable[RunState] | None = None,
     note: Callable[[str], None] = talk,
     unread: Callable[[dict[str, str]], None] = lambda _: None,
+    broken: Callable[[dict[str, str]], None] | None = None,
 ) -> dict[str, pd.DataFrame]:
     """A frame for every analysis: of each run that is done, and of the pairs that differ in one of `pair_axes`.
 
@@ -65,8 +67,8 @@ def analyze(
 
     `workers` processes share what is to compute (None: one a core, where there is much); the frames are the same
     whatever their number, but for the last digits of dense ΔW of 1024² and more, whose SVD may use several threads.
-    `states`: how the sweep's runs stand, where that is known. Raises WorkerFailed at the end where some of it could
-    not be computed; the rest is kept.
+    `states`: how the sweep's runs stand, where that is known. `broken` is given the analyses that raised, with what;
+    the rest is kept. Where it is not asked for, that is raised at the end as WorkerFailed.
     """
     records = _analyzable(store.states(list(sweep.runs)) if states is None else states, note)
     pairs = list(find_pairs(sweep, records, pair_axes, selected))
@@ -82,7 +84,7 @@ def analyze(
     own = {name: _own_tables(jobs, bundles[name]) for name, jobs in wanted.items()}
     missing = {name: [job for job in jobs if job not in bundles[name] and job not in own[name]]
                for name, jobs in wanted.items()}  # fmt: skip
-    failed = _compute(store, [job for jobs in missing.values() for job in jobs], note, workers)
+    failed = _compute(store, [job for jobs in missing.values() for job in jobs], note, workers, broken)
     unread(failed)
     frames = {}
     for analysis in analyses:
@@ -153,7 +155,13 @@ def _frame(analysis: Analysis, gathered: Gathered, pairs: list[Pair]) -> pd.Data
     return to_frame(gathered.table, gathered.counts, before)
 
 
-def _compute(store: Store, jobs: list[Job], note: Callable[[str], None], workers: int | None = 1) -> dict[str, str]:
+def _compute(
+    store: Store,
+    jobs: list[Job],
+    note: Callable[[str], None],
+    workers: int | None = 1,
+    broken: Callable[[dict[str, str]], None] | None = None,
+) -> dict[str, str]:
     """Do the jobs and write their files. Returns the runs that could not be read, with the reason."""
     if not jobs:
         return {}
@@ -181,11 +189,29 @@ def _compute(store: Store, jobs: list[Job], note: Callable[[str], None], workers
                 of_batch = [results.get((part.number, other)) for other in range(num_parts)]
                 if all(of_batch):
                     batch.commit(part, cast(list[Outcome], of_batch))
-    return _account([results[place] for place in sorted(results)], errors, note)
+    outcomes = [results[place] for place in sorted(results)]
+    raised = _raised(outcomes, errors)
+    if raised and broken is None:
+        raise WorkerFailed("\n".join([*(f"{name}: {text}" for name, text in raised.items()), "the rest is kept"]))
+    if broken is not None:
+        broken(raised)
+    return _account(outcomes, note)
 
 
-def _account(outcomes: list[Outcome], errors: list[Exception], note: Callable[[str], None]) -> dict[str, str]:
-    """Tell what went wrong, each thing once."""
+def _raised(outcomes: list[Outcome], errors: list[Exception]) -> dict[str, str]:
+    """What raised, by analysis; what ended a whole part of them, as `analyses`."""
+    found: dict[str, str] = {}
+    for outcome in outcomes:
+        found = outcome.broken | found
+    texts = dict.fromkeys(str(e).strip() if isinstance(e, WorkerFailed) else blame(e) for e in errors)
+    if texts:
+        last = "; ".join(text.splitlines()[-1] for text in texts)
+        found["analyses"] = f"{last}; {len(errors)} parts of the analyses were not computed"
+    return found
+
+
+def _account(outcomes: list[Outcome], note: Callable[[str], None]) -> dict[str, str]:
+    """Tell what went wrong with the runs, each thing once."""
     for text in dict.fromkeys(text for outcome in outcomes for text in outcome.notes):
         note(text)
     failed: dict[str, str] = {}
@@ -193,11 +219,6 @@ def _account(outcomes: list[Outcome], errors: list[Exception], note: Callable[[s
         failed = outcome.failed | failed
     for run_id, reason in failed.items():
         note(f"not analyzed (corrupt): {run_id}: {reason}")
-    if errors and not isinstance(errors[0], WorkerFailed):
-        raise errors[0]
-    if errors:
-        texts = "\n".join(dict.fromkeys(map(str, errors)))
-        raise WorkerFailed(f"{texts}\n{len(errors)} parts of the analyses were not computed; the rest is kept")
     return failed
 
 

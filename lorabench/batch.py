@@ -20,6 +20,7 @@ from lorabench.decode import InputError
 from lorabench.jobs import SNAPSHOTS, UPDATES, Job, files_of
 from lorabench.layer import LayerSVD
 from lorabench.linalg import one_thread
+from lorabench.quote import blame
 from lorabench.readers._entry import Entry
 from lorabench.record import RunRecord, file_digest
 from lorabench.tidy import Spool, to_table, write_table
@@ -47,10 +48,14 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """`failed`: the runs that could not be read, with the reason. `left_out`: the jobs, by place, without a base."""
+    """`failed`: the runs that could not be read, with the reason. `broken`: the analyses that raised, with what.
+
+    `left_out`: the jobs, by place, that have no base, or whose analysis raised.
+    """
 
     failed: dict[str, str]
     left_out: list[int]
+    broken: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -60,7 +65,7 @@ def compute(part: Part, bases: Bases, advance: Callable[[float], None]) -> Outco
     try:
         work.go(advance)
         if part.num_parts == 1:
-            _write(part, [work.outcome], lambda place: [work.spools[place]])
+            _write(part, [work.outcome], lambda place: [work.spools[place]] if place in work.spools else [])
         else:
             for spool in work.spools.values():
                 spool.save()
@@ -82,14 +87,25 @@ def _write(part: Part, outcomes: list[Outcome], spools: Callable[[int], list[Spo
     failed = {run_id for outcome in outcomes for run_id in outcome.failed}
     left_out = {place for outcome in outcomes for place in outcome.left_out}
     for place, job in enumerate(part.jobs):
-        if place in left_out:
-            continue
         parts = spools(place)
-        if not failed & {*job.runs}:
+        if place not in left_out and not failed & {*job.runs}:
             tables = (table for spool in parts for table in spool.tables())
-            write_table(job.file, job.key, tables, part.scratch / f"{part.number}-{place}.parquet")
+            with _blaming(outcomes[0], place, job):
+                write_table(job.file, job.key, tables, part.scratch / f"{part.number}-{place}.parquet")
         for spool in parts:
             spool.remove()
+
+
+@contextlib.contextmanager
+def _blaming(outcome: Outcome, place: int, job: Job) -> Iterator[None]:
+    """An analysis that raises is told of, and left out; the others go on."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        outcome.broken.setdefault(job.analysis.name, f"{', '.join(job.runs)}: {blame(error)}")
+        outcome.left_out.append(place)
 
 
 class _Work:
@@ -146,18 +162,24 @@ class _Work:
             for run_id in job.runs:
                 if run_id not in seen:
                     seen[run_id] = self._load(run_id, parameter, entries[run_id])
-            given = self._given(job, seen, tuned)
-            if given:
-                with one_thread():
-                    rows = job.analysis.compute(*given)
-                if rows:
-                    last = seen[job.runs[0]][-1]
-                    self.spools[place].add(to_table(rows, {column: getattr(last, column) for column in LAYER_COLUMNS}))
+            with _blaming(self.outcome, place, job):
+                self._add(place, job, seen, tuned)
             for run_id in job.runs:
                 uses[run_id] -= 1
                 if not uses[run_id]:
                     del seen[run_id]
                     tuned.pop(run_id, None)
+
+    def _add(self, place: int, job: Job, seen: dict[str, list[LayerSVD]], tuned: dict[str, Tuned | None]) -> None:
+        """The job's rows of this layer, unless it does not apply, or has been left out by now."""
+        given = self._given(job, seen, tuned) if place not in self.outcome.left_out else []
+        if not given:
+            return
+        with one_thread():
+            rows = job.analysis.compute(*given)
+        if rows:
+            last = seen[job.runs[0]][-1]
+            self.spools[place].add(to_table(rows, {column: getattr(last, column) for column in LAYER_COLUMNS}))
 
     def _given(self, job: Job, seen: dict[str, list[LayerSVD]], tuned: dict[str, Tuned | None]) -> list[Any]:
         """What the job's analysis is called with; empty where it does not apply to the layer."""
@@ -191,6 +213,8 @@ class _Work:
             yield
         except InputError as error:
             self.failed[run_id] = str(error)
+        except Exception as error:  # of one run: the others are read
+            self.failed[run_id] = blame(error)
 
 
 def _last_step(record: RunRecord) -> int:

@@ -47,9 +47,12 @@ def read_bundle(file: Path) -> Bundle:
     if found is None:
         return Bundle()
     places, start = {}, 0
-    for digest, count in json.loads(found[0]):
-        places[digest] = start, count
-        start += count
+    try:
+        for digest, count in json.loads(found[0]):
+            places[digest] = start, count
+            start += count
+    except (ValueError, TypeError):  # not what `write_bundle` wrote
+        return Bundle()
     return Bundle(table=found[1], places=places) if start == len(found[1]) else Bundle()
 
 

@@ -121,10 +121,16 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     """Write `stem.pdf` and `stem.png` (250 dpi); the same figure gives the same bytes."""
     files = [stem.with_suffix(".pdf"), stem.with_suffix(".png")]
     stem.parent.mkdir(parents=True, exist_ok=True)
-    with style():
-        figure.savefig(files[0], metadata={"CreationDate": None, "Creator": "lorabench", "Producer": None})
-        figure.savefig(files[1], metadata={"Software": None})
-    plt.close(figure)
+    try:
+        with style():
+            figure.savefig(files[0], metadata={"CreationDate": None, "Creator": "lorabench", "Producer": None})
+            figure.savefig(files[1], metadata={"Software": None})
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
+    finally:
+        plt.close(figure)
     return files
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jinja2
+
+from lorabench.quote import blame
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATES = Path(__file__).parent / "templates"
+Made = TypeVar("Made")
 DISPLAY_SCALE = 1.45
 """Inches on the screen per inch in print."""
 
@@ -27,11 +31,35 @@ class Drawn:
     png: str
     """Base64."""
     inches: float
+    files: list[Path] = field(default_factory=list)
 
 
-def picture(name: str, caption: str, png: bytes, inches: float) -> Drawn:
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """What stands in the place of a table or figure that raised."""
+
+    name: str
+    error: str
+
+
+class Attempts:
+    """Makes one thing after another: what raises is noted in `errors`, by its name, and the rest is made."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, str] = {}
+
+    def __call__(self, name: str, make: Callable[[], Made]) -> Made | Broken:
+        try:
+            return make()
+        except Exception as error:  # told on the page, on stderr, and by the exit code
+            self.errors[name] = blame(error)
+            return Broken(name=name, error=self.errors[name])
+
+
+def picture(name: str, caption: str, png: bytes, inches: float, files: Sequence[Path] = ()) -> Drawn:
     """`inches` wide in print."""
-    return Drawn(name=name, caption=caption, png=base64.b64encode(png).decode(), inches=inches * DISPLAY_SCALE)
+    text = base64.b64encode(png).decode()
+    return Drawn(name=name, caption=caption, png=text, inches=inches * DISPLAY_SCALE, files=[*files])
 
 
 def embedded(name: str, caption: str, figure: Figure) -> Drawn:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import traceback
+from pathlib import Path
 from typing import Any
 
 LENGTH = 80
@@ -18,6 +20,13 @@ def show(value: Any, length: int = LENGTH) -> str:
     except (RecursionError, ValueError, TypeError):  # nested too deep, a number of thousands of digits, strange keys
         text = f"<{type(value).__name__}>"
     return clip(text, length)
+
+
+def blame(error: BaseException) -> str:
+    """An error that is a mistake of the program, in one line: what was raised, and where."""
+    place = next(reversed(traceback.extract_tb(error.__traceback__)), None)
+    where = f" ({Path(place.filename).name}, line {place.lineno})" if place else ""
+    return f"{type(error).__name__}: {clip(error, 4 * LENGTH)}{where}"
 
 
 def clip(text: object, length: int = LENGTH) -> str:

@@ -7,19 +7,22 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pandas as pd
 
-from lorabench import drawing, plugins
+from lorabench import drawing, plugins, stored
 from lorabench.aggregate import FAILED, plain
 from lorabench.changes import changes_sheet
+from lorabench.decode import InputError
 from lorabench.figure import SECTIONS, Figure
 from lorabench.labels import capitalized, distinct, key_label, measure, series_label, value_label, with_unit
-from lorabench.page import TEMPLATES, Drawn, fill, picture
+from lorabench.page import TEMPLATES, Attempts, Broken, Drawn, fill, picture
 from lorabench.record import Status, write_bytes, write_json
 from lorabench.results import Results, selected
 from lorabench.tables import build_tables, quality, write_tables
@@ -33,55 +36,106 @@ HEADINGS = ("Question", "Cost", "Expect")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Content:
-    """What a page shows of the results."""
+    """What a page shows of the results; a `Broken` in the place of what raised."""
 
-    summary: Sheet
-    changes: Sheet | None
-    tables: list[Sheet]
-    figures: dict[str, list[Drawn]]
+    summary: Sheet | Broken
+    changes: Sheet | Broken | None
+    tables: list[Sheet | Broken]
+    figures: dict[str, list[Drawn | Broken]]
     """By section, in order."""
     empty: list[str]
     """Names of the figures that had nothing to draw."""
+    errors: dict[str, str]
+    """All that raised, by name."""
 
 
-def write_report(results: Results, folder: Path) -> list[Path]:
-    """Write `tables/`, `figures/`, `sweep.toml` and `report.html` below `folder`; returns the files.
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a report was made of, and the names of its files."""
+
+    inputs: str | None = None
+    """None where a part of it raised: it is made again."""
+    files: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The files of a report, and what of it raised, by name."""
+
+    files: list[Path]
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+def write_report(results: Results, folder: Path) -> Report:
+    """Write `tables/`, `figures/`, `sweep.toml` and `report.html` below `folder`.
 
     The same results give the same bytes, since nothing tells when or where the report was made; where the files are
     there already, made of the same results by the same code, they stay. Files of an earlier report that this one no
-    longer has are deleted.
+    longer has are deleted. Where a table or a figure raises, the rest is made, and the page shows the error there.
     """
-    inputs = _digest(results)
+    attempt = Attempts()
+    inputs = attempt("digest", lambda: _digest(results))
     before = _read_manifest(folder)
-    if before["inputs"] == inputs and all((folder / name).is_file() for name in before["files"]):
-        return [folder / name for name in before["files"]]
-    files = _write(results, folder)
+    there = [file for name in before.files if (file := _own_file(folder, name))]
+    if before.inputs == inputs and len(there) == len(before.files):
+        return Report(files=there, errors=_named(results.broken))
+    made = attempt("report", lambda: _write(results, folder, attempt))
+    files = [_write_page(results, folder, attempt)] if isinstance(made, Broken) else made
+    errors = _named(results.broken) | attempt.errors
+    for stale in set(there) - set(files):
+        stale.unlink()
     names = [str(file.relative_to(folder)) for file in files]
-    for stale in set(before["files"]) - set(names):
-        (folder / stale).unlink(missing_ok=True)
-    write_json(folder / MANIFEST, {"inputs": inputs, "files": names})
-    return files
+    write_json(folder / MANIFEST, {"inputs": None if errors else inputs, "files": names})
+    return Report(files=files, errors=errors)
 
 
-def _write(results: Results, folder: Path) -> list[Path]:
-    summary, *tables = build_tables(results)
-    changes = changes_sheet(results, selected(results), distinct("changes", [sheet.name for sheet in tables]))
-    files = write_tables(results, [summary, *([changes] if changes else []), *tables], folder / "tables")
-    shown: dict[str, list[Drawn]] = {section: [] for section in SECTIONS}
+def _named(broken: dict[str, str]) -> dict[str, str]:
+    return {f"analysis {name}": error for name, error in broken.items()}
+
+
+def _write(results: Results, folder: Path, attempt: Attempts) -> list[Path]:
+    summary, *tables = build_tables(results, attempt)
+    name = distinct("changes", [sheet.name for sheet in tables])
+    changes = attempt("table changes", lambda: changes_sheet(results, selected(results), name))
+    sheets = [sheet for sheet in (summary, changes, *tables) if isinstance(sheet, Sheet)]
+    files = write_tables(results, sheets, folder / "tables", attempt)
+    shown: dict[str, list[Drawn | Broken]] = {section: [] for section in SECTIONS}
     empty = []
     for name, figure in _figures(results).items():
-        canvas = figure.draw(results)
-        if canvas is None:
+        drawn = attempt(f"figure {name}", partial(_draw, results, name, figure, folder / "figures"))
+        if drawn is None:
             empty.append(name)
-            continue
-        inches = float(canvas.get_figwidth())
-        pdf, png = drawing.save(canvas, folder / "figures" / name)
-        shown[figure.section].append(picture(name, figure.caption(), png.read_bytes(), inches))
-        files += [pdf, png]
+        else:
+            shown[figure.section].append(drawn)
+            files += drawn.files if isinstance(drawn, Drawn) else []
+    drawing.plt.close("all")  # those that raised before they were saved
     write_bytes(folder / "sweep.toml", results.sweep.text.encode())
-    page = Content(summary=summary, changes=changes, tables=tables, figures=shown, empty=empty)
-    write_bytes(folder / "report.html", render(results, page).encode())
-    return [*files, folder / "sweep.toml", folder / "report.html"]
+    errors = _named(results.broken) | attempt.errors
+    page = Content(summary=summary, changes=changes, tables=tables, figures=shown, empty=empty, errors=errors)
+    return [*files, folder / "sweep.toml", _write_page(results, folder, attempt, page)]
+
+
+def _write_page(results: Results, folder: Path, attempt: Attempts, page: Content | None = None) -> Path:
+    text = attempt("page", lambda: render(results, page)) if page else None
+    text = text if isinstance(text, str) else _errors_alone(results, attempt)
+    write_bytes(folder / "report.html", text.encode())
+    return folder / "report.html"
+
+
+def _draw(results: Results, name: str, figure: Figure, folder: Path) -> Drawn | None:
+    canvas = figure.draw(results)
+    if canvas is None:
+        return None
+    inches = float(canvas.get_figwidth())
+    pdf, png = drawing.save(canvas, folder / name)
+    return picture(name, figure.caption(), png.read_bytes(), inches, [pdf, png])
+
+
+def _errors_alone(results: Results, attempt: Attempts) -> str:
+    """The page where there is nothing else to show."""
+    errors = {**_named(results.broken), **attempt.errors}
+    lines = [f"<p>{escape(name)}: <code>{escape(error)}</code></p>" for name, error in errors.items()]
+    return "\n".join(["<!doctype html>", f"<h1>{escape(results.sweep.name)}</h1>", *lines, ""])
 
 
 def _digest(results: Results) -> str:
@@ -89,7 +143,9 @@ def _digest(results: Results) -> str:
     digest = hashlib.sha256(f"{matplotlib.__version__} {pd.__version__} {results.sweep.text}".encode())
     digest.update(results.runs.to_csv().encode())
     digest.update(
-        json.dumps([results.environments, results.provenance, results.unread], sort_keys=True, default=str).encode()
+        json.dumps(
+            [results.environments, results.provenance, results.unread, results.broken], sort_keys=True, default=str
+        ).encode()
     )
     for name, frame in sorted(results.analyses.items()):
         digest.update(f"{name} {list(frame.columns)}".encode())
@@ -99,12 +155,20 @@ def _digest(results: Results) -> str:
     return digest.hexdigest()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    file = folder / MANIFEST
+def _read_manifest(folder: Path) -> Manifest:
     try:
-        return json.loads(file.read_text("utf-8")) if file.is_file() else {"inputs": None, "files": []}
-    except json.JSONDecodeError:  # cut short: the report is made again
-        return {"inputs": None, "files": []}
+        return stored.read(Manifest, folder / MANIFEST) or Manifest()
+    except InputError:  # cut short, or not what was written: the report is made again
+        return Manifest()
+
+
+def _own_file(folder: Path, name: str) -> Path | None:
+    """The file of that name, if it is one of the folder's own: no link, and not elsewhere."""
+    try:
+        file = stored.below(folder, name)
+    except InputError:
+        return None
+    return file if file.is_file() else None
 
 
 def render(results: Results, page: Content) -> str:

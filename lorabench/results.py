@@ -40,6 +40,8 @@ class Results:
     """Run id -> its record's `sequence`, where it has one."""
     unread: dict[str, str] = field(default_factory=dict)
     """Run id -> why its ΔW could not be read: such a run is in no analysis."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Analysis -> what it raised: what it would have found is missing, in part or as a whole."""
 
     @cached_property
     def keys(self) -> list[str]:

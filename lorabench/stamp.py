@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lorabench import stored
 from lorabench.decode import InputError
 from lorabench.plugins import unknown
 from lorabench.record import Store, write_json
 from lorabench.sweep import Sweep, read_sweep
 
 STAMP_FILE = ".analyze.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stamp:
+    """What was written of a sweep, and of what."""
+
+    key: str
+    files: list[str]
+    runs: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,25 +41,30 @@ class SweepFile:
         """The files that were written of this sweep; None if anything has changed since or is gone."""
         try:
             text = self.file.read_text("utf-8")
-            folder = store.root / str(tomllib.loads(text).get("name", self.default_name or self.file.stem))
-            stamp = json.loads((folder / STAMP_FILE).read_text())
-            files = [folder / name for name in stamp["files"]]
-            same = stamp["key"] == analysis_key(store, text, stamp["runs"])
-        except (OSError, ValueError, KeyError, TypeError):
+            folder = stored.below(store.root, str(tomllib.loads(text).get("name", self.default_name or self.file.stem)))
+            stamp = stored.read(Stamp, folder / STAMP_FILE)
+            if stamp is None or stamp.key != analysis_key(store, text, stamp.runs):
+                return None
+            files = [stored.below(folder, name) for name in stamp.files]
+        except (OSError, ValueError, InputError):
             return None
-        return files if same and all(file.is_file() for file in files) else None
+        return files if all(file.is_file() for file in files) else None
 
 
 def analysis_key(store: Store, text: str, run_ids: Iterable[str]) -> str:
-    """Hash of all that the output depends on: the sweep's text, lorabench's own source, and each run's record."""
+    """Hash of all that the output depends on: the sweep's text, lorabench's own source, and each run's record.
+
+    InputError where an id is no name of a run's folder.
+    """
     digest = hashlib.sha256(text.encode())
     for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
     for run_id in run_ids:
+        stored.check_name(run_id)
         try:
             found = (store.folder(run_id) / "record.json").stat()
             digest.update(f"\0{run_id} {found.st_mtime_ns} {found.st_size}".encode())
-        except FileNotFoundError:
+        except OSError:
             digest.update(f"\0{run_id} -".encode())
     return digest.hexdigest()
 
@@ -59,7 +73,12 @@ def write_stamp(store: Store, sweep: Sweep, key: str, files: list[Path]) -> None
     """Say that these files were written of the sweep as it was when it had this key."""
     folder = store.root / sweep.name
     names = [str(file.relative_to(folder)) for file in files]
-    write_json(folder / STAMP_FILE, {"key": key, "files": names, "runs": [spec.id for spec in sweep.runs]})
+    stamp = Stamp(key=key, files=names, runs=[spec.id for spec in sweep.runs])
+    write_json(folder / STAMP_FILE, asdict(stamp))
+
+
+def remove_stamp(store: Store, sweep: Sweep) -> None:
+    (store.root / sweep.name / STAMP_FILE).unlink(missing_ok=True)
 
 
 def find_sweeps(store: Store, name: str | None) -> list[SweepFile]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,41 +32,61 @@ from lorabench.transfer import transfer_sheet
 from lorabench.typeset import Column, Sheet
 
 NOT_APPLICABLE = "n/a"
+Files = dict[str, bytes]
+Attempt = Callable[[str, Callable[[], Any]], Any]
+"""Makes what has that name, or notes what it raises, as `page.Attempts` does."""
 ARROWS = {"largest": " ↑", "smallest": " ↓"}
 
 
-def write_tables(results: Results, sheets: list[Sheet], folder: Path) -> list[Path]:
+def directly(name: str, make: Callable[[], Any]) -> Any:
+    return make()
+
+
+def write_tables(results: Results, sheets: list[Sheet], folder: Path, attempt: Attempt = directly) -> list[Path]:
     """Write every table as csv, md and tex, `runs.csv`, `subspace.csv` where there is one, the long tables of all that
     was analyzed, and COLUMNS.md."""
-    files = {}
-    for sheet in sheets:
-        files[f"{sheet.name}.csv"] = typeset.csv(sheet.tidy)
-        files[f"{sheet.name}.md"] = typeset.markdown(sheet)
-        files[f"{sheet.name}.tex"] = typeset.latex(sheet)
-    files["runs.csv"] = typeset.csv(results.runs.reset_index())
-    subspace = subspace_table(results)
-    if not subspace.empty:
-        files["subspace.csv"] = typeset.csv(subspace)
-    tables = long_tables(results)
-    files["COLUMNS.md"] = columns_page(results, tables)
-    contents = {name: text.encode() for name, text in files.items()}
-    for name, table in tables.items():
-        contents |= longform.files(name, table)
-    for name, content in contents.items():
+    makers: dict[str, Callable[[], Files]] = {sheet.name: partial(_sheet_files, sheet) for sheet in sheets}
+    makers["runs.csv"] = lambda: {"runs.csv": typeset.csv(results.runs.reset_index()).encode()}
+    makers["subspace.csv"] = partial(_subspace_files, results)
+    makers["long tables"] = partial(_long_files, results)
+    files: Files = {}
+    for name, make in makers.items():
+        made = attempt(f"table {name}", make)
+        files |= made if isinstance(made, dict) else {}
+    for name, content in files.items():
         write_bytes(folder / name, content)
-    return [folder / name for name in contents]
+    return [folder / name for name in files]
 
 
-def build_tables(results: Results) -> list[Sheet]:
+def _sheet_files(sheet: Sheet) -> Files:
+    texts = {"csv": typeset.csv(sheet.tidy), "md": typeset.markdown(sheet), "tex": typeset.latex(sheet)}
+    return {f"{sheet.name}.{kind}": text.encode() for kind, text in texts.items()}
+
+
+def _subspace_files(results: Results) -> Files:
+    table = subspace_table(results)
+    return {} if table.empty else {"subspace.csv": typeset.csv(table).encode()}
+
+
+def _long_files(results: Results) -> Files:
+    tables = long_tables(results)
+    files = {"COLUMNS.md": columns_page(results, tables).encode()}
+    for name, table in tables.items():
+        files |= longform.files(name, table)
+    return files
+
+
+def build_tables(results: Results, attempt: Attempt = directly) -> list[Any]:
     """The summary, then the sweep's own tables; names are made distinct."""
     selection = selected(results)
-    matrix = transfer_sheet(results, selection)
-    sheets = [summary(results, selection), *([matrix] if matrix else [])]
+    sheets = [attempt("table summary", lambda: summary(results, selection))]
+    matrix = attempt("table transfer", lambda: transfer_sheet(results, selection))
+    sheets += [matrix] if matrix else []
     taken = {"summary", "runs", "subspace", "transfer", "metrics", "pairs"}
     for table in results.sweep.tables:
         name = distinct(table.title, taken)
         taken.add(name)
-        sheets.append(declared(results, selection, table, name))
+        sheets.append(attempt(f"table {name}", partial(declared, results, selection, table, name)))
     return sheets
 
 

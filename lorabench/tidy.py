@@ -92,7 +92,7 @@ def _groups(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
 
 def read_table(file: Path, key: str) -> pa.Table | None:
     """The table, if there is one that was made with this key; one that cannot be read counts as none."""
-    with contextlib.suppress(OSError, pa.ArrowInvalid), parquet.ParquetFile(file) as handle:
+    with contextlib.suppress(OSError, pa.ArrowException), parquet.ParquetFile(file) as handle:
         if (handle.schema_arrow.metadata or {}).get(_KEY) == key.encode():
             return handle.read().replace_schema_metadata()
     return None
@@ -100,7 +100,7 @@ def read_table(file: Path, key: str) -> pa.Table | None:
 
 def read_keyed(file: Path) -> tuple[str, pa.Table] | None:
     """The key that a table was written with, and the table; None where there is none that can be read."""
-    with contextlib.suppress(OSError, pa.ArrowInvalid, UnicodeDecodeError), parquet.ParquetFile(file) as handle:
+    with contextlib.suppress(OSError, pa.ArrowException, UnicodeDecodeError), parquet.ParquetFile(file) as handle:
         return (handle.schema_arrow.metadata or {}).get(_KEY, b"").decode(), handle.read().replace_schema_metadata()
     return None
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 
 import pytest
 
+from lorabench import report, tables
 from lorabench.figure import SECTIONS
 from lorabench.figures.heat_map import HeatMap
 from lorabench.figures.rank_quality import RankQuality
@@ -12,6 +14,7 @@ from lorabench.figures.survival import SurvivalCurves
 from lorabench.record import Store
 from lorabench.report import MANIFEST, read_header, write_report
 from lorabench.results import load_results
+from lorabench.stamp import STAMP_FILE, SweepFile
 from tests import synthetic
 
 LIGHT = '[[figure]]\nname = "rank_quality"\n'
@@ -31,7 +34,7 @@ def page(light, tmp_path_factory):
 
 
 def test_everything_is_written(light, tmp_path):
-    files = write_report(light, tmp_path)
+    files = write_report(light, tmp_path).files
     names = {str(file.relative_to(tmp_path)) for file in files}
     assert {"sweep.toml", "report.html", "tables/summary.tex", "figures/rank_quality.pdf"} <= names
     assert all(file.stat().st_size for file in files)
@@ -73,13 +76,13 @@ def test_figures_stand_under_headings_and_changes_after_the_summary(tmp_path):
 
 def test_same_results_same_bytes(light, tmp_path):
     one, two = (
-        {file.name: file.read_bytes() for file in write_report(light, tmp_path / name)} for name in ("one", "two")
+        {file.name: file.read_bytes() for file in write_report(light, tmp_path / name).files} for name in ("one", "two")
     )
     assert one == two
 
 
 def test_a_second_report_of_the_same_results_writes_nothing(light, tmp_path):
-    times = [[file.stat().st_mtime_ns for file in write_report(light, tmp_path)] for _ in range(2)]
+    times = [[file.stat().st_mtime_ns for file in write_report(light, tmp_path).files] for _ in range(2)]
     assert times[0] == times[1]
 
 
@@ -109,3 +112,77 @@ def test_header_of_a_sweep_file():
         "Expect": "LoRA at its own best lr comes within 0.05 nats of full fine-tuning from rank 16 on.",
     }
     assert read_header('name = "x"') == {}
+
+
+class Mistake(Exception):
+    pass
+
+
+def fails(*_args, **_options):
+    raise Mistake("a <b>mistake</b>")
+
+
+PLACES = {
+    "figure rank_quality": (RankQuality, "draw"),
+    "table changes": (report, "changes_sheet"),
+    "table summary": (tables, "summary"),
+    "table learning_and_forgetting": (tables, "declared"),
+    "table long tables": (tables, "long_tables"),
+    "page": (report, "render"),
+    "digest": (report, "_digest"),
+    "report": (report, "build_tables"),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_what_raises_stands_on_the_page_and_the_rest_is_made(light, tmp_path, monkeypatch, name):
+    whole = {file.relative_to(tmp_path) for file in write_report(light, tmp_path).files}
+    monkeypatch.setattr(*PLACES[name], fails)
+    (tmp_path / MANIFEST).write_text("{}")
+    found = write_report(light, tmp_path)
+    assert name in found.errors and "Mistake: a <b>mistake</b> (test_report.py, line" in found.errors[name]
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "a &lt;b&gt;mistake&lt;/b&gt;" in page and "<b>mistake" not in page
+    kept = {file.relative_to(tmp_path) for file in found.files}
+    assert kept <= whole and (name == "report" or len(whole) - len(kept) <= 7)
+    monkeypatch.undo()
+    again = write_report(light, tmp_path)
+    assert not again.errors and {file.relative_to(tmp_path) for file in again.files} == whole, "it was not finished"
+    assert "mistake" not in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_an_analysis_that_raised_is_told_and_made_again(light, tmp_path):
+    found = write_report(dataclasses.replace(light, broken={"spectrum": "Mistake: none"}), tmp_path)
+    assert found.errors == {"analysis spectrum": "Mistake: none"}
+    assert "Mistake: none" in (tmp_path / "report.html").read_text("utf-8")
+    assert json.loads((tmp_path / MANIFEST).read_text())["inputs"] is None
+
+
+@pytest.mark.parametrize(
+    "name", ["../kept.txt", "/tmp/../{kept}", "link", "folder/kept.txt", "tables", "a\0b", "x" * 300]
+)
+def test_only_files_below_the_folder_are_ever_deleted(light, tmp_path, name):
+    """Not what a manifest names elsewhere, nor by way of a link."""
+    kept, folder = tmp_path / "kept.txt", tmp_path / "report"
+    kept.write_text("mine")
+    write_report(light, folder)
+    (folder / "link").symlink_to(kept)
+    (folder / "folder").symlink_to(tmp_path)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for inputs in (None, manifest["inputs"]):
+        names = [name.format(kept=str(kept)[1:]), *manifest["files"]]
+        (folder / MANIFEST).write_text(json.dumps({"inputs": inputs, "files": names}))
+        assert not write_report(light, folder).errors
+        assert kept.read_text() == "mine" and (folder / "link").is_symlink() and (folder / "tables").is_dir()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "7", '{"files": 3}', '{"inputs": [], "files": []}', '{"files": [1]}', '{"files": ["\\ud800"]}', "[" * 10000,
+     '{"inputs": 1' + "0" * 5000 + "}", '{"inputs"', "", "\0"],
+)  # fmt: skip
+def test_a_damaged_manifest_ends_nothing(light, tmp_path, text):
+    (tmp_path / MANIFEST).write_text(text)
+    (tmp_path / STAMP_FILE).write_text(text)
+    assert not write_report(light, tmp_path).errors and (tmp_path / "report.html").is_file()
+    assert SweepFile(file=tmp_path / "sweep.toml").up_to_date(Store(tmp_path.parent)) is None

@@ -5,46 +5,51 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabench.commands._arguments import hush_libraries, open_store
+from lorabench.decode import InputError
 from lorabench.terminal import talk, tell
 
 if TYPE_CHECKING:
     from lorabench.record import Store
+    from lorabench.report import Report
+    from lorabench.stamp import SweepFile
     from lorabench.sweep import Sweep
 
 
 def draw(arguments: argparse.Namespace, again: bool) -> int:
     """Everything that is drawn from the sweeps asked for: what is not up to date, or all of it `again`."""
-    from lorabench.share import WorkerFailed
     from lorabench.stamp import find_sweeps
 
     store = open_store(arguments.results)
     hush_libraries()
-    code = 0
-    for found in find_sweeps(store, arguments.sweep):
-        files = None if again else found.up_to_date(store)
-        try:
-            if files is None:
-                files, unread = _write(store, found.read(), arguments.workers)
-                code = 1 if unread else code
-        except WorkerFailed as error:
-            for line in str(error).splitlines():
-                talk(f"error: {line}")
-            return 1
-        for file in files:
-            tell(file)
-    return code
+    return max([_draw(store, found, arguments.workers, again) for found in find_sweeps(store, arguments.sweep)])
 
 
-def _write(store: Store, sweep: Sweep, workers: int | None) -> tuple[list[Path], dict[str, str]]:
-    """Analyze what is new, and write everything that is drawn from the sweep; the files, and what could not be read."""
+def _draw(store: Store, found: SweepFile, workers: int | None, again: bool) -> int:
+    """Prints a sweep's files; the exit code. Whatever is wrong with one sweep, the others are drawn."""
+    files = None if again else found.up_to_date(store)
+    try:
+        report = _write(store, found.read(), workers) if files is None else None
+    except InputError as error:
+        for line in str(error).splitlines():
+            talk(f"error: {line}")
+        return 2
+    for name, text in report.errors.items() if report else ():
+        talk(f"error: {name}: {text}")
+    for file in (files or []) if report is None else report.files:
+        tell(file)
+    return 1 if report and report.errors else 0
+
+
+def _write(store: Store, sweep: Sweep, workers: int | None) -> Report:
+    """Analyze what is new, and write everything that is drawn from the sweep."""
     from lorabench.analyze import analyze as analyze_runs
+    from lorabench.page import Attempts
     from lorabench.report import write_report
-    from lorabench.results import load_results
-    from lorabench.stamp import analysis_key, write_stamp
+    from lorabench.results import Results, load_results
+    from lorabench.stamp import analysis_key, remove_stamp, write_stamp
     from lorabench.terminal import count_statuses
 
     key = analysis_key(store, sweep.text, [spec.id for spec in sweep.runs])
@@ -52,9 +57,15 @@ def _write(store: Store, sweep: Sweep, workers: int | None) -> tuple[list[Path],
     if any(state.status != "done" for state in states):
         talk(f"{sweep.name}: {count_statuses(states)}; the tables show which cells are lacking")
     unread: dict[str, str] = {}
-    compute = partial(analyze_runs, workers=workers, states=states, unread=unread.update)
-    results = replace(load_results(store, sweep, compute, states), unread=unread)
-    files = write_report(results, store.root / sweep.name)
-    if not unread:  # else the next call looks again, and says so again
-        write_stamp(store, sweep, key, files)
-    return files, unread
+    attempt = Attempts()
+    compute = partial(analyze_runs, workers=workers, states=states, unread=unread.update, broken=attempt.errors.update)
+    results = attempt("analyses", lambda: load_results(store, sweep, compute, states))
+    if not isinstance(results, Results):
+        results = load_results(store, sweep, None, states)
+    results = replace(results, unread=unread, broken=attempt.errors)
+    report = write_report(results, store.root / sweep.name)
+    if unread or report.errors:  # the next call looks again, and says so again
+        remove_stamp(store, sweep)
+    else:
+        write_stamp(store, sweep, key, report.files)
+    return replace(report, errors=report.errors | {f"run {run}": text for run, text in unread.items()})
