@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import socket
@@ -30,8 +29,14 @@ STALE_SECONDS = 90.0
 """An owner on another machine that has not been heard of for so long is taken for dead."""
 LEAD_SECONDS = 60.0
 """How long a comparison of our clock with a file server's holds."""
-_LEADS: dict[int, tuple[float, float]] = {}
-"""Device -> when our clock was compared with its files', monotonic, and by how much it was ahead."""
+STEP_SECONDS = 1.0
+"""Between two looks our clock and the monotonic one differ by less, unless ours was set meanwhile."""
+LOOK_AGAIN_SECONDS = 3 * BEAT_SECONDS
+"""How long a claim that seems dead by its age alone must have stood still before another takes its run."""
+_LEADS: dict[int, _Lead] = {}
+"""By device, of the latest comparison."""
+_STILL: dict[Path, tuple[int, float]] = {}
+"""Claim file -> its date, as first seen, in ns by the clock that dates it; and when that was, monotonic."""
 MAX_BYTES = 2**20
 """Of a claim's file."""
 PROGRESS: dict[str, Any] = {
@@ -67,6 +72,24 @@ class Claim:
         if self.machine == _machine():
             return process_start(self.pid) == self.process_start is not None
         return time.time() - self.time < STALE_SECONDS
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lead:
+    """By how much our clock is ahead of the one that dates the files of a device."""
+
+    seconds: float
+    measured: float
+    """Monotonic time."""
+    offset: float
+    """Of our clock from the monotonic one, then."""
+
+    def holds(self, date: float) -> bool:
+        """Not for long; nor where our clock was set since, or the machine has slept; least where a file looks old."""
+        now = time.monotonic()
+        looks_old = time.time() - date - self.seconds >= STALE_SECONDS
+        seconds = BEAT_SECONDS if looks_old else LEAD_SECONDS
+        return now < self.measured + seconds and abs(time.time() - now - self.offset) < STEP_SECONDS
 
 
 class Lost(Exception):
@@ -138,9 +161,13 @@ def current_claim(folder: Path) -> Claim | None:
 
 
 def take(folder: Path, progress: dict[str, Any] | None = None) -> Hold | None:
-    """Claim the run in `folder`; None if a live worker holds it or another was faster."""
+    """Claim the run in `folder`; None if a live worker holds it or another was faster.
+
+    Of a worker on another machine only the age of its heartbeat is known, and the clock that dates it may just have
+    been set. So its claim is taken over only where no heartbeat comes for some seconds more.
+    """
     newest = current_claim(folder)
-    if newest and newest.is_alive():
+    if newest and (newest.is_alive() or _beats(folder, newest)):
         return None
     claim = Claim(
         number=newest.number + 1 if newest else 1,
@@ -213,15 +240,35 @@ def _heard(file: Path, otherwise: float) -> float:
         found = file.stat()
     except OSError:
         return otherwise
-    measured, lead = _LEADS.get(found.st_dev, (-math.inf, 0.0))
-    if time.monotonic() > measured + LEAD_SECONDS:
-        lead = _lead(file if file.is_dir() else file.parent)
-        _LEADS[found.st_dev] = time.monotonic(), lead
-    return found.st_mtime + lead
+    if found.st_mtime_ns != _STILL.get(file, (0, 0.0))[0]:
+        _STILL[file] = found.st_mtime_ns, time.monotonic()
+    lead = _LEADS.get(found.st_dev)
+    if lead is None or not lead.holds(found.st_mtime):
+        lead = _LEADS[found.st_dev] = _compare(file if file.is_dir() else file.parent)
+    return found.st_mtime + lead.seconds
+
+
+def _beats(folder: Path, claim: Claim) -> bool:
+    """Whether a claim that seems dead is written to while we look; it may be that we need not look any more."""
+    file = folder / "claims" / f"{claim.number:04d}.json"
+    if claim.released or claim.machine == _machine() or file not in _STILL:
+        return False
+    date, since = _STILL[file]
+    time.sleep(max(0.0, since + LOOK_AGAIN_SECONDS - time.monotonic()))
+    _compare(file.parent)  # by which a file server's client looks anew, too
+    with contextlib.suppress(OSError):
+        return file.stat().st_mtime_ns != date
+    return False
+
+
+def _compare(folder: Path) -> _Lead:
+    """Our clock with the one that dates the files in `folder`; no lead where we can make none there."""
+    seconds = _lead(folder)
+    now = time.monotonic()
+    return _Lead(seconds=seconds, measured=now, offset=time.time() - now)
 
 
 def _lead(folder: Path) -> float:
-    """By how much our clock is ahead of the one that dates the files in `folder`; 0 where we can make none there."""
     probe = folder / f".clock.{socket.gethostname()}.{os.getpid()}"
     try:
         probe.write_text("x")

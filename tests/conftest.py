@@ -28,6 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim that seems dead is looked at again at once."""
+    monkeypatch.setattr("lorabench.claim.LOOK_AGAIN_SECONDS", 0.05)
+
+
 def make_spec(**changes) -> RunSpec:
     """A run of a few steps on the built-in model; `changes` are the spec's own keys."""
     table = {

@@ -77,6 +77,13 @@ class Sandbox:
         """Take both nodes for a job of the higher partition."""
         self.call("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
 
+    def fail_controller(self) -> None:
+        """slurmctld dies; the nodes and their jobs go on. `up` brings it back."""
+        process = int((self.folder / "pid" / "slurmctld").read_text())
+        os.kill(process, signal.SIGKILL)
+        while Path(f"/proc/{process}").exists() and "Z" not in Path(f"/proc/{process}/stat").read_text():
+            time.sleep(0.05)
+
     def fail_node(self, node: str) -> None:
         """The node dies: its daemon, and what its jobs have there. `up` brings it back."""
         os.kill(int((self.folder / "pid" / f"slurmd.{node}").read_text()), signal.SIGKILL)

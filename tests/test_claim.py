@@ -97,7 +97,7 @@ def test_clocks_that_differ_neither_kill_nor_revive_an_owner(
     """Those of two machines; what counts is the age of the file by the clock that dates it."""
     now = time.time()
     if whose == "reader":
-        clock = SimpleNamespace(time=lambda: now + ahead, monotonic=time.monotonic)
+        clock = SimpleNamespace(time=lambda: now + ahead, monotonic=time.monotonic, sleep=time.sleep)
         monkeypatch.setattr(claim, "time", clock)
     monkeypatch.setattr(claim, "_LEADS", {})
     for name, age, alive in (("live", 0, True), ("dead", STALE_SECONDS + 5, False)):
@@ -107,6 +107,67 @@ def test_clocks_that_differ_neither_kill_nor_revive_an_owner(
         assert current_claim(folder).is_alive() is alive
         assert (take(folder) is None) is alive
         assert sorted(os.listdir(folder / "claims")) == ["0001.json"] + ["0002.json"] * (not alive)
+
+
+class Clocks:
+    """Those of a reader, of an owner on another machine, and of what dates their files; each can be set."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch):
+        self.folder, self.passed = folder, 0.0
+        self.reader = self.files = time.time()
+        patch.setattr(claim, "_LEADS", {})
+        patch.setattr(claim, "_STILL", {})
+        patch.setattr(claim, "_lead", lambda folder: self.reader - self.files)
+        clock = SimpleNamespace(time=lambda: self.reader, monotonic=lambda: self.passed, sleep=self.wait)
+        patch.setattr(claim, "time", clock)
+        self.lives = True
+        self.beat()
+
+    def beat(self) -> None:
+        write_claim(self.folder, machine="elsewhere", time=self.files)
+
+    def wait(self, seconds: float) -> None:
+        """Time passes, and the owner beats every two seconds as long as it lives."""
+        end = self.passed + seconds
+        while self.passed < end:
+            step = min(2.0, end - self.passed)
+            self.passed, self.reader, self.files = self.passed + step, self.reader + step, self.files + step
+            if self.lives:
+                self.beat()
+
+
+@pytest.mark.parametrize("step", [-3600, -600, 600, 3600])
+@pytest.mark.parametrize("whose", ["reader", "files", "both"])
+def test_a_clock_that_is_set_neither_kills_nor_revives_an_owner(
+    whose: str, step: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`both`: two containers on one machine, or its disk."""
+    monkeypatch.setattr(claim, "LOOK_AGAIN_SECONDS", 6.0)
+    clocks = Clocks(tmp_path, monkeypatch)
+    assert current_claim(tmp_path).is_alive()
+    clocks.wait(4)
+    clocks.reader += step if whose != "files" else 0
+    clocks.files += step if whose != "reader" else 0
+    if whose == "reader":
+        assert current_claim(tmp_path).is_alive()
+    assert take(tmp_path) is None  # also where it was set between two heartbeats
+    clocks.wait(4)
+    assert current_claim(tmp_path).is_alive()
+    clocks.lives = False
+    clocks.wait(STALE_SECONDS + 5)
+    assert not current_claim(tmp_path).is_alive() and take(tmp_path).number == 2
+
+
+def test_many_dead_owners_are_looked_at_twice_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `status` does after a node's end: it first reads all claims, and then takes what was on it."""
+    monkeypatch.setattr(claim, "LOOK_AGAIN_SECONDS", 0.5)
+    folders = [tmp_path / str(number) for number in range(20)]
+    for folder in folders:
+        write_claim(folder, machine="elsewhere", time=time.time() - STALE_SECONDS - 5)
+        assert not current_claim(folder).is_alive()
+    began = time.monotonic()
+    assert all(take(folder) for folder in folders)
+    assert time.monotonic() - began < 3
 
 
 def test_a_later_process_with_the_same_pid_is_not_the_owner(tmp_path: Path) -> None:

@@ -92,6 +92,29 @@ def test_runs_of_a_node_that_dies_are_computed_on_another(study, long):
     study.sandbox.up()
 
 
+def test_runs_go_on_without_their_controller_and_it_is_brought_back(study, long):
+    """What is asked of it meanwhile ends in one message; what ended meanwhile is known once it is there again."""
+    sweep = study.sweep("long", LONG)
+    with slowed(study.store):
+        study.submit(sweep, cells_per_job=2)
+        study.wait_until(study.running)
+        study.sandbox.fail_controller()
+        assert study.statuses() <= {"running", "missing", "pending"}
+        assert "Unable to contact" in study.talk or "not known" in study.talk
+        study.lorabench("submit", sweep, "--cluster", study.profile(cells_per_job=2), code=2)
+        assert "Traceback" not in study.talk
+        study.lorabench("cancel", sweep, code=2)
+        assert "Traceback" not in study.talk
+    for run_id in long.run_ids():
+        study.store.cancel_marker(run_id).unlink(missing_ok=True)
+    study.sandbox.up()
+    study.wait_until_idle()
+    study.submit(sweep)
+    study.wait_until_idle()
+    assert_same(study.store, long)
+    assert study.statuses() == {"done"}
+
+
 def test_a_run_without_enough_memory_ends_as_oom_and_is_done_with_more(study, tmp_path_factory):
     if not study.sandbox.keeps_memory_limits:
         pytest.skip("no control groups (version 1) to write to: this SLURM keeps no memory limits")
