@@ -1,4 +1,4 @@
-"""Cluster profiles: TOML -> a validated frozen dataclass -> the parameters of submitit's executors.
+"""Cluster profiles: TOML -> a validated frozen dataclass -> the parameters of submitit's scripts.
 
 A profile says where and how runs are computed, never what; it is in no run's id.
 """
@@ -167,7 +167,7 @@ class Profile:
         return [*(f"export {name}={shlex.quote(value)}" for name, value in self.environment.items()), *self.setup]
 
     def slurm_parameters(self, name: str, comment: str, parallel: int, folder: Path) -> dict[str, Any]:
-        """For submitit's SlurmExecutor; `parallel` jobs of the array at a time. `folder` is submitit's own."""
+        """For submitit's script; `parallel` jobs of the array at a time. `folder` is where the script is kept."""
         kind = f"{self.gpu_type}:{self.gpus}" if self.gpu_type else self.gpus
         exits = ["--kill-on-bad-exit=1"] if self.world_size > 1 else []
         parameters = {

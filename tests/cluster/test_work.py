@@ -1,9 +1,10 @@
-"""The job's side: why a job was told to stop, and what follows; and whole jobs through submitit's local executor."""
+"""The job's side: why a job was told to stop, and what follows; and whole jobs of this machine."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -14,16 +15,17 @@ from pathlib import Path
 import pytest
 
 from lorabench.claim import take
-from lorabench.cluster import local, work
+from lorabench.cluster import job, local, slurm, work
 from lorabench.cluster.profile import Profile
-from lorabench.cluster.queue import read_submissions
+from lorabench.cluster.queue import read_submission, read_submissions
 from lorabench.cluster.work import TIMEOUTS, Interruption
+from lorabench.decode import InputError
 from lorabench.launch import Outcome
 from lorabench.record import RunRecord, Status, Store
 from lorabench.spec import RunSpec
 from lorabench.sweep import read_sweep
 from tests import fake_runs
-from tests.fake_slurm import FakeSlurm
+from tests.fake_slurm import FakeSlurm, submitted
 from tests.fake_slurm import slurm_commands as slurm_commands
 
 PROFILE = Profile(gpus=0, minutes=60, signal_seconds=90, max_timeouts=1)
@@ -124,6 +126,44 @@ def test_a_job_that_cannot_learn_why_it_is_ended_waits_for_it(
     began = time.monotonic()
     assert not ending(store).is_to_be_queued_again(stopped(store, spec, TERM))
     assert time.monotonic() - began >= 0.5
+
+
+def test_a_damaged_count_of_time_outs_keeps_no_job_from_being_queued_again(
+    tmp_path: Path, slurm_commands: FakeSlurm
+) -> None:
+    store, (spec,) = Store(tmp_path / "r"), fake_runs.sweep(0).runs
+    slurm_commands.answer("scontrol", details(90))
+    outcome = stopped(store, spec, USR2)
+    for damaged in ("{", '{"count": "x"}', '{"count": -1}', "[" * 10**5):
+        (store.folder(spec.id) / TIMEOUTS).write_text(damaged)
+        assert ending(store).is_to_be_queued_again(outcome)
+        assert json.loads((store.folder(spec.id) / TIMEOUTS).read_text()) == {"count": 1}
+
+
+def test_an_older_version_s_pickled_job_says_that_it_is_to_be_submitted_again() -> None:
+    pickled = pickle.dumps(work.Work)[:-1] + b")\x81}\x8c\x04rootK\x01sb."  # an object of that class, with a field
+    with pytest.raises(InputError, match="submit again to resume"):
+        pickle.loads(pickled)
+
+
+@pytest.mark.parametrize(("answers", "code"), [((0,), 144), ((1, 0), 144), ((1, 1, 1, 1), None)])
+def test_a_job_is_queued_again_by_scontrol_which_may_be_busy(
+    answers: tuple[int, ...], code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def requeue(job_id: str) -> None:
+        asked.append(job_id)
+        if answers[len(asked) - 1]:
+            raise slurm.Unreachable("scontrol: busy")
+
+    monkeypatch.setattr(slurm, "requeue", requeue)
+    monkeypatch.setattr(job, "REQUEUE_SECONDS", 0.0)
+    folder = submitted(tmp_path, [list(fake_runs.sweep(0).runs)], ["5"])
+    with pytest.raises(SystemExit) as ended:
+        job.queue_again(read_submission(folder), PROFILE, "5_0")  # type: ignore[arg-type]
+    assert asked == ["5_0"] * len(answers)
+    assert ended.value.code == (code or "scontrol: busy; submit again to resume")
 
 
 def test_a_profile_without_requeue_leaves_the_job_ended(tmp_path: Path, slurm_commands: FakeSlurm) -> None:
