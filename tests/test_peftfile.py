@@ -221,3 +221,21 @@ def test_a_part_of_the_experts_is_refused(tmp_path):
     with pytest.raises(InputError, match=re.escape("experts.0.w3: has no ΔW, and PEFT stacks either all")):
         convert(formats.open_adapter(tmp_path / "old"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["convert", "compress"])
+@pytest.mark.parametrize("damage", ["cut", "nan", "saved whole"])
+def test_nothing_is_written_of_a_damaged_adapter(damage, command, made, tmp_path):
+    folder, _ = made("norms")
+    source = with_names(folder / "adapter", tmp_path / "source", lambda name: name)
+    if damage == "cut":
+        (source / FILE).write_bytes((source / FILE).read_bytes()[:-100])
+    else:
+        tensors = {name: tensor.clone() for name, tensor in load_file(source / FILE).items()}
+        end = "lora_B.weight" if damage == "nan" else "norm.weight"
+        tensors[next(name for name in tensors if name.endswith(end))][0] = torch.nan
+        save_file(tensors, source / FILE)
+    with pytest.raises(InputError, match="NaN" if damage != "cut" else FILE):
+        write(command, source, tmp_path / "out")
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and source not in path.parents]
+    assert left == [] and not (command == "convert" and (tmp_path / "out").exists())
