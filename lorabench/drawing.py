@@ -22,7 +22,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from lorabench.aggregate import Cell
+from lorabench.aggregate import LARGEST, Cell
 
 COLUMN_INCHES = 3.3
 PAGE_INCHES = 6.9
@@ -168,8 +168,8 @@ def wrapped(text: str, width: int) -> str:
 
 
 def finite(runs: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The runs whose measure can be drawn: there, and not infinite."""
-    return runs[np.isfinite(runs[name])] if name in runs else runs.iloc[:0]
+    """The runs whose measure can be drawn: there, not infinite, and within what an axis can show."""
+    return runs[runs[name].abs() < LARGEST] if name in runs else runs.iloc[:0]
 
 
 def limit_x(axes: Axes, cells: Sequence[Cell]) -> None:
