@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import traceback
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lorabench import flops, ranks, sequence, weights
 from lorabench import meter as meters
-from lorabench import ranks, sequence
 from lorabench.decode import encode
 from lorabench.examples import Examples
+from lorabench.peak import peak_flops
 from lorabench.record import RunRecord
 from lorabench.spec import task_names
 from lorabench.training import Training
+from lorabench.weights import count
 
 
 def fill(record: RunRecord, training: Training, folder: Path) -> None:
@@ -35,18 +39,48 @@ def fill(record: RunRecord, training: Training, folder: Path) -> None:
     energy = ranks.energy(meter, world)
     if energy:
         record.measures["energy_joules"], record.provenance["energy_joules"] = energy
-    if throughput and training.sizes - {world.size}:
-        note = f"not measured: {sorted(training.sizes | {world.size})} processes, one after the other"
-        record.provenance["model_flops_utilization"] = note
-    elif throughput:
-        tokens = sum(row[1] for row in meter.step_rows) / len(meter.step_rows)
-        length = sum(row[2] for row in meter.step_rows) / len(meter.step_rows) / spec.batch_size
-        flops = meters.model_flops_per_token(training.model, length) * tokens
-        peak, source = meters.peak_flops(meter.device, spec.dtype)
-        per_second = flops * throughput["tokens_per_second"] / tokens
-        record.measures |= {"flops_per_step": flops, "model_flops_utilization": per_second / (peak * world.size)}
-        times = f"{world.size} ranks of " if world.size > 1 else ""
-        record.provenance["model_flops_utilization"] = f"of {times}{peak / 1e12:.3g} TFLOP/s, {source}"
+    if throughput:
+        measures, notes = _utilization(training)
+        record.measures |= measures
+        record.provenance |= notes
+
+
+def skeleton_of(tuned: nn.Module) -> nn.Module | None:
+    """A copy for counting FLOPs; None where the model cannot be copied, which fails no run."""
+    try:
+        return flops.without_numbers(tuned)
+    except Exception:
+        traceback.print_exc()
+        return None
+
+
+def _utilization(training: Training) -> tuple[dict[str, float], dict[str, str]]:
+    """FLOPs of a step, and the share of the device's peak that they take, with how each was made."""
+    spec, meter, world = training.spec, training.meter, training.world
+    rows = meter.step_rows
+    shapes = sum(world.gather(Counter(shape for row in rows for shape in row[4])), Counter())
+    if training.skeleton is None or not all(row[4] for row in rows):
+        return {}, {"flops_per_step": "not measured: the model, or what it was given before a resume, is not known"}
+    try:
+        per_step = flops.of_step(training.skeleton, shapes, spec.method, len(rows))
+    except Exception as error:  # whatever a model does without numbers, what was trained stands
+        traceback.print_exc()
+        reason = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
+        return {}, {"flops_per_step": f"not measured: the model cannot be counted without numbers: {reason}"}
+    measures, notes = {"flops_per_step": per_step}, {"flops_per_step": flops.ABOUT}
+    if training.sizes - {world.size}:
+        sizes = sorted(training.sizes | {world.size})
+        return measures, notes | {"model_flops_utilization": f"not measured: {sizes} processes, one after the other"}
+    rate = per_step * len(rows) / sum(row[0] for row in rows) / world.size
+    peak, source = peak_flops(meter.device, spec.dtype)
+    if rate > peak:
+        peak, source = peak_flops(meter.device, spec.dtype, beyond=rate)
+    times = f"{world.size} ranks of " if world.size > 1 else ""
+    notes["model_flops_utilization"] = f"of {times}{peak / 1e12:.3g} TFLOP/s, {source}"
+    if rate > peak:
+        of = f"{rate / 1e12:.3g} TFLOP/s are more than the peak {notes['model_flops_utilization']}"
+        return measures, notes | {"model_flops_utilization": f"not measured: {of}"}
+    return measures | {"model_flops_utilization": rate / peak}, notes
 
 
 def data_of(stages: list[Examples]) -> dict[str, Any]:
@@ -60,20 +94,13 @@ def data_of(stages: list[Examples]) -> dict[str, Any]:
 
 def counts_of(tuned: nn.Module, num_base: int, stages: list[Examples]) -> dict[str, float]:
     trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-    held = sum(t.nbytes for t in [*tuned.parameters(), *tuned.buffers()])
     return {
         "num_parameters": count(tuned),
         "num_trainable": trainable,
         "trainable_share": trainable / num_base,
         "num_train_examples": sum(len(examples.splits["train"]) for examples in stages),
-        "model_gib": held / meters.GIB,
+        "model_gib": weights.held_bytes(tuned) / meters.GIB,
     }
-
-
-def count(module: nn.Module) -> int:
-    """Parameters; a 4-bit weight packs two into a byte."""
-    packed = lambda p: 2 if type(p).__name__ == "Params4bit" else 1  # noqa: E731
-    return sum(p.numel() * packed(p) for p in module.parameters())
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

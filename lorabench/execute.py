@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorabench import account, claim, environment, model, ranks, serving, sharding
+from lorabench import account, claim, environment, model, ranks, serving, sharding, weights
 from lorabench import meter as meters
 from lorabench.claim import Followed, Hold, Lost
 from lorabench.decode import InputError
@@ -164,12 +164,12 @@ def _run(spec: RunSpec, store: Store, options: Options, hold: Hold, record: RunR
         meter.set_baseline()
     if world.size > 1:
         stop.world = world = world.spread(sharding.choose(spec, options.sharding, device, options_of_model), device)
-    tuned, counts, about = sharding.in_turn(world, lambda: _load_tuned(spec, stages, meter, world))
+    tuned, skeleton, counts, about = sharding.in_turn(world, lambda: _load_tuned(spec, stages, meter, world))
     record.environment |= world.describe() | model.fingerprint(spec) | account.data_of(stages)
     record.measures |= counts
     record.provenance |= about
     content: dict[str, Any] = {key: record.environment.get(key) for key in ("model_commit", "model_sha256", "data")}
-    training = Training(spec, tuned, make_optimizer(spec, tuned), meter, world, content=content)
+    training = Training(spec, tuned, make_optimizer(spec, tuned), meter, world, content=content, skeleton=skeleton)
     _compare_ranks(training)
     _seed_rank(training)
     if world.from_first(checkpoint.exists):
@@ -228,18 +228,19 @@ def _kept_if_it_fails(training: Training, folder: Path, hold: Hold) -> Iterator[
 
 def _load_tuned(
     spec: RunSpec, stages: list[Examples], meter: meters.Meter, world: World
-) -> tuple[nn.Module, dict[str, float], dict[str, str]]:
-    """The base with the method attached, its counts, and remarks on the base."""
+) -> tuple[nn.Module, nn.Module | None, dict[str, float], dict[str, str]]:
+    """The base with the method attached, a copy of it without numbers, its counts, and remarks on the base."""
     with meter.clock("load"), meter.phase("load"):
         base = seeded_base(spec, stages[0], sharding.loads_on(world, meter.device))
     model.check_length(spec, model.max_length(base))
-    about, num_base = remarks(spec, base), account.count(base)
+    about, num_base = remarks(spec, base), weights.count(base)
     torch.manual_seed(method_seed(spec))
     tuned = spec.method.attach(base, spec)
+    skeleton = account.skeleton_of(tuned)
     if spec.gradient_checkpointing:
         tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     counts = account.counts_of(tuned, num_base, stages)
-    return sharding.shard(tuned, world, meter.device, spec.method.trains_base), counts, about
+    return sharding.shard(tuned, world, meter.device, spec.method.trains_base), skeleton, counts, about
 
 
 def base_loader(training: Training, stages: list[Examples]) -> Callable[[], nn.Module]:

@@ -1,4 +1,4 @@
-"""What a run costs: peak memory by phase, throughput, FLOPs, energy.
+"""What a run costs: peak memory by phase, throughput, energy.
 
 A phase's peak is read at its end and reset at its beginning. On CUDA the allocator counts; on the CPU the kernel's
 high-water mark of the resident set (VmHWM; `ru_maxrss` would be inherited from the parent), above what the process
@@ -26,16 +26,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 WARM_UP_STEPS = 5
 """Steps left out of throughput after each start (a tenth of the steps where that is less)."""
-PEAK_FLOPS = {  # dense, per second, from the data sheets: bfloat16, float32 (TF32 off)
-    "H200": (989e12, 67e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-    "L40S": (362e12, 91.6e12),
-    "A10G": (70e12, 31.2e12),
-    "V100": (0.0, 15.7e12),
-    "RTX 4090": (165e12, 82.6e12),
-}
+Shapes = tuple[tuple[int, int], ...]
+"""(examples, positions) of each forward pass of a step on this process."""
 
 
 class Meter:
@@ -47,10 +39,10 @@ class Meter:
         self.peaks: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
         """Wall time by clock; each second belongs to the innermost clock, or to `other`."""
-        self.step_rows: list[tuple[float, int, int, int]] = []
-        """(seconds, tokens, padded tokens, label tokens) of each step past the warm-up."""
+        self.step_rows: list[tuple[float, int, int, int, Shapes]] = []
+        """(seconds, tokens, padded tokens, label tokens, this process's passes) of each step past the warm-up."""
         self.energy_joules = 0.0
-        self._pending: list[tuple[Any, Any, int, int, int]] = []
+        self._pending: list[tuple[Any, Any, int, int, int, Shapes]] = []
         self._seen = 0
         self._running, self._since = "other", time.perf_counter()
         self._process = _Process()
@@ -85,13 +77,13 @@ class Meter:
             self._running = outer
 
     @contextlib.contextmanager
-    def step(self, tokens: int, padded: int, labels: int) -> Iterator[None]:
+    def step(self, tokens: int, padded: int, labels: int, shapes: Shapes = ()) -> Iterator[None]:
         """Time one optimizer step. On CUDA by events, so that nothing waits for the device."""
         start = self._now()
         yield
         self._seen += 1
         if self._seen > self.warm_up:
-            self._pending.append((start, self._now(), tokens, padded, labels))
+            self._pending.append((start, self._now(), tokens, padded, labels, shapes))
 
     @contextlib.contextmanager
     def live_tensors(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
@@ -153,7 +145,7 @@ class Meter:
         self.restore_peaks(state)
         for name, value in state["seconds"].items():
             self.seconds[name] = self.seconds.get(name, 0.0) + value
-        self.step_rows = [tuple(row) for row in state["step_rows"]]
+        self.step_rows = [(*row, *[()] * (5 - len(row))) for row in state["step_rows"]]  # once they had no shapes
         self.energy_joules = state["energy_joules"]
 
     def restore_peaks(self, state: dict[str, Any]) -> None:
@@ -169,7 +161,7 @@ class Meter:
         """Tokens per second and step times; nothing if no step was past the warm-up."""
         if not self.step_rows:
             return {}
-        times, tokens, padded, labels = zip(*self.step_rows, strict=True)
+        times, tokens, padded, labels, _ = zip(*self.step_rows, strict=True)
         total = sum(times)
         ordered = sorted(times)
         return {
@@ -337,51 +329,3 @@ class EnergyCounter:
                 / 1e6
             )
             self.source = "RAPL package counters of the whole CPU (they wrap around about every hour)"
-
-
-def model_flops_per_token(model: nn.Module, length: float) -> float:
-    """Model FLOPs of one token of a training step, recomputation apart; embeddings and norms are left out.
-
-    2 per weight for forward and for the input's gradient, 2 more for the weight's own where it is trained: 4 N for a
-    frozen base, 6 N for what trains. Attention over `length` tokens: 12 · layers · width · length (Chowdhery et al.
-    2022, appendix B, the full square as sdpa computes it).
-    """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    total = 0.0
-    for name, module in model.named_modules():
-        if "original_module" in name:  # PEFT keeps the untrained head beside the one in use
-            continue
-        if isinstance(module, nn.Linear):
-            size = module.in_features * module.out_features
-        elif isinstance(module, Conv1D):
-            size = module.weight.numel()
-        else:
-            continue
-        total += size * (6 if module.weight.requires_grad else 4)
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None)
-    width = config.num_attention_heads * head_dim if head_dim else config.hidden_size
-    return total + 12 * config.num_hidden_layers * width * length
-
-
-def peak_flops(device: torch.device, dtype: str) -> tuple[float, str]:
-    """FLOP per second that utilization is measured against, and where the figure comes from."""
-    import torch
-
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for key, (bf16, fp32) in PEAK_FLOPS.items():
-            if key in name and (bf16 if dtype == "bfloat16" else fp32):
-                return (bf16 if dtype == "bfloat16" else fp32), f"data sheet of {key}, {dtype}"
-    size = 8192 if device.type == "cuda" else 1024
-    generator = torch.Generator(device).manual_seed(0)  # its own: a run's random numbers must not depend on this
-    a = torch.randn(size, size, device=device, dtype=getattr(torch, dtype), generator=generator)
-    times = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        (a @ a).sum().item()
-        times.append(time.perf_counter() - begin)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return 2 * size**3 / min(times), f"measured: best of 4 products of {size}² {dtype} matrices{threads}"

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
+from lorabench import flops as counting
 from lorabench import model as models
-from lorabench import targets
+from lorabench import targets, weights
 from lorabench.datacheck import data_problems, token_problems, usable_of
 from lorabench.decode import InputError, encode
 from lorabench.examples import shared_options
-from lorabench.meter import GIB, PEAK_FLOPS, model_flops_per_token, peak_flops
+from lorabench.meter import GIB
+from lorabench.method import Method
+from lorabench.peak import PEAK_FLOPS, peak_flops
 from lorabench.record import RunRecord, RunState, Status, Store
 from lorabench.remarks import remarks
 from lorabench.spec import RunSpec, brief, flatten, swept_keys
@@ -49,7 +53,8 @@ class Counts:
     inner: int
     vocabulary: int
     """Logits of a token; 0 where only one position gives any."""
-    flops_per_token: float
+    flops: Callable[[tuple[tuple[counting.Shape, int], ...]], float]
+    """Of a step with passes of these shapes, how often each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,8 +176,7 @@ def count(spec: RunSpec) -> Counts:
     if isinstance(found, InputError):
         raise found
     models.check_length(spec, found.longest)
-    at_length = found.counts.flops_per_token + found.attention_flops * spec.seq_len
-    return Counts(**vars(found.counts) | {"flops_per_token": at_length})
+    return found.counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,11 +184,8 @@ class _Known:
     """What is known of runs that share a model, a method and a task."""
 
     counts: Counts
-    """FLOPs without attention."""
     longest: int | None
     """The model's longest input."""
-    attention_flops: float
-    """Per token and position."""
     remarks: dict[str, str]
 
 
@@ -210,23 +211,36 @@ def _know(key: str) -> _Known | InputError:
     width = config.hidden_size
     trainable = [p for p in tuned.parameters() if p.requires_grad]
     added = 0 if spec.method.trains_base else sum(p.numel() * p.element_size() for p in trainable)
-    per_token = model_flops_per_token(tuned, 0)
     counts = Counts(
-        num_parameters=sum(p.numel() for p in tuned.parameters()),
+        num_parameters=weights.count(tuned),
         num_trainable=sum(p.numel() for p in trainable),
         weight_bytes=weight_bytes + added,
         layers=config.num_hidden_layers,
         width=width,
         inner=getattr(config, "intermediate_size", None) or 4 * width,
         vocabulary=config.vocab_size if "CausalLM" in spec.task.auto_class else 0,
-        flops_per_token=per_token,
+        flops=_step_flops(tuned, spec.method),
     )
     return _Known(
         counts=counts,
         longest=models.max_length(base),
-        attention_flops=model_flops_per_token(tuned, 1) - per_token,
         remarks=about,
     )
+
+
+def _step_flops(tuned: torch.nn.Module, method: Method) -> Callable[[tuple[tuple[counting.Shape, int], ...]], float]:
+    """Counted when they are asked for, and kept; six a parameter and position where a model cannot be counted."""
+
+    @cache
+    def of_step(passes: tuple[tuple[counting.Shape, int], ...]) -> float:
+        try:
+            return counting.of_step(skeleton, dict(passes), method)
+        except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+            print(f"FLOPs of {type(skeleton).__name__} are guessed: {error}", file=sys.stderr)
+            return 6.0 * weights.count(skeleton) * sum(times * n * t for (n, t), times in passes)
+
+    skeleton = counting.without_numbers(tuned)
+    return of_step
 
 
 def _lacking(spec: RunSpec, options: dict[str, Any]) -> tuple[str, ...]:
@@ -295,9 +309,17 @@ def formula(spec: RunSpec, counts: Counts, device: torch.device, gpu: str | None
     memory = counts.weight_bytes + 12 * counts.num_trainable
     memory += tokens * (kept * BYTES[spec.dtype] + 3 * 4 * counts.vocabulary)
     memory += CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
-    flops = counts.flops_per_token * spec.batch_size * spec.seq_len * spec.total_steps
     rate, _ = flop_rate(device, spec.dtype, spec.threads, gpu)
-    return Estimate(peak_gib=memory / GIB, train_seconds=flops / (EFFICIENCY * rate))
+    seconds = flops_per_step(spec, counts) * spec.total_steps / (EFFICIENCY * rate)
+    return Estimate(peak_gib=memory / GIB, train_seconds=seconds)
+
+
+def flops_per_step(spec: RunSpec, counts: Counts) -> float:
+    """As a run's record has it, where every example is as long as `seq_len` allows."""
+    micro = min(spec.micro_batch_size or spec.batch_size, spec.batch_size)
+    whole, rest = divmod(spec.batch_size, micro)
+    passes = ((micro, spec.seq_len), whole), ((rest, spec.seq_len), 1)
+    return counts.flops(passes if rest else passes[:1])
 
 
 def updates_bytes(spec: RunSpec, counts: Counts) -> float:

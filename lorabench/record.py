@@ -97,7 +97,7 @@ def _inference() -> Iterator[tuple[str, str, bool | None, str]]:
 MEASURES: dict[str, Measure] = (
     _measures(
         "counts",
-        ("num_parameters", "", None, "parameters of the model, the method's own included"),
+        ("num_parameters", "", None, "parameters of the model as it computes, the method's own included"),
         ("num_trainable", "", False, "parameters that are trained"),
         ("trainable_share", "%", False, "trained parameters as a percentage of the untouched base model's"),
         ("num_train_examples", "", None, "training examples"),
@@ -112,7 +112,12 @@ MEASURES: dict[str, Measure] = (
         ("reserved_peak_gib", "GiB", False, "CUDA: peak that the allocator reserved"),
         ("tensor_peak_gib", "GiB", False, "CPU: most bytes of live tensors in a step, whatever the allocator keeps"),
         ("baseline_gib", "GiB", None, "CPU: resident before the base was loaded; not part of the peaks"),
-        ("model_gib", "GiB", False, "bytes of the model's parameters and buffers"),
+        (
+            "model_gib",
+            "GiB",
+            False,
+            "bytes of the model's parameters and buffers, the scales of quantized weights included",
+        ),
         ("optimizer_state_gib", "GiB", False, "bytes of the optimizer's state"),
     )
     | _measures(
@@ -122,8 +127,18 @@ MEASURES: dict[str, Measure] = (
         ("label_tokens_per_second", "tokens/s", None, "the same, only what the loss is taken over"),
         ("step_seconds_median", "s", False, "median time of an optimizer step"),
         ("step_seconds_p95", "s", False, "95th percentile of the time of an optimizer step"),
-        ("flops_per_step", "FLOP", None, "model FLOPs of a step by formula, recomputation apart"),
-        ("model_flops_utilization", "%", True, "model FLOPs per second as a percentage of the device's peak"),
+        (
+            "flops_per_step",
+            "FLOP",
+            None,
+            "model FLOPs of a step: matrix products, padding included and recomputation apart",
+        ),
+        (
+            "model_flops_utilization",
+            "%",
+            True,
+            "model FLOPs per second as a percentage of the highest rate known of the device",
+        ),
         ("energy_joules", "J", False, "of training, where NVML or RAPL tells"),
     )
     | _measures(

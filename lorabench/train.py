@@ -67,7 +67,8 @@ def train(training: Training, examples: Examples, log: StepLog, stop: Stop, save
         lr_share = schedule(spec, training.task_step)
         for group in training.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_share
-        with meter.step(tokens, padded, count), meter.live_tensors(model, training.optimizer):
+        shapes = tuple(tuple(part["input_ids"].shape) for part in parts)
+        with meter.step(tokens, padded, count, shapes), meter.live_tensors(model, training.optimizer):
             loss = torch.zeros((), device=device)
             with meter.phase("forward_backward"):
                 for part in parts:

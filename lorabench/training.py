@@ -88,6 +88,8 @@ class Training:
     """Validation metrics of every task: before training, and after each task that is done."""
     content: dict[str, Any] = field(default_factory=dict)
     """Fingerprints of the base and the data: a checkpoint goes on with the same ones or not at all."""
+    skeleton: nn.Module | None = None
+    """The model without numbers, to count FLOPs on."""
     snapshots: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the files of the snapshots kept so far, by path below the run's folder."""
     log: list[str] = field(default_factory=list)

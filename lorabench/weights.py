@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
@@ -11,6 +12,32 @@ from lorabench.update import Update
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+def count(model: nn.Module) -> int:
+    """Parameters of a model as it computes: a 4-bit weight packs several into a byte, and what PEFT keeps of a head
+    that it trains, to have the untouched one back, is no part of it.
+    """
+    unused = {
+        id(parameter)
+        for module in model.modules()
+        if type(module).__name__ == "ModulesToSaveWrapper"
+        for parameter in module.original_module.parameters()  # type: ignore[union-attr,operator]
+    }
+    shape = lambda p: p.quant_state.shape if getattr(p, "quant_state", None) is not None else p.shape  # noqa: E731
+    return sum(math.prod(shape(p)) for p in model.parameters() if id(p) not in unused)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Of parameters and buffers, and of the scales that bitsandbytes keeps beside quantized weights."""
+    held: list[Tensor] = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            held += [t for name in ("absmax", "code", "offset") if (t := getattr(part, name, None)) is not None]
+        if getattr(parameter, "SCB", None) is not None:
+            held.append(parameter.SCB)
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in held}.values())
 
 
 def weight_changes(

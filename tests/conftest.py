@@ -48,6 +48,12 @@ def make_spec(**changes) -> RunSpec:
     return decode(RunSpec, table | changes)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """What is known of this machine stays in the tests, of processes that they start too."""
+    os.environ["LORABENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_bases(tmp_path_factory) -> dict[str, str]:
     """Folders of random models, 2 layers of width 64, with the built-in tokenizer: llama, gpt2, bert, roberta."""
