@@ -18,7 +18,6 @@ from lorabench.peak import peak_flops
 from lorabench.record import RunRecord
 from lorabench.spec import task_names
 from lorabench.training import Training
-from lorabench.weights import count
 
 
 def fill(record: RunRecord, training: Training, folder: Path) -> None:
@@ -49,16 +48,21 @@ def skeleton_of(tuned: nn.Module) -> nn.Module | None:
     """A copy for counting FLOPs; None where the model cannot be copied, which fails no run."""
     try:
         return flops.without_numbers(tuned)
-    except Exception:
+    except Exception:  # whatever a model cannot have copied, it can be trained
         traceback.print_exc()
         return None
 
 
 def _utilization(training: Training) -> tuple[dict[str, float], dict[str, str]]:
-    """FLOPs of a step, and the share of the device's peak that they take, with how each was made."""
+    """FLOPs of a step, and the share of the device's peak that they take, with how each was made; on the first rank."""
     spec, meter, world = training.spec, training.meter, training.world
     rows = meter.step_rows
     shapes = sum(world.gather(Counter(shape for row in rows for shape in row[4])), Counter())
+    if not world.is_first:
+        return {}, {}
+    if training.sizes - {world.size}:
+        sizes = sorted(training.sizes | {world.size})
+        return {}, {"model_flops_utilization": f"not measured: {sizes} processes, one after the other"}
     if training.skeleton is None or not all(row[4] for row in rows):
         return {}, {"flops_per_step": "not measured: the model, or what it was given before a resume, is not known"}
     try:
@@ -68,9 +72,6 @@ def _utilization(training: Training) -> tuple[dict[str, float], dict[str, str]]:
         reason = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
         return {}, {"flops_per_step": f"not measured: the model cannot be counted without numbers: {reason}"}
     measures, notes = {"flops_per_step": per_step}, {"flops_per_step": flops.ABOUT}
-    if training.sizes - {world.size}:
-        sizes = sorted(training.sizes | {world.size})
-        return measures, notes | {"model_flops_utilization": f"not measured: {sizes} processes, one after the other"}
     rate = per_step * len(rows) / sum(row[0] for row in rows) / world.size
     peak, source = peak_flops(meter.device, spec.dtype)
     if rate > peak:
@@ -95,7 +96,7 @@ def data_of(stages: list[Examples]) -> dict[str, Any]:
 def counts_of(tuned: nn.Module, num_base: int, stages: list[Examples]) -> dict[str, float]:
     trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     return {
-        "num_parameters": count(tuned),
+        "num_parameters": weights.count(tuned),
         "num_trainable": trainable,
         "trainable_share": trainable / num_base,
         "num_train_examples": sum(len(examples.splits["train"]) for examples in stages),
