@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,9 +149,24 @@ def from_files(spec: RunSpec, options: dict[str, Any]) -> nn.Module:
         return base
     if any(True for pattern in WEIGHT_FILES for _ in folder.glob(pattern)):
         auto, arguments = getattr(transformers, spec.task.auto_class), {"device_map": "meta"} | _REPORTED | options
-        base, report = _pretrained(spec.model, spec.revision, auto.from_pretrained, **arguments)
+        with _no_progress():
+            base, report = _pretrained(spec.model, spec.revision, auto.from_pretrained, **arguments)
         base.drawn = dict.fromkeys(check_files(spec, base, report))
     return base
+
+
+@contextlib.contextmanager
+def _no_progress() -> Iterator[None]:
+    """Without transformers' bar, where nothing is loaded that takes its time."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_files(spec: RunSpec, model: nn.Module, report: dict[str, Any]) -> list[str]:
