@@ -113,7 +113,7 @@ def escape_tex(text: str) -> str:
 
 def _is_latin(character: str) -> bool:
     """Whether LaTeX has the letter without another font or package."""
-    base, *marks = unicodedata.normalize("NFD", character)
+    base, *marks = list(unicodedata.normalize("NFD", character))
     known = character.isascii() or character in LETTERS
     return known or (base.isascii() and base.isalpha() and len(marks) == 1 and marks[0] in ACCENTS)
 
