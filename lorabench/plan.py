@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -12,9 +13,8 @@ from typing import Any
 
 import torch
 
-from lorabench import flops as counting
+from lorabench import flops, targets, weights
 from lorabench import model as models
-from lorabench import targets, weights
 from lorabench.datacheck import data_problems, token_problems, usable_of
 from lorabench.decode import InputError, encode
 from lorabench.examples import shared_options
@@ -53,8 +53,8 @@ class Counts:
     inner: int
     vocabulary: int
     """Logits of a token; 0 where only one position gives any."""
-    flops: Callable[[tuple[tuple[counting.Shape, int], ...]], float]
-    """Of a step with passes of these shapes, how often each."""
+    step_flops: Callable[[flops.Shape, int], float]
+    """Of a step with so many passes of a shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +219,7 @@ def _know(key: str) -> _Known | InputError:
         width=width,
         inner=getattr(config, "intermediate_size", None) or 4 * width,
         vocabulary=config.vocab_size if "CausalLM" in spec.task.auto_class else 0,
-        flops=_step_flops(tuned, spec.method),
+        step_flops=_step_flops(tuned, spec.method),
     )
     return _Known(
         counts=counts,
@@ -228,18 +228,18 @@ def _know(key: str) -> _Known | InputError:
     )
 
 
-def _step_flops(tuned: torch.nn.Module, method: Method) -> Callable[[tuple[tuple[counting.Shape, int], ...]], float]:
+def _step_flops(tuned: torch.nn.Module, method: Method) -> Callable[[flops.Shape, int], float]:
     """Counted when they are asked for, and kept; six a parameter and position where a model cannot be counted."""
 
     @cache
-    def of_step(passes: tuple[tuple[counting.Shape, int], ...]) -> float:
+    def of_step(shape: flops.Shape, times: int) -> float:
         try:
-            return counting.of_step(skeleton, dict(passes), method)
+            return flops.of_step(skeleton, {shape: times}, method)
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:
             print(f"FLOPs of {type(skeleton).__name__} are guessed: {error}", file=sys.stderr)
-            return 6.0 * weights.count(skeleton) * sum(times * n * t for (n, t), times in passes)
+            return 6.0 * weights.count(skeleton) * times * math.prod(shape)
 
-    skeleton = counting.without_numbers(tuned)
+    skeleton = flops.without_numbers(tuned)
     return of_step
 
 
@@ -316,10 +316,8 @@ def formula(spec: RunSpec, counts: Counts, device: torch.device, gpu: str | None
 
 def flops_per_step(spec: RunSpec, counts: Counts) -> float:
     """As a run's record has it, where every example is as long as `seq_len` allows."""
-    micro = min(spec.micro_batch_size or spec.batch_size, spec.batch_size)
-    whole, rest = divmod(spec.batch_size, micro)
-    passes = ((micro, spec.seq_len), whole), ((rest, spec.seq_len), 1)
-    return counts.flops(passes if rest else passes[:1])
+    micro = spec.micro_batch_size or spec.batch_size
+    return counts.step_flops((micro, spec.seq_len), spec.batch_size // micro)
 
 
 def updates_bytes(spec: RunSpec, counts: Counts) -> float:
