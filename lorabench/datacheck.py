@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
 
+from lorabench.datanames import named
 from lorabench.decode import InputError
 from lorabench.examples import Usable, read_usable, tokenized
 from lorabench.model import load_tokenizer
@@ -19,7 +21,7 @@ def data_problems(spec: RunSpec) -> list[str]:
     return [
         in_stage(problem, number, spec.tasks)
         for number, task in enumerate(spec.stages, 1)
-        for problem in _data_problems(task)
+        for problem in _looked_up(task).problems
     ]
 
 
@@ -32,10 +34,37 @@ def token_problems(spec: RunSpec) -> list[str]:
     ]
 
 
+def data_notes(spec: RunSpec) -> list[str]:
+    """How the run's data were cut, and what was left out of them."""
+    return [
+        f"{task.sources()[role]}: {text}"
+        for task in spec.stages
+        for role, text in _looked_up(task).notes.items()
+        if text and role in task.sources()
+    ]
+
+
+def data_now(spec: RunSpec) -> dict[str, str]:
+    """What the run's tasks call their data -> its fingerprint as it is now."""
+    stages = [(f" {number}" if spec.tasks[1:] else "", task) for number, task in enumerate(spec.stages, 1)]
+    found = {role + number: value for number, task in stages for role, value in _looked_up(task).fingerprints.items()}
+    return named(spec.stages, found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Looked:
+    problems: tuple[str, ...] = ()
+    notes: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
 @cache
-def _data_problems(task: Task) -> tuple[str, ...]:
+def _looked_up(task: Task) -> _Looked:
+    """What is said of a task's data without its rows."""
     usable = usable_of(task)
-    return tuple(usable.problems) if isinstance(usable, InputError) else ()
+    if isinstance(usable, InputError):
+        return _Looked(problems=tuple(usable.problems))
+    return _Looked(notes=usable.notes, fingerprints=usable.fingerprints)
 
 
 @cache

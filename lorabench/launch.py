@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.claim import current_claim
+from lorabench.datanames import named
 from lorabench.decode import InputError
 from lorabench.distributed import Place
 from lorabench.endings import Ending, common_cause, record_stamp, write_ending
@@ -222,7 +223,7 @@ class _Launch:
         server = self._running_server()
         here, there = server.context.Pipe(duplex=False)
         with contextlib.suppress(ServerDied, EOFError, OSError):  # whatever is wrong, the runs meet it and say so
-            process = server.start(check_main, (self.pending, there, self.server_log))
+            process = server.start(check_main, (self.pending, self._data_of_done(), there, self.server_log))
             there.close()
             problems, notes = here.recv()
             if problems:
@@ -230,6 +231,14 @@ class _Launch:
             for note in notes:
                 self.display.say(note)
             process.join()
+
+    def _data_of_done(self) -> list[tuple[str, dict[str, str]]]:
+        states = [(spec, self.settled.get(spec.id)) for spec in self.sweep.runs]
+        return [
+            (spec.id, named(spec.stages, state.record.environment.get("data") or {}))
+            for spec, state in states
+            if state and state.record and state.status == Status.DONE
+        ]
 
     def _running_server(self) -> Server:
         self.server = self.server or start_server(self.server_log, self.pool.preload, self.sweep.runs)

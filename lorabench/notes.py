@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorabench import plugins
+from lorabench import datanames, plugins
 from lorabench.aggregate import Cell
 from lorabench.labels import key_label, listed, measure, measure_label, series_label
 from lorabench.record import Status
@@ -34,7 +34,22 @@ def declared_notes(
         notes.append("–: not part of the sweep.")
     if any(measure(value).group == "storage" or value in STORED for value in table.values):
         notes += storage_notes(results, selection)
-    return [*notes, *selection_notes(results, selection), *mixture_notes(results, selection.runs, keys)]
+    return [
+        *notes,
+        *selection_notes(results, selection),
+        *mixture_notes(results, selection.runs, keys),
+        *data_notes(results),
+    ]
+
+
+def data_notes(results: Results) -> list[str]:
+    """Whether data were changed under their name between the runs that are done."""
+    done = {run_id for run_id in results.runs.index if results.runs.at[run_id, "status"] == Status.DONE}
+    return datanames.changed(
+        (spec.id, datanames.named(spec.stages, results.environments.get(spec.id, {}).get("data") or {}))
+        for spec in results.sweep.runs
+        if spec.id in done
+    )
 
 
 def _null_models(values: list[str]) -> str:

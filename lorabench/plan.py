@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from lorabench import flops, targets, weights
+from lorabench import datanames, flops, targets, weights
 from lorabench import model as models
-from lorabench.datacheck import data_problems, token_problems, usable_of
+from lorabench.datacheck import data_notes, data_now, data_problems, token_problems, usable_of
 from lorabench.decode import InputError, encode
 from lorabench.examples import shared_options
 from lorabench.meter import GIB
@@ -95,7 +95,7 @@ def make_plan(sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | 
     return {
         "runs": runs,
         "totals": _totals(runs),
-        "notes": notes(sweep.runs),
+        "notes": [*notes(sweep.runs), *changed_data(sweep.runs, states)],
         "assumptions": _assumptions(sweep, runs, device, gpu),
     }
 
@@ -151,7 +151,18 @@ def notes(specs: Sequence[RunSpec]) -> list[str]:
         known = _known(spec)
         for key, text in {} if isinstance(known, InputError) else known.remarks.items():
             found[f"{spec.model}: {key}: {text}"] = True
+        found |= dict.fromkeys(data_notes(spec), True)
     return list(found)
+
+
+def changed_data(specs: Sequence[RunSpec], states: Sequence[RunState]) -> list[str]:
+    """A sentence for each name under which runs of a sweep had, or would have, different data."""
+    return datanames.changed(
+        (spec.id, datanames.named(spec.stages, state.record.environment.get("data") or {}))
+        if state.status == Status.DONE and state.record
+        else (spec.id, data_now(spec))
+        for spec, state in zip(specs, states, strict=True)
+    )
 
 
 def _counts_and_problems(

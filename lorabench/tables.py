@@ -24,7 +24,15 @@ from lorabench.labels import (
     with_unit,
 )  # fmt: skip
 from lorabench.longform import long_tables
-from lorabench.notes import applicability, declared_notes, mixture_notes, optimism_notes, selection_notes, single_seed
+from lorabench.notes import (
+    applicability,
+    data_notes,
+    declared_notes,
+    mixture_notes,
+    optimism_notes,
+    selection_notes,
+    single_seed,
+)
 from lorabench.record import Status, write_bytes
 from lorabench.results import Results, Selection, grouped, kept_rows, ordered, ordinal, selected
 from lorabench.sweep import Table
@@ -132,6 +140,7 @@ def summary(results: Results, selection: Selection) -> Sheet:
             *selection_notes(results, selection),
             *optimism_notes(results, selection),
             *mixture_notes(results, selection.runs, results.settings),
+            *data_notes(results),
         ],
         tidy=pd.DataFrame(tidy, dtype=object),  # a rank stays whole beside a method that has none
     )  # fmt: skip

@@ -174,13 +174,22 @@ def child_main(
     sys.stdout.flush()
 
 
-def check_main(specs: Sequence[RunSpec], answer: Connection, log: Path) -> None:
-    """Sends why some of the specs cannot be run, and what else there is to say; in a process of its own."""
+def check_main(
+    specs: Sequence[RunSpec], done: Sequence[tuple[str, dict[str, str]]], answer: Connection, log: Path
+) -> None:
+    """Sends why some of the specs cannot be run, and what else there is to say; in a process of its own.
+
+    `done` is what the runs that are done had for data, as `lorabench.datanames.named` gives it.
+    """
+    from lorabench.datacheck import data_now
+    from lorabench.datanames import changed
     from lorabench.plan import notes, refusals
 
     redirect(log, 1, 2)
     try:
-        answer.send((refusals(specs), notes(specs)))
+        problems = refusals(specs)
+        data = [] if problems else [*done, *((spec.id, data_now(spec)) for spec in specs)]
+        answer.send((problems, [*notes(specs), *changed(data)]))
     except Exception:  # whatever is wrong, the runs meet it and say so in their records
         traceback.print_exc()
         answer.send(([], []))

@@ -20,7 +20,7 @@ LAYERS = [
         "distributed",
     },
     {"decode", "steps", "nulls", "update", "live", "advice", "krylov", "typeset"},
-    {"meter", "stored", "datafile", "tokens", "peak", "flops"},
+    {"meter", "stored", "datafile", "tokens", "peak", "flops", "datanames"},
     {"values", "ranks", "weights", "tensorfile", "locate", "conflict", "perturbed"},
     {"weightfile"},
     {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
