@@ -243,11 +243,12 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, table: dict[str, Any]) -> RunRecord:
-        """Raises InputError with every problem. A measure that is not finite counts as not measured."""
+        """Raises InputError with every problem. A measure that is not finite, as of a run that diverged, is NaN."""
         measures = table.get("measures")
-        if isinstance(measures, dict):
-            table = table | {"measures": {key: value for key, value in measures.items() if not _is_infinite(value)}}
-        record = build(cls, table)
+        infinite = [key for key, value in measures.items() if _is_infinite(value)] if isinstance(measures, dict) else []
+        finite = {key: value for key, value in measures.items() if key not in infinite} if infinite else measures
+        record = build(cls, table | {"measures": finite} if infinite else table)
+        record.measures |= dict.fromkeys(infinite, math.nan)
         if problems := [*record._problems()]:
             raise InputError(problems)
         return record

@@ -6,6 +6,7 @@ All in one process, with what draws and what computes left out: some hundred cas
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tomllib
@@ -297,10 +298,12 @@ def test_a_record_whose_spec_is_gone_is_held_against_its_folder(whole: Small, tm
     assert state.status == Status.CORRUPT and "its spec is not the run's" in state.error
 
 
-def test_measures_that_are_not_finite_count_as_not_measured(whole: Small, tmp_path: Path) -> None:
+def test_measures_that_are_not_finite_are_nan(whole: Small, tmp_path: Path) -> None:
     shutil.copytree(whole.root, tmp_path / "results")
     store, spec = Store(tmp_path / "results"), whole.sweep.runs[0]
     file = store.folder(spec.id) / "record.json"
     measures = {"valid_loss": 2.0, "merge_error": float("nan"), "forgetting": float("inf")}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"measures": measures}))
-    assert store.read(spec.id).measures == {"valid_loss": 2.0}
+    read = store.read(spec.id).measures
+    assert read.pop("valid_loss") == 2.0 and read.keys() == measures.keys() - {"valid_loss"}
+    assert all(math.isnan(value) for value in read.values())
