@@ -40,7 +40,7 @@ PEER_GRACE_SECONDS = 10.0
 GRACE_SECONDS = 60.0
 """A run that is so long past its time limit does not reach its own check any more, and is killed."""
 STARTS_WITHOUT_RECORD = 3
-SERVER_DEATHS = 3
+SERVER_DEATHS = 5
 """Fork servers in a row that may die before they have started a process of a run."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REPEATABLE = (*FAILURES, Status.CORRUPT)
