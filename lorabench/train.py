@@ -67,7 +67,7 @@ def train(training: Training, examples: Examples, log: StepLog, stop: Stop, save
         lr_share = schedule(spec, training.task_step)
         for group in training.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_share
-        shapes = tuple(tuple(part["input_ids"].shape) for part in parts)
+        shapes = tuple(map(batch_shape, parts))
         with meter.step(tokens, padded, count, shapes), meter.live_tensors(model, training.optimizer):
             loss = torch.zeros((), device=device)
             with meter.phase("forward_backward"):
@@ -106,6 +106,11 @@ def train(training: Training, examples: Examples, log: StepLog, stop: Stop, save
 
 def example_length(example: Example) -> int:
     return len(example["input_ids"])
+
+
+def batch_shape(batch: Batch) -> tuple[int, int]:
+    n, t = batch["input_ids"].shape
+    return n, t
 
 
 def batch_length(batch: Batch) -> int:

@@ -42,10 +42,20 @@ def try_out(spec: RunSpec, options: dict[str, Any]) -> None:
     """InputError where the run's model does not fit its task, or what its method learns could not be saved."""
     keys = ("model", "revision", "method", "tasks" if spec.tasks else "task")
     table = {key: encode(getattr(spec, key)) for key in keys}
-    table["method"] = {key: value for key, value in table["method"].items() if key == "name" or not _is_amount(value)}
+    table["method"] = _smallest(table["method"])
     problem = _try_out(json.dumps(table), json.dumps(options))
     if problem:
         raise problem
+
+
+def _smallest(method: dict[str, Any]) -> dict[str, Any]:
+    """The method at its default amounts, and of rank 1: PiSSA and OLoRA take no rank above what is left of a width."""
+    kept = {key: value for key, value in method.items() if key == "name" or not _is_amount(value)}
+    if isinstance(method.get("rank"), int):
+        kept["rank"] = 1
+    if isinstance(method.get("rank_pattern"), dict):
+        kept["rank_pattern"] = dict.fromkeys(method["rank_pattern"], 1)
+    return kept
 
 
 def _is_amount(value: Any) -> bool:

@@ -22,7 +22,7 @@ def count(model: nn.Module) -> int:
         id(parameter)
         for module in model.modules()
         if type(module).__name__ == "ModulesToSaveWrapper"
-        for parameter in module.original_module.parameters()  # type: ignore[union-attr,operator]
+        for parameter in module.original_module.parameters()
     }
     shape = lambda p: p.quant_state.shape if getattr(p, "quant_state", None) is not None else p.shape  # noqa: E731
     return sum(math.prod(shape(p)) for p in model.parameters() if id(p) not in unused)

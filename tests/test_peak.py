@@ -22,7 +22,7 @@ def machine(tmp_path, monkeypatch):
 
     def set_speed(*seconds):
         made, times = [], itertools.cycle(seconds)
-        monkeypatch.setattr(peak, "_seconds", lambda a, product: made.append(a.shape) or next(times))
+        monkeypatch.setattr(peak, "_seconds", lambda a: made.append(a.shape) or next(times))
         return made
 
     return set_speed

@@ -131,3 +131,10 @@ def test_what_all_linear_does_not_reach_is_said(spec_of):
     )
     (note,) = plans.notes([spec_of(families.CONFIGS["mamba"]())])
     assert "mixer.A_log, mixer.conv1d, mixer.dt_proj, mixer.out_proj with method lora" in note
+
+
+@pytest.mark.parametrize("method", [{"rank": 8}, {"rank": 4, "rank_pattern": {"q_proj": 32}}])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_rank_that_fits_the_model_alone_is_no_problem_of_the_small_one(init, method):
+    """Both begin with singular vectors or an orthogonal factor of W0, of which a narrow layer has few."""
+    trial.try_out(make_spec(method={"name": "lora", "init": init} | method), {})
