@@ -1,8 +1,8 @@
 """The command line: a thin table of commands, one file each in `lorabench/commands/`.
 
-Data goes to stdout, talk to stderr. Exit codes: 0 all well, 1 some run failed, 2 the input was wrong. A command's
-docstring is its help; it imports what it needs when it is called, so that `--help` is quick. Flags choose where and
-how many, never what is computed.
+Data goes to stdout, talk to stderr. Exit codes: 0 all well, 1 some run (or part of a report) failed, 2 the input was
+wrong. A command's docstring is its help; it imports what it needs when it is called, so that `--help` is quick. Flags
+choose where and how many, never what is computed.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def _counts(results: Any) -> tuple[pd.DataFrame, str]:
         return rows, ""
     rows = common_layers(rows, "k")
     counts = rows.groupby("run_id")["layer"].nunique()
-    matrices = f"{counts.max()} matrices" if rows["layer"].nunique() == counts.min() else "each run's own matrices"
+    matrices = f"{counts.max()} matrices" if rows["layer"].nunique() == counts.min() else "its own matrices"
     return per_run(results, rows, ["epsilon", "k"], "sum"), matrices
 
 
