@@ -245,8 +245,9 @@ class RunRecord:
     def from_json(cls, table: dict[str, Any]) -> RunRecord:
         """Raises InputError with every problem. A measure that is not finite, as of a run that diverged, is NaN."""
         measures = table.get("measures")
-        infinite = [key for key, value in measures.items() if _is_infinite(value)] if isinstance(measures, dict) else []
-        finite = {key: value for key, value in measures.items() if key not in infinite} if infinite else measures
+        known = measures if isinstance(measures, dict) else {}
+        infinite = [key for key, value in known.items() if _is_infinite(value)]
+        finite = {key: value for key, value in known.items() if key not in infinite}
         record = build(cls, table | {"measures": finite} if infinite else table)
         record.measures |= dict.fromkeys(infinite, math.nan)
         if problems := [*record._problems()]:
