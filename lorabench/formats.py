@@ -30,7 +30,7 @@ from lorabench.tensorfile import SUFFIXES, open_tensors
 from lorabench.update import Update
 from lorabench.weightfile import some
 
-VERSION = 2
+VERSION = 3
 """Part of every analysis's cache key: raise it when the same file reads as other numbers."""
 DENSE_VECTORS = 64
 """Singular vectors kept of a dense ΔW; of a factored one all r are."""
@@ -281,4 +281,6 @@ def _find(source: Source, names: Iterable[str]) -> list[Found]:
 
 
 def _entries(found: list[Found]) -> dict[str, Entry]:
-    return dict(sorted((parameter, entry) for each in found for parameter, entry in each.entries.items()))
+    """Of a ΔW that lies there dense and as PEFT's factors, the factors."""
+    entries = {parameter: entry for each in found for parameter, entry in each.entries.items()}
+    return dict(sorted(entries.items(), key=lambda item: item[0]))

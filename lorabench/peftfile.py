@@ -25,6 +25,9 @@ from torch.nn.functional import pad
 from lorabench.advice import exact_key
 from lorabench.decode import InputError
 from lorabench.formats import Adapter
+from lorabench.locate import adapter_path
+from lorabench.quote import clip
+from lorabench.readers._entry import Source, read_json
 from lorabench.readers._names import PREFIX
 from lorabench.readers.peft_lora import ADAPTER_FILE, CONFIG_FILE
 from lorabench.record import disk_errors
@@ -38,6 +41,10 @@ RESOLVED = (
 OF_ADALORA = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 OF_ANY = ("auto_mapping", "base_model_name_or_path", "revision", "task_type", "layer_replication")
 """Fields that mean the same whatever the tuner."""
+NOT_EXACT = {"torchtune": "it permutes the rows of queries and keys for its rotary embedding, and the model that PEFT "
+             "loads does not"}  # fmt: skip
+"""Formats of which the names or rows are not those of the model that PEFT would attach to."""
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder(?:_\d)?|prior|decoder)\.(?=.)")
 _LORA_BIAS = ".lora_B.bias"
 
 
@@ -54,6 +61,8 @@ class Target:
     kernel: tuple[int, ...] = ()
     """Of a convolution: (height, width)."""
     embedding: bool = False
+    magnitude: Tensor | None = None
+    """Of DoRA: m, one number an output."""
     parameter: str | None = None
     """Of stacked experts and routers (`target_parameters`): what patterns call it."""
 
@@ -64,7 +73,11 @@ class Target:
             A = A.reshape(self.rank, -1, *self.kernel)
             B = B.reshape(*B.shape, *(1 for _ in self.kernel))
         ends = ("lora_embedding_B", "lora_embedding_A") if self.embedding else ("lora_B.weight", "lora_A.weight")
-        return {f"{PREFIX}{self.module}.{end}": _own(tensor) for end, tensor in zip(ends, (B, A), strict=True)}
+        found = dict(zip(ends, (B, A), strict=True))
+        if self.magnitude is not None:
+            m = self.magnitude.flatten()
+            found["lora_magnitude_vector"] = m.reshape(1, -1, *(1 for _ in self.kernel)) if self.kernel else m
+        return {f"{PREFIX}{self.module}.{end}": _own(tensor) for end, tensor in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,6 +117,25 @@ def beside(adapter: Adapter, renamed: Callable[[str], str] = lambda name: name) 
         if module is not None:
             modules[now.removesuffix(name.removeprefix(module))] = None
     return Beside(tensors=tensors, modules=tuple(modules), config=carried(adapter.config))
+
+
+def check_whole(adapter: Adapter) -> None:
+    """InputError for what has no whole ΔW, or one of another model than that which PEFT would load."""
+    file = Source(path=adapter_path(adapter.source)).folder / CONFIG_FILE
+    if method := (read_json(file) if file.is_file() else {}).get("lorabench_method"):
+        raise InputError(f"{adapter.source}: {clip(method)} adds computation that no ΔW stands for")
+    if reason := NOT_EXACT.get(adapter.format):
+        raise InputError(f"{adapter.source}: {adapter.format} cannot be written as PEFT exactly: {reason}")
+
+
+def models_of(adapter: Adapter) -> dict[str, str]:
+    """The models that a file is of, and what diffusers puts before the names of each: `unet.`."""
+    if adapter.format not in ("diffusers", "xlabs"):
+        return {"": ""}
+    found = {match[0] if (match := _COMPONENT.match(name)) else "" for name in adapter.entries}
+    if "" in found:
+        return {"": ""}
+    return {prefix.removesuffix("."): prefix for prefix in sorted(found)}
 
 
 def whole_names(adapter: Adapter) -> set[str]:
@@ -153,7 +185,7 @@ def configuration(targets: Collection[Target], beside: Beside, usual: int | None
         "modules_to_save": sorted(beside.modules) or None,
         "inference_mode": True,
         "init_lora_weights": True,
-        "use_dora": False,
+        "use_dora": any(target.magnitude is not None for target in targets),
         "use_rslora": False,
     }  # fmt: skip
 

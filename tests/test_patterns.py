@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from lorabench.advice import exact_key
 from lorabench.decode import InputError
 from lorabench.examples import prepare
-from lorabench.formats import read_updates
+from lorabench.formats import open_adapter, read_updates
 from lorabench.methods._peft import tuner_layers
 from lorabench.train import forward
 from tests.test_lora import peft_config
@@ -85,3 +85,28 @@ def test_patterns_that_peft_does_not_keep_to_are_refused(tiny_bases, labelled):
     spec = method_spec("peft", "llama", tiny_bases, labelled, method)
     with pytest.raises(InputError, match=r"rank_pattern: PEFT does not keep to it: .*q_proj has 2 and not 3"):
         attach(spec, prepare(spec))
+
+
+def test_a_run_of_before_is_read_by_the_order_of_its_spec(tiny_bases, labelled, tmp_path):
+    """Its file has PEFT's own patterns, sorted by their names, so that it alone would say s = 16 for s = 2."""
+    spec = method_spec("lora", "llama", tiny_bases, labelled, OVERLAPPING["both"])
+    base, folder = load_base(spec, prepare(spec)), tmp_path / "updates"
+    names = [name for name, module in base.named_modules() if name.endswith(("q_proj", "v_proj"))]
+    model = get_peft_model(base, peft_config(OVERLAPPING["both"], names))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_()
+    model.save_pretrained(folder)
+    alone = json.loads((folder / "adapter_config.json").read_text())
+    assert list(alone["alpha_pattern"]) != list(model.peft_config["default"].alpha_pattern)
+    with pytest.raises(InputError, match="rank"):
+        list(read_updates(folder))
+    (tmp_path / "spec.json").write_text(json.dumps(spec.to_json()))
+    want = {name: layer.get_delta_weight("default") for name, layer in tuner_layers(model)}
+    for update in read_updates(folder):
+        torch.testing.assert_close(update.dense(), want[update.layer], atol=1e-6, rtol=1e-5)
+    assert any("patterns overlap" in note for note in open_adapter(folder).notes)
+    reloaded = spec.method.load(load_base(spec, prepare(spec)), folder, spec)
+    for name, layer in tuner_layers(reloaded):
+        torch.testing.assert_close(layer.get_delta_weight("default"), want[name], atol=1e-6, rtol=1e-5)

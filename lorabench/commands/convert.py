@@ -3,8 +3,8 @@
 ADAPTER is a file, a folder, a run's folder or a Hub id, of any format that lorabench reads. What was saved whole
 (heads, norms, biases, rows of tokens), replicated blocks, stacked experts and fields of a PEFT configuration that
 say more than scale and targets are carried over; what is not is told. Refused, with the reason, where it would not
-be exact: a dense ΔW, DoRA, names of which it is not certain which module they mean (--base tells). OUTPUT must be
-new or empty.
+be exact: a dense ΔW, DoRA by another formula than PEFT's, names of which it is not certain which module they mean
+(--base tells). OUTPUT must be new or empty.
 """
 
 from __future__ import annotations

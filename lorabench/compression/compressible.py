@@ -15,15 +15,16 @@ from lorabench import formats
 from lorabench.compression.truncation import Carried
 from lorabench.decode import InputError
 from lorabench.layer import LayerSVD
-from lorabench.locate import adapter_path
+from lorabench.locate import adapter_path, weights_path
 from lorabench.merging.adapters import find_run
-from lorabench.peftfile import Beside, beside, whole_names
+from lorabench.peftfile import Beside, beside, check_whole, models_of, whole_names
 from lorabench.readers._entry import Entry, Source, read_json
 from lorabench.readers.peft_lora import CONFIG_FILE
 from lorabench.record import RunRecord, Status, Store, file_digests
 from lorabench.serving import stored_files
 from lorabench.spec import RunSpec, canonical_json
 from lorabench.update import INITIAL_FILE, Update
+from lorabench.weightfile import WeightFiles
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npz")
 
@@ -43,6 +44,8 @@ class Subject:
     num_bytes: int | None
     record: RunRecord | None = None
     own: bool = False
+    weights: WeightFiles | None = None
+    """The untouched ones, where they were given."""
 
     @property
     def spec(self) -> RunSpec | None:
@@ -117,6 +120,7 @@ def _foreign(store: Store, given: str, like: str | None, base: str | None, alpha
         content="",
         num_bytes=sum(file.stat().st_size for file in source.files(*WEIGHTS)),
         record=_done(store, find_run(store, like), "--like") if like else None,
+        weights=WeightFiles(weights_path(base)) if base else None,
     )
     digest = hashlib.sha256(canonical_json(subject.config))
     for parameter, entry in (adapter.entries | adapter.vectors).items():
@@ -161,6 +165,12 @@ def trained_head(subject: Subject, tuned: nn.Module, heads: list[str]) -> Carrie
 
 def matrices(subject: Subject, carried: frozenset[str]) -> dict[str, Entry]:
     """What is compressed: each matrix ΔW, less what is carried over, and less parts of one that is there as a whole."""
+    check_whole(subject.adapter)
+    if (models := models_of(subject.adapter)) != {"": ""}:
+        raise InputError(
+            f"{subject.name}: names its modules by the model that they are in ({', '.join(models)}): convert it first, "
+            "and compress what that writes"
+        )
     entries = {p: entry for p, entry in subject.adapter.entries.items() if p not in carried}
     if experts := [p for p in entries if re.search(r"\[\d+\]", p)]:
         raise InputError(f"{subject.name}: {experts[0]}: is one of stacked experts, which PEFT gives one rank all")

@@ -18,6 +18,7 @@ from lorabench.compression.truncation import Carried, Cut, Place, cut, places, w
 from lorabench.decode import InputError
 from lorabench.examples import Examples, prepare_stages
 from lorabench.execute import seeded_base
+from lorabench.methods._patterns import config_as_trained
 from lorabench.peftfile import carried as carried_fields
 from lorabench.peftfile import whole_folder
 from lorabench.readers._entry import Entry, TensorFile
@@ -79,7 +80,10 @@ class Compressor:
         """Write the adapter of each energy to its folder; what is known of each. Memory holds them, and one ΔW."""
         if not folders:
             return {}
-        where, dtype = places(self.subject.name, self.skeleton, self.entries), stored_dtype(self.entries)
+        where, dtype = (
+            places(self.subject.name, self.skeleton, self.entries, self.subject.weights),
+            stored_dtype(self.entries),
+        )
         layers = [cuts for update in load_updates(self.entries) if (cuts := cut(update, list(folders), dtype))]
         if not layers:
             raise InputError(f"{self.subject.name}: every ΔW is 0: there is nothing to compress")
@@ -154,7 +158,7 @@ class Compressor:
         """The base with an adapter in PEFT's format."""
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(self.base(), str(folder))
+        return PeftModel.from_pretrained(self.base(), str(folder), config=config_as_trained(folder))
 
     def metrics(self, tuned: nn.Module) -> dict[str, float]:
         """Validation of the run's last task, and retention where there is any."""

@@ -23,6 +23,7 @@ from lorabench.peftfile import Beside, Target, configuration, save_adapter
 from lorabench.readers._entry import Entry
 from lorabench.readers.peft_lora import NORMS_FILE, Factors
 from lorabench.update import Update, save_updates
+from lorabench.weightfile import WeightFiles, flat_name
 from lorabench.weights import is_linear_layer, is_transposed
 
 if TYPE_CHECKING:
@@ -96,7 +97,9 @@ class Place:
     """The output layer that shares an embedding's weight: a dense ΔW changes both."""
 
 
-def places(source: str, base: nn.Module | None, entries: dict[str, Entry]) -> dict[str, Place]:
+def places(
+    source: str, base: nn.Module | None, entries: dict[str, Entry], files: WeightFiles | None = None
+) -> dict[str, Place]:
     """By layer; told from their names where no model is known. InputError with each that two factors cannot express."""
     found, problems = {}, []
     for parameter, entry in entries.items():
@@ -104,7 +107,11 @@ def places(source: str, base: nn.Module | None, entries: dict[str, Entry]) -> di
         factors = entry if isinstance(entry, Factors) else None
         if parameter == layer:
             problems.append(f"{parameter}: is not the weight of a module, so that LoRA cannot change it")
-        elif factors and len(factors.tensors.shape(factors.A)) > 2:
+        elif flat_name(parameter):
+            problems.append(f"{layer}: `_` may stand for `.`: convert it first, with --base")
+        elif "[" in layer:
+            problems.append(f"{layer}: is some rows of a fused layer, and no module of its own")
+        elif getattr(entry, "kernel", ()) or _is_convolution(parameter, files):
             problems.append(f"{layer}: is a convolution; only linear layers and embeddings can be compressed")
         elif base is not None:
             place = _place_in(base, layer, entry.shape, factored=factors is not None)
@@ -116,6 +123,12 @@ def places(source: str, base: nn.Module | None, entries: dict[str, Entry]) -> di
     if problems:
         raise InputError([f"{source}: {problem}" for problem in problems])
     return found
+
+
+def _is_convolution(parameter: str, files: WeightFiles | None) -> bool:
+    """In the untouched weights; a file may have its ΔW flattened."""
+    name = files.find(parameter) if files else None
+    return bool(files and name and len(files.stored_shape(name)) == 4)
 
 
 def _place_in(base: nn.Module, layer: str, shape: tuple[int, int], *, factored: bool) -> Place | str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorabench.decode import InputError
 from lorabench.formats import Adapter
@@ -17,7 +20,9 @@ from lorabench.locate import weights_path
 from lorabench.peftfile import (
     Target,
     beside,
+    check_whole,
     configuration,
+    models_of,
     padded,
     save_adapter,
     whole_folder,
@@ -28,13 +33,9 @@ from lorabench.readers._factors import Layer
 from lorabench.readers._names import PREFIX
 from lorabench.readers._peft_config import original_layers, original_name
 from lorabench.readers.peft_lora import CONFIG_FILE
-from lorabench.update import Update
+from lorabench.update import DORA_PART, Update
 from lorabench.weightfile import WeightFiles, flat_name, is_embedding
 
-NOT_EXACT = {"torchtune": "it permutes the rows of queries and keys for its rotary embedding, and the model that PEFT "
-             "loads does not"}  # fmt: skip
-"""Formats of which the names or rows are not those of the model that PEFT would attach to."""
-_COMPONENT = re.compile(r"(unet|transformer|text_encoder(?:_\d)?|prior|decoder)\.(?=.)")
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>w[123]|(?:gate|up|down)_proj)")
 """An expert of the models that had one module each, before transformers 5 stacked them."""
 _OF_MODULE = re.compile(r"(?P<module>.+)(?P<leaf>\.(?:lora_B\.bias|token_adapter\..+))")
@@ -53,10 +54,9 @@ def convert(adapter: Adapter, folder: Path, base_model: str | None = None) -> li
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"OUTPUT = {folder}: is not empty; nothing is overwritten")
-    if reason := NOT_EXACT.get(adapter.format):
-        raise InputError(f"{adapter.source}: {adapter.format} cannot be written as PEFT exactly: {reason}")
+    check_whole(adapter)
     base = None if base_model is None else WeightFiles(weights_path(base_model))
-    models = _models(adapter)
+    models = models_of(adapter)
     if base is not None and len(models) > 1:
         raise InputError(
             f"{adapter.source}: holds adapters of several models ({', '.join(models)}): without --base, each is "
@@ -116,8 +116,9 @@ def _targets(adapter: Adapter, prefix: str, base: WeightFiles | None) -> list[Ta
     targets: dict[str, Target] = {}
     whole, layers = _whole(adapter, base), _layers(adapter)
     stacked: dict[str, list[Layer]] = {}
-    for parameter, entry in (adapter.entries | adapter.vectors).items():
-        if not parameter.startswith(prefix) or parameter in whole:
+    entries = adapter.entries | adapter.vectors
+    for parameter, entry in entries.items():
+        if not parameter.startswith(prefix) or parameter in whole or _part(parameter) in entries:
             continue
         try:
             if wrapper := _wrapper(adapter, entry):
@@ -126,7 +127,10 @@ def _targets(adapter: Adapter, prefix: str, base: WeightFiles | None) -> list[Ta
             update = _factored(entry.load(), parameter)
             if getattr(entry, "groups", 1) > 1:
                 raise InputError(f"{parameter}: of a grouped convolution, whose B is a part of this one")
-            target = _target(update, _module(parameter.removeprefix(prefix), base, layers), base, layers)
+            if update.part and getattr(entry, "magnitude", None) is None:
+                raise InputError(f"{parameter}: its DoRA is not PEFT's, which has a norm of W0 + s B A an output")
+            module = _module(_of_whole(parameter).removeprefix(prefix), base, layers)
+            target = replace(_target(update, module, base, layers), magnitude=_magnitude(entry))
             if target.module in targets:
                 raise InputError(f"{parameter}: belongs to {target.module}, as another does")
             targets[target.module] = target
@@ -135,7 +139,38 @@ def _targets(adapter: Adapter, prefix: str, base: WeightFiles | None) -> list[Ta
     if problems:
         shown = problems[:4] + ([f"and so {len(problems) - 4} more"] if len(problems) > 4 else [])
         raise InputError([f"{adapter.source}: cannot be written as PEFT exactly: {problem}" for problem in shown])
+    _check_dora(adapter, [*targets.values()], stacked)
     return [*targets.values(), *(_stack(adapter, wrapper, parts) for wrapper, parts in stacked.items())]
+
+
+def _magnitude(entry: Entry) -> Tensor | None:
+    """DoRA's m."""
+    name = getattr(entry, "magnitude", None)
+    if name is None:
+        return None
+    layer: Any = entry
+    m: Tensor = layer.tensors.read(name)
+    if m.numel() != layer.shape[0]:
+        raise InputError(f"{layer.tensors.file}: {name}: shape {tuple(m.shape)}, and ΔW has {layer.shape[0]} rows")
+    return m
+
+
+def _part(parameter: str) -> str:
+    """What DoRA's s B A is called beside ΔW."""
+    return f"{parameter.removesuffix('.weight')}[{DORA_PART}].weight"
+
+
+def _of_whole(parameter: str) -> str:
+    return parameter.replace(f"[{DORA_PART}]", "")
+
+
+def _check_dora(adapter: Adapter, targets: list[Target], stacked: Collection[str]) -> None:
+    """InputError where PEFT, which has DoRA everywhere or nowhere, cannot have it."""
+    without = [target.module for target in targets if target.magnitude is None or _EXPERT.fullmatch(target.module)]
+    if len(without) < len(targets) and (without or stacked):
+        module = next(iter([*without, *stacked]))
+        raise InputError(f"{adapter.source}: {module}: cannot be written as PEFT exactly: others are DoRA, and here "
+                         "PEFT has none")  # fmt: skip
 
 
 def _layers(adapter: Adapter) -> list[int]:
@@ -177,8 +212,6 @@ def _expert(parameter: str) -> int:
 def _factored(update: Update | LayerSVD, parameter: str) -> Update:
     if isinstance(update, LayerSVD):
         raise InputError(f"{parameter}: only singular values and vectors of ΔW were kept (svd:K)")
-    if update.part:
-        raise InputError(f"{parameter}: is DoRA's part {update.part}, and ΔW is not it alone")
     if update.A is None:
         raise InputError(f"{parameter}: ΔW is dense: two factors would not be exact")
     if not parameter.endswith(".weight"):
@@ -228,16 +261,6 @@ def _target(update: Update, module: str, base: WeightFiles | None, layers: list[
         kernel = base.stored_shape(stored)[2:]
     embedding = is_embedding(f"{module}.weight")
     return Target(module=module, B=update.B, A=update.A, rank=len(update.A), kernel=kernel, embedding=embedding)
-
-
-def _models(adapter: Adapter) -> dict[str, str]:
-    """The models that a file is of, and what diffusers puts before the names of each: `unet.`."""
-    if adapter.format != "diffusers":
-        return {"": ""}
-    found = {match[0] if (match := _COMPONENT.match(name)) else "" for name in adapter.entries}
-    if "" in found:
-        return {"": ""}
-    return {prefix.removesuffix("."): prefix for prefix in sorted(found)}
 
 
 def _notes(adapter: Adapter, base: WeightFiles | None, name: str | None) -> Iterator[str]:

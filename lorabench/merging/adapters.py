@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lorabench.decode import InputError
+from lorabench.methods._patterns import config_as_trained
 from lorabench.plugins import unknown
 from lorabench.readers.peft_lora import PREFIX
 from lorabench.record import RunRecord, Status, Store, file_digests
@@ -58,8 +59,6 @@ class Adapter:
 
 def read_adapter(store: Store, given: str) -> Adapter:
     """The adapter of the run whose id begins so. InputError where there is none, or none that can be merged."""
-    from peft import PeftConfig
-
     run_id = find_run(store, given)
     state, folder = store.state(run_id), store.folder(run_id) / "updates"
     if state.status != Status.DONE or state.record is None:
@@ -68,7 +67,7 @@ def read_adapter(store: Store, given: str) -> Adapter:
         raise InputError(f"RUN = {run_id}: has kept no adapter")
     if file_digests(folder, folder.parent) != state.record.updates:
         raise InputError(f"RUN = {run_id}: its files are not those that its record describes")
-    config: Any = PeftConfig.from_pretrained(str(folder))
+    config = config_as_trained(folder)
     if config.peft_type != "LORA":
         raise InputError(f"RUN = {run_id}: is {config.peft_type.value}; PEFT merges LoRA adapters alone")
     if config.use_dora:

@@ -7,11 +7,13 @@ another would be the first when the adapter is read again, which gives it anothe
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from lorabench.advice import exact_key
 from lorabench.decode import InputError
 from lorabench.methods._parameters import parameter_name
+from lorabench.readers._peft_files import as_trained
 
 VALUES = {"rank_pattern": ("r", "effective_rank"), "alpha_pattern": ("lora_alpha", "alpha")}
 """What PEFT's configurations call the value of all others, and its layers that which they were given."""
@@ -32,6 +34,18 @@ def make_exact(config: Any, layers: Iterable[tuple[str, Any]], adapter: str) -> 
         if not hasattr(config, "effective_rank"):  # OSF's ranks, which may be shares, go by another rule
             _check_followed(key, patterns, usual, given)
         setattr(config, key, {exact_key(name): value for name, value in given.items() if value != usual})
+
+
+def config_as_trained(folder: Path) -> Any:
+    """PEFT's configuration of a run's adapter, with the patterns in the order of its spec."""
+    from peft import PeftConfig
+
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    table = {key: getattr(config, key, None) for key in VALUES}
+    for key, patterns in as_trained(table, folder).items():
+        if patterns:
+            setattr(config, key, patterns)
+    return config
 
 
 def _check_followed(key: str, patterns: dict[str, Any], usual: Any, given: dict[str, Any]) -> None:

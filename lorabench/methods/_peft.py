@@ -17,7 +17,7 @@ from lorabench import model as models
 from lorabench import targets, weights
 from lorabench.decode import InputError
 from lorabench.method import LoadBase, Method
-from lorabench.methods._patterns import make_exact
+from lorabench.methods._patterns import config_as_trained, make_exact
 from lorabench.targets import Targets
 from lorabench.update import Update, restore_drawn, save_drawn, save_svds, save_updates
 
@@ -125,7 +125,8 @@ class PeftMethod(Method):
 
         restore_drawn(base, folder)
         self.prepare(base)
-        return PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False)
+        config = config_as_trained(folder)
+        return PeftModel.from_pretrained(base, folder, config=config, autocast_adapter_dtype=False)
 
     def merge(self, model: Any) -> nn.Module | None:
         return merged(model) if self.has_update else None

@@ -30,6 +30,12 @@ class Difference:
             raise InputError(f"{self.tuned.path}: {self.name}: {shape}, and the base's is {before}")
         return shape
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Of a convolution: (height, width)."""
+        stored = self.base.stored_shape(self.parameter)
+        return stored[2:] if len(stored) == 4 else ()
+
     def load(self) -> Update:
         delta = self.tuned.read(self.name)
         before = self.base.read(self.parameter)

@@ -47,6 +47,11 @@ class Dora:
             )
         return shape
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """As in `Update`."""
+        return getattr(self.sBA, "kernel", ())
+
     def load(self) -> Update:
         W0, m = self.weights.read(self.base_name or self.parameter), self.tensors.read(self.magnitude)
         update = self.sBA.load()

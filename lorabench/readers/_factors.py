@@ -87,6 +87,8 @@ class Layer:
     form: Form = plain
     rows: range | None = None
     part: str | None = None
+    magnitude: str | None = None
+    """Of DoRA in PEFT's form: the name of m, one number an output."""
     kernel: tuple[int, ...] = ()
 
     @property
@@ -136,7 +138,7 @@ def as_dora(layer: Layer, source: Source, magnitude: str, *, by_input: bool = Fa
 
     `magnitude` is the name of the tensor of m, one number an output, or `by_input` one an input.
     """
-    part = as_part(layer)
+    part = replace(as_part(layer), magnitude=None if by_input else magnitude)
     yield part
     if source.weights is not None and source.weights.find(layer.parameter):
         yield Dora(

@@ -28,6 +28,8 @@ class Factors:
     rank: int
     base_norm: float | None
     part: str | None = None
+    magnitude: str | None = None
+    """Of DoRA: the name of m, one number an output."""
     initial: tuple[Tensors, str, str] | None = None
     """Where B0 and A0 are, and their names."""
     scale_source: str = "config"
@@ -38,6 +40,11 @@ class Factors:
         B, A = self.tensors.shape(self.B), self.tensors.shape(self.A)
         fits = len(A) > 2 and len(B) > 2 and B[1] and A[0] % B[1] == 0 and B[0] % (A[0] // B[1]) == 0
         return A[0] // B[1] if fits else 1
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """As in `Update`."""
+        return self.tensors.shape(self.A)[2:]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,7 +68,7 @@ class Factors:
             base_norm=self.base_norm,
             scale=self.scale,
             scale_source=self.scale_source,
-            kernel=self.tensors.shape(self.A)[2:],
+            kernel=self.kernel,
         )
 
     def _pair(self, tensors: Tensors, B_name: str, A_name: str) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from lorabench.weightfile import INDEX_BYTES, some
 
 _SHARD = re.compile(r"adapter_model-(?P<number>\d{1,6})-of-(?P<count>\d{1,6})\.(?:safetensors|bin)")
 """transformers saves an adapter so that is larger than max_shard_size."""
+PATTERNS = ("rank_pattern", "alpha_pattern")
 _INDICES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json", "adapter_model.bin.index.json")
 
 
@@ -24,6 +25,30 @@ def own_configuration(source: Source) -> dict[str, Any]:
     if not file.exists() or (source.path.is_file() and not _has_own_name(source.path) and _own_files(source.folder)):
         return {}
     return read_json(file)
+
+
+def as_trained(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The configuration with its patterns in the order of the spec of the run whose adapter it is.
+
+    PEFT takes the first pattern that fits a module, and sorts them when it writes: of patterns that overlap, which
+    runs of today do not write, another may be the first in the file than was in training.
+    """
+    spec = folder.parent / "spec.json"
+    if folder.name != "updates" or not spec.is_file():
+        return config
+    method = _table(read_json(spec).get("method"))
+    told = method.get("config") if method.get("name") == "peft" else method
+    ranks, alphas = (_table(_table(told).get(key)) for key in PATTERNS)
+    orders = {"rank_pattern": [*ranks], "alpha_pattern": [*alphas] if told is not method else [*(ranks | alphas)]}
+    return config | {
+        key: {name: config[key][name] for name in orders[key] if name in config[key]}
+        for key in PATTERNS
+        if _table(config.get(key)) and config[key].keys() <= {*orders[key]}
+    }
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def adapter_tensors(source: Source) -> Named | None:

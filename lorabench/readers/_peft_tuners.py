@@ -47,6 +47,11 @@ class Module:
         except _MISFIT as error:
             raise InputError(f"{self.tensors.file}: {self.parameter}: its tensors do not fit: {error}") from None
 
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """As in `Update`."""
+        return next((self.sizes(part)[2:] for part in KERNELS if part in self.names), ())
+
     def load(self) -> Update:
         shape = self.shape
         try:
@@ -64,7 +69,7 @@ class Module:
             precision="float32" if A is None else None,
             scale=scale,
             scale_source="config" if scale is not None else None,
-            kernel=next((self.sizes(part)[2:] for part in KERNELS if part in self.names), ()),
+            kernel=self.kernel,
         )
 
     def read(self, part: str) -> Tensor:

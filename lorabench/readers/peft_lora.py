@@ -32,7 +32,13 @@ from lorabench.readers._peft_config import (
     rebased,
 )
 from lorabench.readers._peft_factors import Factors
-from lorabench.readers._peft_files import adapter_tensors, folder_tensors, has_adapter_file, own_configuration
+from lorabench.readers._peft_files import (
+    adapter_tensors,
+    as_trained,
+    folder_tensors,
+    has_adapter_file,
+    own_configuration,
+)
 from lorabench.update import DELTA_FILE, DORA_PART, INITIAL_FILE
 from lorabench.weightfile import some
 
@@ -83,7 +89,7 @@ def find(source: Source) -> Found | None:
         raise InputError(f"{folder / CONFIG_FILE}: {why}")
     if own and kind != "LORA":
         return None  # lorabench's own ΔW lies beside the adapter
-    tensors = adapter_tensors(source)
+    tensors, sorted_by_name, config = adapter_tensors(source), config, as_trained(config, folder)
     if tensors is None:
         return None
     if kind != "LORA":
@@ -98,12 +104,19 @@ def find(source: Source) -> Found | None:
     notes = _notes(adapter, entries)
     if not own:  # whose ΔW lies beside it
         notes += _peft_tuners.add_whole_weights(entries, tensors, others, source, adapter.layers)
+    if config is not sorted_by_name and _scales(config, entries) != _scales(sorted_by_name, entries):
+        notes.append(f"patterns overlap: they are taken in the order of spec.json, which {CONFIG_FILE} has not kept")
     if source.alpha is not None:
         notes.append(f"--alpha is not used: {CONFIG_FILE} has it")
     return Found(
         format="peft", entries=entries, scale_source="config", notes=tuple(notes), config=config, others=others,
         left_out=tuple(left_out),
     )  # fmt: skip
+
+
+def _scales(config: dict[str, Any], entries: dict[str, Entry]) -> list[tuple[int, float]]:
+    modules = [parameter.removesuffix(".weight").replace(f"[{DORA_PART}]", "") for parameter in entries]
+    return [rank_and_scale(config, module, CONFIG_FILE) for module in modules]
 
 
 def _used(tensors: Tensors, entries: dict[str, Entry]) -> set[str]:
@@ -137,7 +150,7 @@ def _lora_entries(adapter: Adapter) -> dict[str, Entry]:
         if targeted(adapter.config, module):
             stacked[module] = name, _B(name)
             continue
-        factors = _factors(adapter, name, module)
+        factors = _factors(adapter, name, module, match["module"])
         entries[factors.parameter] = factors
         if adapter.is_dora and not adapter.own and adapter.source.weights is not None:
             entries[f"{module}.weight"] = Dora(
@@ -154,7 +167,7 @@ def _lora_entries(adapter: Adapter) -> dict[str, Entry]:
     return entries
 
 
-def _factors(adapter: Adapter, name: str, module: str) -> Factors:
+def _factors(adapter: Adapter, name: str, module: str, stored: str) -> Factors:
     parameter = f"{module}.weight"
     rank, scale = rank_and_scale(adapter.config, module, adapter.config_file)
     initial = None
@@ -170,6 +183,7 @@ def _factors(adapter: Adapter, name: str, module: str) -> Factors:
         rank=rank,
         base_norm=adapter.norms.get(parameter),
         part=DORA_PART if adapter.is_dora else None,
+        magnitude=_magnitude(adapter.tensors, stored) if adapter.is_dora else None,
         initial=initial,
     )
 
