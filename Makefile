@@ -27,7 +27,9 @@ demo: $(VENV)/.installed
 	@echo "Figures: $(RESULTS)/quickstart/figures/  (pdf, png)"
 	@echo "Report:  $(RESULTS)/quickstart/report.html"
 
+# Where Python is told to write no bytecode, each of the tests' hundreds of processes would compile all sources anew.
 test: lint
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m compileall -q lorabench tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
