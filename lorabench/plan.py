@@ -243,14 +243,17 @@ def _step_flops(tuned: torch.nn.Module, method: Method) -> Callable[[flops.Shape
     """Counted when they are asked for, and kept; six a parameter and position where a model cannot be counted."""
 
     @cache
+    def skeleton() -> torch.nn.Module:
+        return flops.without_numbers(tuned)
+
+    @cache
     def of_step(shape: flops.Shape, times: int) -> float:
         try:
-            return flops.of_step(skeleton, {shape: times}, method)
+            return flops.of_step(skeleton(), {shape: times}, method)
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:
-            print(f"FLOPs of {type(skeleton).__name__} are guessed: {error}", file=sys.stderr)
-            return 6.0 * weights.count(skeleton) * times * math.prod(shape)
+            print(f"FLOPs of {type(tuned).__name__} are guessed: {error}", file=sys.stderr)
+            return 6.0 * weights.count(tuned) * times * math.prod(shape)
 
-    skeleton = flops.without_numbers(tuned)
     return of_step
 
 
