@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.decode import InputError, encode, show
 from lorabench.method import LoadBase, Method
-from lorabench.model import new_heads
+from lorabench.model import drawn_modules, new_heads
 from lorabench.update import Update, restore_drawn, save_drawn, save_svds, save_updates
 from lorabench.weights import weight_changes
 
@@ -30,7 +30,7 @@ class OwnFile(Method):
 
         save_file({name: t.contiguous() for name, t in self.trained_state(model).items()}, folder / ADAPTER_FILE)
         (folder / CONFIG_FILE).write_text(json.dumps(self._config, indent=2, sort_keys=True) + "\n")
-        save_drawn(getattr(_base_of(model), "drawn", {}), folder)
+        save_drawn(_frozen_drawn(_base_of(model)), folder)
         updates = list(self.updates(model, load_base))
         if updates and keep == "updates":
             save_updates(updates, folder)
@@ -62,6 +62,12 @@ class OwnFile(Method):
 
 def _base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _frozen_drawn(base: Any) -> dict[str, Any]:
+    """What the base's files lack and no training has changed: a new head stands among what is trained."""
+    modules = drawn_modules(base)
+    return {name: value for name, value in getattr(base, "drawn", {}).items() if name.rpartition(".")[0] in modules}
 
 
 def new_head_updates(model: nn.Module, load_base: LoadBase) -> Iterator[Update]:
