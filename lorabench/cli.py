@@ -12,7 +12,9 @@ import errno
 import importlib
 import os
 import shutil
+import signal
 import sys
+import threading
 from typing import Any
 
 from lorabench.decode import InputError
@@ -44,6 +46,7 @@ UNWRITABLE = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    _hear_interrupts()
     arguments = make_parser().parse_args(argv)
     for name, value in PATIENT_THREADS.items():
         os.environ.setdefault(name, value)
@@ -63,6 +66,12 @@ def main(argv: list[str] | None = None) -> int:
         talk(f"error: {_unwritable(error)}")
         return 2
     return code
+
+
+def _hear_interrupts() -> None:
+    """Let Ctrl-C end a command also where a shell has started it with SIGINT ignored, as it does for `command &`."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _unwritable(error: OSError) -> str:

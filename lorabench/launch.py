@@ -223,14 +223,20 @@ class _Launch:
         server = self._running_server()
         here, there = server.context.Pipe(duplex=False)
         with contextlib.suppress(ServerDied, EOFError, OSError):  # whatever is wrong, the runs meet it and say so
-            process = server.start(check_main, (self.pending, self._data_of_done(), there, self.server_log))
+            arguments = (self.pending, self._data_of_done(), there, self.server_log)
+            process = server.start(check_main, arguments, daemon=True)
             there.close()
-            problems, notes = here.recv()
+            try:
+                while not here.poll(TICK_SECONDS):
+                    continue  # a Ctrl-C that comes as a system call is about to begin is heeded only between two
+                problems, notes = here.recv()
+            finally:
+                process.terminate()
+                process.join()
             if problems:
                 raise InputError(problems, self.sweep.name)
             for note in notes:
                 self.display.say(note)
-            process.join()
 
     def _data_of_done(self) -> list[tuple[str, dict[str, str]]]:
         states = [(spec, self.settled.get(spec.id)) for spec in self.sweep.runs]

@@ -6,8 +6,9 @@ import contextlib
 import os
 import signal
 import threading
+import time
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -17,7 +18,9 @@ from lorabench.decode import InputError
 from lorabench.forks import Forked, Server, ServerDied, redirect, start_server, when_parent_ends
 
 PATIENCE_SECONDS = 5.0
-"""How long a worker that is asked to stop may take."""
+"""How long workers that are asked to stop may take."""
+TICK_SECONDS = 0.2
+"""Between two looks for a Ctrl-C whose KeyboardInterrupt was lost."""
 
 Do = Callable[[Any, Callable[[float], None]], Any]
 """Does a task and returns its result; its second argument is told how much has been done."""
@@ -40,11 +43,12 @@ def share(
     """The place of each task, as they are done, with its result, or with InputError or WorkerFailed.
 
     `do`, tasks and results travel by pickle. When the caller stops, however that is, the workers are stopped too.
+    Ctrl-C stops it, also where the process was started with SIGINT ignored, as a shell does for `command &`.
     """
-    server = start_server(log, preload, {})
     waiting = list(range(len(tasks)))[::-1]
     workers: list[_Worker] = []
-    try:
+    with _interrupts() as came, _stopping(workers):
+        server = start_server(log, preload, {})
         while waiting or any(worker.task is not None for worker in workers):
             while len(workers) < min(num_workers, len(waiting) + sum(worker.task is not None for worker in workers)):
                 workers.append(_start(server, do, log))
@@ -53,7 +57,9 @@ def share(
                     worker.task = waiting.pop()
                     with contextlib.suppress(BrokenPipeError):  # it has died: seen below
                         worker.pipe.send(tasks[worker.task])
-            ready = connection.wait([worker.pipe for worker in workers])
+            ready = connection.wait([worker.pipe for worker in workers], TICK_SECONDS)
+            if came:
+                raise KeyboardInterrupt
             for worker in [worker for worker in workers if worker.pipe in ready]:
                 result = _receive(worker, advance)
                 if worker.pipe.closed:
@@ -61,8 +67,29 @@ def share(
                 if result is not None and worker.task is not None:
                     place, worker.task = worker.task, None
                     yield place, result[0] if isinstance(result, tuple) else result
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """What has come of Ctrl-C: raised where it comes, and kept.
+
+    For the KeyboardInterrupt is lost where a finalizer is running, and waits for what comes next where a system call
+    is just about to begin.
+    """
+    came: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield came
     finally:
-        _stop(workers)
+        signal.signal(signal.SIGINT, before)
 
 
 def _start(server: Server, do: Do, log: Path) -> _Worker:
@@ -93,15 +120,23 @@ def _receive(worker: _Worker, advance: Callable[[float], None]) -> Any:
     return {"done": lambda: (content,), "input": lambda: content, "failed": lambda: WorkerFailed(content)}[kind]()
 
 
-def _stop(workers: list[_Worker]) -> None:
-    for worker in workers:
-        worker.process.send(signal.SIGTERM)
-    for worker in workers:
-        worker.process.join(PATIENCE_SECONDS)
-        if worker.process.is_alive():
-            worker.process.send(signal.SIGKILL)
-            worker.process.join()
-        worker.pipe.close()
+@contextlib.contextmanager
+def _stopping(workers: list[_Worker]) -> Iterator[None]:
+    """At the end the workers are asked to stop; what has not in PATIENCE_SECONDS, or at another Ctrl-C, is killed."""
+    try:
+        yield
+    finally:
+        try:
+            for worker in workers:
+                worker.process.send(signal.SIGTERM)
+            deadline = time.monotonic() + PATIENCE_SECONDS
+            for worker in workers:
+                worker.process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            for worker in workers:
+                worker.process.send(signal.SIGKILL)
+                worker.process.join()
+                worker.pipe.close()
 
 
 def _main(pipe: Any, do: Do, log: Path) -> None:

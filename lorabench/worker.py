@@ -186,6 +186,7 @@ def check_main(
     from lorabench.plan import notes, refusals
 
     redirect(log, 1, 2)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
         problems = refusals(specs)
         data = [] if problems else [*done, *((spec.id, data_now(spec)) for spec in specs)]

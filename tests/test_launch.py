@@ -60,6 +60,28 @@ def test_every_ending_gets_its_status_and_stops_no_other_run(tmp_path: Path) -> 
         assert (state.status, state.error) == (states[state.spec["seed"]].status, states[state.spec["seed"]].error)
 
 
+def hanging_check(specs: object, done: object, answer: object, log: Path) -> None:
+    """In the place of `check_main`: it says who it is, and has no answer."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    log.with_suffix(f".{os.getpid()}").touch()
+    time.sleep(60)
+
+
+def test_ctrl_c_ends_a_check_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorabench.launch.check_main", hanging_check)
+    began = tmp_path / "runs"
+    interrupt = f"""
+import os, pathlib, time
+while not [*pathlib.Path({str(began)!r}).glob(".server.*[0-9]")]: time.sleep(0.05)
+os.kill({os.getpid()}, 2)
+"""
+    subprocess.Popen([sys.executable, "-c", interrupt])
+    with pytest.raises(KeyboardInterrupt):
+        launch(fake_runs.sweep(DONE), Store(tmp_path), Pool(preload=PRELOAD))
+    (pid,) = (int(file.suffix[1:]) for file in began.glob(".server.*[0-9]"))
+    assert not Path(f"/proc/{pid}").exists()
+
+
 def test_a_second_launch_starts_only_what_may_still_succeed(tmp_path: Path) -> None:
     run(tmp_path, DONE, OOM, RAISES, KILLED)
     before = starts(tmp_path)

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from lorabench.decode import InputError
-from lorabench.share import WorkerFailed, share
+from lorabench.share import PATIENCE_SECONDS, WorkerFailed, share
 
 
 def do(task, advance):
     """What the task says: a number is squared."""
+    if task == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     advance(1.0)
     if task == "raises":
         raise ZeroDivisionError("by nought")
@@ -24,6 +26,8 @@ def do(task, advance):
         os.kill(os.getpid(), signal.SIGKILL)
     if task == "leaves":
         os._exit(3)
+    if task in ("long", "stubborn"):
+        time.sleep(60)
     if isinstance(task, Path):
         task.with_suffix(f".{os.getpid()}").touch()
         time.sleep(60)
@@ -64,10 +68,14 @@ def within(seconds, condition):
     return condition()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_workers_go_with_the_one_who_started_them(tmp_path, number):
+IN_BACKGROUND = ["sh", "-c", 'trap "" INT; exec "$0" "$@"']
+"""As a shell without job control starts `command &`: with SIGINT ignored."""
+
+
+@pytest.mark.parametrize(("number", "how"), [(signal.SIGINT, []), (signal.SIGINT, IN_BACKGROUND), (signal.SIGKILL, [])])
+def test_workers_go_with_the_one_who_started_them(tmp_path, number, how):
     """Ctrl-C reaches all processes of a terminal; SIGKILL the one alone."""
-    call = [sys.executable, "-m", "tests.test_share", str(tmp_path)]
+    call = [*how, sys.executable, "-m", "tests.test_share", str(tmp_path)]
     process = subprocess.Popen(call, start_new_session=True, stderr=subprocess.DEVNULL)
     assert within(30, lambda: len(list(tmp_path.glob("task?.*"))) == 2)
     pids = [int(file.suffix[1:]) for file in tmp_path.glob("task?.*")]
@@ -75,6 +83,37 @@ def test_workers_go_with_the_one_who_started_them(tmp_path, number):
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     process.wait(timeout=30)
     assert within(10, lambda: not any(map(alive, pids)))
+
+
+class Interrupting:
+    """Ctrl-C comes while it is collected: what the handler raises there is lost."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_in_a_finalizer_is_not_lost(tmp_path, monkeypatch):
+    lost = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda about: lost.append(about.exc_type))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(share(do, [1, "long"], 2, (), tmp_path / "log", lambda _: Interrupting() and None))
+    assert lost == [KeyboardInterrupt] and time.monotonic() - began < 30
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_kills_workers_that_do_not_stop(tmp_path):
+    interrupt = [sys.executable, "-c", f"import os, time; time.sleep(1); os.kill({os.getpid()}, 2)"]
+    times = []
+
+    def twice(_):
+        times.append(time.monotonic())
+        subprocess.Popen(interrupt)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(share(do, ["stubborn"], 1, (), tmp_path / "log", twice))
+    assert time.monotonic() - times[0] < PATIENCE_SECONDS
 
 
 if __name__ == "__main__":
