@@ -31,26 +31,28 @@ task.max_train = 64
 task.max_eval = 8
 seq_len = 64
 batch_size = 2
-steps = 60
-eval_every = 20
+steps = 120
+eval_every = 40
 serving = false
 
 [[grid]]
 method.name = "lora"
 method.rank = [1, 2]
 method.dropout = 0.1
-snapshot_every = 20
-seed = [0, 1, 2]
+snapshot_every = 40
+seed = [0, 1, 2, 3]
 
 [[grid]]
 method.name = "full"
 seed = [0, 1]
 """
 BLOWS = ("worker", "server", "launcher", "tree", "stop", "two")
-MOST_LAUNCHES = 12
+FEWEST_LAUNCHES, MOST_LAUNCHES = 4, 12
 """Of a round with blows; then it is left alone."""
 PATIENCE_SECONDS = 300.0
 """A launch that takes longer hangs."""
+AT_MOST = 1.5
+"""Seconds that a worker is spared at most: a run of the sweep takes about two, and most are to be struck."""
 
 
 @dataclass
@@ -160,7 +162,7 @@ class Battery:
             for pid in self._workers():
                 if pid not in moments:
                     spared = self.random.random() < 0.25
-                    moments[pid] = deadline if spared else time.monotonic() + self.random.uniform(0.0, 3.0)
+                    moments[pid] = deadline if spared else time.monotonic() + self.random.uniform(0.0, AT_MOST)
                 if time.monotonic() >= moments[pid] and self._signal(pid, signal.SIGKILL, self.blow):
                     moments[pid] = deadline
             time.sleep(0.02)
@@ -171,7 +173,7 @@ class Battery:
         for _ in range(times):
             while self._going and not self._workers() and time.monotonic() < deadline:
                 time.sleep(0.02)
-            time.sleep(self.random.uniform(0.0, 4.0))
+            time.sleep(self.random.uniform(0.0, 2 * AT_MOST))
             if not self._going:
                 return
             if self.blow == "server":
@@ -187,7 +189,7 @@ class Battery:
     def _stop(self, deadline: float) -> None:
         """Stopped and continued: workers, server or launcher; another launcher may begin meanwhile."""
         while self._going and time.monotonic() < deadline:
-            time.sleep(self.random.uniform(0.5, 3.0))
+            time.sleep(self.random.uniform(0.2, AT_MOST))
             found = [*self._workers(), self._server(), self.launchers[0].pid]
             pid = self.random.choice([pid for pid in found if pid])
             if not self._signal(pid, signal.SIGSTOP, "stop"):
@@ -272,7 +274,7 @@ def campaign(minutes: float, seed: int, say=print) -> Figures:
 def _round(store: Store, alone: Store, sweep: Path, random_: random.Random, figures: Figures, folder: Path) -> None:
     log = folder / f"{store.root.name}.log"
     with Watch(store, figures):
-        for _ in range(random_.randint(2, MOST_LAUNCHES)):
+        for _ in range(random_.randint(FEWEST_LAUNCHES, MOST_LAUNCHES)):
             if store.run_ids() and all(state.status == Status.DONE for state in store.states()):
                 break
             figures.launches += 1
