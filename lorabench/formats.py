@@ -32,6 +32,8 @@ from lorabench.weightfile import some
 
 VERSION = 3
 """Part of every analysis's cache key: raise it when the same file reads as other numbers."""
+AS_EVER = 1
+"""The version of runs of which every version has read the same numbers."""
 DENSE_VECTORS = 64
 """Singular vectors kept of a dense ΔW; of a factored one all r are."""
 BATCH_BYTES = 2 * 2**20
@@ -69,6 +71,15 @@ class Adapter:
     left_out: tuple[str, ...] = ()
     """Tensors of the file that are in none of these, by their names there, and fields of a configuration that is not
     PEFT's and that change nothing here (`adapter_config.json: FIELD`). `notes` speak of them."""
+
+
+def version_of(method: dict[str, Any]) -> int:
+    """The version of what a run of lorabench has saved: of most methods it reads as it always has.
+
+    Patterns that overlap, what PEFT's further tuners save, and an adapter's several parts were once read wrong.
+    """
+    was_wrong = method.get("rank_pattern") or method.get("alpha_pattern") or method["name"] in ("peft", "hybrid")
+    return VERSION if was_wrong else AS_EVER
 
 
 def open_adapter(source: str | Path, *, base: str | Path | None = None, alpha: float | None = None) -> Adapter:

@@ -46,7 +46,8 @@ class Job:
     @cached_property
     def key(self) -> str:
         """What the numbers depend on: the analysis's version, the content of the updates, and that of the base."""
-        versions = [VERSION, formats.VERSION, self.analysis.version]
+        read = max(formats.version_of(record.spec["method"]) for record in self.records)
+        versions = [VERSION, read, self.analysis.version]
         content: list[Any] = [files_of(record, self.folders) for record in self.records]
         if self.analysis.needs == "base":
             content += [[asdict(BaseKey.of(record)), record.environment.get("model_sha256")] for record in self.records]
