@@ -31,22 +31,23 @@ task.max_train = 64
 task.max_eval = 8
 seq_len = 64
 batch_size = 2
-steps = 120
-eval_every = 40
+steps = 90
+eval_every = 30
 serving = false
 
 [[grid]]
 method.name = "lora"
 method.rank = [1, 2]
 method.dropout = 0.1
-snapshot_every = 40
-seed = [0, 1, 2, 3]
+snapshot_every = 30
+seed = [0, 1, 2, 3, 4, 5]
 
 [[grid]]
 method.name = "full"
 seed = [0, 1]
 """
-BLOWS = ("worker", "server", "launcher", "tree", "stop", "two")
+BLOWS = ("worker", "worker", "two", "two", "server", "launcher", "tree", "stop")
+"""Workers twice as often: nearly each of a launch's is struck."""
 FEWEST_LAUNCHES, MOST_LAUNCHES = 4, 12
 """Of a round with blows; then it is left alone."""
 PATIENCE_SECONDS = 300.0
