@@ -22,7 +22,8 @@ from lorabench.layer import LayerSVD
 from lorabench.linalg import one_thread
 from lorabench.quote import blame
 from lorabench.readers._entry import Entry
-from lorabench.record import RunRecord, file_digest
+from lorabench.record import RunRecord, check_files, check_listing
+from lorabench.stored import Unreadable
 from lorabench.tidy import Spool, to_table, write_table
 
 LAYER_COLUMNS = ["layer", "kind", "depth"]
@@ -139,12 +140,15 @@ class _Work:
     def _open(self, place: int, run_id: str) -> list[tuple[int | None, dict[str, Entry]]]:
         """The entries of the run's snapshots by step, where they are wanted, and of its end; empty where damaged.
 
-        Each file is held against its digest by one of the parts.
+        Each file is held against its digest by one of the parts; each part looks that no other is there.
         """
         record, folder = self.records[run_id], self.part.jobs[0].root / "runs" / run_id
         with self._noting(run_id):
-            if place % self.part.num_parts == self.part.part:
-                _verify(folder, files_of(record, (UPDATES, SNAPSHOTS) if run_id in self.moving else (UPDATES,)))
+            files = files_of(record, (UPDATES, SNAPSHOTS) if run_id in self.moving else (UPDATES,))
+            with _naming_the_way_out():
+                check_listing(folder, files)
+                if place % self.part.num_parts == self.part.part:
+                    check_files(folder, files)
             steps = sorted({int(path.split("/")[1]) for path in files_of(record, (SNAPSHOTS,))})
             folders = [(step, folder / SNAPSHOTS / f"{step:06d}") for step in steps if run_id in self.moving]
             return [(step, formats.open_layers(at)) for step, at in [*folders, (None, folder / UPDATES)]]
@@ -222,10 +226,11 @@ def _last_step(record: RunRecord) -> int:
     return spec["steps"] * len(spec.get("tasks") or [None])
 
 
-def _verify(folder: Path, files: dict[str, str]) -> None:
-    for path, digest in files.items():
-        file = folder / path
-        if not file.is_file():
-            raise InputError(f"{file}: is missing")
-        if file_digest(file) != digest:
-            raise InputError(f"{file}: is not the file that the record describes (its SHA-256 differs)")
+@contextlib.contextmanager
+def _naming_the_way_out() -> Iterator[None]:
+    try:
+        yield
+    except Unreadable:  # it may be whole
+        raise
+    except InputError as error:
+        raise InputError(f"{error}; `run SWEEP --retry corrupt` makes the run again") from None

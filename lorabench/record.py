@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -54,6 +54,8 @@ class Status(StrEnum):
 
 CANCEL_MARKER = "cancel"
 STEPS_FILE = "steps.jsonl"
+READ_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".json")
+"""Of the files of a folder of updates that readers look into."""
 
 FAILURES = (Status.OOM, Status.TIMEOUT, Status.DIVERGED, Status.FAILED)
 """Ended without a result, and not tried again unless asked (`--retry`)."""
@@ -402,11 +404,11 @@ class Store:
         )  # fmt: skip
 
     def verified(self, state: RunState) -> RunState:
-        """The same, but `corrupt` where a file that the record tells of is gone or has changed. Reads all of them."""
+        """The same, but `corrupt` where what the run has left is not what its record tells of. Reads all files."""
         if state.record is None or state.status == Status.RUNNING:
             return state
         try:
-            check_files(self.folder(state.run_id), state.record.digests)
+            check_whole(self.folder(state.run_id), state.record.digests)
         except InputError as error:
             unread = isinstance(error, Unreadable)
             status = Status.FAILED if unread else Status.CORRUPT
@@ -474,6 +476,36 @@ def file_digests(folder: Path, below: Path) -> dict[str, str]:
 def file_digest(file: Path) -> str:
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def check_whole(folder: Path, digests: dict[str, str]) -> None:
+    """As `check_listing` and `check_files` do: where a run's files are not those of its record."""
+    check_listing(folder, digests)
+    check_files(folder, digests)
+
+
+def check_updates(folder: Path, record: RunRecord, run: str) -> None:
+    """InputError, which begins with `run`, where what the run has learned is not what it was when it ended."""
+    try:
+        check_whole(folder, record.updates)
+        if not record.updates:
+            raise InputError("it has none")
+    except InputError as error:
+        raise InputError(f"{run}: its files are not those that its record describes: {error}") from None
+
+
+def check_listing(folder: Path, names: Collection[str]) -> None:
+    """InputError names the first link, or other file that is read, which lies beside these below a run's folder.
+
+    What is read of a folder is what lies there. No file is opened, and no link followed.
+    """
+    for part in sorted({name.rpartition("/")[0] for name in names} - {""}):
+        top = below(folder, part)
+        for path in sorted(top.iterdir()) if top.is_dir() else ():
+            if path.is_symlink():
+                raise InputError(f"{path}: is a link")
+            if path.suffix in READ_SUFFIXES and str(path.relative_to(folder)) not in names and path.is_file():
+                raise InputError(f"{path}: is no file of the run's record")
 
 
 def check_files(folder: Path, digests: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lorabench import analyze as engine
 from lorabench import bases, batch, bundle, cli, formats, jobs, plugins
@@ -227,7 +227,7 @@ def test_a_second_time_only_reads(store, sweep, monkeypatch):
 
     for name in ("open_layers", "load_layer"):
         monkeypatch.setattr(formats, name, never)
-    monkeypatch.setattr(batch, "file_digest", never)
+    monkeypatch.setattr(batch, "check_files", never)
     second = analyze(store, sweep)
     assert first.keys() == second.keys() == {*plugins.names("analyses")}
     for name in first:
@@ -292,17 +292,43 @@ def damage_nan(file):
     store.write(record)
 
 
+def swap(file, name="adapter_model.safetensors"):
+    """A whole file of other numbers, as old as the first, and in the first case of its size."""
+    before = file.stat()
+    if name == file.name:
+        save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file)
+    else:
+        save_updates([Update(parameter="model.layers.0.self_attn.q_proj.weight", B=torch.ones(12, 10))], file.parent)
+    os.utime(file.parent / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+
+
+def into_link(path):
+    """The very same content, elsewhere."""
+    path.rename(path.parents[2] / f"moved-{path.name}")
+    path.symlink_to(path.parents[2] / f"moved-{path.name}")
+
+
+WAY_OUT = "`run SWEEP --retry corrupt` makes the run again"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_byte, "is not the file that the record describes"),
-        (lambda file: file.unlink(), "adapter_model.safetensors: is missing"),
+        (damage_byte, f"adapter_model.safetensors: has changed since it was written; {WAY_OUT}"),
+        (lambda file: file.unlink(), f"adapter_model.safetensors: is gone; {WAY_OUT}"),
+        (swap, f"adapter_model.safetensors: has changed since it was written; {WAY_OUT}"),
+        (lambda file: swap(file, "delta.safetensors"), f"delta.safetensors: is no file of the run's record; {WAY_OUT}"),
+        (into_link, f"adapter_model.safetensors: is a link; {WAY_OUT}"),
+        (lambda file: into_link(file.parent), f"updates: is a link; {WAY_OUT}"),
         (damage_nan, "b.weight: holds NaN or Inf"),
     ],
 )
 def test_a_corrupt_run_is_noted_and_left_out(store, sweep, damage, message):
     bad = sweep.runs[0]
     damage(store.folder(bad.id) / "updates" / "adapter_model.safetensors")
+    if WAY_OUT in message:
+        assert store.verified(store.state(bad.id)).status == Status.CORRUPT
     notes = []
     unread = {}
     frames = analyze(store, sweep, note=notes.append, unread=unread.update)
@@ -325,7 +351,7 @@ def test_a_run_that_cannot_be_read_is_told_each_time_and_stands_on_the_page(stor
         assert f"not analyzed (corrupt): {bad.id}: " in told.err
         assert f"{store.root}/tiny/report.html" in told.out
     page = (store.root / "tiny" / "report.html").read_text()
-    assert "Not everything was analyzed" in page and "is not the file that the record describes" in page
+    assert "Not everything was analyzed" in page and "has changed since it was written" in page
     write_run(store, bad)
     assert cli.main(command) == 0 and not capsys.readouterr().err
     assert "Not everything was analyzed" not in (store.root / "tiny" / "report.html").read_text()

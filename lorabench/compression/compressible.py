@@ -20,7 +20,7 @@ from lorabench.merging.adapters import find_run
 from lorabench.peftfile import Beside, beside, check_whole, models_of, whole_names
 from lorabench.readers._entry import Entry, Source, read_json
 from lorabench.readers.peft_lora import CONFIG_FILE
-from lorabench.record import RunRecord, Status, Store, file_digests
+from lorabench.record import RunRecord, Status, Store, check_updates
 from lorabench.serving import stored_files
 from lorabench.spec import RunSpec, canonical_json
 from lorabench.update import INITIAL_FILE, Update
@@ -96,14 +96,12 @@ def _of_run(store: Store, run_id: str) -> Subject:
         raise InputError(
             f"ADAPTER = {run_id}: is LoftQ, whose factors also make up for quantization; ΔW has no such part"
         )
-    files = file_digests(folder, folder.parent)
-    if files != record.updates:
-        raise InputError(f"ADAPTER = {run_id}: its files are not those that its record describes")
+    check_updates(folder.parent, record, f"ADAPTER = {run_id}")
     return Subject(
         name=run_id,
         adapter=formats.open_adapter(folder),
         folder=folder,
-        content=hashlib.sha256(canonical_json(files)).hexdigest(),
+        content=hashlib.sha256(canonical_json(record.updates)).hexdigest(),
         num_bytes=sum(file.stat().st_size for file in stored_files(folder) if file.suffix in WEIGHTS),
         record=record,
         own=True,

@@ -30,7 +30,7 @@ from lorabench.examples import prepare_stages
 from lorabench.execute import pick_device
 from lorabench.intervention.directions import KINDS, Directions, find_directions
 from lorabench.merging.adapters import find_run
-from lorabench.record import RunRecord, Status, Store, file_digests, read_json, write_json
+from lorabench.record import RunRecord, Status, Store, check_updates, read_json, write_json
 from lorabench.spec import RunSpec, canonical_json
 from lorabench.train import metrics_of
 from lorabench.update import INITIAL_FILE, Update
@@ -94,8 +94,7 @@ def read_run(store: Store, given: str) -> Run:
         raise InputError(f'RUN = {run_id}: has not kept its ΔW as a whole (keep = "{spec.keep}")')
     if (folder / INITIAL_FILE).exists():
         raise InputError(f"RUN = {run_id}: is LoftQ, whose ΔW counts from the base with its initial factors on top")
-    if not folder.is_dir() or file_digests(folder, folder.parent) != files_of(state.record):
-        raise InputError(f"RUN = {run_id}: its files are not those that its record describes")
+    check_updates(folder.parent, state.record, f"RUN = {run_id}")
     return Run(record=state.record, spec=spec, folder=folder)
 
 

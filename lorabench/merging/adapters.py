@@ -13,7 +13,7 @@ from lorabench.decode import InputError
 from lorabench.methods._patterns import config_as_trained
 from lorabench.plugins import unknown
 from lorabench.readers.peft_lora import PREFIX
-from lorabench.record import RunRecord, Status, Store, file_digests
+from lorabench.record import RunRecord, Status, Store, check_updates
 from lorabench.spec import RunSpec
 from lorabench.update import INITIAL_FILE
 
@@ -65,8 +65,7 @@ def read_adapter(store: Store, given: str) -> Adapter:
         raise InputError(f"RUN = {run_id}: is {state.status}, not done")
     if not (folder / "adapter_config.json").is_file():
         raise InputError(f"RUN = {run_id}: has kept no adapter")
-    if file_digests(folder, folder.parent) != state.record.updates:
-        raise InputError(f"RUN = {run_id}: its files are not those that its record describes")
+    check_updates(folder.parent, state.record, f"RUN = {run_id}")
     config = config_as_trained(folder)
     if config.peft_type != "LORA":
         raise InputError(f"RUN = {run_id}: is {config.peft_type.value}; PEFT merges LoRA adapters alone")
