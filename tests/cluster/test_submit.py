@@ -10,18 +10,21 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from lorabench.claim import take
-from lorabench.cluster import slurm
+from lorabench.cluster import slurm, work
 from lorabench.cluster.enqueue import only_one
 from lorabench.cluster.profile import Profile
 from lorabench.cluster.queue import Submission, check_own, read_submissions, user_name
+from lorabench.cluster.standing import standings
 from lorabench.cluster.submit import Order, prepare, scripts, send, try_out, warnings
 from lorabench.decode import InputError
-from lorabench.record import RunRecord, Status, Store
+from lorabench.launch import Pool, launch
+from lorabench.record import RunRecord, Status, Store, file_digests
 from lorabench.spec import RunSpec
 from lorabench.sweep import Sweep
 from tests import fake_runs
@@ -47,13 +50,18 @@ def submit(sweep: Sweep, store: Store, **changes: object) -> Submission | None:
     return send(prospect, store) if prospect.jobs else None
 
 
-def end(store: Store, spec: RunSpec, status: Status) -> None:
-    """As a worker leaves a run behind."""
+def end(store: Store, spec: RunSpec, status: Status, updates: bytes = b"") -> None:
+    """As a worker leaves a run behind, with a file of updates if there are any."""
     store.write_spec(spec)
     hold = take(store.folder(spec.id))
     assert hold
+    folder = store.folder(spec.id)
+    if updates:
+        (folder / "updates").mkdir()
+        (folder / "updates" / "delta.safetensors").write_bytes(updates)
+    files = file_digests(folder / "updates", folder)
     with hold:
-        store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, error="it did"))
+        store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, error="it did", files=files))
 
 
 def queued(cluster: FakeCluster, *submissions: Submission | None, state: str = "PENDING") -> None:
@@ -129,6 +137,36 @@ def test_a_retry_is_submitted_once_and_belongs_to_the_failure_it_was_asked_for(
     again = submit(sweep, store, retry=[Status.OOM])
     assert again and again.jobs == ((sweep.runs[0].id,),)
     assert again.retry == {sweep.runs[0].id: 2}
+
+
+def test_a_run_whose_files_have_changed_is_made_again_by_its_job_where_that_is_asked(
+    cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, sweep = Store(tmp_path / "r"), fake_runs.sweep(fake_runs.DONE, 1)
+    damaged = sweep.runs[0]
+    for spec in sweep.runs:
+        end(store, spec, Status.DONE, updates=b"what it learned")
+    file = store.folder(damaged.id) / "updates" / "delta.safetensors"
+    file.write_bytes(b"something else!")
+    assert submit(sweep, store) is None  # no file is read where that is not asked
+    retried = submit(sweep, store, retry=[Status.CORRUPT])
+    assert retried and retried.jobs == ((damaged.id,),) and retried.retry == {damaged.id: 1}
+    assert file.read_bytes() == b"something else!"  # until its job begins
+    queued(cluster, retried)
+    assert submit(sweep, store, retry=[Status.CORRUPT]) is None  # it waits already
+    assert [s.status for s in standings(store, sweep.runs, verify=True)] == [Status.PENDING, Status.DONE]
+
+    monkeypatch.setattr(work, "Pool", partial(Pool, preload=("lorabench.worker",)))
+    monkeypatch.setattr(work, "launch", partial(launch, target=fake_runs.run))
+    for _ in range(2):  # the second time SLURM has queued the job again
+        outcome = work.compute(store, retried, PROFILE, 0, retried.job_ids[0] or "")
+        assert outcome and [state.status for state in outcome.states] == [Status.DONE]
+    assert len((store.root / "starts.txt").read_text().splitlines()) == 1
+    kept = store.root / "runs" / ".corrupt" / f"{damaged.id}.1" / "updates" / "delta.safetensors"
+    assert kept.read_bytes() == b"something else!"
+    assert [store.verified(state).status for state in store.states(list(sweep.runs))] == [Status.DONE] * 2
+    cluster.queue({})
+    assert submit(sweep, store, retry=[Status.CORRUPT]) is None
 
 
 def test_nothing_is_submitted_where_squeue_does_not_answer(cluster: FakeCluster, tmp_path: Path) -> None:
