@@ -25,23 +25,11 @@ from lorabench import forks
 from lorabench.distributed import Place, RankFailed, Sharding, log_name
 from lorabench.endings import Ending, crash_line
 from lorabench.forks import Forked, Server, redirect, when_parent_ends
-from lorabench.machine import has_gpu_driver
 from lorabench.record import Store
 from lorabench.spec import RunSpec
 
-PRELOAD = (
-    "pandas",
-    "torch",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.modeling_llama",
-    "peft.utils.transformers_weight_conversion",
-    "lorabench.execute",
-    "lorabench.warm",
-)
+PRELOAD = ("lorabench.preload", "lorabench.warm")
 """Imports of the fork server; none may start a thread or a CUDA context, which would not survive the fork."""
-NO_GPU_PRELOAD = ("transformers.integrations.bitsandbytes",)
-"""bitsandbytes asks a GPU for its capability when imported, so it is left to the runs where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +68,7 @@ def warm_specs(specs: Sequence[RunSpec]) -> str:
 
 def start_server(log: Path, preload: tuple[str, ...] = PRELOAD, specs: Sequence[RunSpec] = ()) -> Server:
     """The fork server, warmed up for these specs; see `lorabench.forks`."""
-    extra = () if has_gpu_driver() or preload != PRELOAD else NO_GPU_PRELOAD
-    return forks.start_server(log, [*preload, *extra], {WARM_VARIABLE: warm_specs(specs)})
+    return forks.start_server(log, preload, {WARM_VARIABLE: warm_specs(specs)})
 
 
 @dataclass(kw_only=True)

@@ -10,15 +10,14 @@ from lorabench.launch import Pool
 from lorabench.record import Store
 from lorabench.spec import RunSpec
 from lorabench.sweep import Sweep
-from lorabench.worker import PRELOAD, Settings
+from lorabench.worker import Settings
 
 
 def main(root: str) -> None:
     from tests import test_ranks
 
     specs = [RunSpec.from_json(table) for table in json.loads((Path(root) / "specs.json").read_text())]
-    preload = tuple(name for name in PRELOAD if name not in ("pandas", "lorabench.warm"))
-    pool = Pool(settings=Settings(device="cpu", job="7"), check=False, preload=preload)
+    pool = Pool(settings=Settings(device="cpu", job="7"), check=False, preload=("lorabench.preload",))
     target = getattr(test_ranks, sys.argv[2])
     team.BEAT_SECONDS, team.GONE_SECONDS = 0.5, 6.0  # for the test of a dead supervisor
     outcome = team.launch_together(

@@ -58,7 +58,7 @@ LAYERS = [
     {"merging/compose", "compression/compressible"},
     {"merging/interference", "compression/compressor"},
     {"compression/compress", "compression/compression_text"},
-    {"worker", "intervention/intervene"},
+    {"worker", "preload", "intervention/intervene"},
     {"launch", "warm", "intervention/intervene_report"},
     {"team"},
     {"cluster/work"},
