@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,13 +71,9 @@ def _prepare(model: str, revision: str | None, task: Task, seq_len: int) -> Exam
     tokenizer = load_tokenizer(model, revision)
     usable = read_usable(task)
     splits = tokenized(task, usable, tokenizer, seq_len)
-    limits = {"train": task.max_train}
     return Examples(
         task=task,
-        splits={
-            name: [_compact(example) for example in examples[: limits.get(name, task.max_eval)]]
-            for name, examples in splits.items()
-        },
+        splits={name: [_compact(example) for example in examples] for name, examples in splits.items()},
         model_options=usable.options,
         padding=tokenizer.pad_token_id,
         fingerprints=usable.fingerprints,
@@ -132,16 +129,19 @@ def read_usable(task: Task) -> Usable:
 def tokenized(
     task: Task, usable: Usable, tokenizer: Any, seq_len: int, most: int | None = None
 ) -> dict[str, list[Example]]:
-    """Examples of every split, of its first rows alone where it holds more than `most` characters.
+    """The first examples of every split, as many as the task asks for; of its first rows alone where it holds more
+    than `most` characters.
 
     InputError with the problems of all splits, each with its split.
     """
     splits, problems = {}, []
     for split, rows in usable.rows.items():
         reader = RETAIN if split == "retain" else task
+        limit = task.max_train if split == "train" else task.max_eval
         try:
             with _named(split):
-                splits[split] = reader.examples(_first(rows, most), tokenizer, seq_len, usable.options) if rows else []
+                found = reader.examples(_first(rows, most), tokenizer, seq_len, usable.options) if rows else []
+                splits[split] = list(islice(found, limit))
         except InputError as error:
             problems += error.problems
     for split in ("train", "validation"):

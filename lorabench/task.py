@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -68,8 +68,11 @@ class Task(Plugin, ABC):
         return rows
 
     @abstractmethod
-    def examples(self, rows: list[Row], tokenizer: Any, seq_len: int, options: dict[str, Any]) -> list[Example]:
-        """Tokenized examples of the usable rows of one split, of at most `seq_len` tokens each."""
+    def examples(self, rows: list[Row], tokenizer: Any, seq_len: int, options: dict[str, Any]) -> Iterable[Example]:
+        """Tokenized examples of the usable rows of one split, of at most `seq_len` tokens each.
+
+        Only the first `max_train` or `max_eval` are taken: an iterator need not make the others.
+        """
 
     def model_options(self, rows: list[Row]) -> dict[str, Any]:
         """Further arguments for loading the base model (`num_labels`), from the usable training rows."""

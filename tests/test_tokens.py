@@ -48,7 +48,7 @@ def test_the_opening_is_what_stands_before_a_text(begins):
 
 def test_each_block_of_text_begins_as_the_tokenizer_does():
     rows = [{"text": "Is it yes"}, {"text": "Is it no"}] * 3
-    plain, begun = (Text().examples(rows, tokenizer_of(begins), 4, {}) for begins in (False, True))
+    plain, begun = (list(Text().examples(rows, tokenizer_of(begins), 4, {})) for begins in (False, True))
     stream = words([token for example in plain for token in example["input_ids"]])
     assert stream == ["▁Is", "▁it", "▁yes", "</s>", "▁Is", "▁it", "▁no", "</s>"] * 3
     assert all(words(example["input_ids"])[0] == "<s>" and len(example["input_ids"]) == 4 for example in begun)
@@ -56,7 +56,7 @@ def test_each_block_of_text_begins_as_the_tokenizer_does():
 
 
 def test_a_text_task_takes_no_rows():
-    assert Text().examples([], tokenizer_of(True), 8, {}) == []
+    assert list(Text().examples([], tokenizer_of(True), 8, {})) == []
 
 
 @pytest.mark.parametrize("begins", [False, True])
@@ -122,7 +122,7 @@ def test_segments_of_pairs_reach_the_model_as_transformers_encodes_them(bert):
     tokenizer, model = bert
     rows = [{"a": "one " * 30, "b": "two", "label": 0}, {"a": "a text", "b": "and more of it", "label": 1}]
     task = Classification(data="", text="a", text_pair="b")
-    examples = task.examples(rows, tokenizer, 16, task.model_options(rows))
+    examples = list(task.examples(rows, tokenizer, 16, task.model_options(rows)))
     logits = forward(model, collate(examples, tokenizer.pad_token_id, CPU))
     for row, found in zip(rows, logits, strict=True):
         encoded = tokenizer(row["a"], row["b"], truncation=True, max_length=16, return_tensors="pt")

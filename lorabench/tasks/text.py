@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,20 +29,34 @@ class Text(LanguageModeling):
         texts(rows, "task.text", self.text)
         return rows
 
-    def examples(self, rows: list[Row], tokenizer: Any, seq_len: int, options: dict[str, Any]) -> list[Example]:
-        if not rows:  # which a tokenizer does not take
-            return []
-        encoded = tokenizer(texts(rows, "task.text", self.text), add_special_tokens=False)["input_ids"]
+    def examples(self, rows: list[Row], tokenizer: Any, seq_len: int, options: dict[str, Any]) -> Iterator[Example]:
+        if not rows:
+            return
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        stream = [token for ids in encoded for token in [*ids, *end]]
         start = opening(tokenizer)
         size = seq_len - len(start)
         if size < 1:
             raise InputError(f"seq_len = {seq_len}: leaves no room behind the tokens that the tokenizer puts in front")
-        blocks = [[*start, *stream[i : i + size]] for i in range(0, len(stream) - size + 1, size)]
-        if not blocks:
+        stream: list[int] = []
+        any_block = False
+        for ids in _encoded(texts(rows, "task.text", self.text), tokenizer):
+            stream += [*ids, *end]
+            whole = len(stream) // size * size
+            for i in range(0, whole, size):
+                block = [*start, *stream[i : i + size]]
+                yield {"input_ids": block, "labels": block}
+            any_block |= whole > 0
+            del stream[:whole]
+        if not any_block:
             raise InputError(f"seq_len = {seq_len}: is longer than the whole text ({len(stream)} tokens)")
-        return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def _encoded(documents: list[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Tokens of each, of one and then of more and more at a time: often only the first ones are wanted."""
+    place, many = 0, 1
+    while place < len(documents):
+        yield from tokenizer(documents[place : place + many], add_special_tokens=False)["input_ids"]
+        place, many = place + many, min(2 * many, 1000)
 
 
 EXAMPLE = Text(max_train=8, max_eval=4)

@@ -35,7 +35,7 @@ def test_every_task_has_a_loss_that_falls_on_the_right_answer(name, tokenizer, l
     if name in ("classification", "regression"):
         task = dataclasses.replace(task, data=labelled)
     options = task.model_options(task.usable("train", rows, {}))
-    batch = collate(task.examples(rows, tokenizer, 16, options), 2, CPU)
+    batch = collate(list(task.examples(rows, tokenizer, 16, options)), 2, CPU)
     if name == "regression":
         right = batch["labels"][:, None]
         assert float(task.loss(right + 2, batch)) / task.count(batch) == pytest.approx(4)  # mean squared error
@@ -55,7 +55,7 @@ def test_every_task_has_a_loss_that_falls_on_the_right_answer(name, tokenizer, l
 
 def test_text_blocks_are_the_documents_joined(tokenizer):
     rows = [{"text": "one document"}, {"text": "and another " * 20}]
-    blocks = Text().examples(rows, tokenizer, 8, {})
+    blocks = list(Text().examples(rows, tokenizer, 8, {}))
     stream = [token for block in blocks for token in block["input_ids"]]
     assert tokenizer.decode(stream).startswith("one document<|eos|>and another")
     assert all(len(block["input_ids"]) == 8 and block["labels"] == block["input_ids"] for block in blocks)
@@ -65,7 +65,7 @@ def test_language_model_loss_is_the_one_of_transformers(tokenizer):
     model = AutoModelForCausalLM.from_pretrained(resolve("builtin:tiny-llama")).eval()
     task = Completion(prompt="{q}", response="{a}")
     rows = [{"q": "def f(x):", "a": " return x"}, {"q": "class A", "a": ": pass  # a longer answer"}]
-    batch = collate(task.examples(rows, tokenizer, 32, {}), tokenizer.pad_token_id, CPU)
+    batch = collate(list(task.examples(rows, tokenizer, 32, {})), tokenizer.pad_token_id, CPU)
     with torch.no_grad():
         out = model(**batch)
     assert float(task.loss(out.logits, batch)) / task.count(batch) == pytest.approx(float(out.loss), rel=1e-5)
