@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,31 @@ def pytest_collection_finish() -> None:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A claim that seems dead is looked at again at once."""
     monkeypatch.setattr("lorabench.claim.LOOK_AGAIN_SECONDS", 0.05)
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's peak is measured by small products alone, which every run adds some of."""
+    monkeypatch.setattr("lorabench.peak.SIZES", {"cpu": (256,)})
+
+
+@pytest.fixture(autouse=True)
+def counted_once(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """FLOPs of a pass are counted once for runs of one model and method; `test_flops` counts each."""
+    flops = sys.modules.get("lorabench.flops")
+    if flops is not None and request.path.name != "test_flops.py":
+        monkeypatch.setattr(flops, "of_pass", partial(_counted_once, flops.of_pass))
+
+
+_COUNTED: dict[tuple, int] = {}
+
+
+def _counted_once(count, copied, shape) -> int:
+    layers = tuple((name, str(p.dtype), tuple(p.shape), p.requires_grad) for name, p in copied.named_parameters())
+    key = (shape, str(copied), layers, copied.config.to_json_string(), copied.training)
+    if key not in _COUNTED:
+        _COUNTED[key] = count(copied, shape)
+    return _COUNTED[key]
 
 
 def make_spec(**changes) -> RunSpec:
