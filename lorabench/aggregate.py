@@ -94,8 +94,10 @@ def cell(runs: pd.DataFrame, name: str) -> Cell:
 
 def _is_applicable(runs: pd.DataFrame, name: str) -> bool:
     column = "update:na" if "." in name else "merge_error:na" if "_merged_" in name else f"{name}:na"
-    done = runs[runs["status"] == Status.DONE]
-    return column not in runs or done.empty or not all(value is True for value in done[column])
+    if column not in runs:
+        return True
+    marks = [mark for mark, status in zip(runs[column], runs["status"], strict=True) if status == Status.DONE]
+    return not marks or not all(mark is True for mark in marks)
 
 
 def _by_seed(runs: pd.DataFrame, name: str) -> dict[int, list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -63,6 +64,15 @@ def _git() -> tuple[tuple[str, Any], ...]:
     except (OSError, subprocess.CalledProcessError):
         return ()
     return ("commit", commit.stdout.strip()), ("dirty", bool(status.stdout.strip()))
+
+
+@cache
+def source_digest() -> str:
+    """SHA-256 of this package's code and templates: what a file was made by. As it was when it was first asked for."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for file in sorted(file for kind in ("*.py", "*.j2") for file in root.rglob(kind)):
+        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def cpu_name() -> str:

@@ -33,9 +33,14 @@ def plugin_name(cls: type) -> str:
 
 
 def names(folder: str) -> list[str]:
-    """The plug-ins of a folder, sorted; reads the directory only, imports nothing."""
+    """The plug-ins of a folder, sorted; reads the directory only, and once, and imports nothing."""
+    return [*_names(folder)]
+
+
+@cache
+def _names(folder: str) -> tuple[str, ...]:
     files = (Path(__file__).parent / folder).glob("*.py")
-    return sorted(file.stem for file in files if not file.stem.startswith("_"))
+    return tuple(sorted(file.stem for file in files if not file.stem.startswith("_")))
 
 
 def describe(folder: str) -> dict[str, str]:

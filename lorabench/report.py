@@ -20,9 +20,10 @@ from lorabench import drawing, plugins, stored
 from lorabench.aggregate import FAILED, plain
 from lorabench.changes import changes_sheet
 from lorabench.decode import InputError
+from lorabench.environment import source_digest
 from lorabench.figure import SECTIONS, Figure
 from lorabench.labels import capitalized, distinct, key_label, measure, series_label, value_label, with_unit
-from lorabench.page import TEMPLATES, Attempts, Broken, Drawn, fill, picture
+from lorabench.page import Attempts, Broken, Drawn, fill, picture
 from lorabench.record import Status, write_bytes, write_json
 from lorabench.results import Results, selected
 from lorabench.tables import build_tables, quality, write_tables
@@ -140,7 +141,7 @@ def _errors_alone(results: Results, attempt: Attempts) -> str:
 
 def _digest(results: Results) -> str:
     """Of all that a report is made of: results, this package's code, and the library that draws."""
-    digest = hashlib.sha256(f"{matplotlib.__version__} {pd.__version__} {results.sweep.text}".encode())
+    digest = hashlib.sha256(f"{matplotlib.__version__} {pd.__version__} {source_digest()} {results.sweep.text}".encode())
     digest.update(results.runs.to_csv().encode())
     digest.update(
         json.dumps(
@@ -150,8 +151,6 @@ def _digest(results: Results) -> str:
     for name, frame in sorted(results.analyses.items()):
         digest.update(f"{name} {list(frame.columns)}".encode())
         digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
-    for file in [*sorted(Path(__file__).parent.rglob("*.py")), *sorted(TEMPLATES.glob("*.j2"))]:
-        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

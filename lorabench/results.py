@@ -126,20 +126,82 @@ def with_analyses(results: Results, analyses: dict[str, pd.DataFrame]) -> Result
     `spectrum.rank_90` is the mean, `spectrum.rank_90:null` that of the null model of the same shapes. Of a metric with
     a value for each side of a layer it is the mean over both.
     """
-    columns = {}
-    for name in known_measures():
-        analysis, _, metric = name.partition(".")
-        frame = analyses.get(analysis)
-        if name in MEASURES or frame is None or "metric" not in frame or frame.empty:
-            continue
-        rows = shared(frame[frame["metric"] == metric])
-        for column, source in ((name, "value"), (f"{name}:null", "null")):
-            if source in rows and rows[source].notna().any():
-                means = rows[source].astype(float).groupby(rows["run_id"], observed=True).mean()
-                columns[column] = means.set_axis(means.index.astype(object))
+    columns: dict[str, pd.Series] = {}
+    for analysis, frame in analyses.items():
+        columns |= _run_means(frame, analysis) if {"run_id", "metric"} <= {*frame} else {}
+    names = [name for measure in known_measures() for name in (measure, f"{measure}:null")]
+    columns = {name: columns[name] for name in names if name in columns}
     joined = results.runs.drop(columns=list(columns), errors="ignore")
     joined = joined.join(pd.DataFrame(columns, dtype=float)) if columns else joined
     return dataclasses.replace(results, runs=joined.copy(), analyses=analyses)
+
+
+def _run_means(frame: pd.DataFrame, analysis: str) -> dict[str, pd.Series]:
+    """Each known metric's mean of each run, and its null's; left out where no layer has one."""
+    known, places = known_measures(), _Places.of(frame)
+    is_shared = np.zeros(len(frame), bool)
+    for metric, rows in frame.groupby("metric", observed=True).indices.items():
+        if f"{analysis}.{metric}" in known:
+            is_shared[rows] = places.take(rows).shared
+    sources = [source for source in ("value", "null") if source in frame]
+    rows = frame.loc[is_shared, ["metric", "run_id", *sources]].astype(dict.fromkeys(sources, float))
+    groups = rows.groupby(["run_id", "metric"], observed=True)[sources].mean()
+    found: dict[str, pd.Series] = {}
+    for source in sources:
+        end = ":null" if source == "null" else ""
+        means = groups[source].unstack("metric").dropna(axis="columns", how="all")
+        means.index = means.index.astype(object)
+        found |= {f"{analysis}.{metric}{end}": means[metric] for metric in means}
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Places:
+    """Where the rows of an analysis belong: numbers of their layers and runs, and what is told of their layers."""
+
+    layers: np.ndarray
+    runs: np.ndarray
+    is_part: np.ndarray
+    """Of a ΔW's part, `MODULE[sBA]`."""
+    is_inside: np.ndarray
+    """The model's blocks."""
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame) -> _Places:
+        layers, names = pd.factorize(frame["layer"])
+        part = np.array([name.endswith(f"[{DORA_PART}]") for name in names], bool)
+        inside = frame["depth"].notna().to_numpy() if "depth" in frame else np.ones(len(frame), bool)
+        return cls(layers=layers, runs=pd.factorize(frame["run_id"])[0], is_part=part[layers], is_inside=inside)
+
+    def take(self, rows: np.ndarray) -> _Places:
+        return _Places(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
+
+    @property
+    def whole(self) -> np.ndarray:
+        """Whether a row is of a ΔW itself; all rows where there is no such."""
+        return _unless_none(~self.is_part, np.ones(len(self.layers), bool))
+
+    @property
+    def body(self) -> np.ndarray:
+        return _unless_none(self.whole & self.is_inside, self.whole)
+
+    @property
+    def everywhere(self) -> np.ndarray:
+        """Whether a row is of the body, and of a layer that each run of the body has."""
+        body = self.body
+        if not body.any():
+            return body
+        pairs = np.unique(np.stack([self.layers[body], self.runs[body]]), axis=1)
+        counts = np.bincount(pairs[0], minlength=self.layers.max() + 1)
+        return body & (counts == len(np.unique(pairs[1])))[self.layers]
+
+    @property
+    def shared(self) -> np.ndarray:
+        return _unless_none(self.everywhere, self.body)
+
+
+def _unless_none(rows: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+    return rows if rows.any() else otherwise
 
 
 def shared(frame: pd.DataFrame) -> pd.DataFrame:
@@ -148,34 +210,21 @@ def shared(frame: pd.DataFrame) -> pd.DataFrame:
     Of the layers inside the model's blocks, where there are any: runs that trained nothing but a head are left out.
     Nor does a part of a ΔW (DoRA's s B A) count beside that ΔW.
     """
-    frame = _body(frame)
-    everywhere = _everywhere(frame)
-    return frame[frame["layer"].isin(everywhere)] if len(everywhere) else frame
+    return frame[_Places.of(frame).shared]
 
 
 def has_shared(results: Results, name: str) -> bool:
     """Whether a layer metric's mean is over layers that all runs have; else it is over each run's own."""
     analysis, _, metric = name.partition(".")
     frame = results.analyses.get(analysis, pd.DataFrame())
-    return frame.empty or len(_everywhere(_body(frame[frame["metric"] == metric]))) > 0
+    return frame.empty or bool(_Places.of(frame[frame["metric"] == metric]).everywhere.any())
 
 
 def whole_layers(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of ΔW itself: without those of its parts, `MODULE[sBA]`, but where there are no others."""
     parts = [layer for layer in frame["layer"].unique() if layer.endswith(f"[{DORA_PART}]")]
-    whole = frame[~frame["layer"].isin(parts)]
+    whole = frame[~frame["layer"].isin(parts)] if parts else frame
     return frame if whole.empty else whole
-
-
-def _body(frame: pd.DataFrame) -> pd.DataFrame:
-    frame = whole_layers(frame)
-    inside = frame[frame["depth"].notna()] if "depth" in frame else frame
-    return frame if inside.empty else inside
-
-
-def _everywhere(frame: pd.DataFrame) -> pd.Index:
-    owners = frame.groupby("layer", observed=True)["run_id"].nunique()
-    return owners.index[owners == frame["run_id"].nunique()]
 
 
 def kept_rows(frame: pd.DataFrame, keep: Iterable[bool]) -> pd.DataFrame:

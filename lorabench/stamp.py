@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lorabench import stored
 from lorabench.decode import InputError
+from lorabench.environment import source_digest
 from lorabench.plugins import unknown
 from lorabench.record import Store, write_json
 from lorabench.sweep import Sweep, read_sweep
@@ -56,9 +57,7 @@ def analysis_key(store: Store, text: str, run_ids: Iterable[str]) -> str:
 
     InputError where an id is no name of a run's folder.
     """
-    digest = hashlib.sha256(text.encode())
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(f"\0{file.name}\0".encode() + file.read_bytes())
+    digest = hashlib.sha256(f"{source_digest()} {text}".encode())
     for run_id in run_ids:
         stored.check_name(run_id)
         try:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 from lorabench import plugins
@@ -314,7 +315,7 @@ def _unknown_keys(keys: list[str], known: list[str], where: str) -> list[str]:
     return [f"{where} = {show(key)}: {plugins.unknown('key', key, known)}" for key in keys if key not in known]
 
 
-def known_measures(runs: Sequence[RunSpec] = ()) -> dict[str, Measure]:
+def known_measures(runs: Sequence[RunSpec] = ()) -> Mapping[str, Measure]:
     """What a table can show: the measures of records, and each layer metric's mean (`spectrum.rank_90`).
 
     Metrics with several values a layer (over k, or a threshold) are none: their mean would say nothing.
@@ -322,26 +323,40 @@ def known_measures(runs: Sequence[RunSpec] = ()) -> dict[str, Measure]:
     Of the metrics, only those that the tasks of `runs` report, those of sequences and of serving only where some run
     has them; all of them where no runs are given.
     """
-    absent = {"sequence"} if runs and not any(run.tasks for run in runs) else set()
-    absent |= {"serving"} if runs and not any(run.serving for run in runs) else set()
+    analyses: list[Any] = [plugins.plugin_class("analyses", name) for name in plugins.names("analyses")]
+    if not runs:
+        return _all_measures(tuple(analyses))
+    absent = set() if any(run.tasks for run in runs) else {"sequence"}
+    absent |= set() if any(run.serving for run in runs) else {"serving"}
     reports = {name for run in runs for name in run.stages[-1].reports}
     if any("retain" in task.sources() for run in runs for task in run.stages):
         reports |= {"retain_loss_before", "retain_loss_after", "forgetting"}
     measures = {
         name: measure
         for name, measure in MEASURES.items()
-        if not runs or measure.group != "metrics" or re.sub("^(base_)?(valid|test|train)_", "", name) in reports
+        if measure.group != "metrics" or re.sub("^(base_)?(valid|test|train)_", "", name) in reports
         if measure.group not in absent
     }
-    for name in plugins.names("analyses"):
-        analysis: Any = plugins.plugin_class("analyses", name)
+    moving = any(run.snapshot_every for run in runs)
+    return measures | _layer_measures([a for a in analyses if a.needs != "trajectory" or moving])
+
+
+@cache
+def _all_measures(analyses: tuple[Any, ...]) -> Mapping[str, Measure]:
+    """Asked for with each cell of a table."""
+    return MappingProxyType(MEASURES | _layer_measures(analyses))
+
+
+def _layer_measures(analyses: Iterable[Any]) -> dict[str, Measure]:
+    found: dict[str, Measure] = {}
+    for analysis in analyses:
+        name = plugins.plugin_name(analysis)
         units = dict.fromkeys(analysis.metrics, "") if analysis.needs == "layer" else analysis.per_layer
-        if analysis.needs != "trajectory" or not runs or any(run.snapshot_every for run in runs):
-            measures |= {f"{name}.{key}": Measure(units[key], None, analysis.metrics[key], name) for key in units}
-    return measures
+        found |= {f"{name}.{key}": Measure(units[key], None, analysis.metrics[key], name) for key in units}
+    return found
 
 
-def _unknown_measures(values: list[str], known: dict[str, Measure], where: str) -> list[str]:
+def _unknown_measures(values: list[str], known: Mapping[str, Measure], where: str) -> list[str]:
     return [
         f"{where} = {show(value)}: {plugins.unknown('measure', value, list(known))}"
         for value in values
@@ -349,7 +364,7 @@ def _unknown_measures(values: list[str], known: dict[str, Measure], where: str) 
     ]
 
 
-def _checked(table: Table, known: list[str], measures: dict[str, Measure], where: str) -> Table:
+def _checked(table: Table, known: list[str], measures: Mapping[str, Measure], where: str) -> Table:
     """The table, once its keys and measures are known to exist."""
     problems = _unknown_measures(table.values, measures, f"{where}value")
     if known:
