@@ -141,7 +141,9 @@ def _errors_alone(results: Results, attempt: Attempts) -> str:
 
 def _digest(results: Results) -> str:
     """Of all that a report is made of: results, this package's code, and the library that draws."""
-    digest = hashlib.sha256(f"{matplotlib.__version__} {pd.__version__} {source_digest()} {results.sweep.text}".encode())
+    digest = hashlib.sha256(
+        f"{matplotlib.__version__} {pd.__version__} {source_digest()} {results.sweep.text}".encode()
+    )
     digest.update(results.runs.to_csv().encode())
     digest.update(
         json.dumps(
