@@ -1,4 +1,4 @@
-"""The fork server's imports of other packages, all that a run needs of them, as quickly as they can be had.
+"""The fork server's imports of other packages, all that a run or a plan needs of them, as quickly as they can be had.
 
 None may start a thread or a CUDA context, which would not survive the fork.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -13,10 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from lorabench import cli
+from lorabench.execute import Options, execute
 from lorabench.record import RunRecord, Status, Store
+from lorabench.sweep import read_sweep
 from tests.sandbox import Sandbox, send
 
 BASE = """
@@ -31,8 +36,8 @@ serving = false
 method.name = "lora"
 method.dropout = 0.1
 """
-SHORT = BASE + "steps = 12\n[[grid]]\nmethod.rank = [1, 2, 4]\nseed = [0, 1]\n"
-"""Six runs of a second."""
+SHORT = BASE + "steps = 12\n[[grid]]\nmethod.rank = [1, 2, 4]\n"
+"""Three runs of a second."""
 LONG = BASE + "steps = 200\n[[grid]]\nmethod.rank = 2\nseed = [0, 1]\n"
 """Two runs of some seconds, to be interrupted."""
 
@@ -70,13 +75,26 @@ class Study:
     def lorabench(self, *command: str | Path, code: int = 0) -> str:
         """What it prints on stdout; fails where its exit code is another."""
         process = self.start(*command)
-        out, talk = process.communicate(timeout=300)
-        assert process.returncode == code, f"lorabench {' '.join(map(str, command))}: {process.returncode}\n{out}{talk}"
-        self.talk = talk
+        out, self.talk = process.communicate(timeout=300)
+        return self._checked(command, process.returncode, code, out)
+
+    def _checked(self, command: tuple[str | Path, ...], got: int, want: int, out: str) -> str:
+        assert got == want, f"lorabench {' '.join(map(str, command))}: {got}\n{out}{self.talk}"
         return out
 
-    def submit(self, sweep: Path, *options: str, **profile: Any) -> str:
-        return self.lorabench("submit", sweep, "--cluster", self.profile(**profile), *options)
+    def submit(self, sweep: Path, *options: str, code: int = 0, **profile: Any) -> str:
+        """`lorabench submit` in this process, which has imported already what takes longer than all else."""
+        command = ("submit", sweep, "--cluster", self.profile(**profile), *options)
+        out, talk = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.dict(os.environ, self.sandbox.environment),
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(talk),
+        ):
+            got = cli.main([*map(str, command)])
+        self.talk = talk.getvalue()
+        return self._checked(command, got, code, out.getvalue())
 
     def status(self) -> dict[str, dict[str, Any]]:
         """Run id -> its row of `lorabench status --json`."""
@@ -167,7 +185,12 @@ def attempts(store: Store) -> dict[str, int]:
     return {run_id: len(list((store.folder(run_id) / "claims").glob("*.json"))) for run_id in store.run_ids()}
 
 
-def computed_here(study: Study, text: str, *options: str) -> Store:
-    """What `lorabench run` makes of a sweep on this machine."""
-    study.lorabench("run", study.sweep("here", text), "--device", "cpu", "--workers", "1", *options)
+def computed_here(study: Study, text: str, processes: int = 1) -> Store:
+    """What comes of a sweep on this machine: in this process, or by `lorabench run` with several a run."""
+    sweep = study.sweep("here", text)
+    if processes > 1:
+        study.lorabench("run", sweep, "--device", "cpu", "--workers", "1", "--processes", str(processes))
+    else:
+        for spec in read_sweep(sweep).runs:
+            assert execute(spec, study.store, Options(device="cpu")) == Status.DONE
     return study.store

@@ -101,7 +101,7 @@ def test_runs_go_on_without_their_controller_and_it_is_brought_back(study, long)
         study.sandbox.fail_controller()
         assert study.statuses() <= {"running", "missing", "pending"}
         assert "Unable to contact" in study.talk or "not known" in study.talk
-        study.lorabench("submit", sweep, "--cluster", study.profile(cells_per_job=2), code=2)
+        study.submit(sweep, cells_per_job=2, code=2)
         assert "Traceback" not in study.talk
         study.lorabench("cancel", sweep, code=2)
         assert "Traceback" not in study.talk
