@@ -182,14 +182,14 @@ def test_only_what_should_train_changes(name, base, trained):
 def test_a_checkpoint_goes_on_where_it_was_written(name, base, trained):
     """Trained state, restored into a freshly attached model, then the same steps: the same weights."""
     spec, _, batch, _, examples = trained(name, base)
-    spec = replace(spec, steps=12)
+    spec = replace(spec, steps=8)
     model = attach(spec, examples)
-    take_steps(spec, model, examples, 6)
+    take_steps(spec, model, examples, 4)
     state = {key: tensor.clone() for key, tensor in spec.method.trained_state(model).items()}
     resumed = attach(spec, examples)
     spec.method.restore(resumed, state)
-    take_steps(spec, model, examples, 6, first=6)
-    take_steps(spec, resumed, examples, 6, first=6)
+    take_steps(spec, model, examples, 4, first=4)
+    take_steps(spec, resumed, examples, 4, first=4)
     with torch.no_grad():
         torch.testing.assert_close(forward(resumed.eval(), batch), forward(model.eval(), batch), atol=0, rtol=0)
     with pytest.raises(ValueError, match="other parameters"):
@@ -234,7 +234,7 @@ def test_a_quantization_that_a_method_cannot_have_is_refused(name, quantization)
 def test_every_method_trains_on_a_quantized_base(name, quantization, tiny_bases, labelled, tmp_path):
     method = {"config": {"n_frequency": 20}, "type": "FOURIERFT"} if name == "peft" else {}
     spec = method_spec(name, "llama", tiny_bases, labelled, method, quantization=quantization)
-    model, batch, losses, examples = tuned(spec)
+    model, batch, losses, examples = tuned(spec, steps=8)
     assert losses[-1] < losses[0]
     spec.method.save(model, lambda: load_base(spec, examples), tmp_path, "updates")
     with torch.no_grad():
@@ -252,7 +252,7 @@ def test_every_method_trains_on_a_quantized_base(name, quantization, tiny_bases,
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_in_bfloat16(name, base, tiny_bases, labelled, tmp_path):
     spec = method_spec(name, base, tiny_bases, labelled, dtype="bfloat16")
-    model, batch, losses, examples = tuned(spec)
+    model, batch, losses, examples = tuned(spec, steps=8)
     assert min(losses) < losses[0]
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     spec.method.save(model, lambda: load_base(spec, examples), tmp_path, "updates")
