@@ -22,7 +22,7 @@ METHODS = {
 RUN = """
 import json, sys
 from pathlib import Path
-import lorabench
+import lorabench.preload
 from lorabench.execute import Options, execute
 from lorabench.record import Store
 from lorabench.spec import RunSpec
