@@ -215,7 +215,8 @@ def _know(key: str) -> _Known | InputError:
         about = remarks(spec, base)
         weight_bytes = _weight_bytes(spec, base)
         tuned = _attach(spec, base, options)
-        try_out(spec, options)
+        if untried := try_out(spec, options):
+            about["trial"] = untried
     except InputError as error:
         return error
     config: Any = base.config

@@ -6,10 +6,12 @@ Whether a language model sees the tokens that it predicts, and whether what a me
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
 import tempfile
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch import nn
 from lorabench import model as models
 from lorabench.decode import InputError, encode
 from lorabench.formats import read_updates
+from lorabench.quote import clip
 from lorabench.spec import RunSpec
 from lorabench.task import LanguageModeling
 
@@ -32,20 +35,29 @@ NARROWEST = 2
 """What no width is made smaller than."""
 LARGEST = 100e6
 """Parameters of the largest model that is tried."""
+FEW_SIZES = 2
+"""Of models, which are tried first."""
+NO_MODEL = "no small model can be made of its configuration"
 LENGTH, CHANGED = 12, 8
 SEEN = 1e-5
 """Share of what a changed token changes at its own place: as much before it is no rounding. (Causal models: below 1e-6;
 a BERT of random weights: 1e-3.)"""
 
 
-def try_out(spec: RunSpec, options: dict[str, Any]) -> None:
-    """InputError where the run's model does not fit its task, or what its method learns could not be saved."""
-    keys = ("model", "revision", "method", "tasks" if spec.tasks else "task")
+def try_out(spec: RunSpec, options: dict[str, Any]) -> str:
+    """What of it could not be tried, and why; empty where all was.
+
+    InputError where the run's model does not fit its task, or what its method learns could not be saved.
+    """
+    keys = ("model", "revision", "tasks" if spec.tasks else "task")
     table = {key: encode(getattr(spec, key)) for key in keys}
-    table["method"] = _smallest(table["method"])
-    problem = _try_out(json.dumps(table), json.dumps(options))
-    if problem:
-        raise problem
+    own = {"method": encode(spec.method)}
+    found = _try_out(json.dumps(table | {"method": _smallest(own["method"])}), json.dumps(options), FEW_SIZES)
+    if found:  # what does not fit a narrow model so may do it in its own amounts, or fit a wider one
+        found = _try_out(json.dumps(table | own | {"quantization": spec.quantization}), json.dumps(options))
+    if isinstance(found, InputError):
+        raise found
+    return found
 
 
 def _smallest(method: dict[str, Any]) -> dict[str, Any]:
@@ -64,21 +76,31 @@ def _is_amount(value: Any) -> bool:
 
 
 @cache
-def _try_out(key: str, options: str) -> InputError | None:
-    table = json.loads(key)
+def _try_out(key: str, options: str, sizes: int | None = None) -> InputError | str:
+    """What is wrong; else why it could not be tried on so many sizes of model, if it could not."""
     try:
-        spec = RunSpec.from_json(table)
-    except InputError:
-        return None  # a method that needs a quantized base, or an amount that is no default
+        spec = RunSpec.from_json(json.loads(key))
+    except InputError as error:  # a method that needs a quantized base, or an amount that is no default
+        return error.problems[0]
     with torch.random.fork_rng(devices=[]):
         try:
-            base = small(spec, from_json(options))
-            if base is not None:
-                check_causal(spec, base)
-                check_saving(spec, base)
+            return _try_sizes(spec, itertools.islice(_models(spec, from_json(options)), sizes))
         except InputError as error:
             return error
-    return None
+
+
+def _try_sizes(spec: RunSpec, bases: Iterable[nn.Module]) -> str:
+    """On the first of the models that the method can be attached to."""
+    reason = ""
+    for base in bases:
+        if not reason:
+            check_causal(spec, base)
+        reason = check_saving(spec, base)
+        if not reason:
+            return ""
+    if reason:
+        return f"whether what {spec.method.name} learns can be saved was not tried: no small model takes it: {reason}"
+    return "neither whether it sees what it predicts nor whether what it learns can be saved was tried: " + NO_MODEL
 
 
 def from_json(text: str) -> dict[str, Any]:
@@ -94,6 +116,11 @@ def small(spec: RunSpec, options: dict[str, Any]) -> nn.Module | None:
 
     It has all of its blocks, and its vocabulary.
     """
+    return next(_models(spec, options), None)
+
+
+def _models(spec: RunSpec, options: dict[str, Any]) -> Iterator[nn.Module]:
+    """Such models, the narrowest first."""
     config = models.read_config(spec, options)
     whole = models.from_config(spec, config, torch.device("meta"))
     for divisor in _divisors(config):
@@ -110,8 +137,7 @@ def small(spec: RunSpec, options: dict[str, Any]) -> nn.Module | None:
             _logits(base, _tokens(base))
         except Exception:  # widths that do not go together: another proportion may
             continue
-        return base
-    return None
+        yield base
 
 
 def _divisors(config: Any) -> list[int]:
@@ -123,7 +149,7 @@ def _divisors(config: Any) -> list[int]:
         widths.append(hidden // heads)
     common = math.gcd(*widths)
     fit = [n for n in (2**k for k in range(10, 0, -1)) if common % n == 0 and min(widths) // n >= NARROWEST]
-    return [*fit[:2], 1]
+    return [*fit, 1]
 
 
 def _narrowed(table: dict[str, Any], divisor: int) -> dict[str, Any]:
@@ -169,21 +195,26 @@ def check_causal(spec: RunSpec, base: nn.Module) -> None:
         )
 
 
-def check_saving(spec: RunSpec, base: nn.Module) -> None:
-    """InputError where what the method learns cannot be saved and read. What cannot be attached is not tried here."""
+def check_saving(spec: RunSpec, base: nn.Module) -> str:
+    """InputError where what the method learns cannot be saved and read; why it cannot be attached, if so."""
     method, untouched = spec.method, copy.deepcopy(base)
     try:
         torch.manual_seed(0)
         tuned = method.attach(base, spec)
-    except Exception:  # at these widths: at its own, `lorabench.plan` tries it
-        return
+    except Exception as error:  # at these widths: at its own, `lorabench.plan` tries it
+        return _reason(error)
     try:
         with tempfile.TemporaryDirectory(prefix="lorabench-") as folder:
             method.save(tuned, lambda: untouched, Path(folder), "updates")
             if method.has_update:
                 list(read_updates(Path(folder)))
     except Exception as error:
-        reason = error.problems[0] if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         raise InputError(
-            f'method.name = "{spec.method.name}": what it learns on {type(base).__name__} cannot be saved: {reason}'
+            f'method.name = "{spec.method.name}": what it learns on {type(base).__name__} cannot be saved: '
+            f"{_reason(error)}"
         ) from error
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    return error.problems[0] if isinstance(error, InputError) else f"{type(error).__name__}: {clip(error)}"

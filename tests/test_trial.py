@@ -93,6 +93,63 @@ def test_what_could_not_be_saved_is_refused_before_anything_starts(monkeypatch, 
     trial._try_out.cache_clear()
 
 
+@pytest.fixture
+def untried():
+    """Nothing is kept of what other tests have tried, or made of it."""
+    for cached in (trial._try_out, plans._know):
+        cached.cache_clear()
+    yield
+    for cached in (trial._try_out, plans._know):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"name": "adapter"},
+        {"name": "hybrid", "lora": {"rank": 2}, "adapter": {"reduction": 8}},
+        {"name": "oft"},
+        {"name": "oft", "block_size": 16},
+        {"name": "peft", "type": "MISS", "config": {"r": 8}},
+    ],
+    ids=lambda method: "-".join([method["name"], *map(str, [*method][1:])]),
+)
+def test_what_does_not_fit_the_narrowest_model_is_tried_on_a_wider_one(method, spec_of, monkeypatch, untried):
+    spec = spec_of(families.CONFIGS["gpt2"](), method=method)
+    with pytest.raises(InputError):
+        small = trial.small(spec, {})
+        spec.method.attach(small, spec)
+    assert trial.try_out(spec, {}) == ""
+
+    def broken(self, *_):
+        raise AttributeError("no such weight")
+
+    monkeypatch.setattr(type(spec.method), "save", broken)
+    trial._try_out.cache_clear()
+    with pytest.raises(InputError, match=r"what it learns on GPT2LMHeadModel cannot be saved: AttributeError: no such"):
+        trial.try_out(spec, {})
+
+
+def test_what_could_not_be_tried_is_said(spec_of, monkeypatch, untried):
+    spec = spec_of(families.CONFIGS["gpt2"](), method={"name": "lora", "targets": "mlp"})
+    attach = Lora.attach
+
+    def attach_without_numbers(self, model, spec):
+        if next(model.parameters()).device.type != "meta":
+            raise ValueError("as with some methods\nof tomorrow")
+        return attach(self, model, spec)
+
+    monkeypatch.setattr(Lora, "attach", attach_without_numbers)
+    (note,) = plans.notes([spec])
+    assert note == (
+        f"{spec.model}: trial: whether what lora learns can be saved was not tried: no small model takes it: "
+        "ValueError: as with some methods of tomorrow"
+    )
+    monkeypatch.setattr(trial, "LARGEST", 1)
+    trial._try_out.cache_clear()
+    assert trial.try_out(spec, {}).endswith("was tried: no small model can be made of its configuration")
+
+
 def test_runs_that_differ_in_amounts_are_tried_once(spec_of):
     trial._try_out.cache_clear()
     config = families.CONFIGS["llama"]()
