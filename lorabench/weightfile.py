@@ -43,6 +43,7 @@ _OUTPUT = re.compile(
 _INNER = re.compile(r"^(?:model\.|language_model\.)+")
 """What transformers puts before the layers of a text model."""
 _FLAT = re.compile(r"(?:lora_unet|lora_te\d?|lora_transformer|lycoris)_([^.]+)\.weight")
+_LLAMA_CPP = re.compile(r"blk\.\d+\.")
 
 
 class WeightFiles:
@@ -202,6 +203,11 @@ def flat_name(parameter: str) -> str | None:
     """The name of a module in kohya's form, without its prefix; None for another."""
     match = _FLAT.fullmatch(parameter)
     return match[1] if match else None
+
+
+def llama_cpp_name(parameter: str) -> bool:
+    """Whether a parameter has kept llama.cpp's name, so that its rows may stand in another order than the model's."""
+    return bool(_LLAMA_CPP.match(parameter))
 
 
 def is_embedding(name: str) -> bool:

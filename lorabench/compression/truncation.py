@@ -23,7 +23,7 @@ from lorabench.peftfile import Beside, Target, configuration, save_adapter
 from lorabench.readers._entry import Entry
 from lorabench.readers.peft_lora import NORMS_FILE, Factors
 from lorabench.update import Update, save_updates
-from lorabench.weightfile import WeightFiles, flat_name
+from lorabench.weightfile import WeightFiles, flat_name, llama_cpp_name
 from lorabench.weights import is_linear_layer, is_transposed
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def places(
             problems.append(f"{parameter}: is not the weight of a module, so that LoRA cannot change it")
         elif flat_name(parameter):
             problems.append(f"{layer}: `_` may stand for `.`: convert it first, with --base")
+        elif llama_cpp_name(parameter):
+            problems.append(f"{layer}: is llama.cpp's name, and not known to have the rows of a module of the model")
         elif "[" in layer:
             problems.append(f"{layer}: is some rows of a fused layer, and no module of its own")
         elif getattr(entry, "kernel", ()) or _is_convolution(parameter, files):

@@ -34,7 +34,7 @@ from lorabench.readers._names import PREFIX
 from lorabench.readers._peft_config import original_layers, original_name
 from lorabench.readers.peft_lora import CONFIG_FILE
 from lorabench.update import DORA_PART, Update
-from lorabench.weightfile import WeightFiles, flat_name, is_embedding
+from lorabench.weightfile import WeightFiles, flat_name, is_embedding, llama_cpp_name
 
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>w[123]|(?:gate|up|down)_proj)")
 """An expert of the models that had one module each, before transformers 5 stacked them."""
@@ -228,6 +228,8 @@ def _module(parameter: str, base: WeightFiles | None, layers: list[int]) -> str:
         )
     if "[" in layer:
         raise InputError(f"{parameter}: is some rows of a fused layer, and no module of its own")
+    if llama_cpp_name(parameter):
+        raise InputError(f"{parameter}: is llama.cpp's name, and not known to have the rows of a module of the model")
     if base is None:
         if flat_name(parameter):
             raise InputError(f"{parameter}: `_` may stand for `.`: which module it is, only --base can tell")

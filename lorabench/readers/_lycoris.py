@@ -52,6 +52,8 @@ def _pair(a: Tensor | None, b: Tensor | None, core: Tensor | None = None) -> Pai
     """A matrix as two factors: given so, or as a Tucker core with a (r, out) and b (r', in)."""
     if a is None or b is None:
         raise ValueError("neither a matrix nor both its factors")
+    if core is not None and a.dim() != 2:
+        raise ValueError(f"a factor of shape {tuple(a.shape)} beside a core: must be a matrix")
     B, A = (a, b) if core is None else (a.T, torch.einsum("ij...,jn->in...", core, b))
     if B.shape[1] != A.shape[0]:
         raise ValueError("two factors that do not fit each other")

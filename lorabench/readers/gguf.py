@@ -4,8 +4,9 @@
 `MODULE[e]`; the input embedding's a is (vocabulary, r). Names are put back to those of the Hugging Face model by the
 `gguf` package's table: to the one that the base has, else to the usual (`model.layers.N.self_attn.q_proj`); where that
 is not certain, they stay llama.cpp's. For Llama-like architectures llama.cpp has the rows of q and k in the order of
-its rotary embedding. To undo that takes the number of heads, which the base's `config.json` tells; without it, these
-layers keep llama.cpp's names and order: their singular values and right singular vectors are the same, left ones not.
+its rotary embedding. To undo that takes the number of heads, which the base's `config.json` tells; without it, and for
+architectures that are not known here, these layers keep llama.cpp's names and order: their singular values and right
+singular vectors are the same, left ones not.
 
 Source: llama.cpp, `convert_lora_to_gguf.py`, and `LlamaModel.permute` of `conversion/llama.py`.
 """
@@ -30,12 +31,15 @@ from lorabench.weightfile import some
 
 A_END, B_END = ".lora_a", ".lora_b"
 ASSUMED = "no adapter.lora.alpha in the file: the scale is assumed to be 1 (--alpha tells α, and s = α / r)"
-PERMUTED = ("llama", "mistral3", "granite", "granitemoe", "arcee", "smollm3", "minicpm", "deci", "olmo", "xverse",
-            "bailingmoe", "llada")  # fmt: skip
+PERMUTED = ("llama", "llama-embed", "mistral3", "granite", "granitemoe", "granitehybrid", "arcee", "smollm3", "minicpm",
+            "deci", "olmo", "xverse", "bailingmoe", "llada")  # fmt: skip
 """Architectures of which llama.cpp's conversion permutes the rows of q and k."""
-PLAIN = ("qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "phi3", "starcoder2", "gpt2", "olmo2")
-"""Those of which it leaves all rows as they are."""
-_ROTATED = re.compile(r"blk\.\d+\.attn_(?P<which>[qk])")
+PLAIN = ("llama4", "apertus", "afmoe", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "phi3",
+         "starcoder2", "gpt2", "olmo2", "olmoe", "seed_oss", "smallthinker", "llada-moe")  # fmt: skip
+"""Those of which it leaves all rows as they are. Of any other, rows of q, k and a fused qkv are not known."""
+_ROTATED = re.compile(r"blk\.\d+\.attn_(?P<which>q|k|qkv)")
+_BY_BLOCK = ("block_configs", "num_key_value_heads_per_layer")
+"""Keys of a configuration whose numbers of heads differ from block to block (DeciLM)."""
 _BLOCK = re.compile(r"(?<=^blk\.)\d+(?=\.)")
 _USUAL = re.compile(
     r"model\.layers\.0\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj|mlp\.experts\.(?:gate|up|down)_proj)|"
@@ -57,13 +61,14 @@ def find(source: Source) -> Found | None:
 
 def _found(file: GGUFFile, source: Source) -> Found:
     stems = [name.removesuffix(A_END) for name in file.names if name.endswith(A_END)]
-    heads, architecture = _heads(source), str(file.settings.get("general.architecture", ""))
+    architecture = str(file.settings.get("general.architecture", ""))
+    heads = _heads(source, architecture) if architecture in PERMUTED else {}
     kept = Kept(file)
     layers: list[Layer] = []
     in_their_order: list[str] = []
     for stem in stems:
         name = stem.removesuffix(".weight")
-        rotated = _ROTATED.fullmatch(name) if architecture in PERMUTED else None
+        rotated = _ROTATED.fullmatch(name) if architecture not in PLAIN else None
         count = heads.get(rotated["which"]) if rotated else None
         if rotated and count is None:
             in_their_order.append(name)
@@ -110,8 +115,11 @@ def _scale(file: GGUFFile, stem: str, source: Source) -> Scale:
     return Scale(value=alpha / rank, source="file")
 
 
-def _heads(source: Source) -> dict[str, int]:
-    """The number of heads of q and of k, by the base's configuration; empty where there is none."""
+def _heads(source: Source, architecture: str) -> dict[str, int]:
+    """The number of heads of q and of k, by the base's configuration; empty where there is none, or not one number.
+
+    Of grouped keys of XVERSE, llama.cpp permutes others than those of a head.
+    """
     if source.base is None:
         return {}
     file = (source.base if source.base.is_dir() else source.base.parent) / "config.json"
@@ -119,7 +127,9 @@ def _heads(source: Source) -> dict[str, int]:
     told = told["text_config"] if isinstance(told.get("text_config"), dict) else told
     q, k = told.get("num_attention_heads"), told.get("num_key_value_heads")
     k = q if k is None else k
-    return {"q": q, "k": k} if isinstance(q, int) and isinstance(k, int) and min(q, k) > 0 else {}
+    if not isinstance(q, int) or not isinstance(k, int) or min(q, k) <= 0:
+        return {}
+    return {} if told.keys() & {*_BY_BLOCK} or (architecture == "xverse" and q != k) else {"q": q, "k": k}
 
 
 def _module(name: str, architecture: str, source: Source) -> str:
@@ -151,7 +161,7 @@ def _names(architecture: str) -> dict[str, list[str]]:
 
 
 def _notes(file: GGUFFile, architecture: str, in_their_order: list[str]) -> Iterator[str]:
-    if in_their_order:
+    if in_their_order and architecture in PERMUTED:
         yield (
             f"rows of q and k in {counted(len(in_their_order), 'layer')} are in llama.cpp's rotary order, so that left "
             "singular vectors are not those of other formats: --base, with its config.json, tells the heads"

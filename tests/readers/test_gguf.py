@@ -1,6 +1,7 @@
 """GGUF adapters, written by the `gguf` package as llama.cpp's conversion does, against the ΔW they are made of."""
 
 import json
+import re
 import struct
 
 import gguf
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 
 from lorabench import formats
 from lorabench.decode import InputError
+from lorabench.readers.gguf import PERMUTED, PLAIN
+from tests.test_peftfile import write as write_peft
 
 HEADS = {"q": 4, "k": 2}
 WIDTH = 6
@@ -102,6 +105,30 @@ def test_without_a_base_the_order_stays_and_is_noted(tmp_path):
     }
     exact = torch.linalg.svdvals(expected["model.layers.11.self_attn.q_proj.weight"])[:2]
     assert torch.allclose(layers["blk.11.attn_q.weight"].S.float(), exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [("someone's", {}), ("internlm2", {}), ("xverse", {}), ("deci", {"num_key_value_heads_per_layer": [2, 4]})],
+)
+def test_rows_that_are_not_certain_are_never_given_the_models_names(architecture, config, tmp_path):
+    """An unknown architecture, or heads that one number does not tell: nothing is guessed, and nothing written."""
+    file, expected = llama(tmp_path, architecture=architecture)
+    base = tmp_path / "base"
+    told = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(told | config))
+    adapter = formats.open_adapter(file, base=base)
+    rotary = {f"blk.{block}.attn_{which}.weight" for block in (0, 11) for which in "qk"}
+    assert {name for name in adapter.entries if "attn_q" in name or "attn_k" in name} == rotary
+    assert not {name for name in expected if re.search("[qk]_proj", name)} & adapter.entries.keys() and adapter.notes
+    for command in ("convert", "compress"):
+        with pytest.raises(InputError, match=r"is llama\.cpp's name"):
+            write_peft(command, file, tmp_path / command, base)
+
+
+@pytest.mark.parametrize("architecture", PERMUTED + PLAIN)
+def test_architectures_are_llama_cpps(architecture):
+    assert architecture in gguf.MODEL_ARCH_NAMES.values()
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
