@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,8 +16,10 @@ from lorabench import formats, plugins
 from lorabench.decode import InputError
 from lorabench.examples import collate, prepare
 from lorabench.formats import read_updates
+from lorabench.methods.peft import UNFIT
 from lorabench.train import forward
 from lorabench.weightfile import is_embedding
+from tests.conftest import make_spec
 from tests.test_methods import CPU, add, attach, load_base, method_spec, take_steps
 from tests.test_peft_bridge import TUNERS
 from tests.test_peftfile import write
@@ -84,6 +86,22 @@ FIXTURES = {
     "xlabs_flux": (WRITTEN, MODELS),
 }
 """What `convert` and `compress` do: written, or refused with these words."""
+FURTHER = {
+    "LILY": {}, "FROD": {}, "PVERA": {}, "GLORA": {}, "HRA": {},
+    "VBLORA": {"vector_length": 32, "num_vectors": 8},
+    "UNILORA": {},
+    "ROAD": {"group_size": 16},
+    "SHIRA": {"r": 2},
+    "WAVEFT": {"n_frequency": 50},
+    "GRALORA": {},
+    "TINYLORA": {}, "PSOFT": {}, "PEANUT": {}, "SUPERTUNING": {}, "DEFT": {},
+}  # fmt: skip
+"""PEFT's other types, by the fewest fields that fit the small model."""
+OF_A_METHOD = {
+    "ADALORA": "adalora", "IA3": "ia3", "LN_TUNING": "layernorm", "LOKR": "lokr", "OFT": "oft",
+    "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt", "P_TUNING": "ptuning", "VERA": "vera",
+}  # fmt: skip
+"""PEFT types that have a method of their own here."""
 METHODS = {
     "adalora": ({}, WRITTEN, WRITTEN),
     "adapter": ({}, "is a full checkpoint", "is a full checkpoint"),
@@ -110,11 +128,15 @@ METHODS = {
     "prompt": ({}, NO_UPDATE, NO_UPDATE),
     "ptuning": ({}, NO_UPDATE, NO_UPDATE),
     "vera": ({}, WRITTEN, WRITTEN),
+    "peft ADAMSS": ({"type": "ADAMSS", "targets": "attention", "layers": "0", "config": {"r": 4, "num_subspaces": 2}},
+                    DENSE, WRITTEN),
+    "peft BEFT": ({"type": "BEFT", "config": {}}, DENSE, MATRICES),
+    "peft CARTRIDGE": ({"type": "CARTRIDGE", "config": {"num_virtual_tokens": 4}}, NO_UPDATE, NO_UPDATE),
     "peft LORA": ({"type": "LORA", "config": {"r": 2}}, WRITTEN, WRITTEN),
     "peft LOHA": ({"type": "LOHA", "config": {"r": 2}}, DENSE, WRITTEN),
 } | {
     f"peft {kind}": ({"type": kind, "config": config}, *([NO_UPDATE] * 2 if kind == "CPT" else [DENSE, WRITTEN]))
-    for kind, config in TUNERS.items()
+    for kind, config in (TUNERS | FURTHER).items()
 }  # fmt: skip
 
 
@@ -280,6 +302,19 @@ def test_method(case, tiny_bases, labelled, tmp_path):
 def matrices_of(folder, base):
     """The base with each ΔW but those of biases and norms."""
     return add(base, [update for update in read_updates(folder) if update.shape[1] > 1])
+
+
+def test_every_peft_type_stands_here():
+    """With a row of its own, or of the method that is it; or lorabench refuses to train it, and says why."""
+    rows = {kind for case in METHODS for name, _, kind in [case.partition(" ")] if name == "peft"}
+    assert not rows & UNFIT.keys() and {*OF_A_METHOD.values()} <= METHODS.keys()
+    assert rows | UNFIT.keys() | OF_A_METHOD.keys() == {kind.value for kind in PeftType}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_what_cannot_be_trained_here_is_refused_with_its_reason(kind):
+    with pytest.raises(InputError, match=re.escape(UNFIT[kind])):
+        make_spec(method={"name": "peft", "type": kind})
 
 
 def test_every_method_stands_here():

@@ -37,9 +37,11 @@ OWN = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "
        "inference_mode", "target_modules", "modules_to_save")  # fmt: skip
 """Fields that lorabench or PEFT itself sets."""
 UNFIT = {
+    "ADAPTION_PROMPT": "it takes the place of whole attention modules, not of linear layers",
     "LN_TUNING": 'use method.name = "layernorm"',
     "MULTITASK_PROMPT_TUNING": "it needs to be told each example's task",
     "POLY": "it needs to be told each example's task",
+    "SHADOW": "it wraps whole decoder blocks, not linear layers",
     "TRAINABLE_TOKENS": "it needs token indices, and changes embeddings alone",
     "XLORA": "it mixes adapters that are trained already",
 }
