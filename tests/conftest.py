@@ -32,10 +32,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing that is imported is garbage; and a worker of xdist will need all that a run does."""
+    if hasattr(config, "workerinput"):
+        import lorabench.preload  # noqa: F401
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """As in a run's own process: the meter's collections need not look through all that the tests have imported."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
