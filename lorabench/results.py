@@ -145,6 +145,7 @@ def _run_means(frame: pd.DataFrame, analysis: str) -> dict[str, pd.Series]:
             is_shared[rows] = places.take(rows).shared
     sources = [source for source in ("value", "null") if source in frame]
     rows = frame.loc[is_shared, ["metric", "run_id", *sources]].astype(dict.fromkeys(sources, float))
+    rows = rows.sort_values("metric", kind="stable")  # apart from the others: else the last digit is another
     groups = rows.groupby(["run_id", "metric"], observed=True)[sources].mean()
     found: dict[str, pd.Series] = {}
     for source in sources:
