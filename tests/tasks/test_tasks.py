@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -161,3 +162,19 @@ def test_data_order_sees_every_example_once_an_epoch():
     assert seen[:10] != seen[10:]
     assert Order(10, 4, seed=1).indices(3) == seen[12:16]  # no memory of the steps before
     assert Order(10, 4, seed=2).indices(0) != seen[:4]
+
+
+def test_no_more_of_a_text_is_tokenized_than_is_taken(tokenizer):
+    rows, seen = [{"text": f"document {i} " * 9} for i in range(50)], []
+
+    class Noting:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, texts, **options):
+            seen.extend(texts if isinstance(texts, list) else [])
+            return tokenizer(texts, **options)
+
+    whole = list(Text().examples(rows, tokenizer, 8, {}))
+    assert [*islice(Text().examples(rows, Noting(), 8, {}), 3)] == whole[:3] and 0 < len(seen) < len(rows)
+    seen.clear()
+    assert [*Text().examples(rows, Noting(), 8, {})] == whole and seen == [row["text"] for row in rows]
