@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
+from typing import Any
 
 from lorabench.datanames import named
 from lorabench.decode import InputError
 from lorabench.examples import Usable, read_usable, tokenized
-from lorabench.model import load_tokenizer
+from lorabench.model import load_tokenizer, sequence_end
 from lorabench.spec import RunSpec, in_stage
-from lorabench.task import Task
+from lorabench.task import Example, Task
 
 CHECKED_CHARACTERS = 200_000
 """Of each split as much is tokenized; what shows without a tokenizer is checked in all rows."""
@@ -73,10 +74,34 @@ def _token_problems(model: str, revision: str | None, task: Task, seq_len: int) 
     try:
         if isinstance(usable, InputError):
             raise usable
-        tokenized(task, usable, load_tokenizer(model, revision), seq_len, CHECKED_CHARACTERS)
+        tokenizer = load_tokenizer(model, revision)
+        splits = tokenized(task, usable, tokenizer, seq_len, CHECKED_CHARACTERS)
+        if task.auto_class.endswith("ForSequenceClassification"):
+            _check_ends(model, sequence_end(model, revision), tokenizer, splits)
     except InputError as error:
         return tuple(error.problems)
     return ()
+
+
+def _check_ends(model: str, end: int | None, tokenizer: Any, splits: dict[str, list[Example]]) -> None:
+    """InputError where an encoder-decoder, whose head reads its state at the last `end`, could not find that.
+
+    transformers wants as many of them in each row of a batch, padding included.
+    """
+    if end is None:
+        return
+    why = f'model = "{model}": an encoder-decoder classifies by the end-of-sequence token, number {end}'
+    if tokenizer.pad_token_id == end:
+        raise InputError(f"{why}, and its tokenizer pads with that")
+    usual = None
+    for split, examples in splits.items():
+        for row, example in enumerate(examples, 1):
+            found = example["input_ids"].count(end)
+            usual = found if usual is None else usual
+            if not found:
+                raise InputError(f"{why}, and its tokenizer puts none at the end of a text ({split} split: row {row})")
+            if found != usual:
+                raise InputError(f"{why}: {split} split: row {row} has {found} of them, rows before it {usual}")
 
 
 @lru_cache(maxsize=2)

@@ -117,6 +117,14 @@ def read_config(spec: RunSpec, options: dict[str, Any]) -> Any:
     return _pretrained(spec.model, spec.revision, transformers.AutoConfig.from_pretrained, **options)
 
 
+def sequence_end(source: str, revision: str | None) -> int | None:
+    """The token by whose place an encoder-decoder classifies, in transformers; None of other models."""
+    import transformers
+
+    config = _pretrained(source, revision, transformers.AutoConfig.from_pretrained)
+    return config.eos_token_id if config.is_encoder_decoder else None
+
+
 def from_config(spec: RunSpec, config: Any, device: torch.device) -> nn.Module:
     """A model of random weights. InputError where there is none of its kind for the task."""
     import transformers

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import shutil
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
+from lorabench.datacheck import token_problems
 from lorabench.examples import collate
+from lorabench.model import BUILTIN, load_tokenizer
 from lorabench.task import IGNORE
 from lorabench.tasks.classification import Classification
 from lorabench.tasks.completion import Completion
 from lorabench.tasks.text import Text
 from lorabench.tokens import opening, prompt_and_response
 from lorabench.train import forward
+from tests import families
+from tests.conftest import make_spec
 
 WORDS = ["<unk>", "<s>", "</s>", "▁Is", "▁it", "?", "\n", "yes", "▁yes", "▁", "A", "▁A", ":", "no", "▁no"]
 CPU = torch.device("cpu")
@@ -138,3 +145,51 @@ def test_segments_are_left_out_where_the_model_has_none(tiny_bases):
     model.config.pad_token_id = 2
     batch = collate([{"input_ids": [5, 6], "token_type_ids": [0, 1], "labels": 1}], 2, CPU)
     assert torch.equal(forward(model, batch), model(input_ids=batch["input_ids"]).logits)
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """A folder whose tokenizer ends a text as asked: `$A </s>`."""
+    folder = tmp_path_factory.mktemp("t5")
+    AutoModelForSequenceClassification.from_config(families.CONFIGS["t5"]()).save_pretrained(folder / "model")
+
+    def make(name, template, pad=None):
+        made = shutil.copytree(folder / "model", folder / name)
+        tokenizer = AutoTokenizer.from_pretrained(BUILTIN / "tiny-llama")
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<|eos|>", tokenizer.eos_token_id)]
+        )
+        tokenizer.pad_token = pad or tokenizer.pad_token
+        tokenizer.save_pretrained(made)
+        return str(made)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("template", "pad", "texts", "problem"),
+    [
+        ("$A <|eos|>", None, ["one", "two words"], None),
+        ("$A", None, ["one", "two words"], r"number 1, and its tokenizer puts none at .* \(train split: row 1\)"),
+        ("$A <|eos|>", "<|eos|>", ["one", "two words"], "and its tokenizer pads with that"),
+        ("$A <|eos|>", None, ["one", "two<|eos|>words"], "train split: row 2 has 2 of them, rows before it 1"),
+    ],
+)
+def test_an_encoder_decoder_without_an_end_to_classify_by_is_refused(t5, tmp_path, template, pad, texts, problem):
+    model = t5(tmp_path.name, template, pad)
+    file = tmp_path / "data"
+    file.mkdir()
+    rows = "".join(json.dumps({"text": text, "label": n % 2}) + "\n" for n, text in enumerate(texts))
+    for split in ("train", "validation", "test"):
+        (file / f"{split}.jsonl").write_text(rows)
+    spec = make_spec(model=model, task={"name": "classification", "data": str(file)}, method={"name": "head"})
+    found = token_problems(spec)
+    if problem:
+        assert len(found) == 1 and re.search(problem, found[0])
+    else:
+        assert not found
+    tokenizer, network = load_tokenizer(model), AutoModelForSequenceClassification.from_pretrained(model)
+    examples = tokenizer(texts)["input_ids"]
+    batch = collate([{"input_ids": ids, "labels": 0} for ids in examples], tokenizer.pad_token_id, CPU)
+    with pytest.raises((ValueError, RuntimeError, IndexError)) if problem else contextlib.nullcontext():
+        forward(network, batch)

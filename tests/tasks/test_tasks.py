@@ -9,6 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn import metrics as sk
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +20,7 @@ from lorabench.model import load_tokenizer, resolve
 from lorabench.task import IGNORE
 from lorabench.tasks.classification import Classification
 from lorabench.tasks.completion import Completion
+from lorabench.tasks.regression import Regression
 from lorabench.tasks.text import Text
 
 CPU = torch.device("cpu")
@@ -178,3 +180,13 @@ def test_no_more_of_a_text_is_tokenized_than_is_taken(tokenizer):
     assert [*islice(Text().examples(rows, Noting(), 8, {}), 3)] == whole[:3] and 0 < len(seen) < len(rows)
     seen.clear()
     assert [*Text().examples(rows, Noting(), 8, {})] == whole and seen == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_correlations_are_scipys_ties_included(seed):
+    rng = np.random.default_rng(seed)
+    predicted, true = rng.integers(0, 6, (2, 40)).astype(float) / 4 if seed % 2 else rng.normal(size=(2, 40))
+    halves = [(predicted[:25].tolist(), true[:25].tolist()), (predicted[25:].tolist(), true[25:].tolist())]
+    found = Regression(data="x").metrics(0.5, halves)
+    assert found["pearson"] == pytest.approx(stats.pearsonr(predicted, true).statistic, abs=1e-12)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(predicted, true).statistic, abs=1e-12)
