@@ -138,21 +138,18 @@ def with_analyses(results: Results, analyses: dict[str, pd.DataFrame]) -> Result
 
 def _run_means(frame: pd.DataFrame, analysis: str) -> dict[str, pd.Series]:
     """Each known metric's mean of each run, and its null's; left out where no layer has one."""
-    known, places = known_measures(), _Places.of(frame)
-    is_shared = np.zeros(len(frame), bool)
-    for metric, rows in frame.groupby("metric", observed=True).indices.items():
-        if f"{analysis}.{metric}" in known:
-            is_shared[rows] = places.take(rows).shared
-    sources = [source for source in ("value", "null") if source in frame]
-    rows = frame.loc[is_shared, ["metric", "run_id", *sources]].astype(dict.fromkeys(sources, float))
-    rows = rows.sort_values("metric", kind="stable")  # apart from the others: else the last digit is another
-    groups = rows.groupby(["run_id", "metric"], observed=True)[sources].mean()
+    known, places, runs = known_measures(), _Places.of(frame), frame["run_id"]
+    sources = {source: frame[source].astype(float) for source in ("value", "null") if source in frame}
     found: dict[str, pd.Series] = {}
-    for source in sources:
-        end = ":null" if source == "null" else ""
-        means = groups[source].unstack("metric").dropna(axis="columns", how="all")
-        means.index = means.index.astype(object)
-        found |= {f"{analysis}.{metric}{end}": means[metric] for metric in means}
+    for metric, rows in frame.groupby("metric", observed=True).indices.items():
+        if f"{analysis}.{metric}" not in known:
+            continue
+        rows = rows[places.take(rows).shared]
+        for source, values in sources.items():
+            means = values.iloc[rows].groupby(runs.iloc[rows], observed=True).mean()
+            if means.notna().any():
+                name = f"{analysis}.{metric}" + (":null" if source == "null" else "")
+                found[name] = means.set_axis(means.index.astype(object))
     return found
 
 
