@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.decode import InputError
+from lorabench.quote import show
 
 Row = dict[str, Any]
 SUFFIXES = [".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet"]
@@ -154,7 +155,7 @@ def _table(lines: Iterable[Line], columns: list[str] | None) -> Iterator[Row]:
 def _check_header(number: int, names: list[str]) -> None:
     twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if twice:
-        raise ValueError(f"line {number}: the header has the column {json.dumps(twice[0][:80])} twice")
+        raise ValueError(f"line {number}: the header has the column {show(twice[0])} twice")
 
 
 def _listed(names: list[str]) -> str:

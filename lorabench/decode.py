@@ -18,7 +18,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from lorabench import plugins
-from lorabench.quote import LINE, printable
+from lorabench.quote import LINE, clip, printable
 from lorabench.quote import show as show
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def read_toml(file: Path) -> tuple[dict[str, Any], str]:
     except RecursionError:
         raise InputError(f"{file}: not valid TOML: nested too deep") from None
     except ValueError as error:  # also of a whole number of thousands of digits
-        raise InputError(f"{file}: not valid TOML: {error}") from None
+        raise InputError(f"{file}: not valid TOML: {clip(error, 320)}") from None
     if problems := [f"{key} = {value}: must be a finite number" for key, value in _infinite(table)]:
         raise InputError(problems, str(file))
     return table, text

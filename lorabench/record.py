@@ -344,7 +344,7 @@ class Store:
         except InputError as error:
             raise InputError(error.problems, str(file)) from None
         if record.run_id != run_id:
-            raise InputError(f"{file}: run_id = {record.run_id}: is the record of another run")
+            raise InputError(f"{file}: run_id = {clip(record.run_id)}: is the record of another run")
         return record
 
     def read_spec(self, run_id: str) -> RunSpec:

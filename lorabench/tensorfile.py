@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorabench.decode import InputError
+from lorabench.quote import clip, show
 from lorabench.stored import parse
 
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -207,9 +208,9 @@ def _why(error: Exception) -> str:
     """In one line, and without torch's advice to load it unsafely."""
     text = str(error)
     if found := re.search(r"GLOBAL (\S+)", text) or re.search(r"(?:function|class|type) (\S+\.\S+)", text):
-        return f"holds Python objects ({found[1]}) beside tensors, and these are never loaded"
+        return f"holds Python objects ({clip(found[1])}) beside tensors, and these are never loaded"
     lines = [line for line in text.splitlines() if line.strip() and "weights_only" not in line]
-    return f"not a whole PyTorch file of tensors: {lines[0] if lines else type(error).__name__}"
+    return f"not a whole PyTorch file of tensors: {clip(lines[0]) if lines else type(error).__name__}"
 
 
 def _check_zip(file: Path) -> None:
@@ -219,7 +220,7 @@ def _check_zip(file: Path) -> None:
         members = archive.infolist()
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED:
-            raise InputError(f"{file}: {member.filename}: is compressed, which torch.save never does")
+            raise InputError(f"{file}: {clip(member.filename)}: is compressed, which torch.save never does")
     if (claimed := sum(member.file_size for member in members)) > size:
         raise InputError(f"{file}: claims to hold {claimed} bytes, and has {size}")
 
@@ -243,7 +244,7 @@ def check_names(names: Iterable[str], file: Path) -> None:
     """InputError for a name that no message could show in its line."""
     for name in names:
         if len(name) > MAX_NAME or not name.isprintable():
-            raise InputError(f"{file}: holds a tensor whose name is no name: {name[:40]!r}")
+            raise InputError(f"{file}: holds a tensor whose name is no name: {show(name)}")
 
 
 def _is_plain(value: Any) -> bool:

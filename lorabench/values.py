@@ -23,6 +23,7 @@ from typing import Any
 
 from lorabench.datafile import Row
 from lorabench.decode import InputError
+from lorabench.quote import clip
 
 PLAIN = (str, bool, int, float, Decimal, date, time)
 """Types that are written as one text. A list, an object or bytes is none."""
@@ -137,7 +138,7 @@ class Template(string.Formatter):
         except KeyError as error:
             raise self._missing(error.args[0], number, rows) from None
         except (ValueError, IndexError, TypeError, OverflowError, MemoryError) as error:
-            raise InputError(f"{self.where}: row {number}: {str(error)[:200]}") from None
+            raise InputError(f"{self.where}: row {number}: {clip(error)}") from None
         return _text(text, f"{self.where}: row {number}")
 
     def _missing(self, column: str, number: int, rows: Sequence[Row]) -> InputError:

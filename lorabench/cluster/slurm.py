@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorabench.decode import InputError
+from lorabench.quote import clip
 
 COMMENT = "lorabench:"
 """With a submission's name behind it, the comment of its jobs."""
@@ -94,7 +95,7 @@ def list_jobs(users: Iterable[str]) -> list[Job]:
     lines = [line for line in (text or "").split("\n") if line and not line.startswith("CLUSTER:")]
     read = [line for line in lines if _BEGIN.match(line) or COMMENT in line]
     if lines and not read:
-        raise Unreachable(f"squeue: a line that cannot be read: {lines[0]!r}")
+        raise Unreachable(f"squeue: a line that cannot be read: {clip(lines[0])!r}")
     return [job for line in read for job in parse_job(line)]
 
 
@@ -102,7 +103,7 @@ def parse_job(line: str) -> list[Job]:
     """The jobs in a line of SQUEUE: several where an array that was cancelled before it began stands in one line."""
     fields = line.split("|", 7)
     if len(fields) != 8:
-        raise Unreachable(f"squeue: a line that cannot be read: {line!r}")
+        raise Unreachable(f"squeue: a line that cannot be read: {clip(line)!r}")
     ids, state, *rest = (field.strip() for field in fields)
     reason, start, end, nodes, user, comment = (_known(field) for field in rest)
     return [
@@ -201,7 +202,7 @@ def submit(script: Path) -> str:
     done = _sbatch([str(script)], timeout=SUBMIT_SECONDS)
     found = re.search(r"job (\d+)", done.stdout)
     if found is None:
-        raise Unreachable(f"sbatch: an answer that cannot be read: {done.stdout!r}")
+        raise Unreachable(f"sbatch: an answer that cannot be read: {clip(done.stdout)!r}")
     return found[1]
 
 
@@ -251,7 +252,7 @@ def expand_ids(text: str) -> list[str]:
     array = _ARRAY.fullmatch(text)
     if array is None:
         if not _ID.fullmatch(text):
-            raise Unreachable(f"a job id that cannot be read: {text!r}")
+            raise Unreachable(f"a job id that cannot be read: {clip(text)!r}")
         return [text]
     found: list[int] = []
     for part in array[2].split(","):

@@ -57,7 +57,7 @@ def scale_of_factors(config: dict[str, Any], module: str, rank: int, file: Path 
         raise InputError(f"{file}: init_lora_weights = {clip(start)}: ΔW needs the initial factors, not in the file")
     told, scale = rank_and_scale(config, module, file)
     if told != rank:
-        raise InputError(f"{file}: r = {told} for {module}: its factors have rank {rank}")
+        raise InputError(f"{file}: r = {clip(told)} for {module}: its factors have rank {rank}")
     return scale
 
 

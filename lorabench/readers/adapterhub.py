@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from lorabench.decode import InputError
+from lorabench.quote import clip
 from lorabench.readers._entry import CONFIG_FILE, Found, Source, Tensors
 from lorabench.readers._factors import (
     Layer,
@@ -69,15 +70,15 @@ def _check_readable(config: dict[str, Any], where: str) -> None:
     """Refuse what is not ΔW = s B A, rather than give wrong numbers."""
     architecture = config.get("architecture")
     if architecture in (None, "prefix_tuning", "prompt_tuning", "reft"):  # None: a bottleneck adapter
-        raise InputError(f"{where}: architecture = {architecture or 'bottleneck'}: not applicable: it has no ΔW")
+        raise InputError(f"{where}: architecture = {clip(architecture or 'bottleneck')}: not applicable: it has no ΔW")
     if architecture != "lora":
-        raise InputError(f"{where}: architecture = {architecture}: only lora can be read")
+        raise InputError(f"{where}: architecture = {clip(architecture)}: only lora can be read")
     for key, readable in (("composition_mode", "add"), ("use_gating", False), ("vera_d", None), ("vera_b", None)):
         if config.get(key, readable) != readable:
-            raise InputError(f"{where}: {key} = {config[key]}: its ΔW is not s B A, and cannot be read")
+            raise InputError(f"{where}: {key} = {clip(config[key])}: its ΔW is not s B A, and cannot be read")
     for key in ("r", "alpha"):
         if not is_number(config.get(key)) or config[key] <= 0:
-            raise InputError(f"{where}: {key} = {config.get(key)}: must be a number above 0")
+            raise InputError(f"{where}: {key} = {clip(config.get(key))}: must be a number above 0")
 
 
 def _unused_fields(config: dict[str, Any]) -> list[str]:
@@ -96,7 +97,7 @@ def _layer(tensors: Tensors, stem: str, module: str, config: dict[str, Any]) -> 
     rank = rank_of(tensors, f"{stem}.lora_A") / (sum(on) if fused else 1)
     if rank != config["r"]:
         raise InputError(
-            f"{tensors.file}: {module}: its factors have rank {rank:g}, and {CONFIG_FILE} r = {config['r']}"
+            f"{tensors.file}: {module}: its factors have rank {rank:g}, and {CONFIG_FILE} r = {clip(config['r'])}"
         )
     layer = Layer(
         tensors=tensors,

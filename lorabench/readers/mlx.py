@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from lorabench.decode import InputError
+from lorabench.quote import clip
 from lorabench.readers._dora import Dora
 from lorabench.readers._entry import CONFIG_FILE, Found, Source, Tensors
 from lorabench.readers._experts import Kept
@@ -95,7 +96,7 @@ def _scale(config: dict[str, Any], source: Source, rank: int) -> Scale:
     if scale is None:
         return by_convention(source, rank)
     if not is_number(scale):
-        raise InputError(f"{source.folder / CONFIG_FILE}: lora_parameters.scale = {scale}: must be a number")
+        raise InputError(f"{source.folder / CONFIG_FILE}: lora_parameters.scale = {clip(scale)}: must be a number")
     return Scale(value=float(scale), source="config")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lorabench.datafile import Row
 from lorabench.decode import InputError
+from lorabench.quote import show
 from lorabench.task import IGNORE, Example, LanguageModeling
 from lorabench.tokens import opening, prompt_and_response
 from lorabench.values import Template
@@ -39,7 +40,7 @@ class Completion(LanguageModeling):
         found = [self._example(prompt, response, tokenizer, seq_len, start) for prompt, response in pairs]
         for number, example in enumerate(found, 1):
             if len(example["input_ids"]) < 2 or set(example["labels"][1:]) == {IGNORE}:
-                raise InputError(f"task.response = {self.response!r}: row {number} leaves nothing to predict")
+                raise InputError(f"task.response = {show(self.response)}: row {number} leaves nothing to predict")
         return found
 
     def _filled(self, rows: list[Row]) -> tuple[list[str], list[str]]:

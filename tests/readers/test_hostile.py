@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from lorabench import formats
 from lorabench.decode import InputError
 from lorabench.tensorfile import TorchFile, open_tensors, read_json
+from tests.wild import path_of
 
 A, B = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
@@ -407,3 +409,31 @@ def test_no_reader_unpickles():
     text = "".join(file.read_text("utf-8") for file in files)
     assert text.count("torch.load(") == 1 and "weights_only=True" in text
     assert "pickle.load" not in text and "joblib" not in text and "eval(" not in text.replace(".eval(", "")
+
+
+LONG = "ab" * 400
+
+
+@pytest.mark.parametrize(
+    ("fixture", "change"),
+    [
+        ("adapterhub_bert", {"architecture": LONG}),
+        ("adapterhub_bert", {"composition_mode": LONG}),
+        ("adapterhub_bert", {"alpha": LONG}),
+        ("mlx_lora", {"lora_parameters": {"scale": LONG}}),
+        ("peft_lora", {"lora_alpha": LONG}),
+        ("peft_lora", {"peft_type": LONG}),
+    ],
+)
+def test_values_of_a_file_are_quoted_in_80_characters(fixture, change, tmp_path):
+    folder = shutil.copytree(path_of(fixture), tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    table = json.loads(file.read_text())
+    inner = table["config"] if isinstance(table.get("config"), dict) else table
+    file.write_text(json.dumps(table | {"config": inner | change} if inner is not table else table | change))
+    assert LONG[:70] in (told := refusal(folder)) and LONG[:82] not in told
+
+
+def test_names_in_a_pickle_and_of_tensors_are_quoted_in_80_characters(tmp_path):
+    save_file({LONG * 3: torch.ones(2, 3)}, tmp_path / "x.safetensors")
+    assert LONG[:70] in (told := refusal(tmp_path / "x.safetensors")) and LONG[:82] not in told
