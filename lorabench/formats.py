@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ BATCHES = 4
 """Read before the first of them is waited for."""
 OWN = ("delta", "peft_lora", "svd")
 """Readers of what lorabench writes."""
+_EXPERT = re.compile(r"\[\d+\]\.weight$")
 LAST = "checkpoints"
 """Reader of what no other claims: any file of weights may be a model's."""
 
@@ -97,6 +99,8 @@ def open_adapter(source: str | Path, *, base: str | Path | None = None, alpha: f
     notes = [*(note for each in found for note in each.notes), *_left_out_notes(left_out)]
     if not matrices:
         raise InputError(f"{source}: {'; '.join(notes) or 'holds no change of a weight matrix (ΔW)'}")
+    if not any(each.config.get("layer_replication") for each in found if each.config):
+        notes += _lacking(given, matrices)
     if others := adapter_folders(path):
         notes.append(f"more adapters in sub-folders: {', '.join(others)} (open {source}/{others[0]})")
     sources = [each.scale_source for each in found if each.scale_source]
@@ -111,6 +115,19 @@ def open_adapter(source: str | Path, *, base: str | Path | None = None, alpha: f
         others={name: other for each in found for name, other in each.others.items()},
         left_out=left_out,
     )
+
+
+def _lacking(source: Source, layers: Iterable[str]) -> Iterator[str]:
+    """A note of the experts (`MODULE[e]`) whose stack the given base does not have: it may keep them one by one."""
+    if source.weights is None:
+        return
+    stacks = {layer: _EXPERT.sub("", layer) for layer in layers if _EXPERT.search(layer)}
+    lacking = [layer for layer, name in stacks.items() if not source.weights.find(name)]
+    if lacking:
+        yield (
+            f"W0 of {counted(len(lacking), 'layer')}, such as {lacking[0]}, is not known: the base does not keep its "
+            "experts as one stack"
+        )
 
 
 def _left_out_notes(left_out: Iterable[str]) -> Iterator[str]:

@@ -83,6 +83,16 @@ def test_one_update_an_expert(name, options, tmp_path):
             assert not update.layer.endswith("]") or "[" not in layer_kind(update.layer)
 
 
+@pytest.mark.parametrize(("name", "number"), [("mixtral", 6), ("transposed", 0)])
+def test_a_stack_that_the_base_keeps_expert_by_expert_is_told(name, number, tmp_path):
+    """As transformers saves a Mixtral: no matrix of it is the stack's, so none is taken for W0."""
+    saved(tmp_path, EXPERTS[name], target_modules=["q_proj"], target_parameters=BOTH)
+    adapter = formats.open_adapter(tmp_path / "adapter", base=tmp_path / "base")
+    assert sum(entry.load().base_norm is not None for entry in adapter.entries.values()) <= 1
+    notes = [note for note in adapter.notes if note.startswith("W0 of")]
+    assert len(notes) == (number > 0) and all(f"of {number} layers, such as" in note for note in notes)
+
+
 def test_experts_without_their_configuration_are_refused(tmp_path):
     saved(tmp_path / "two", EXPERTS["mixtral"], target_modules=[], target_parameters=BOTH)
     saved(tmp_path / "one", EXPERTS["mixtral"], target_modules=[], target_parameters=BOTH[:1])
