@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorabench.machine import PATIENT_THREADS, available_cores
+from lorabench.processes.machine import PATIENT_THREADS, available_cores
 
 os.environ.update(PATIENT_THREADS)
 
@@ -33,12 +33,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from weightwatcher.RMT_Util import svd_values
 
-from lorabench import formats
-from lorabench.base import BaseLayer, Tuned, decompose, top_triplets
-from lorabench.krylov import Dense, top_svd
-from lorabench.layer import LayerSVD
-from lorabench.linalg import similarities_of_all, spectrum_metrics, subspace_similarity, thin_svd
-from lorabench.update import Update
+from lorabench.linalg.decompose import similarities_of_all, spectrum_metrics, subspace_similarity, thin_svd
+from lorabench.linalg.krylov import Dense, top_svd
+from lorabench.updates import formats
+from lorabench.updates.base import BaseLayer, Tuned, decompose, top_triplets
+from lorabench.updates.layer import LayerSVD
+from lorabench.updates.update import Update
 
 LLAMA_7B = {"q_proj": (1, 1), "k_proj": (1, 1), "v_proj": (1, 1), "o_proj": (1, 1),
             "gate_proj": (2, 1), "up_proj": (2, 1), "down_proj": (1, 2)}  # fmt: skip

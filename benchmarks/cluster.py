@@ -25,9 +25,10 @@ import torch
 from hardware import write
 from store import timed
 
-from lorabench.record import RunRecord, Status, Store
-from lorabench.spec import RunSpec
-from lorabench.sweep import read_sweep
+from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.sweep import read_sweep
+from lorabench.store.record import RunRecord, Status
+from lorabench.store.store import Store
 
 SWEEP = """
 [base]

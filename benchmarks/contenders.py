@@ -16,14 +16,14 @@ import torch
 from relay import Stopwatch
 from torch import nn
 
-from lorabench import claim
-from lorabench import meter as meters
-from lorabench.examples import Examples, Order
-from lorabench.model import load_base
-from lorabench.spec import RunSpec
-from lorabench.steps import StepLog
-from lorabench.train import FLUSH_EVERY, Saves, train
-from lorabench.training import Stop, Training, make_optimizer
+from lorabench.models.base_model import load_base
+from lorabench.spec.run_spec import RunSpec
+from lorabench.store import claim
+from lorabench.store.steps import StepLog
+from lorabench.training import meter as meters
+from lorabench.training.examples import Examples, Order
+from lorabench.training.loop import FLUSH_EVERY, Saves, train
+from lorabench.training.state import Stop, Training, make_optimizer
 
 LOG_EVERY = FLUSH_EVERY
 """Steps between two looks at the loss, of each contender: lorabench's own habit."""

@@ -24,11 +24,11 @@ from typing import Any
 
 from hardware import spread, write
 
-from lorabench.forks import SERVER_ENVIRONMENT
-from lorabench.machine import available_cores
-from lorabench.record import Store
-from lorabench.spec import RunSpec
-from lorabench.sweep import read_sweep
+from lorabench.processes.forks import SERVER_ENVIRONMENT
+from lorabench.processes.machine import available_cores
+from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.sweep import read_sweep
+from lorabench.store.store import Store
 
 SWEEP = """
 [base]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lorabench import environment, execute
+from lorabench.training import environment, execute
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -25,10 +25,13 @@ import torch
 from hardware import write
 from safetensors.torch import save_file
 
-from lorabench.machine import available_cores
-from lorabench.record import RunRecord, Status, Store, file_digests, write_bytes
-from lorabench.spec import RunSpec
-from lorabench.sweep import Sweep, read_sweep
+from lorabench.config.digests import file_digests
+from lorabench.config.durable import write_bytes
+from lorabench.processes.machine import available_cores
+from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.sweep import Sweep, read_sweep
+from lorabench.store.record import RunRecord, Status
+from lorabench.store.store import Store
 
 SWEEP = """
 [base]

@@ -30,11 +30,11 @@ from hardware import spread, write
 from relay import Relay, Stopwatch
 from transformers.utils.logging import disable_progress_bar
 
-from lorabench.examples import prepare
 from lorabench.methods.full import Full
 from lorabench.methods.lora import Lora
-from lorabench.spec import RunSpec
+from lorabench.spec.run_spec import RunSpec
 from lorabench.tasks.text import Text
+from lorabench.training.examples import prepare
 
 TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}
 """Largest relative difference of two contenders' losses at the same step."""

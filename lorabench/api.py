@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from lorabench.formats import Adapter
-    from lorabench.layer import LayerSVD
-    from lorabench.linalg import ThinSVD
+    from lorabench.linalg.decompose import ThinSVD
+    from lorabench.updates.formats import Adapter
+    from lorabench.updates.layer import LayerSVD
 
 Value = TypeVar("Value")
 
@@ -22,9 +22,9 @@ def load(path: str | Path, *, base: str | Path | None = None, alpha: float | Non
         updates["model.layers.0.self_attn.q_proj"].S
 
     `base`: the untouched weights, where ΔW is the difference of two checkpoints, or needs W0 (DoRA). `alpha`: the α
-    of formats that do not keep theirs. Raises `lorabench.decode.InputError` where nothing there can be read.
+    of formats that do not keep theirs. Raises `lorabench.config.decode.InputError` where nothing there can be read.
     """
-    from lorabench.formats import open_adapter
+    from lorabench.updates.formats import open_adapter
 
     return Updates(open_adapter(path, base=base, alpha=alpha))
 
@@ -68,7 +68,7 @@ class Updates(_ByLayer["ThinSVD"]):
 
     def layer(self, name: str) -> LayerSVD:
         """One layer. KeyError with the closest name if there is none; InputError where its file is damaged."""
-        from lorabench.formats import load_layer
+        from lorabench.updates.formats import load_layer
 
         if name not in self:
             close = difflib.get_close_matches(name, self, n=1)

@@ -17,9 +17,9 @@ import sys
 import threading
 from typing import Any
 
-from lorabench.decode import InputError
-from lorabench.machine import PATIENT_THREADS
-from lorabench.terminal import talk
+from lorabench.config.decode import InputError
+from lorabench.processes.machine import PATIENT_THREADS
+from lorabench.terminal.text import talk
 
 COMMANDS = (
     "plan",

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.decode import decode
-from lorabench.spec import RunSpec
+from lorabench.config.decode import decode
+from lorabench.spec.run_spec import RunSpec
 
 LONGEST = ("slurm/test_interruptions", "slurm/test_deaths", "slurm/test_arrays", "slurm/test_without_accounting",
            "test_ranks", "test_team", "cluster/test_work", "test_kill", "test_methods", "test_execute", "test_sequence",
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Nothing that is imported is garbage; and a worker of xdist will need all that a run does."""
     if hasattr(config, "workerinput"):
-        import lorabench.preload  # noqa: F401
+        import lorabench.launch.preload  # noqa: F401
     gc.disable()
 
 
@@ -49,19 +49,19 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A claim that seems dead is looked at again at once."""
-    monkeypatch.setattr("lorabench.claim.LOOK_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr("lorabench.store.claim.LOOK_AGAIN_SECONDS", 0.05)
 
 
 @pytest.fixture(autouse=True)
 def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device's peak is measured by small products alone, which every run adds some of."""
-    monkeypatch.setattr("lorabench.peak.SIZES", {"cpu": (256,)})
+    monkeypatch.setattr("lorabench.training.peak.SIZES", {"cpu": (256,)})
 
 
 @pytest.fixture(autouse=True)
 def counted_once(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """FLOPs of a pass are counted once for runs of one model and method; `test_flops` counts each."""
-    flops = sys.modules.get("lorabench.flops")
+    flops = sys.modules.get("lorabench.training.flops")
     if flops is not None and request.path.name != "test_flops.py":
         monkeypatch.setattr(flops, "of_pass", partial(_counted_once, flops.of_pass))
 
@@ -103,7 +103,7 @@ def tiny_bases(tmp_path_factory) -> dict[str, str]:
     import torch
     import transformers as t
 
-    from lorabench.model import BUILTIN
+    from lorabench.models.base_model import BUILTIN
 
     torch.manual_seed(0)
     common = {"vocab_size": 1024, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}

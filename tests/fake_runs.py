@@ -1,4 +1,4 @@
-"""Stand-ins for `lorabench.execute`, so that the launcher is tested on every way in which a process can end.
+"""Stand-ins for `lorabench.training.execute`, so that the launcher is tested on every way in which a process can end.
 
 What a run does is chosen by its seed modulo 100; it imports no torch, so that a test takes a second.
 """
@@ -10,11 +10,12 @@ import sys
 import time
 from pathlib import Path
 
-from lorabench.claim import take
-from lorabench.record import RunRecord, Status, Store
-from lorabench.spec import RunSpec
-from lorabench.sweep import Sweep, parse_sweep
-from lorabench.worker import Settings
+from lorabench.launch.worker import Settings
+from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.sweep import Sweep, parse_sweep
+from lorabench.store.claim import take
+from lorabench.store.record import RunRecord, Status
+from lorabench.store.store import Store
 
 DONE, OOM, RAISES, EXITS, SEGFAULT, KILLED, WAITS, HANGS, NO_RECORD = range(9)
 ORPHAN, LOST, LOST_AGAIN, EXITS_255 = range(20, 24)
@@ -93,9 +94,10 @@ def wait_for_signal() -> Status:
 
 def main(root: str, *seeds: str) -> None:
     """Launch the fakes: a process of its own for the tests that send it signals."""
-    from lorabench.launch import Pool, launch
+    from lorabench.launch.pool import Pool, launch
 
-    outcome = launch(sweep(*map(int, seeds)), Store(Path(root)), Pool(workers=2, preload=("lorabench.worker",)), run)
+    pool = Pool(workers=2, preload=("lorabench.launch.worker",))
+    outcome = launch(sweep(*map(int, seeds)), Store(Path(root)), pool, run)
     sys.exit(outcome.exit_code)
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from lorabench.cluster.queue import user_name
-from lorabench.record import RunRecord, Status, Store, write_json
-from lorabench.spec import RunSpec
+from lorabench.config.durable import write_json
+from lorabench.spec.run_spec import RunSpec
+from lorabench.store.record import RunRecord, Status
+from lorabench.store.store import Store
 
 SCRIPT = """#!/bin/sh
 echo "$0 $*" >> {folder}/calls

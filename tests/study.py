@@ -19,9 +19,10 @@ from unittest import mock
 import pytest
 
 from lorabench import cli
-from lorabench.execute import Options, execute
-from lorabench.record import RunRecord, Status, Store
-from lorabench.sweep import read_sweep
+from lorabench.spec.sweep import read_sweep
+from lorabench.store.record import RunRecord, Status
+from lorabench.store.store import Store
+from lorabench.training.execute import Options, execute
 from tests.sandbox import Sandbox, send
 
 BASE = """

@@ -16,14 +16,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lorabench import sequence
 from lorabench.analyses.dynamics import Dynamics
-from lorabench.layer import LayerSVD
-from lorabench.linalg import ThinSVD, thin_svd
-from lorabench.record import RunRecord, Status, Store
-from lorabench.results import Results, load_results, selected, with_analyses
-from lorabench.spec import RunSpec, flatten
-from lorabench.sweep import Sweep, parse_sweep
+from lorabench.linalg.decompose import ThinSVD, thin_svd
+from lorabench.report.results import Results, load_results, selected, with_analyses
+from lorabench.spec.run_spec import RunSpec, flatten
+from lorabench.spec.sweep import Sweep, parse_sweep
+from lorabench.store.record import RunRecord, Status
+from lorabench.store.store import Store
+from lorabench.training import sequence
+from lorabench.updates.layer import LayerSVD
 from tests import synthetic_base
 
 TEXT = """\

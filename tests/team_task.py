@@ -4,20 +4,20 @@ import json
 import sys
 from pathlib import Path
 
-from lorabench import team
-from lorabench.distributed import Place
-from lorabench.launch import Pool
-from lorabench.record import Store
-from lorabench.spec import RunSpec
-from lorabench.sweep import Sweep
-from lorabench.worker import Settings
+from lorabench.launch import team
+from lorabench.launch.pool import Pool
+from lorabench.launch.worker import Settings
+from lorabench.processes.distributed import Place
+from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.sweep import Sweep
+from lorabench.store.store import Store
 
 
 def main(root: str) -> None:
-    from tests import test_ranks
+    from tests.training import test_ranks
 
     specs = [RunSpec.from_json(table) for table in json.loads((Path(root) / "specs.json").read_text())]
-    pool = Pool(settings=Settings(device="cpu", job="7"), check=False, preload=("lorabench.preload",))
+    pool = Pool(settings=Settings(device="cpu", job="7"), check=False, preload=("lorabench.launch.preload",))
     target = getattr(test_ranks, sys.argv[2])
     team.BEAT_SECONDS, team.GONE_SECONDS = 0.5, 6.0  # for the test of a dead supervisor
     outcome = team.launch_together(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import lorabench
-from lorabench import formats
-from lorabench.decode import InputError
-from tests.adapters import SCALE, deltas, save_lora
+from lorabench.config.decode import InputError
+from lorabench.updates import formats
+from tests.adapter_files import SCALE, deltas, save_lora
 
 LAYER = "model.layers.0.self_attn.q_proj"
 

@@ -1,86 +1,39 @@
-"""Imports point only to a lower layer; read from the source, so that a lazy import counts too."""
+"""Imports point down, between wings and inside them; read from the source, so that a lazy import counts too."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorabench"
-LAYERS = [
-    {"quote"},
-    {
-        "plugins",
-        "durable",
-        "linalg",
-        "products",
-        "terminal",
-        "environment",
-        "sequence",
-        "sketch",
-        "distributed",
-    },
-    {"decode", "steps", "nulls", "update", "live", "advice", "krylov", "typeset"},
-    {"meter", "stored", "datafile", "tokens", "peak", "flops", "datanames"},
-    {"values", "ranks", "weights", "tensorfile", "locate", "conflict", "perturbed"},
-    {"weightfile"},
-    {"method", "task", "analysis", "figure", "layer", "machine", "data", "targets", "tidy"},
-    {"spec", "base", "forks", "claim"},
-    {"record", "share", "cluster/slurm", "cluster/local", "cluster/profile", "cluster/packing"},
-    {"settle", "cluster/queue", "cluster/verdict"},
-    {"cluster/lookup", "cluster/enqueue"},
-    {"cluster/standing", "logs"},
-    {"cluster/cancel", "watch"},
-    {"sweep", "endings"},
-    {"model", "readers/*"},
-    {"formats", "bases", "pairs", "results", "labels"},
-    {"peftfile"},
-    {"compression/truncation"},
-    {"aggregate", "examine/convert"},
-    {"notes", "drawing", "transfer", "longform", "columns"},
-    {"tables", "page"},
-    {"rows"},
-    {"analyses/subspace", "analyses/spectrum"},  # whose directions and metrics other analyses take up
-    {"methods/*", "tasks/*", "analyses/*", "figures/*"},
-    {"methods/hybrid"},  # of methods
-    {"examples", "intervention/directions", "jobs"},
-    {"bundle", "batch", "trial", "remarks", "datacheck"},
-    {"sharding"},
-    {"training", "analyze", "api", "changes"},
-    {"train", "account"},
-    {"inference", "snapshots"},
-    {"serving"},
-    {"execute", "report", "examine/inspection", "examine/comparison"},
-    {"examine/inspection_text", "examine/inspection_figures"},
-    {"examine/inspection_page", "examine/comparison_text"},
-    {"examine/comparison_figures"},
-    {"examine/comparison_page"},
-    {"merging/adapters", "merging/bodies", "status", "stamp", "plan"},
-    {"merging/compose", "compression/compressible"},
-    {"merging/interference", "compression/compressor"},
-    {"compression/compress", "compression/compression_text"},
-    {"worker", "preload", "intervention/intervene"},
-    {"launch", "warm", "intervention/intervene_report"},
-    {"team"},
-    {"cluster/work"},
-    {"cluster/job"},
-    {"cluster/background"},
-    {"cluster/submit"},
-    {"cluster/submit_text"},
-    {"commands/*"},
-    {"cli"},
-    {"__main__"},
+FLOORS = [
+    {"config", "linalg", "terminal"},
+    {"processes", "data"},
+    {"updates"},
+    {"models"},
+    {"spec"},
+    {"store"},
+    {"methods", "tasks"},
+    {"training"},
+    {"launch", "analysis"},
+    {"analyses"},
+    {"report"},
+    {"cluster"},
+    {"status"},
+    {"adapters"},
+    {"commands"},
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+"""Wings, from the ground up: one imports from those on lower floors, and from itself."""
+FRONT = {"__init__", "__main__", "cli", "api"}
+"""What stands at the top beside the wings: it may import all of them."""
+FLOOR = {wing: floor for floor, wings in enumerate(FLOORS) for wing in wings} | dict.fromkeys(FRONT, len(FLOORS))
 
 
 def modules() -> dict[str, Path]:
     """Module name relative to the package -> file; without empty `__init__` files and the scripts of `builtin`."""
     files = [file for file in PACKAGE.rglob("*.py") if file.name != "__init__.py" and "builtin" not in file.parts]
     return {str(file.relative_to(PACKAGE).with_suffix("")): file for file in files}
-
-
-def level(name: str) -> int | None:
-    return LEVEL.get(name, LEVEL.get(f"{name.partition('/')[0]}/*"))
 
 
 def imports(tree: ast.AST) -> set[str]:
@@ -103,30 +56,44 @@ def imports(tree: ast.AST) -> set[str]:
     return names & set(modules())
 
 
-@pytest.mark.parametrize("name", sorted(modules()))
-def test_a_module_imports_only_from_lower_layers(name: str) -> None:
-    own = level(name)
-    assert own is not None, f"give {name} a place in LAYERS"
-    for imported in imports(ast.parse(modules()[name].read_text("utf-8"))):
-        below = level(imported)
-        private = imported.rpartition("/")[2].startswith("_") and imported.partition("/")[0] == name.partition("/")[0]
-        assert private or (below is not None and below < own), f"{name} imports {imported}, which is not below it"
+def wing(name: str) -> str:
+    return name.partition("/")[0]
 
 
-def test_every_name_in_the_layers_exists() -> None:
-    assert {name for name in LEVEL if not name.endswith("/*")} <= set(modules())
+GRAPH = {name: imports(ast.parse(file.read_text("utf-8"))) for name, file in modules().items()}
+
+
+@pytest.mark.parametrize("name", sorted(GRAPH))
+def test_a_module_imports_only_from_wings_below(name: str) -> None:
+    for imported in GRAPH[name]:
+        own, other = wing(name), wing(imported)
+        is_own_face = own in FRONT and other in FRONT
+        assert own == other or is_own_face or FLOOR[other] < FLOOR[own], f"{name} imports {imported}: not below it"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    try:
+        TopologicalSorter(GRAPH).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
+
+
+def test_the_wings_are_all_that_stands_at_the_top() -> None:
+    top = {file.stem for file in PACKAGE.iterdir() if file.name != "__pycache__"}
+    assert top == set(FLOOR) and len(top) <= 24
+    assert all((PACKAGE / name / "__init__.py").exists() for name in set(FLOOR) - FRONT)
 
 
 def test_the_reader_of_imports_sees_lazy_ones_and_leaves_type_checking_out() -> None:
     text = """
-from lorabench import plugins
+from lorabench.config import plugins
 if TYPE_CHECKING:
     from lorabench.cli import main
 def f():
-    from lorabench.decode import InputError
-    import lorabench.record
+    from lorabench.config.decode import InputError
+    import lorabench.store.record
 """
-    assert imports(ast.parse(text)) == {"plugins", "decode", "record"}
+    assert imports(ast.parse(text)) == {"config/plugins", "config/decode", "store/record"}
 
 
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("__init__.py")), ids=str)

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorabench import formats
-from lorabench.readers._entry import TensorFile
+from lorabench.updates import formats
+from lorabench.updates.readers._entry import TensorFile
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ADAPTERS = FIXTURES / "adapters"

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorabench.analysis import Analysis
+from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorabench.base import Tuned
+    from lorabench.updates.base import Tuned
 
 MAX_DIRECTIONS = 64
 """As many as the largest row of the paper's table."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorabench.analyses.subspace import directions
-from lorabench.analysis import Analysis
+from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
-    from lorabench.layer import LayerSVD
+    from lorabench.updates.layer import LayerSVD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class Angles(Analysis):
     def compute(self, *layers: LayerSVD) -> list[dict[str, Any]]:
         import numpy as np
 
-        from lorabench.linalg import grassmann_distance, principal_angles
-        from lorabench.nulls import angle_chance
+        from lorabench.linalg.decompose import grassmann_distance, principal_angles
+        from lorabench.linalg.nulls import angle_chance
 
         rows = []
         for side, a, b in directions(*layers):

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorabench.analyses.spectrum import Spectrum
 from lorabench.analyses.subspace import MAX_DIRECTIONS, directions
-from lorabench.analysis import Analysis
+from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorabench.layer import LayerSVD
+    from lorabench.updates.layer import LayerSVD
 
 SETTLED_SIMILARITY = 0.9
 RISEN_SHARE = 0.9
@@ -59,10 +59,10 @@ class Dynamics(Analysis):
 
 def inner_product(a: LayerSVD, b: LayerSVD) -> float | None:
     """⟨ΔW_a, ΔW_b⟩_F without forming them; None where only some singular vectors were kept."""
-    from lorabench import linalg
+    from lorabench.linalg import decompose
 
     first, second = _factors(a), _factors(b)
-    return linalg.inner_product(*first, *second) if first and second else None
+    return decompose.inner_product(*first, *second) if first and second else None
 
 
 def first_lasting(values: Sequence[tuple[int, float | None]], level: float) -> int | None:
@@ -77,15 +77,15 @@ def first_lasting(values: Sequence[tuple[int, float | None]], level: float) -> i
 
 def _num_directions(final: LayerSVD) -> int:
     """How many hold 90% of the energy, at most MAX_DIRECTIONS; 0 for a zero ΔW."""
-    from lorabench.linalg import rank_energies
+    from lorabench.linalg.decompose import rank_energies
 
     S = final.svd.S
     return min(int(rank_energies((S / S[0]).square().numpy())["rank_90"] or 0), MAX_DIRECTIONS) if S.any() else 0
 
 
 def _similarities(layer: LayerSVD, other: LayerSVD, k: int, name: str) -> Iterator[dict[str, Any]]:
-    from lorabench.linalg import subspace_similarity
-    from lorabench.nulls import similarity_chance
+    from lorabench.linalg.decompose import subspace_similarity
+    from lorabench.linalg.nulls import similarity_chance
 
     for side, a, b in directions(layer, other) if k else ():
         mine, theirs = a[:, :k], b[:, :k]

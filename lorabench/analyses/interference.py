@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorabench.analysis import Analysis
+from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorabench.layer import LayerSVD
-    from lorabench.update import Update
+    from lorabench.updates.layer import LayerSVD
+    from lorabench.updates.update import Update
 
 TOP = 0.2
 """Share of entries that count as the largest: what TIES keeps (Yadav et al. 2023, arXiv 2306.01708, figure 4)."""
@@ -39,7 +39,7 @@ class Interference(Analysis):
     }
 
     def compute(self, *layers: LayerSVD) -> list[dict[str, Any]]:
-        from lorabench.conflict import inner, sign_conflicts
+        from lorabench.updates.pair_interference import inner, sign_conflicts
 
         a, b = map(_update, layers)
         norms = [float(layer.svd.S.norm()) for layer in layers]
@@ -62,7 +62,7 @@ class Interference(Analysis):
 
 def _update(layer: LayerSVD) -> Update | None:
     """ΔW: as it was kept, or out of an SVD with all its vectors."""
-    from lorabench.update import Update
+    from lorabench.updates.update import Update
 
     if layer.update is not None:
         return layer.update
@@ -73,7 +73,7 @@ def _update(layer: LayerSVD) -> Update | None:
 
 def _overlap(side: str, a: LayerSVD, b: LayerSVD) -> tuple[str, float, float, None]:
     """Chance: E tr(G_a G_b) = tr G_a tr G_b / d, whatever the spectra."""
-    from lorabench.conflict import gram_overlap
+    from lorabench.updates.pair_interference import gram_overlap
 
     d = a.shape[1] if side == "input" else a.shape[0]
     traces = [float(layer.svd.S.square().sum()) for layer in (a, b)]

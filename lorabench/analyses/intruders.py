@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorabench.analysis import Analysis
+from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorabench.base import BaseLayer, Tuned
-    from lorabench.linalg import ThinSVD
+    from lorabench.linalg.decompose import ThinSVD
+    from lorabench.updates.base import BaseLayer, Tuned
 
 EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TOPS = (1, 2, 5, 10, 20, 32)
@@ -50,7 +50,7 @@ class Intruders(Analysis):
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
         import numpy as np
 
-        from lorabench.base import top_triplets
+        from lorabench.updates.base import top_triplets
 
         (tuned,) = layers
         if not tuned.layer.svd.numerical_rank:
@@ -118,8 +118,8 @@ def random_update(tuned: Tuned) -> tuple[ThinSVD, Any]:
     """
     import torch
 
-    from lorabench.krylov import Plus
-    from lorabench.linalg import ThinSVD
+    from lorabench.linalg.decompose import ThinSVD
+    from lorabench.linalg.krylov import Plus
 
     svd = tuned.layer.svd
     count = svd.U.shape[1]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorabench.analyses.subspace import MAX_DIRECTIONS, directions
-from lorabench.analysis import Analysis
+from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorabench.layer import LayerSVD
+    from lorabench.updates.layer import LayerSVD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ class Overlap(Analysis):
 
 
 def _side(a: LayerSVD, b: LayerSVD, side: str, U: Tensor, V: Tensor) -> list[dict[str, Any]]:
-    from lorabench.linalg import subspace_similarity
-    from lorabench.nulls import permutation_p_value, similarity_chance
+    from lorabench.linalg.decompose import subspace_similarity
+    from lorabench.linalg.nulls import permutation_p_value, similarity_chance
 
     (d, p), q = U.shape, V.shape[1]
     phi = subspace_similarity(U, V)
@@ -60,7 +60,7 @@ def _side(a: LayerSVD, b: LayerSVD, side: str, U: Tensor, V: Tensor) -> list[dic
 
 def energy_share(layer: LayerSVD, side: str, Q: Tensor) -> float | None:
     """Share of ‖ΔW‖² in the span of `Q` (d, q) on a side; None where neither ΔW nor all its vectors were kept."""
-    from lorabench.linalg import energy_in_subspace
+    from lorabench.linalg.decompose import energy_in_subspace
 
     svd, update = layer.svd, layer.update
     if layer.is_complete:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorabench.analysis import Analysis
+from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
-    from lorabench.layer import LayerSVD
+    from lorabench.updates.layer import LayerSVD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class SingularValues(Analysis):
     def compute(self, *layers: LayerSVD) -> list[dict[str, Any]]:
         import numpy as np
 
-        from lorabench.nulls import null_spectra
+        from lorabench.linalg.nulls import null_spectra
 
         (layer,) = layers
         S = layer.svd.S.numpy()

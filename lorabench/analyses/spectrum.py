@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorabench.analysis import Analysis
+from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
-    from lorabench.layer import LayerSVD
+    from lorabench.updates.layer import LayerSVD
 
 ROUNDING = (3 / 4 / math.log(4) / 12) ** 0.5
 """Root-mean-square error of rounding numbers, relative to their own root-mean-square and to eps: 0.212.
@@ -48,8 +48,8 @@ class Spectrum(Analysis):
     }
 
     def compute(self, *layers: LayerSVD) -> list[dict[str, Any]]:
-        from lorabench.linalg import spectrum_metrics
-        from lorabench.nulls import null_metrics
+        from lorabench.linalg.decompose import spectrum_metrics
+        from lorabench.linalg.nulls import null_metrics
 
         (layer,) = layers
         values = spectrum_metrics(layer.svd.S.numpy(), layer.svd.numerical_rank)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorabench.analysis import Analysis
+from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorabench.layer import LayerSVD
+    from lorabench.updates.layer import LayerSVD
 
 MAX_DIRECTIONS = 64
 """The grid of (i, j) ends here: 64 x 64 is the largest in the LoRA paper (figures 3 and 4)."""
@@ -38,8 +38,8 @@ class Subspace(Analysis):
     def compute(self, *layers: LayerSVD) -> list[dict[str, Any]]:
         import numpy as np
 
-        from lorabench.linalg import subspace_similarity
-        from lorabench.nulls import similarity_chance
+        from lorabench.linalg.decompose import subspace_similarity
+        from lorabench.linalg.nulls import similarity_chance
 
         rows = []
         for side, a, b in directions(*layers):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from lorabench.analysis import Analysis
+from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
-    from lorabench.base import Tuned
+    from lorabench.updates.base import Tuned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Survival(Analysis):
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
         import numpy as np
 
-        from lorabench.linalg import subspace_similarity
+        from lorabench.linalg.decompose import subspace_similarity
 
         (tuned,) = layers
         before, after = tuned.base.svd, tuned.svd

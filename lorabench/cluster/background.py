@@ -16,7 +16,7 @@ from lorabench.cluster.enqueue import write_jobs
 from lorabench.cluster.job import command
 from lorabench.cluster.profile import Profile
 from lorabench.cluster.queue import Array, Submission, read_submission
-from lorabench.decode import InputError, decode
+from lorabench.config.decode import InputError, decode
 
 
 def start(submission: Submission) -> None:

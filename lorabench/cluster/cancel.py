@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from lorabench.cluster import local, slurm
 from lorabench.cluster.queue import Submission, note_cancelled, user_name
-from lorabench.cluster.standing import UNSETTLED, Place, Standing
-from lorabench.record import Status, Store, write_bytes
+from lorabench.cluster.run_states import UNSETTLED, Place, Standing
+from lorabench.config.durable import write_bytes
+from lorabench.store.record import Status
+from lorabench.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lorabench import claim
 from lorabench.cluster.queue import Array, Submission, check_own, keep_own, read_submission, user_name
-from lorabench.decode import InputError
-from lorabench.durable import make_folder, write_bytes, write_json
+from lorabench.config.decode import InputError
+from lorabench.config.durable import make_folder, write_bytes, write_json
+from lorabench.store import claim
 
 POLL_SECONDS = 0.5
 

@@ -19,9 +19,10 @@ from lorabench.cluster import slurm
 from lorabench.cluster.profile import Profile, requeue_file
 from lorabench.cluster.queue import Submission, check_own, read_submission
 from lorabench.cluster.work import Interruption, compute
-from lorabench.decode import InputError, decode
-from lorabench.record import FAILURES, Store
-from lorabench.terminal import talk
+from lorabench.config.decode import InputError, decode
+from lorabench.store.record import FAILURES
+from lorabench.store.store import Store
+from lorabench.terminal.text import talk
 
 REQUEUE_TRIES, REQUEUE_SECONDS = 4, 3.0
 EXIT_AGAIN = 144

@@ -7,9 +7,9 @@ import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from lorabench.claim import current_claim
 from lorabench.cluster import local, slurm
 from lorabench.cluster.queue import COMMENT, Submission, user_name
+from lorabench.store.claim import current_claim
 
 Tell = Callable[[str], None]
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from lorabench.decode import InputError, Pattern, decode, read_toml, show
+from lorabench.config.decode import InputError, Pattern, decode, read_toml, show
 
 Word = Annotated[str, Pattern(r"\S+", "a text without spaces")]
 OWN_OPTIONS = {

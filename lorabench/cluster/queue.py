@@ -24,11 +24,11 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from lorabench import stored
 from lorabench.cluster.slurm import COMMENT as COMMENT
-from lorabench.decode import InputError
-from lorabench.durable import write_json
-from lorabench.quote import show
+from lorabench.config import json_file
+from lorabench.config.decode import InputError
+from lorabench.config.durable import write_json
+from lorabench.config.quote import show
 
 CANCELLED_FILE = "cancelled.json"
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
@@ -132,11 +132,11 @@ def read_submissions(root: Path, tell: Callable[[str], None] | None = None) -> I
 
 def read_submission(folder: Path) -> Submission | None:
     """None where no plan is written yet. InputError names a damaged file."""
-    plan = stored.read(_PlanFile, folder / "plan.json")
+    plan = json_file.read(_PlanFile, folder / "plan.json")
     if plan is None:
         return None
-    taken = stored.read(_JobsFile, folder / "jobs.json") or _JobsFile()
-    cancelled = stored.read(_CancelledFile, folder / CANCELLED_FILE) or _CancelledFile()
+    taken = json_file.read(_JobsFile, folder / "jobs.json") or _JobsFile()
+    cancelled = json_file.read(_CancelledFile, folder / CANCELLED_FILE) or _CancelledFile()
     ids = {array.first: array.job_id for array in taken.arrays}
     return Submission(
         name=folder.name,
@@ -176,7 +176,7 @@ class _PlanFile:
 
     def __post_init__(self) -> None:
         for run_id in self.specs:
-            stored.check_name(run_id.replace("/", "//"))
+            json_file.check_name(run_id.replace("/", "//"))
         unknown = {run_id for job in self.jobs for run_id in job} - self.specs.keys()
         outside = [first for first, count in self.arrays if not 0 < count <= len(self.jobs) - first]
         problems = [f"jobs: {show(min(unknown))} is none of its runs"] if unknown else []
@@ -214,7 +214,7 @@ class _CancelledFile:
 def note_cancelled(submission: Submission, jobs: Iterable[int]) -> None:
     """Keep it with the submission that these of its jobs were cancelled."""
     file = submission.folder / CANCELLED_FILE
-    before = stored.read(_CancelledFile, file) or _CancelledFile()
+    before = json_file.read(_CancelledFile, file) or _CancelledFile()
     write_json(file, {"jobs": sorted({*before.jobs, *jobs})})
 
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorabench.decode import InputError
-from lorabench.quote import clip
+from lorabench.config.decode import InputError
+from lorabench.config.quote import clip
 
 COMMENT = "lorabench:"
 """With a submission's name behind it, the comment of its jobs."""

@@ -11,18 +11,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorabench.claim import current_claim
 from lorabench.cluster import background, job, slurm
 from lorabench.cluster.enqueue import Plan, new_name, write_jobs, write_plan
 from lorabench.cluster.packing import Cell, Limits, pack, share, split, spread
 from lorabench.cluster.profile import Profile
 from lorabench.cluster.queue import COMMENT, Array, Submission, read_submission
-from lorabench.cluster.standing import Standing, standings
+from lorabench.cluster.run_states import Standing, standings
 from lorabench.cluster.work import forget_timeouts
-from lorabench.decode import InputError, encode
-from lorabench.record import FAILURES, Status, Store
-from lorabench.spec import RunSpec
-from lorabench.sweep import Sweep
+from lorabench.config.decode import InputError, encode
+from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.sweep import Sweep
+from lorabench.store.claim import current_claim
+from lorabench.store.record import FAILURES, Status
+from lorabench.store.store import Store
 
 START_SECONDS = 20.0
 """Added to an estimate that knows nothing of loading, evaluation and saving."""
@@ -51,7 +52,7 @@ class Prospect:
     name: str
     standings: dict[str, Standing]
     estimates: dict[str, dict[str, Any]]
-    """Of each run, as `lorabench.plan` has it."""
+    """Of each run, as `lorabench.launch.plan` has it."""
     jobs: list[list[Cell]]
     arrays: list[tuple[int, int]]
     """(first job, number of jobs)."""
@@ -65,7 +66,7 @@ class Prospect:
 
 
 def prepare(order: Order, store: Store, plan: dict[str, Any], tell: Callable[[str], None] | None = None) -> Prospect:
-    """Which runs are to be submitted, and in which jobs. `plan` is `lorabench.plan`'s of the sweep.
+    """Which runs are to be submitted, and in which jobs. `plan` is `lorabench.launch.plan`'s of the sweep.
 
     Raises slurm.Unreachable where SLURM does not answer; with `tell` that is told instead.
     """

@@ -8,8 +8,8 @@ from typing import Any
 
 from lorabench.cluster.packing import makespan
 from lorabench.cluster.submit import Prospect, scripts, warnings
-from lorabench.record import Status
-from lorabench.terminal import duration, size
+from lorabench.store.record import Status
+from lorabench.terminal.text import duration, size
 
 
 def as_table(prospect: Prospect, root: Path) -> dict[str, Any]:

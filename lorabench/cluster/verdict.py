@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from lorabench.claim import Claim
 from lorabench.cluster.slurm import ENDED, Ended
-from lorabench.record import Status
+from lorabench.store.claim import Claim
+from lorabench.store.record import Status
 
 CLOCK_SECONDS = 120.0
 """By so much the clocks of a cluster's machines may differ."""

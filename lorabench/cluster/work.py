@@ -18,22 +18,23 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from lorabench import stored
-from lorabench.claim import current_claim
 from lorabench.cluster import slurm
 from lorabench.cluster.profile import Profile
 from lorabench.cluster.queue import Submission
-from lorabench.decode import InputError
-from lorabench.distributed import Place
-from lorabench.durable import write_json
-from lorabench.launch import Outcome, Pool, launch
-from lorabench.machine import visible_gpus
-from lorabench.record import FAILURES, Status, Store
-from lorabench.settle import settle
-from lorabench.spec import RunSpec
-from lorabench.sweep import Sweep
-from lorabench.terminal import talk
-from lorabench.worker import Settings
+from lorabench.config import json_file
+from lorabench.config.decode import InputError
+from lorabench.config.durable import write_json
+from lorabench.launch.pool import Outcome, Pool, launch
+from lorabench.launch.worker import Settings
+from lorabench.processes.distributed import Place
+from lorabench.processes.machine import visible_gpus
+from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.sweep import Sweep
+from lorabench.store.claim import current_claim
+from lorabench.store.crash_record import settle
+from lorabench.store.record import FAILURES, Status
+from lorabench.store.store import Store
+from lorabench.terminal.text import talk
 
 EARLY_SECONDS = 90.0
 """By so much SLURM's warning may come before it is due: it looks at its clocks every 30 or 60 s."""
@@ -77,7 +78,7 @@ def compute(store: Store, submission: Submission, profile: Profile, number: int,
         return launch(sweep, store, pool)
     from submitit.helpers import TorchDistributedEnvironment
 
-    from lorabench.team import launch_together
+    from lorabench.launch.team import launch_together
 
     meeting = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     os.environ["MASTER_ADDR"] = _address(meeting.master_addr, profile.nodes)
@@ -165,7 +166,7 @@ class _Timeouts:
 def _num_timeouts(file: Path) -> int:
     """As far as it can be read: a damaged file is no reason for a job not to be queued again."""
     try:
-        return (stored.read(_Timeouts, file) or _Timeouts()).count
+        return (json_file.read(_Timeouts, file) or _Timeouts()).count
     except InputError:
         return 0
 

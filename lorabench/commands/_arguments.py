@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench import plugins
-from lorabench.decode import InputError
-from lorabench.terminal import talk
+from lorabench.config import plugins
+from lorabench.config.decode import InputError
+from lorabench.terminal.text import talk
 
 if TYPE_CHECKING:
-    from lorabench.formats import Adapter
-    from lorabench.record import Status, Store
+    from lorabench.store.record import Status
+    from lorabench.store.store import Store
+    from lorabench.updates.formats import Adapter
 
 Argument = tuple[str, dict[str, Any]]
 """Names, and the options of argparse's `add_argument`."""
@@ -98,7 +99,7 @@ def _finite(value: Any) -> Any:
 
 
 def open_store(root: Path) -> Store:
-    from lorabench.record import Store
+    from lorabench.store.store import Store
 
     if not root.is_dir():
         raise InputError(f"RESULTS = {root}: no such folder")
@@ -113,7 +114,7 @@ def device_name(name: str) -> str:
 
 def device_here(name: str) -> str:
     """The device's name, as `device_name` checks it; InputError where this machine has none such."""
-    from lorabench.machine import visible_gpus
+    from lorabench.processes.machine import visible_gpus
 
     visible_gpus(device_name(name))
     return name
@@ -121,7 +122,7 @@ def device_here(name: str) -> str:
 
 def statuses(text: str) -> frozenset[Status]:
     """What `--retry` names. InputError with the choices."""
-    from lorabench.launch import REPEATABLE
+    from lorabench.launch.pool import REPEATABLE
 
     names = [name.strip() for name in text.split(",") if name.strip()]
     choices = [str(status) for status in REPEATABLE]
@@ -142,7 +143,7 @@ def open_adapter(source: str, arguments: argparse.Namespace) -> Adapter:
     """Opened; what its reader has to say of it is said, a guessed scale as a warning."""
     if arguments.alpha is not None and not 0 < arguments.alpha < math.inf:
         raise InputError(f"--alpha {arguments.alpha:g}: must be a number above 0")
-    from lorabench.formats import open_adapter
+    from lorabench.updates.formats import open_adapter
 
     adapter = open_adapter(source, base=arguments.base, alpha=arguments.alpha)
     if adapter.scale_source == "assumed":
@@ -153,7 +154,7 @@ def open_adapter(source: str, arguments: argparse.Namespace) -> Adapter:
 
 
 def write_page(file: Path, text: str) -> None:
-    from lorabench.record import write_bytes
+    from lorabench.config.durable import write_bytes
 
     write_bytes(file, text.encode())
     talk(f"wrote {file}")

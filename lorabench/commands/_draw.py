@@ -8,19 +8,19 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lorabench.commands._arguments import hush_libraries, open_store
-from lorabench.decode import InputError
-from lorabench.terminal import talk, tell
+from lorabench.config.decode import InputError
+from lorabench.terminal.text import talk, tell
 
 if TYPE_CHECKING:
-    from lorabench.record import Store
-    from lorabench.report import Report
-    from lorabench.stamp import SweepFile
-    from lorabench.sweep import Sweep
+    from lorabench.report.freshness import SweepFile
+    from lorabench.report.outputs import Report
+    from lorabench.spec.sweep import Sweep
+    from lorabench.store.store import Store
 
 
 def draw(arguments: argparse.Namespace, again: bool) -> int:
     """Everything that is drawn from the sweeps asked for: what is not up to date, or all of it `again`."""
-    from lorabench.stamp import find_sweeps
+    from lorabench.report.freshness import find_sweeps
 
     store = open_store(arguments.results)
     hush_libraries()
@@ -45,12 +45,12 @@ def _draw(store: Store, found: SweepFile, workers: int | None, again: bool) -> i
 
 def _write(store: Store, sweep: Sweep, workers: int | None) -> Report:
     """Analyze what is new, and write everything that is drawn from the sweep."""
-    from lorabench.analyze import analyze as analyze_runs
-    from lorabench.page import Attempts
-    from lorabench.report import write_report
-    from lorabench.results import Results, load_results
-    from lorabench.stamp import analysis_key, remove_stamp, write_stamp
-    from lorabench.terminal import count_statuses
+    from lorabench.analysis.analyze import analyze as analyze_runs
+    from lorabench.report.freshness import analysis_key, remove_stamp, write_stamp
+    from lorabench.report.outputs import write_report
+    from lorabench.report.page import Attempts
+    from lorabench.report.results import Results, load_results
+    from lorabench.terminal.text import count_statuses
 
     key = analysis_key(store, sweep.text, [spec.id for spec in sweep.runs])
     states = list(store.states(list(sweep.runs)))

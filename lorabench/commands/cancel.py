@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabench.commands._arguments import RESULTS, argument, open_store
-from lorabench.decode import InputError
-from lorabench.terminal import talk, tell
+from lorabench.config.decode import InputError
+from lorabench.terminal.text import talk, tell
 
 if TYPE_CHECKING:
     from lorabench.cluster.cancel import Cancellation
-    from lorabench.record import Store
+    from lorabench.store.store import Store
 
 MANY = 60
 ARGUMENTS = [
@@ -32,8 +32,8 @@ ARGUMENTS = [
 
 def main(arguments: argparse.Namespace) -> int:
     from lorabench.cluster.cancel import cancel, plan_cancellation
-    from lorabench.cluster.standing import standings
-    from lorabench.terminal import count_statuses
+    from lorabench.cluster.run_states import standings
+    from lorabench.terminal.text import count_statuses
 
     store = open_store(arguments.results)
     chosen = _chosen(store, arguments.what)
@@ -54,8 +54,8 @@ def main(arguments: argparse.Namespace) -> int:
 def _chosen(store: Store, what: str) -> set[str]:
     """The ids that are meant. InputError names the closest sweep, where `what` is neither a sweep nor a run."""
     from lorabench.cluster.queue import read_submissions
-    from lorabench.logs import find_run
-    from lorabench.stamp import find_sweeps
+    from lorabench.report.freshness import find_sweeps
+    from lorabench.status.logs import find_run
 
     names = {file.parent.name for file in store.root.glob("*/sweep.toml")}
     submitted = {id for s in read_submissions(store.root) if s.sweep == what for id in s.specs}
@@ -73,7 +73,7 @@ def _chosen(store: Store, what: str) -> set[str]:
 
 def _declared(store: Store, names: set[str]) -> set[str]:
     """The runs of these sweeps, begun or not."""
-    from lorabench.stamp import find_sweeps
+    from lorabench.report.freshness import find_sweeps
 
     found: set[str] = set()
     for name in names:

@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from lorabench.commands._arguments import ALPHA, BASE, HTML, JSON, argument, as_json, open_adapter, write_page
-from lorabench.terminal import tell
+from lorabench.terminal.text import tell
 
 ARGUMENTS = [
     argument("a", "a file, a folder or a Hub id", metavar="A"),
@@ -24,16 +24,16 @@ ARGUMENTS = [
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from lorabench.examine.comparison import compare_adapters
-    from lorabench.terminal import tracked
+    from lorabench.adapters.examine.comparison import compare_adapters
+    from lorabench.terminal.text import tracked
 
     a, b = (open_adapter(source, arguments) for source in (arguments.a, arguments.b))
     found = compare_adapters(a, b, lambda pairs, total: tracked(pairs, total, "comparing"))
     if arguments.html:
-        from lorabench.examine.comparison_page import comparison_page
+        from lorabench.adapters.examine.comparison_page import comparison_page
 
         write_page(arguments.html, comparison_page(found))
-    from lorabench.examine.comparison_text import comparison_text
+    from lorabench.adapters.examine.comparison_text import comparison_text
 
     tell(as_json(found) if arguments.json else comparison_text(found, bold=sys.stdout.isatty()))
     return 0

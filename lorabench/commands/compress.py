@@ -29,7 +29,7 @@ from lorabench.commands._arguments import (
     hush_libraries,
     numbers,
 )
-from lorabench.terminal import talk, tell
+from lorabench.terminal.text import talk, tell
 
 ARGUMENTS = [
     argument("adapter", "a run, or a file, folder or Hub id of an adapter", metavar="ADAPTER"),
@@ -51,14 +51,14 @@ ARGUMENTS = [
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from lorabench.record import Store
+    from lorabench.store.store import Store
 
     store, device = Store(arguments.results), device_here(arguments.device)
     hush_libraries()
-    from lorabench.compression.compress import compress as compress_subject
-    from lorabench.compression.compress import provenance
-    from lorabench.compression.compressible import open_subject
-    from lorabench.compression.compression_text import compression_text, copy_adapters
+    from lorabench.adapters.compression.compress import compress as compress_subject
+    from lorabench.adapters.compression.compress import provenance
+    from lorabench.adapters.compression.compressible import open_subject
+    from lorabench.adapters.compression.compression_text import compression_text, copy_adapters
 
     given = {key: getattr(arguments, key) for key in ("like", "base", "alpha")}
     subject = open_subject(store, arguments.adapter, **given)

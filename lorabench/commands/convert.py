@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from lorabench.commands._arguments import ALPHA, BASE, argument, hush_libraries, open_adapter
-from lorabench.terminal import talk, tell
+from lorabench.terminal.text import talk, tell
 
 ARGUMENTS = [
     argument("adapter", "a file, a folder, a run's folder or a Hub id", metavar="ADAPTER"),
@@ -25,7 +25,7 @@ ARGUMENTS = [
 
 def main(arguments: argparse.Namespace) -> int:
     hush_libraries()
-    from lorabench.examine.convert import convert as write_as_peft
+    from lorabench.adapters.examine.convert import convert as write_as_peft
 
     adapter = open_adapter(arguments.adapter, arguments)
     for note in write_as_peft(adapter, arguments.output, arguments.base):

@@ -11,7 +11,7 @@ import argparse
 import sys
 
 from lorabench.commands._arguments import ALPHA, BASE, HTML, JSON, argument, as_json, open_adapter, share_of, write_page
-from lorabench.terminal import tell
+from lorabench.terminal.text import tell
 
 ARGUMENTS = [
     argument("adapter", "a file, a folder or a Hub id", metavar="ADAPTER"),
@@ -27,16 +27,16 @@ ARGUMENTS = [
 
 def main(arguments: argparse.Namespace) -> int:
     energy = share_of("--energy", arguments.energy)
-    from lorabench.examine.inspection import inspect_adapter
-    from lorabench.terminal import tracked
+    from lorabench.adapters.examine.inspection import inspect_adapter
+    from lorabench.terminal.text import tracked
 
     adapter = open_adapter(arguments.adapter, arguments)
     found = inspect_adapter(adapter, energy, lambda layers: tracked(layers, len(adapter.entries), "inspecting"))
     if arguments.html:
-        from lorabench.examine.inspection_page import inspection_page
+        from lorabench.adapters.examine.inspection_page import inspection_page
 
         write_page(arguments.html, inspection_page(found, energy))
-    from lorabench.examine.inspection_text import inspection_text
+    from lorabench.adapters.examine.inspection_text import inspection_text
 
     tell(as_json(found) if arguments.json else inspection_text(found, energy, bold=sys.stdout.isatty()))
     return 0

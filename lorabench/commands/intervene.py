@@ -34,7 +34,7 @@ from lorabench.commands._arguments import (
     numbers,
     open_store,
 )
-from lorabench.terminal import talk, tell
+from lorabench.terminal.text import talk, tell
 
 ARGUMENTS = [
     argument("runs", "a run's id, or what it begins with; one or more", nargs="+", metavar="RUN"),
@@ -69,7 +69,7 @@ def main(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.results)
     device = device_here(arguments.device)
     hush_libraries()
-    from lorabench.intervention import intervene, intervene_report
+    from lorabench.adapters.intervention import intervene, intervene_report
 
     if arguments.figure is not None:
         intervene_report.check_figure(arguments.figure)

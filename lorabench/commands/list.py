@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from lorabench import plugins
 from lorabench.commands._arguments import JSON, argument, as_json
-from lorabench.terminal import tell, text_table
+from lorabench.config import plugins
+from lorabench.terminal.text import tell, text_table
 
 ARGUMENTS = [argument("kind", "only these", nargs="?", choices=plugins.FOLDERS), JSON]
 

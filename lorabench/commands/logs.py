@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabench.commands._arguments import RESULTS, argument, number, open_store
-from lorabench.terminal import talk, tell
+from lorabench.terminal.text import talk, tell
 
 if TYPE_CHECKING:
-    from lorabench.cluster.standing import Standing
-    from lorabench.record import Store
+    from lorabench.cluster.run_states import Standing
+    from lorabench.store.store import Store
 
 ARGUMENTS = [
     argument("run", "a run's id, or enough of its beginning", metavar="RUN"),
@@ -29,8 +29,8 @@ WHOLE = 10**9
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from lorabench.cluster.standing import UNSETTLED
-    from lorabench.logs import find_run, follow, last_lines
+    from lorabench.cluster.run_states import UNSETTLED
+    from lorabench.status.logs import find_run, follow, last_lines
 
     store = open_store(arguments.results)
     run_id = find_run(store, arguments.run)
@@ -56,7 +56,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _files(store: Store, run_id: str, of_job: bool) -> list[Path]:
-    from lorabench.logs import jobs_of, run_log
+    from lorabench.status.logs import jobs_of, run_log
 
     if not of_job:
         return [run_log(store, run_id)]
@@ -64,7 +64,7 @@ def _files(store: Store, run_id: str, of_job: bool) -> list[Path]:
 
 
 def _stand(store: Store, run_id: str) -> Standing:
-    from lorabench.cluster.standing import standings
+    from lorabench.cluster.run_states import standings
 
     return standings(store, [run_id], tell=talk)[0]
 

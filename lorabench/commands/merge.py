@@ -40,7 +40,7 @@ from lorabench.commands._arguments import (
     numbers,
     open_store,
 )
-from lorabench.terminal import talk, tell
+from lorabench.terminal.text import talk, tell
 
 ARGUMENTS = [
     argument("runs", "a run's id, or what it begins with; two or more", nargs="+", metavar="RUN"),
@@ -67,10 +67,16 @@ def main(arguments: argparse.Namespace) -> int:
     device = device_here(arguments.device)
     by = [name.strip() for name in arguments.by.split(",") if name.strip()]
     hush_libraries()
-    from lorabench.merging.adapters import read_adapter
-    from lorabench.merging.bodies import bodies
-    from lorabench.merging.compose import compose
-    from lorabench.merging.interference import change_text, interference, interference_text, merge_text, with_changes
+    from lorabench.adapters.merging.adapters import read_adapter
+    from lorabench.adapters.merging.bodies import bodies
+    from lorabench.adapters.merging.compose import compose
+    from lorabench.adapters.merging.interference import (
+        change_text,
+        interference,
+        interference_text,
+        merge_text,
+        with_changes,
+    )
 
     adapters = [read_adapter(store, given) for given in arguments.runs]
     run_ids = [adapter.record.run_id for adapter in adapters]

@@ -11,21 +11,21 @@ import argparse
 from pathlib import Path
 
 from lorabench.commands._arguments import DEVICE, JSON, RESULTS, SWEEP, as_json, device_name, hush_libraries
-from lorabench.terminal import tell
+from lorabench.terminal.text import tell
 
 ARGUMENTS = [SWEEP, RESULTS, DEVICE, JSON]
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from lorabench.machine import visible_gpus
-    from lorabench.record import Store
-    from lorabench.sweep import read_sweep
+    from lorabench.processes.machine import visible_gpus
+    from lorabench.spec.sweep import read_sweep
+    from lorabench.store.store import Store
 
     sweep = read_sweep(Path(arguments.sweep))
     visible_gpus(device_name(arguments.device))  # says so where there is none
     hush_libraries()
-    import lorabench.preload  # noqa: F401  imports in two thirds of the time what the next line would
-    from lorabench.plan import make_plan, plan_text
+    import lorabench.launch.preload  # noqa: F401  imports in two thirds of the time what the next line would
+    from lorabench.launch.plan import make_plan, plan_text
 
     result = make_plan(sweep, Store(arguments.results), device_name(arguments.device))
     tell(as_json(result) if arguments.json else plan_text(sweep, result))

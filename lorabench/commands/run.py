@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.commands._arguments import DEVICE, RESULTS, RETRY, SWEEP, argument, device_name, number, statuses
-from lorabench.decode import InputError
-from lorabench.terminal import talk
+from lorabench.config.decode import InputError
+from lorabench.terminal.text import talk
 
 if TYPE_CHECKING:
-    from lorabench.record import Status
+    from lorabench.store.record import Status
 
 ARGUMENTS = [
     SWEEP,
@@ -53,9 +53,10 @@ ARGUMENTS = [
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from lorabench.launch import check_writable, launch, summary
-    from lorabench.record import Store, write_bytes
-    from lorabench.sweep import read_sweep
+    from lorabench.config.durable import write_bytes
+    from lorabench.launch.pool import check_writable, launch, summary
+    from lorabench.spec.sweep import read_sweep
+    from lorabench.store.store import Store
 
     retry = statuses(arguments.retry)
     device = device_name(arguments.device)
@@ -71,9 +72,9 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _pool(arguments: argparse.Namespace, device: str, retry: frozenset[Status], threads: int) -> Any:
-    from lorabench.launch import Pool
-    from lorabench.machine import available_cores, visible_gpus
-    from lorabench.worker import Settings
+    from lorabench.launch.pool import Pool
+    from lorabench.launch.worker import Settings
+    from lorabench.processes.machine import available_cores, visible_gpus
 
     gpus, processes = visible_gpus(device), arguments.processes
     if gpus and processes > len(gpus):

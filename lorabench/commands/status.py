@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorabench.commands._arguments import HERE, JSON, NAMED, argument, as_json, number, open_store
-from lorabench.terminal import count_statuses, talk, tell
+from lorabench.terminal.text import count_statuses, talk, tell
 
 if TYPE_CHECKING:
-    from lorabench.cluster.standing import Standing
-    from lorabench.record import Status, Store
+    from lorabench.cluster.run_states import Standing
+    from lorabench.store.record import Status
+    from lorabench.store.store import Store
 
 WATCH_SECONDS = 10.0
 ARGUMENTS = [
@@ -49,10 +50,10 @@ ARGUMENTS = [
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from lorabench.cluster.standing import standings
-    from lorabench.record import Status
-    from lorabench.stamp import find_sweeps
-    from lorabench.status import MANY, status_json, status_text
+    from lorabench.cluster.run_states import standings
+    from lorabench.report.freshness import find_sweeps
+    from lorabench.status.overview import MANY, status_json, status_text
+    from lorabench.store.record import Status
 
     _sweep_alone(arguments)
     store = open_store(arguments.results)
@@ -79,9 +80,9 @@ def _sweep_alone(arguments: argparse.Namespace) -> None:
 
 
 def _watch(arguments: argparse.Namespace, store: Store, look: Callable[[], list[Standing]]) -> int:
-    from lorabench.record import Status
-    from lorabench.status import MANY, reason, status_row, status_text
-    from lorabench.watch import changes, redrawn, watch
+    from lorabench.status.overview import MANY, reason, status_row, status_text
+    from lorabench.status.watch import changes, redrawn, watch
+    from lorabench.store.record import Status
 
     def line(standing: Standing, before: Status | None) -> str:
         if arguments.json:

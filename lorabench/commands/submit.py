@@ -22,7 +22,7 @@ from lorabench.commands._arguments import (
     number,
     statuses,
 )  # fmt: skip
-from lorabench.terminal import talk, tell
+from lorabench.terminal.text import talk, tell
 
 ARGUMENTS = [
     SWEEP,
@@ -47,9 +47,10 @@ def main(arguments: argparse.Namespace) -> int:
     from lorabench.cluster.profile import read_profile
     from lorabench.cluster.submit import Order, prepare, send, try_out
     from lorabench.cluster.submit_text import as_table, as_text
-    from lorabench.launch import check_writable
-    from lorabench.record import Store, write_bytes
-    from lorabench.sweep import read_sweep
+    from lorabench.config.durable import write_bytes
+    from lorabench.launch.pool import check_writable
+    from lorabench.spec.sweep import read_sweep
+    from lorabench.store.store import Store
 
     retry = statuses(arguments.retry)
     changes = {key: getattr(arguments, key) for key in CHANGES if getattr(arguments, key) is not None}
@@ -80,8 +81,8 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _plan(order: Any, store: Any) -> dict[str, Any]:
     hush_libraries()
-    import lorabench.preload  # noqa: F401  imports in two thirds of the time what the next line would
-    from lorabench.plan import make_plan
+    import lorabench.launch.preload  # noqa: F401  imports in two thirds of the time what the next line would
+    from lorabench.launch.plan import make_plan
 
     device = order.profile.run_device
     return make_plan(order.sweep, store, device, f"{order.profile.gpu_type} {order.profile.constraint}")

@@ -6,16 +6,16 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lorabench.decode import InputError
-from lorabench.method import LoadBase, Method
-from lorabench.model import new_heads
-from lorabench.update import Update
-from lorabench.weights import is_linear_layer, weight_changes
+from lorabench.config.decode import InputError
+from lorabench.models.base_model import new_heads
+from lorabench.models.weights import is_linear_layer, weight_changes
+from lorabench.spec.method import LoadBase, Method
+from lorabench.updates.update import Update
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 
 class Chosen(Method):

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.decode import InputError, encode, show
-from lorabench.method import LoadBase, Method
-from lorabench.model import drawn_modules, new_heads
-from lorabench.update import Update, restore_drawn, save_drawn, save_svds, save_updates
-from lorabench.weights import weight_changes
+from lorabench.config.decode import InputError, encode, show
+from lorabench.models.base_model import drawn_modules, new_heads
+from lorabench.models.weights import weight_changes
+from lorabench.spec.method import LoadBase, Method
+from lorabench.updates.update import Update, restore_drawn, save_drawn, save_svds, save_updates
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 ADAPTER_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 
@@ -39,7 +39,7 @@ class OwnFile(Method):
 
     def load(self, base: nn.Module, folder: Path, spec: RunSpec) -> nn.Module:
         """InputError where the folder's adapters are of other hyperparameters, or of another base."""
-        from lorabench.readers._entry import TensorFile, read_json
+        from lorabench.updates.readers._entry import TensorFile, read_json
 
         found = read_json(folder / CONFIG_FILE)
         other = [key for key in sorted(self._config | found) if found.get(key) != self._config.get(key)]

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lorabench.targets import Targets
-from lorabench.update import Update
-from lorabench.weights import expert_name
+from lorabench.models.targets import Targets
+from lorabench.models.weights import expert_name
+from lorabench.updates.update import Update
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lorabench.advice import exact_key
-from lorabench.decode import InputError
+from lorabench.config.decode import InputError
 from lorabench.methods._parameters import parameter_name
+from lorabench.updates.advice import exact_key
 
 VALUES = {"rank_pattern": ("r", "effective_rank"), "alpha_pattern": ("lora_alpha", "alpha")}
 """What PEFT's configurations call the value of all others, and its layers that which they were given."""
@@ -39,7 +39,7 @@ def config_as_trained(folder: Path) -> Any:
     """PEFT's configuration of a run's adapter, with the patterns in the order of its spec."""
     from peft import PeftConfig
 
-    from lorabench.readers._peft_files import as_trained  # imports torch, which a sweep file is read without
+    from lorabench.updates.readers._peft_files import as_trained  # imports torch, which a sweep file is read without
 
     config: Any = PeftConfig.from_pretrained(str(folder))
     table = {key: getattr(config, key, None) for key in VALUES}

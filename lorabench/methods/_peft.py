@@ -13,19 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorabench import model as models
-from lorabench import targets, weights
-from lorabench.decode import InputError
-from lorabench.method import LoadBase, Method
+from lorabench.config.decode import InputError
 from lorabench.methods._patterns import config_as_trained, make_exact
-from lorabench.targets import Targets
-from lorabench.update import Update, restore_drawn, save_drawn, save_svds, save_updates
+from lorabench.models import base_model as models
+from lorabench.models import targets, weights
+from lorabench.models.targets import Targets
+from lorabench.spec.method import LoadBase, Method
+from lorabench.updates.update import Update, restore_drawn, save_drawn, save_svds, save_updates
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 ADAPTER = "default"
 
@@ -258,7 +258,7 @@ def _unwrap_heads(model: Any, *, tuned: bool) -> None:
 
 
 def product_update(name: str, module: Any, B: Tensor, A: Tensor | None) -> Update:
-    """ΔW of one layer from what `lorabench.products` gives, with the tuner's scale."""
+    """ΔW of one layer from what `lorabench.linalg.products` gives, with the tuner's scale."""
     return Update(
         parameter=f"{name}.weight",
         B=(B * module.scaling[ADAPTER]).cpu(),

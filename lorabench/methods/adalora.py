@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
 
-from lorabench import weights
-from lorabench.method import LoadBase
 from lorabench.methods._peft import ADAPTER, Tuner, tuner_layers
-from lorabench.update import Update
+from lorabench.models import weights
+from lorabench.spec.method import LoadBase
+from lorabench.updates.update import Update
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)

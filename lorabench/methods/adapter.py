@@ -30,17 +30,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from lorabench import targets
-from lorabench.decode import InputError
-from lorabench.method import LoadBase
+from lorabench.config.decode import InputError
 from lorabench.methods._own_file import OwnFile, new_head_updates
-from lorabench.model import new_heads
-from lorabench.update import Update
+from lorabench.models import targets
+from lorabench.models.base_model import new_heads
+from lorabench.spec.method import LoadBase
+from lorabench.updates.update import Update
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 
 def _plus(y: Tensor, module: nn.Module, x: Tensor, scale: float) -> Tensor:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorabench.methods._chosen import Chosen, none_found
-from lorabench.model import new_heads
-from lorabench.targets import head_modules
-from lorabench.weights import untie
+from lorabench.models.base_model import new_heads
+from lorabench.models.targets import head_modules
+from lorabench.models.weights import untie
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,20 +10,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lorabench import model as models
-from lorabench.method import LoadBase, Method
 from lorabench.methods._own_file import OwnFile, new_head_updates
 from lorabench.methods._peft import head_updates
 from lorabench.methods.adapter import Adapter
 from lorabench.methods.lora import Lora
 from lorabench.methods.prefix import Prefix
 from lorabench.methods.prompt import Prompt
-from lorabench.update import Update
+from lorabench.models import base_model as models
+from lorabench.spec.method import LoadBase, Method
+from lorabench.updates.update import Update
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)

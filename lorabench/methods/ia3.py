@@ -11,17 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lorabench import targets
-from lorabench.decode import InputError
-from lorabench.method import LoadBase
+from lorabench.config.decode import InputError
 from lorabench.methods._peft import Tuner, bias_update, exact, tuner_layers
-from lorabench.update import Update
+from lorabench.models import targets
+from lorabench.spec.method import LoadBase
+from lorabench.updates.update import Update
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)

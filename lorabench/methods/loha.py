@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Lt
 
 from lorabench.methods._peft import ADAPTER, Tuner, product_update
-from lorabench.update import Update
+from lorabench.updates.update import Update
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Loha(Tuner):
 
     def layer_update(self, name: str, module: Any) -> Update:
         """Factored where r² is small."""
-        from lorabench.products import hadamard
+        from lorabench.linalg.products import hadamard
 
         parts = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
         B, A = hadamard(*(getattr(module, part)[ADAPTER].detach() for part in parts))

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Lt
 
 from lorabench.methods._peft import ADAPTER, Tuner, product_update
-from lorabench.update import Update
+from lorabench.updates.update import Update
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Lokr(Tuner):
 
     def layer_update(self, name: str, module: Any) -> Update:
         """Factored where that is smaller."""
-        from lorabench.products import kronecker
+        from lorabench.linalg.products import kronecker
 
         B, A = kronecker(_factor(module, "lokr_w1"), _factor(module, "lokr_w2"))
         return product_update(name, module, B, A)

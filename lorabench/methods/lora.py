@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from lorabench import model as models
-from lorabench import targets, weights
-from lorabench.decode import InputError, Pattern, show
-from lorabench.method import LoadBase
+from lorabench.config.decode import InputError, Pattern, show
 from lorabench.methods._parameters import parameter_updates, split_targets
 from lorabench.methods._peft import ADAPTER, Tuner, head_updates, probe, tuner_layers, write_norms
-from lorabench.targets import Targets
-from lorabench.update import INITIAL_FILE, Update, save_svds, save_updates
+from lorabench.models import base_model as models
+from lorabench.models import targets, weights
+from lorabench.models.targets import Targets
+from lorabench.spec.method import LoadBase
+from lorabench.updates.update import INITIAL_FILE, Update, save_svds, save_updates
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 PerRank = Annotated[str, Pattern(r"[0-9]*\.?[0-9]+r", 'a number or a multiple of the rank such as "2r"')]
 PEFT_INITS: dict[str, Any] = {"kaiming": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora",

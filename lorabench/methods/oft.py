@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge, Lt
 
-from lorabench import weights
-from lorabench.decode import InputError
+from lorabench.config.decode import InputError
 from lorabench.methods._peft import Tuner
+from lorabench.models import weights
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lorabench import model as models
-from lorabench import plugins, weights
-from lorabench.decode import show
-from lorabench.method import LoadBase
+from lorabench.config import plugins
+from lorabench.config.decode import show
 from lorabench.methods._peft import (
     Tuner,
     bias_update,
@@ -25,13 +23,16 @@ from lorabench.methods._peft import (
     refuse_decoder_classifier,
     tuner_layers,
 )
-from lorabench.update import Update
+from lorabench.models import base_model as models
+from lorabench.models import weights
+from lorabench.spec.method import LoadBase
+from lorabench.updates.update import Update
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 OWN = ("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type",
        "inference_mode", "target_modules", "modules_to_save")  # fmt: skip

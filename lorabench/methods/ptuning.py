@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt, Lt
 
-from lorabench import weights
 from lorabench.methods._peft import ADAPTER, Tuner
-from lorabench.update import Update
+from lorabench.models import weights
+from lorabench.updates.update import Update
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorabench.datafile import Row
-from lorabench.decode import InputError, later
-from lorabench.task import Example, Task
-from lorabench.values import check_column, in_order, labels, shown, texts
+from lorabench.config.decode import InputError, later
+from lorabench.data.rows_file import Row
+from lorabench.data.values import check_column, in_order, labels, shown, texts
+from lorabench.spec.task import Example, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorabench.spec import RunSpec
+    from lorabench.spec.run_spec import RunSpec
 
 NO_LABEL = "-1"
 

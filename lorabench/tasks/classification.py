@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorabench.datafile import Row
-from lorabench.decode import InputError
+from lorabench.config.decode import InputError
+from lorabench.data.rows_file import Row
+from lorabench.data.values import are_scores, as_class, in_order, number, shown
 from lorabench.tasks._labelled import Labelled
-from lorabench.values import are_scores, as_class, in_order, number, shown
 
 if TYPE_CHECKING:
     from torch import Tensor

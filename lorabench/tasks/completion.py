@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench.datafile import Row
-from lorabench.decode import InputError
-from lorabench.quote import show
-from lorabench.task import IGNORE, Example, LanguageModeling
-from lorabench.tokens import opening, prompt_and_response
-from lorabench.values import Template
+from lorabench.config.decode import InputError
+from lorabench.config.quote import show
+from lorabench.data.rows_file import Row
+from lorabench.data.tokens import opening, prompt_and_response
+from lorabench.data.values import Template
+from lorabench.spec.task import IGNORE, Example, LanguageModeling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorabench.datafile import Row
-from lorabench.decode import InputError
+from lorabench.config.decode import InputError
+from lorabench.data.rows_file import Row
+from lorabench.data.values import number, shown
 from lorabench.tasks._labelled import Labelled
-from lorabench.values import number, shown
 
 if TYPE_CHECKING:
     from torch import Tensor

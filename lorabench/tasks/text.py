@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench.datafile import Row
-from lorabench.decode import InputError
-from lorabench.task import Example, LanguageModeling
-from lorabench.tokens import opening
-from lorabench.values import texts
+from lorabench.config.decode import InputError
+from lorabench.data.rows_file import Row
+from lorabench.data.tokens import opening
+from lorabench.data.values import texts
+from lorabench.spec.task import Example, LanguageModeling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,17 +8,17 @@ import pytest
 import scipy.linalg
 import torch
 
-from lorabench import plugins
 from lorabench.analyses.angles import Angles
 from lorabench.analyses.overlap import Overlap
 from lorabench.analyses.singular_values import SingularValues
 from lorabench.analyses.spectrum import Spectrum, rounding_norm
 from lorabench.analyses.subspace import MAX_DIRECTIONS, Subspace
-from lorabench.base import Tuned, decompose
-from lorabench.layer import LayerSVD
-from lorabench.linalg import ThinSVD, thin_svd
-from lorabench.tidy import to_table
-from lorabench.update import Update
+from lorabench.analysis.tidy import to_table
+from lorabench.config import plugins
+from lorabench.linalg.decompose import ThinSVD, thin_svd
+from lorabench.updates.base import Tuned, decompose
+from lorabench.updates.layer import LayerSVD
+from lorabench.updates.update import Update
 
 
 def layer(B, A=None, **options):

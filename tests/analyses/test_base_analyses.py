@@ -5,15 +5,15 @@ import pandas as pd
 import pytest
 import torch
 
-from lorabench import base as bases
 from lorabench.analyses.alignment import Alignment, projected_norms
 from lorabench.analyses.intruders import DEGENERATE, Intruders, degenerate
 from lorabench.analyses.survival import Survival
-from lorabench.base import Tuned, decompose
-from lorabench.layer import LayerSVD
-from lorabench.linalg import thin_svd
-from lorabench.tidy import to_table
-from lorabench.update import Update
+from lorabench.analysis.tidy import to_table
+from lorabench.linalg.decompose import thin_svd
+from lorabench.updates import base as bases
+from lorabench.updates.base import Tuned, decompose
+from lorabench.updates.layer import LayerSVD
+from lorabench.updates.update import Update
 
 
 def decaying(M, N, seed=0, power=0.7):

@@ -11,9 +11,9 @@ from scipy.linalg import subspace_angles
 from lorabench.analyses import dynamics
 from lorabench.analyses.dynamics import Dynamics, first_lasting, inner_product
 from lorabench.analyses.spectrum import Spectrum
-from lorabench.linalg import thin_svd
-from lorabench.record import Measure
-from lorabench.sweep import known_measures
+from lorabench.linalg.decompose import thin_svd
+from lorabench.spec.measures import Measure
+from lorabench.spec.sweep import known_measures
 from tests.analyses.test_analyses import frame, layer, random_layer
 from tests.conftest import make_spec
 
@@ -57,7 +57,7 @@ def test_the_direction_and_the_size_are_those_of_dense_matrices(form):
 
 
 def test_the_inner_product_of_large_matrices_is_summed_in_parts(monkeypatch):
-    monkeypatch.setattr("lorabench.linalg._CHUNK_ROWS", 7)
+    monkeypatch.setattr("lorabench.linalg.decompose._CHUNK_ROWS", 7)
     a, b = random_layer(30, 20, 3), random_layer(30, 20, 5, 1)
     want = pytest.approx((a.update.dense().double() * b.update.dense().double()).sum().item(), rel=1e-5)
     dense = [layer(each.update.dense()) for each in (a, b)]

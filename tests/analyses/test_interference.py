@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from lorabench.analyses.interference import TOP, Interference
-from lorabench.formats import DENSE_VECTORS
-from lorabench.layer import LayerSVD
-from lorabench.linalg import thin_svd
-from lorabench.update import Update
+from lorabench.linalg.decompose import thin_svd
+from lorabench.updates.formats import DENSE_VECTORS
+from lorabench.updates.layer import LayerSVD
+from lorabench.updates.update import Update
 
 
 def layer(B, A=None, keep=None):

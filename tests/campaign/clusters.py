@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lorabench.record import Status, Store
+from lorabench.store.record import Status
+from lorabench.store.store import Store
 from tests import sandbox as sandboxes
 from tests.campaign.kills import Figures, Watch, differences
 from tests.sandbox import Sandbox, send

@@ -63,7 +63,7 @@ Case = Callable[[random.Random, Path], None]
 
 def adapters() -> Case:
     """A fixture of some format, its tensors, configuration or bytes damaged, opened and read whole."""
-    from lorabench import formats
+    from lorabench.updates import formats
     from tests.campaign.mutations import change_tensors, changed_bytes, changed_json
 
     fixtures = sorted(path / "adapter" for path in ADAPTERS.iterdir() if (path / "adapter").is_dir())
@@ -90,7 +90,7 @@ def adapters() -> Case:
 
 def sweeps() -> Case:
     """A shipped sweep, some of its lines changed, read and expanded."""
-    from lorabench.sweep import read_sweep
+    from lorabench.spec.sweep import read_sweep
     from tests.campaign.mutations import changed_text
 
     texts = [file.read_text() for file in sorted((ROOT / "sweeps").glob("*.toml"))]
@@ -127,10 +127,11 @@ def profiles() -> Case:
 def stores() -> Case:
     """A store of done and failed runs with a file or two damaged: `status`, `logs`, and now and then the report."""
     from lorabench import cli
-    from lorabench.claim import take
     from lorabench.cluster.enqueue import Plan, new_name, write_jobs, write_plan
     from lorabench.cluster.queue import Array
-    from lorabench.record import Store, write_json
+    from lorabench.config.durable import write_json
+    from lorabench.store.claim import take
+    from lorabench.store.store import Store
     from tests import synthetic
     from tests.campaign.mutations import changed_json
 
@@ -196,7 +197,7 @@ def _check_message(text: str) -> None:
 
 def run_case(case: Case, kind: str, seed: int, number: int, figures: Figures) -> None:
     """One case in a folder of its own; what it should not do goes into the figures."""
-    from lorabench.decode import InputError
+    from lorabench.config.decode import InputError
 
     def note(fault: str, detail: str) -> None:
         figures.faults[fault] += 1

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import psutil
 
-from lorabench.record import Status, Store
+from lorabench.store.record import Status
+from lorabench.store.store import Store
 
 SWEEP = """
 [base]

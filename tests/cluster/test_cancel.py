@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.claim import take
 from lorabench.cli import main
 from lorabench.cluster import local
 from lorabench.cluster.queue import read_submissions
-from lorabench.cluster.standing import standings
-from lorabench.execute import Options, execute
-from lorabench.record import Status, Store, write_bytes
-from lorabench.sweep import read_sweep
+from lorabench.cluster.run_states import standings
+from lorabench.config.durable import write_bytes
+from lorabench.spec.sweep import read_sweep
+from lorabench.store.claim import take
+from lorabench.store.record import Status
+from lorabench.store.store import Store
+from lorabench.training.execute import Options, execute
 from tests import fake_runs
 from tests.conftest import make_spec
 from tests.fake_slurm import NAME, FakeSlurm, submitted
@@ -84,7 +86,7 @@ def test_a_job_whose_other_runs_are_settled_is_cancelled_for_its_last_run(
     store: Store, slurm_commands: FakeSlurm
 ) -> None:
     slurm_commands.queue({"5_2": "RUNNING"}, OURS)
-    from lorabench.record import RunRecord
+    from lorabench.store.record import RunRecord
 
     for spec in SPECS[8:11]:
         store.write_spec(spec)
@@ -165,7 +167,7 @@ def test_where_slurm_does_not_answer_the_runs_are_marked(
 
 def test_a_run_ends_at_its_next_step_and_goes_on_from_there(tmp_path: Path) -> None:
     """As `lorabench cancel` does: no signal, only the marker; the same numbers in the end."""
-    from lorabench import training
+    from lorabench.training import state
 
     spec, store, other = make_spec(), Store(tmp_path / "a"), Store(tmp_path / "b")
     write_bytes(store.cancel_marker(spec.id), b"")
@@ -174,23 +176,23 @@ def test_a_run_ends_at_its_next_step_and_goes_on_from_there(tmp_path: Path) -> N
     store.cancel_marker(spec.id).unlink()
     assert execute(spec, store, Options(device="cpu")) == execute(spec, other, Options(device="cpu")) == Status.DONE
     losses = [s.read(spec.id).measures["valid_loss"] for s in (store, other)]
-    assert losses[0] == losses[1] and training.MARKER_SECONDS < 10
+    assert losses[0] == losses[1] and state.MARKER_SECONDS < 10
 
 
 def test_run_takes_the_marks_of_its_runs_away(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything of it begins; the marks of other runs stay."""
-    from lorabench import launch
+    from lorabench.launch import pool
 
     marked = [SPECS[0], SPECS[7]]
     for spec in marked:
         write_bytes(store.cancel_marker(spec.id), b"")
     seen: list[list[bool]] = []
 
-    def fake(*_: object) -> launch.Outcome:
+    def fake(*_: object) -> pool.Outcome:
         seen.append([store.cancel_marker(spec.id).exists() for spec in marked])
-        return launch.Outcome(states=[])
+        return pool.Outcome(states=[])
 
-    monkeypatch.setattr(launch, "launch", fake)
+    monkeypatch.setattr(pool, "launch", fake)
     (tmp_path / "half.toml").write_text(SWEEP)
     assert main(["run", str(tmp_path / "half.toml"), "--results", str(store.root), "--device", "cpu"]) == 0
     assert seen == [[False, True]]

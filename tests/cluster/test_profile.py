@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lorabench.cluster.profile import Profile, read_profile
-from lorabench.decode import InputError, decode, encode
+from lorabench.config.decode import InputError, decode, encode
 
 SHIPPED = sorted((Path(__file__).parents[2] / "slurm").glob("*.toml"))
 

@@ -15,18 +15,20 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.claim import take
 from lorabench.cluster import slurm, work
 from lorabench.cluster.enqueue import only_one
 from lorabench.cluster.profile import Profile
 from lorabench.cluster.queue import Submission, check_own, read_submissions, user_name
-from lorabench.cluster.standing import standings
+from lorabench.cluster.run_states import standings
 from lorabench.cluster.submit import Order, prepare, scripts, send, try_out, warnings
-from lorabench.decode import InputError
-from lorabench.launch import Pool, launch
-from lorabench.record import RunRecord, Status, Store, file_digests
-from lorabench.spec import RunSpec
-from lorabench.sweep import Sweep
+from lorabench.config.decode import InputError
+from lorabench.config.digests import file_digests
+from lorabench.launch.pool import Pool, launch
+from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.sweep import Sweep
+from lorabench.store.claim import take
+from lorabench.store.record import RunRecord, Status
+from lorabench.store.store import Store
 from tests import fake_runs
 from tests.cluster.fake_sbatch import FakeCluster
 from tests.cluster.fake_sbatch import cluster as cluster
@@ -40,7 +42,7 @@ def order(sweep: Sweep, **changes: object) -> Order:
 
 
 def plan(sweep: Sweep, seconds: float = 1.0) -> dict[str, object]:
-    """As `lorabench.plan` makes it, without a model."""
+    """As `lorabench.launch.plan` makes it, without a model."""
     estimate = {"seconds": seconds, "peak_gib": 0.5, "basis": "similar runs", "updates_bytes": 100.0}
     return {"runs": [{"run_id": spec.id, "estimate": estimate} for spec in sweep.runs]}
 
@@ -156,7 +158,7 @@ def test_a_run_whose_files_have_changed_is_made_again_by_its_job_where_that_is_a
     assert submit(sweep, store, retry=[Status.CORRUPT]) is None  # it waits already
     assert [s.status for s in standings(store, sweep.runs, verify=True)] == [Status.PENDING, Status.DONE]
 
-    monkeypatch.setattr(work, "Pool", partial(Pool, preload=("lorabench.worker",)))
+    monkeypatch.setattr(work, "Pool", partial(Pool, preload=("lorabench.launch.worker",)))
     monkeypatch.setattr(work, "launch", partial(launch, target=fake_runs.run))
     for _ in range(2):  # the second time SLURM has queued the job again
         outcome = work.compute(store, retried, PROFILE, 0, retried.job_ids[0] or "")
@@ -218,7 +220,7 @@ def child(root: Path, *seeds: int) -> subprocess.Popen[str]:
 import sys, time
 from pathlib import Path
 from lorabench.cluster.enqueue import only_one
-from lorabench.record import Store
+from lorabench.store.store import Store
 from tests import fake_runs
 from tests.cluster.test_submit import submit
 store = Store(Path({str(root)!r}))

@@ -14,16 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.claim import take
 from lorabench.cluster import job, local, slurm, work
 from lorabench.cluster.profile import Profile
 from lorabench.cluster.queue import read_submission, read_submissions
 from lorabench.cluster.work import TIMEOUTS, Interruption
-from lorabench.decode import InputError
-from lorabench.launch import Outcome
-from lorabench.record import RunRecord, Status, Store
-from lorabench.spec import RunSpec
-from lorabench.sweep import read_sweep
+from lorabench.config.decode import InputError
+from lorabench.launch.pool import Outcome
+from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.sweep import read_sweep
+from lorabench.store.claim import take
+from lorabench.store.record import RunRecord, Status
+from lorabench.store.store import Store
 from tests import fake_runs
 from tests.fake_slurm import FakeSlurm, submitted
 from tests.fake_slurm import slurm_commands as slurm_commands

@@ -14,11 +14,11 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from lorabench import plugins
-from lorabench.decode import InputError, decode
-from lorabench.examples import read_usable, tokenized
-from lorabench.model import load_tokenizer
-from lorabench.task import Task
+from lorabench.config import plugins
+from lorabench.config.decode import InputError, decode
+from lorabench.models.base_model import load_tokenizer
+from lorabench.spec.task import Task
+from lorabench.training.examples import read_usable, tokenized
 
 CASES = 800
 VALUES = [

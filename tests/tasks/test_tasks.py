@@ -13,15 +13,15 @@ from scipy import stats
 from sklearn import metrics as sk
 from transformers import AutoModelForCausalLM
 
-from lorabench import plugins
-from lorabench.decode import InputError
-from lorabench.examples import Order, collate
-from lorabench.model import load_tokenizer, resolve
-from lorabench.task import IGNORE
+from lorabench.config import plugins
+from lorabench.config.decode import InputError
+from lorabench.models.base_model import load_tokenizer, resolve
+from lorabench.spec.task import IGNORE
 from lorabench.tasks.classification import Classification
 from lorabench.tasks.completion import Completion
 from lorabench.tasks.regression import Regression
 from lorabench.tasks.text import Text
+from lorabench.training.examples import Order, collate
 
 CPU = torch.device("cpu")
 

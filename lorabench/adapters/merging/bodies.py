@@ -1,0 +1,68 @@
+"""What is evaluated where adapters are merged: the base, each adapter, and each way of merging them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorabench.config.decode import InputError
+from lorabench.config.plugins import unknown
+
+FACTOR_WISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+"""Combinations of A and of B apart."""
+COMBINATIONS = (*FACTOR_WISE, "cat", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+"""PEFT's `combination_type`; `lorabench merge --help` says what each computes."""
+BASE, ADAPTER, MERGED = "base", "adapter", "merged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """What is evaluated: the base (`by = "base"`), one run's adapter (`"adapter"`), or a merge of all of them.
+
+    Only what `by` depends on is set, so that equal bodies have equal ids.
+    """
+
+    by: str
+    run_id: str | None = None
+    weights: tuple[float, ...] | None = None
+    density: float | None = None
+    rank: int | None = None
+    seed: int | None = None
+
+    @property
+    def label(self) -> str:
+        """`ties (density 0.5)`; the seed apart."""
+        details = [f"{key} {getattr(self, key):g}" for key in ("density", "rank") if getattr(self, key) is not None]
+        if self.weights and len(set(self.weights)) > 1:
+            details.insert(0, "weights " + ":".join(f"{weight:g}" for weight in self.weights))
+        name = self.run_id or self.by
+        return f"{name} ({', '.join(details)})" if details else name
+
+
+def bodies(
+    run_ids: Sequence[str], by: Sequence[str], weights: Sequence[float], density: float, rank: int | None,
+    seeds: Sequence[int],
+) -> list[Body]:  # fmt: skip
+    """The base, each adapter, and each merge (DARE: one a seed). InputError for what no merge can be made of."""
+    problems = [f"--by {name}: {unknown('combination', name, list(COMBINATIONS))}"
+                for name in by if name not in COMBINATIONS]  # fmt: skip
+    if len(set(run_ids)) < 2 or len(set(run_ids)) < len(run_ids):
+        problems.append(f"RUN = {' '.join(run_ids)}: needs at least two runs, each once")
+    if len(weights) != len(run_ids):
+        problems.append(f"--weights {','.join(map(str, weights))}: must be {len(run_ids)}, one a run")
+    if not 0 < density <= 1:
+        problems.append(f"--density {density:g}: must be above 0 and at most 1")
+    if problems:
+        raise InputError(problems)
+    merges = [
+        Body(
+            by=name,
+            weights=tuple(weights),
+            density=None if name in ("linear", "cat", "svd") else density,
+            rank=rank if name.endswith("svd") else None,
+            seed=seed if name.startswith("dare") else None,
+        )
+        for name in by
+        for seed in (seeds if name.startswith("dare") else seeds[:1])
+    ]
+    return [Body(by=BASE), *(Body(by=ADAPTER, run_id=run_id) for run_id in run_ids), *merges]

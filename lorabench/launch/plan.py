@@ -1,0 +1,469 @@
+"""What a sweep will take: exact parameter counts, estimated peak memory and time, and what each estimate rests on."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from lorabench.config.decode import InputError, encode
+from lorabench.data import fingerprints
+from lorabench.models import base_model as models
+from lorabench.models import targets, weights
+from lorabench.models.remarks import remarks
+from lorabench.spec.method import Method
+from lorabench.spec.run_spec import RunSpec, brief, flatten, swept_keys
+from lorabench.spec.sweep import Sweep
+from lorabench.spec.task import Task
+from lorabench.store.record import RunRecord, Status
+from lorabench.store.store import RunState, Store
+from lorabench.terminal.text import duration, size, text_table
+from lorabench.training import flops
+from lorabench.training.data_check import data_notes, data_now, data_problems, token_problems, usable_of
+from lorabench.training.examples import shared_options
+from lorabench.training.meter import GIB
+from lorabench.training.peak import PEAK_FLOPS, peak_flops
+from lorabench.training.trial import from_json, try_out
+
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
+"""Of a weight; nf4 with an 8-bit scale for each block of 64."""
+EFFICIENCY = 0.4
+"""Share of the matrix product's FLOP rate that training is taken to reach, until a finished run tells."""
+USUAL_GPU = "A100"
+"""What a GPU that is neither here nor known by its name is taken for."""
+LARGEST_RANDOM = 500e6
+"""Parameters of the largest model that is made of random weights to attach a method to it."""
+CPU_OVERHEAD_BYTES = 0.2 * GIB
+"""What PyTorch's libraries themselves take in a process on the CPU (measured: tiny-llama, a few MiB of tensors)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a model with its method attached says without weights; equal for runs that differ in other keys."""
+
+    num_parameters: int
+    num_trainable: int
+    weight_bytes: float
+    layers: int
+    width: int
+    inner: int
+    vocabulary: int
+    """Logits of a token; 0 where only one position gives any."""
+    step_flops: Callable[[flops.Shape, int], float]
+    """Of a step with so many passes of a shape."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Of one run: peak memory of training in GiB, and wall time of training and of all else in seconds."""
+
+    peak_gib: float
+    train_seconds: float
+    other_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.train_seconds + self.other_seconds
+
+
+def make_plan(sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | None = None) -> dict[str, Any]:
+    """`{"runs": [{"run_id", "spec", "done", "status", "estimate"}], "totals", "notes", "assumptions"}`.
+
+    `gpu` names the kind that the runs will have, where this machine has none of it.
+    InputError with every problem that shows only when a method meets the model (targets that fit no layer).
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
+    states = list(store.states(list(sweep.runs)))
+    counts = _count_all(sweep, states)
+    history = History(store, sweep.runs, device, gpu)
+    runs = []
+    for spec, state in zip(sweep.runs, states, strict=True):
+        done = state.status == Status.DONE
+        runs.append(
+            {
+                "run_id": spec.id,
+                "spec": state.spec,
+                "done": done,
+                "status": str(state.status),
+                "estimate": _measured(state) if done else history.estimate(spec, counts[spec.id]),
+            }
+        )
+    return {
+        "runs": runs,
+        "totals": _totals(runs),
+        "notes": [*notes(sweep.runs), *changed_data(sweep.runs, states)],
+        "assumptions": _assumptions(sweep, runs, device, gpu),
+    }
+
+
+def plan_text(sweep: Sweep, plan: dict[str, Any]) -> str:
+    """One line a run, with the swept keys as columns; the totals and the assumptions come last."""
+    flats = [flatten(run["spec"]) for run in plan["runs"]]
+    keys = ["method.name", *swept_keys(flats)]
+    rows = [
+        {
+            "run_id": run["run_id"],
+            "status": run["status"],
+            **{key: brief(flat.get(key)) for key in keys},
+            "trainable": f"{run['estimate']['num_trainable']:,}",
+            "of": f"{run['estimate']['num_parameters']:,}",
+            "peak": _approximate(run["done"], size(run["estimate"]["peak_gib"] * GIB)),
+            "time": _approximate(run["done"], duration(run["estimate"]["seconds"])),
+            "basis": run["estimate"]["basis"],
+        }
+        for run, flat in zip(plan["runs"], flats, strict=True)
+    ]
+    totals = plan["totals"]
+    lines = [text_table(rows, ["run_id", "status", *keys, "trainable", "of", "peak", "time", "basis"]), ""]
+    lines.append(f"{sweep.name}: {totals['num_runs']} runs, {totals['num_done']} done, {totals['num_to_run']} to run")
+    if totals["num_to_run"]:
+        at_most, time = size(totals["peak_gib"] * GIB), duration(totals["seconds"])
+        lines.append(f"to run: about {time} one after another, at most about {at_most} each")
+    return "\n".join([*lines, *plan["notes"], *plan["assumptions"]])
+
+
+def _approximate(known: bool, text: str) -> str:
+    return text if known else f"~{text}"
+
+
+def _count_all(sweep: Sweep, states: Sequence[RunState]) -> dict[str, Counts]:
+    """InputError with every problem of the sweep; the data of runs that are done may be gone."""
+    done = {state.run_id for state in states if state.status == Status.DONE}
+    counts, problems = _counts_and_problems(sweep.runs, done)
+    if problems:
+        raise InputError(problems, sweep.name)
+    return counts
+
+
+def refusals(specs: Sequence[RunSpec]) -> list[str]:
+    """Every problem that shows only when a method meets the model or the data, each once."""
+    return _counts_and_problems(specs)[1]
+
+
+def notes(specs: Sequence[RunSpec]) -> list[str]:
+    """What there is to say of the runs' bases, each once; of runs that can be counted."""
+    found = {}
+    for spec in specs:
+        known = _known(spec)
+        for key, text in {} if isinstance(known, InputError) else known.remarks.items():
+            found[f"{spec.model}: {key}: {text}"] = True
+        found |= dict.fromkeys(data_notes(spec), True)
+    return list(found)
+
+
+def changed_data(specs: Sequence[RunSpec], states: Sequence[RunState]) -> list[str]:
+    """A sentence for each name under which runs of a sweep had, or would have, different data."""
+    return fingerprints.changed(
+        (spec.id, fingerprints.named(spec.stages, state.record.environment.get("data") or {}))
+        if state.status == Status.DONE and state.record
+        else (spec.id, data_now(spec))
+        for spec, state in zip(specs, states, strict=True)
+    )
+
+
+def _counts_and_problems(
+    specs: Sequence[RunSpec], done: Collection[str] = frozenset()
+) -> tuple[dict[str, Counts], list[str]]:
+    counts, problems = {}, []
+    for spec in specs:
+        wrong = [] if spec.id in done else data_problems(spec)
+        try:
+            if not wrong:
+                counts[spec.id] = count(spec)
+                wrong = [] if spec.id in done else token_problems(spec)
+        except InputError as error:
+            wrong = error.problems
+        problems += wrong
+    return counts, list(dict.fromkeys(problems))
+
+
+def count(spec: RunSpec) -> Counts:
+    """Exact counts from the model's config; no weight is loaded."""
+    found = _known(spec)
+    if isinstance(found, InputError):
+        raise found
+    models.check_length(spec, found.longest)
+    return found.counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """What is known of runs that share a model, a method and a task."""
+
+    counts: Counts
+    longest: int | None
+    """The model's longest input."""
+    remarks: dict[str, str]
+
+
+def _known(spec: RunSpec) -> _Known | InputError:
+    keys = ("model", "revision", "method", "quantization", "tasks" if spec.tasks else "task", "dtype")
+    return _know(json.dumps({key: encode(getattr(spec, key)) for key in keys}))
+
+
+@cache
+def _know(key: str) -> _Known | InputError:
+    spec = RunSpec.from_json(json.loads(key))
+    try:
+        options = shared_options([_model_options(task) for task in spec.stages])
+        base: Any = models.skeleton(spec, options)
+        base.drawn = dict.fromkeys(_lacking(spec, options))
+        about = remarks(spec, base)
+        weight_bytes = _weight_bytes(spec, base)
+        tuned = _attach(spec, base, options)
+        if untried := try_out(spec, options):
+            about["trial"] = untried
+    except InputError as error:
+        return error
+    config: Any = base.config
+    width = config.hidden_size
+    trainable = [p for p in tuned.parameters() if p.requires_grad]
+    added = 0 if spec.method.trains_base else sum(p.numel() * p.element_size() for p in trainable)
+    counts = Counts(
+        num_parameters=weights.count(tuned),
+        num_trainable=sum(p.numel() for p in trainable),
+        weight_bytes=weight_bytes + added,
+        layers=config.num_hidden_layers,
+        width=width,
+        inner=getattr(config, "intermediate_size", None) or 4 * width,
+        vocabulary=config.vocab_size if "CausalLM" in spec.task.auto_class else 0,
+        step_flops=_step_flops(tuned, spec.method),
+    )
+    return _Known(
+        counts=counts,
+        longest=models.max_length(base),
+        remarks=about,
+    )
+
+
+def _step_flops(tuned: torch.nn.Module, method: Method) -> Callable[[flops.Shape, int], float]:
+    """Counted when they are asked for, and kept; six a parameter and position where a model cannot be counted."""
+
+    @cache
+    def skeleton() -> torch.nn.Module:
+        return flops.without_numbers(tuned)
+
+    @cache
+    def of_step(shape: flops.Shape, times: int) -> float:
+        try:
+            return flops.of_step(skeleton(), {shape: times}, method)
+        except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+            print(f"FLOPs of {type(tuned).__name__} are guessed: {error}", file=sys.stderr)
+            return 6.0 * weights.count(tuned) * times * math.prod(shape)
+
+    return of_step
+
+
+def _lacking(spec: RunSpec, options: dict[str, Any]) -> tuple[str, ...]:
+    """What the base's files lack. InputError where they, or its tokenizer, do not fit the model."""
+    keys = ("model", "revision", "tasks" if spec.tasks else "task")
+    found = _lack(json.dumps({key: encode(getattr(spec, key)) for key in keys}), json.dumps(options))
+    if isinstance(found, InputError):
+        raise found
+    return found
+
+
+@cache
+def _lack(key: str, options: str) -> tuple[str, ...] | InputError:
+    spec = RunSpec.from_json(json.loads(key) | {"method": {"name": "head"}})
+    try:
+        base: Any = models.from_files(spec, from_json(options))
+        models.padding(spec, base)
+    except InputError as error:
+        return error
+    return tuple(base.drawn)
+
+
+def _attach(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:
+    """The method on a model without weights; where it computes on them as it is attached, on random ones."""
+    try:
+        with torch.device("meta"):
+            return spec.method.attach(base, spec)
+    except (RuntimeError, NotImplementedError) as error:
+        if sum(p.numel() for p in base.parameters()) > LARGEST_RANDOM:
+            key = f'method.name = "{spec.method.name}"'
+            raise InputError(f"{key}: cannot be counted on so large a model without its weights: {error}") from None
+        with torch.random.fork_rng():
+            random = models.skeleton(spec, options, torch.device("cpu"))
+            return spec.method.attach(random, spec)
+
+
+def _model_options(task: Task) -> dict[str, Any]:
+    if type(task).model_options is Task.model_options:
+        return {}
+    usable = usable_of(task)
+    if isinstance(usable, InputError):
+        raise usable
+    return usable.options
+
+
+def _weight_bytes(spec: RunSpec, base: torch.nn.Module) -> float:
+    exact = BYTES["float32" if spec.method.trains_base else spec.dtype]
+    total = exact * sum(p.numel() for p in base.parameters())
+    if spec.quantization == "none":
+        return total
+    quantized = sum(next(module.parameters()).numel() for module in targets.linear_layers(base).values())
+    return total - (exact - BYTES[spec.quantization]) * quantized
+
+
+def formula(spec: RunSpec, counts: Counts, device: torch.device, gpu: str | None = None) -> Estimate:
+    """Peak memory and training time from first principles.
+
+    Memory: weights; gradient and AdamW's two moments in float32 for what trains; activations kept for the backward
+    pass, about 10 widths and 4 inner widths a token and layer (only the layers' inputs and one layer's activations
+    with gradient checkpointing); logits, their log-softmax and gradient in float32. Time: model FLOPs at EFFICIENCY
+    of the device's rate; loading and evaluation apart.
+    """
+    tokens = (spec.micro_batch_size or spec.batch_size) * spec.seq_len
+    layer = 10 * counts.width + 4 * counts.inner
+    kept = counts.layers * counts.width + layer if spec.gradient_checkpointing else counts.layers * layer
+    memory = counts.weight_bytes + 12 * counts.num_trainable
+    memory += tokens * (kept * BYTES[spec.dtype] + 3 * 4 * counts.vocabulary)
+    memory += CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
+    rate, _ = flop_rate(device, spec.dtype, spec.threads, gpu)
+    seconds = flops_per_step(spec, counts) * spec.total_steps / (EFFICIENCY * rate)
+    return Estimate(peak_gib=memory / GIB, train_seconds=seconds)
+
+
+def flops_per_step(spec: RunSpec, counts: Counts) -> float:
+    """As a run's record has it, where every example is as long as `seq_len` allows."""
+    micro = spec.micro_batch_size or spec.batch_size
+    return counts.step_flops((micro, spec.seq_len), spec.batch_size // micro)
+
+
+def updates_bytes(spec: RunSpec, counts: Counts) -> float:
+    """About what a run keeps of ΔW on disk in float32, its snapshots included.
+
+    Of `svd:K`, K singular vectors of both sides of every linear layer of the blocks: four of attention, three between.
+    """
+    whole = 4.0 * counts.num_trainable
+    if spec.keep.startswith("svd:"):
+        sides = counts.layers * (8 * counts.width + 3 * (counts.width + counts.inner))
+        whole = min(whole, 4.0 * int(spec.keep.removeprefix("svd:")) * sides)
+    num_kept = 1 + ((spec.total_steps - 1) // spec.snapshot_every if spec.snapshot_every else 0)
+    return 0.0 if spec.keep == "none" else whole * num_kept
+
+
+@cache
+def flop_rate(device: torch.device, dtype: str, threads: int, gpu: str | None = None) -> tuple[float, str]:
+    """FLOP per second of a matrix product on this device with so many threads, and how it is known.
+
+    Where this machine has no such device (a login node), by the data sheet of what `gpu` names.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        known = [key for key in PEAK_FLOPS if gpu and key.lower().replace(" ", "_") in gpu.lower().replace("-", "_")]
+        rates = PEAK_FLOPS[known[0] if known else USUAL_GPU]
+        source = f"data sheet of {known[0] if known else USUAL_GPU}, {dtype}"
+        return rates[dtype != "bfloat16"] or rates[1], source if known else f"{source}: taken for want of a better"
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return peak_flops(device, dtype)
+    finally:
+        torch.set_num_threads(before)
+
+
+class History:
+    """What the store's finished runs of the specs' models on the same kind of device say of the formula."""
+
+    def __init__(self, store: Store, specs: Sequence[RunSpec], device: torch.device, gpu: str | None = None):
+        self.device, self.gpu = device, gpu
+        self._known = {spec.id: spec for spec in specs}  # decoded already: thousands take many seconds
+        model_names = {spec.model for spec in specs}
+        self._factors: dict[tuple[str, ...], list[tuple[float, float, float]]] = {}
+        self._medians: dict[tuple[str, ...], list[float]] = {}
+        for state in store.states():
+            if state.status == Status.DONE and state.record and state.spec.get("model") in model_names:
+                self._learn(state.record)
+
+    def _learn(self, record: RunRecord) -> None:
+        measures = record.measures
+        needed = ("peak_gib", "train_seconds", "total_seconds")
+        same = record.environment.get("hardware", {}).get("device") == self.device.type
+        if not same or not all(measures.get(key) for key in needed):
+            return
+        try:
+            spec = self._known.get(record.run_id) or RunSpec.from_json(record.spec)
+            expected = formula(spec, count(spec), self.device, self.gpu)
+        except InputError:
+            return  # made by another version, or its model or data is gone
+        seen = (
+            measures["peak_gib"] / expected.peak_gib,
+            measures["train_seconds"] / expected.train_seconds,
+            measures["total_seconds"] - measures["train_seconds"],
+        )
+        for key in self._keys(spec):
+            self._factors.setdefault(key, []).append(seen)
+
+    def _median(self, key: tuple[str, ...]) -> list[float]:
+        if key not in self._medians:
+            self._medians[key] = [statistics.median(column) for column in zip(*self._factors[key], strict=True)]
+        return self._medians[key]
+
+    @staticmethod
+    def _keys(spec: RunSpec) -> list[tuple[str, ...]]:
+        """From the most similar runs to the least."""
+        full = (spec.model, spec.task.name, spec.method.name, spec.quantization)
+        return [full, full[:3], full[:1]]
+
+    def estimate(self, spec: RunSpec, counts: Counts) -> dict[str, Any]:
+        expected, basis, num_similar = formula(spec, counts, self.device, self.gpu), "formula", 0
+        key = next((key for key in self._keys(spec) if key in self._factors), None)
+        if key:
+            memory, train, other = self._median(key)
+            expected = Estimate(
+                peak_gib=expected.peak_gib * memory,
+                train_seconds=expected.train_seconds * train,
+                other_seconds=other,
+            )
+            basis, num_similar = "similar runs", len(self._factors[key])
+        return {
+            "num_parameters": counts.num_parameters,
+            "num_trainable": counts.num_trainable,
+            "updates_bytes": updates_bytes(spec, counts),
+            "peak_gib": expected.peak_gib,
+            "seconds": expected.seconds,
+            "basis": basis,
+            "num_similar": num_similar,
+        }
+
+
+def _measured(state: RunState) -> dict[str, Any]:
+    assert state.record is not None
+    measures = state.record.measures
+    keys = ("num_parameters", "num_trainable", "updates_bytes", "peak_gib")
+    found = {key: measures.get(key, 0) for key in keys} | {"seconds": measures.get("total_seconds", 0.0)}
+    return found | {"basis": "measured", "num_similar": 0}
+
+
+def _totals(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of what is still to run; `seconds` one after another, `peak_gib` of the largest."""
+    todo = [run["estimate"] for run in runs if not run["done"]]
+    return {
+        "num_runs": len(runs),
+        "num_done": len(runs) - len(todo),
+        "num_to_run": len(todo),
+        "seconds": sum(estimate["seconds"] for estimate in todo),
+        "peak_gib": max((estimate["peak_gib"] for estimate in todo), default=0.0),
+    }
+
+
+def _assumptions(sweep: Sweep, runs: list[dict[str, Any]], device: torch.device, gpu: str | None = None) -> list[str]:
+    """What the estimates rest on, one sentence each."""
+    bases = {run["estimate"]["basis"] for run in runs}
+    lines = []
+    if "formula" in bases:
+        kinds = dict.fromkeys((spec.dtype, spec.threads) for spec in sweep.runs)
+        for rate, source in (flop_rate(device, *kind, gpu) for kind in kinds):
+            lines.append(f"formula: training at {EFFICIENCY:.0%} of {rate / 1e12:.3g} TFLOP/s ({source})")
+        lines.append("formula: loading and evaluation are not in the time; memory from tensor sizes")
+    if "similar runs" in bases:
+        lines.append("similar runs: the formula times the median ratio that finished runs of this model have shown")
+    return lines

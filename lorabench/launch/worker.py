@@ -1,0 +1,188 @@
+"""A run's own process: the fork server that it comes from, and the first function that it executes.
+
+Processes are forked from a server that has imported torch, transformers and PEFT but has done nothing with them,
+so a run starts in milliseconds and shares nothing with the run before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from lorabench.launch.exit_status import Ending, crash_line
+from lorabench.processes import forks
+from lorabench.processes.distributed import Place, RankFailed, Sharding, log_name
+from lorabench.processes.forks import Forked, Server, redirect, when_parent_ends
+from lorabench.spec.run_spec import RunSpec
+from lorabench.store.store import Store
+
+PRELOAD = ("lorabench.launch.preload", "lorabench.launch.warm")
+"""Imports of the fork server; none may start a thread or a CUDA context, which would not survive the fork."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run is told about where it runs; nothing here changes its numbers."""
+
+    device: str = "auto"
+    checkpoint_seconds: float = 60
+    timeout_seconds: float | None = None
+    job: str | None = None
+    """The cluster's id of the job that the run is computed in."""
+    place: Place = field(default_factory=Place)
+    """Among the processes that compute the run together."""
+    sharding: Sharding = "auto"
+
+
+Target = Callable[[RunSpec, Store, Settings], Any]
+
+
+def execute_run(spec: RunSpec, store: Store, settings: Settings) -> Any:
+    """The default target, in the run's own process: the only place here that touches torch."""
+    from lorabench.training.execute import Options, execute
+
+    return execute(spec, store, Options(**vars(settings)))
+
+
+WARM_VARIABLE = "LORABENCH_WARM"
+"""Holds the specs that the fork server warms up for, as JSON."""
+
+
+def warm_specs(specs: Sequence[RunSpec]) -> str:
+    """One spec for each model, task and method of a sweep, at most eight, as JSON."""
+    distinct = {(spec.model, spec.revision, spec.stages, spec.seq_len, spec.method.name): spec for spec in specs}
+    return json.dumps([spec.to_json() for spec in list(distinct.values())[:8]])
+
+
+def start_server(log: Path, preload: tuple[str, ...] = PRELOAD, specs: Sequence[RunSpec] = ()) -> Server:
+    """The fork server, warmed up for these specs; see `lorabench.processes.forks`."""
+    return forks.start_server(log, preload, {WARM_VARIABLE: warm_specs(specs)})
+
+
+@dataclass(kw_only=True)
+class RankProcess:
+    """A process of a run, one of several or the only one, as the one that has started it sees it."""
+
+    process: Forked
+    rank: int
+    log: Path
+    answer: Connection | None
+    """On which a rank reports why it failed."""
+    stopped: bool = False
+
+    @classmethod
+    def start(
+        cls, server: Server, target: Target, spec: RunSpec, store: Store, settings: Settings, gpu: str | None
+    ) -> RankProcess:
+        """Raises ServerDied."""
+        rank, log = settings.place.rank, store.folder(spec.id) / log_name(settings.place.rank)
+        here, there = server.context.Pipe(duplex=False) if settings.place.size > 1 else (None, None)
+        arguments = (target, spec, str(store.root.absolute()), settings, gpu, there)
+        process = Forked(server.start(child_main, arguments, tries=1))
+        if there is not None:
+            there.close()
+        return cls(process=process, rank=rank, log=log, answer=here)
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.process.exitcode
+
+    @property
+    def was_killed(self) -> bool:
+        """By SIGKILL, as far as is known, and not by who had started it."""
+        return not self.stopped and (self.exitcode == -signal.SIGKILL or self.process.is_orphan)
+
+    def is_alive(self) -> bool:
+        return self.process.is_alive()
+
+    def terminate(self) -> None:
+        self.process.send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.process.send(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Kill it, for another rank has ended."""
+        if self.is_alive():
+            self.stopped = True
+            self.kill()
+
+    def ending(self, out_of_memory: bool, server_log: Path) -> Ending:
+        """How it ended. Once: it is closed."""
+        failure = None
+        if self.answer is not None:
+            with contextlib.suppress(EOFError, OSError):  # OSError: it was killed while it told
+                failure = self.answer.recv()
+            self.answer.close()
+        lines = filter(None, map(crash_line, (self.log, server_log)))
+        return Ending(
+            code=self.process.exitcode,
+            rank=self.rank,
+            stopped=self.stopped,
+            orphaned=self.process.is_orphan,
+            out_of_memory=out_of_memory,
+            failure=failure,
+            last_line=next(lines, ""),
+        )
+
+
+def child_main(
+    target: Target, spec: RunSpec, root: str, settings: Settings, gpu: str | None, answer: Connection | None
+) -> None:
+    """The first function of a run's process. A rank that fails sends what it failed of to `answer`."""
+    gc.freeze()  # what the server has imported is no garbage, and is not to be looked through again and again
+    store = Store(Path(root))
+    redirect(store.folder(spec.id) / log_name(settings.place.rank), 1, 2)
+    faulthandler.enable(all_threads=False)
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    threading.Thread(target=_stop_with_parent, daemon=True, name="watch parent").start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    try:
+        target(spec, store, settings)
+    except RankFailed as failed:
+        if answer is None:
+            raise
+        answer.send((failed.status, str(failed), failed.by_peer))
+        sys.stdout.flush()
+        os._exit(1)  # at a regular exit, what waits for an answer of the other ranks would be waited for
+    sys.stdout.flush()
+
+
+def check_main(
+    specs: Sequence[RunSpec], done: Sequence[tuple[str, dict[str, str]]], answer: Connection, log: Path
+) -> None:
+    """Sends why some of the specs cannot be run, and what else there is to say; in a process of its own.
+
+    `done` is what the runs that are done had for data, as `lorabench.data.fingerprints.named` gives it.
+    """
+    from lorabench.data.fingerprints import changed
+    from lorabench.launch.plan import notes, refusals
+    from lorabench.training.data_check import data_now
+
+    redirect(log, 1, 2)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    try:
+        problems = refusals(specs)
+        data = [] if problems else [*done, *((spec.id, data_now(spec)) for spec in specs)]
+        answer.send((problems, [*notes(specs), *changed(data)]))
+    except Exception:  # whatever is wrong, the runs meet it and say so in their records
+        traceback.print_exc()
+        answer.send(([], []))
+
+
+def _stop_with_parent() -> None:
+    """Ask the run to write its checkpoint and stop as soon as the launcher is gone, however it went."""
+    when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -1,0 +1,52 @@
+"""What a run's record and the plan have to say of a base: what is random in it, out of reach, or not quantized."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lorabench.models import base_model as models
+from lorabench.models import targets
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorabench.spec.run_spec import RunSpec
+
+SHOWN = 6
+
+
+def remarks(spec: RunSpec, base: nn.Module) -> dict[str, str]:
+    """Remarks on the untouched base by what they are about: `base`, `targets`, `quantization`."""
+    found = {"base": _of_files(base), "targets": _of_targets(spec, base), "quantization": _of_quantization(spec, base)}
+    return {key: text for key, text in found.items() if text}
+
+
+def _of_files(base: nn.Module) -> str:
+    drawn = models.drawn_modules(base)
+    return f"random, for the model's files lack it: {_some(drawn)}; it is saved with what is learned" if drawn else ""
+
+
+def _of_targets(spec: RunSpec, base: nn.Module) -> str:
+    left = spec.method.left_out(base)
+    return f"all-linear does not reach {_some(left)} with method {spec.method.name}" if left else ""
+
+
+def _of_quantization(spec: RunSpec, base: nn.Module) -> str:
+    """bitsandbytes quantizes linear layers alone."""
+    if spec.quantization == "none":
+        return ""
+    stacked = targets.in_block(base, (name for name in targets.stacked_matrices(base) if not name.endswith(".weight")))
+    quantized = sum(_count(module.weight) for module in targets.linear_layers(base).values())
+    share = quantized / sum(map(_count, base.parameters()))
+    left = f"; not {_some(stacked)}, which bitsandbytes leaves as it is" if stacked else ""
+    return f"{share:.1%} of the parameters are {spec.quantization}{left}"
+
+
+def _count(parameter: Any) -> int:
+    """A 4-bit weight packs two into a byte."""
+    return int(parameter.numel()) * (2 if type(parameter).__name__ == "Params4bit" else 1)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

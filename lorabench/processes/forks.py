@@ -1,0 +1,192 @@
+"""The fork server: processes that start in milliseconds, with torch imported, and stop when they are told to."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from multiprocessing import forkserver, parent_process, resource_tracker
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from lorabench.processes.machine import PATIENT_THREADS, process_start
+
+SERVER_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",  # NumPy's BLAS starts its threads when imported
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # and so does pandas' pyarrow
+    **PATIENT_THREADS,
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # `is_available` without a CUDA context
+}
+STOPS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+TERMINAL = (1, 2)
+"""Descriptors of stdout and stderr."""
+TRIES = 3
+"""Servers in a row that may die before they have started a process."""
+EXIT_CODE_UNKNOWN = 255
+"""What multiprocessing says of a process whose server has died: also while that process goes on."""
+DEATH_SECONDS = 1.0
+"""From the moment at which a server that dies closes its files until it is seen to be dead."""
+
+
+class ServerDied(Exception):
+    """The fork server died, again and again, before it had started a process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A fork server; where one has died, another is started, like the first. See `start_server`."""
+
+    log: Path
+    preload: Sequence[str]
+    environment: dict[str, str]
+    context: ForkServerContext = field(default_factory=lambda: multiprocessing.get_context("forkserver"))
+
+    def ensure_running(self) -> None:
+        """Start it, unless it runs."""
+        pid = _server_pid()
+        if pid is not None and _exit_code(pid) is None:
+            return
+        self.context.set_forkserver_preload([*self.preload])
+        with self._inherited():
+            forkserver.ensure_running()
+
+    def start(
+        self, target: Callable[..., Any], arguments: tuple[Any, ...], *, daemon: bool = False, tries: int = TRIES
+    ) -> ForkServerProcess:
+        """A process that it starts. Raises ServerDied where none of so many servers did.
+
+        A process that was started all the same, by one that died before it could say so, is asked to stop.
+        """
+        for _ in range(tries):
+            self.ensure_running()
+            process = self.context.Process(target=target, args=arguments, daemon=daemon)
+            with contextlib.suppress(EOFError, ConnectionError), self._inherited():
+                process.start()
+                return process
+        raise ServerDied(f"the fork server dies before it has started a process; see {self.log}")
+
+    @contextlib.contextmanager
+    def _inherited(self) -> Iterator[None]:
+        """What a server is started with: by `ensure_running`, or by multiprocessing where it died just now."""
+        added = {k: value for k, value in (SERVER_ENVIRONMENT | self.environment).items() if k not in os.environ}
+        os.environ.update(added)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        terminal = [os.dup(descriptor) for descriptor in TERMINAL]
+        try:
+            redirect(self.log, *TERMINAL)
+            resource_tracker.ensure_running()  # else the server starts it, and it unblocks SIGINT and SIGTERM
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+            yield
+        finally:
+            for descriptor, kept in zip(TERMINAL, terminal, strict=True):
+                os.dup2(kept, descriptor)
+                os.close(kept)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for key in added:
+                del os.environ[key]
+
+
+def start_server(log: Path, preload: Sequence[str], environment: dict[str, str]) -> Server:
+    """A fork server, started with the signals that mean "stop" blocked.
+
+    A terminal's Ctrl-C, and SLURM's SIGTERM and SIGUSR2, reach every process there is, but only the one that started
+    the server decides what to do. Its processes inherit the block, and lift it for SIGTERM, by which they are asked to
+    stop.
+    None of `preload`'s imports may start a thread or a CUDA context, which would not survive the fork; what is printed
+    meanwhile goes to `log`.
+    """
+    server = Server(log=log, preload=preload, environment=environment)
+    server.ensure_running()
+    return server
+
+
+class Forked:
+    """A process that a fork server has started, which may live longer than its server does."""
+
+    def __init__(self, process: ForkServerProcess):
+        self.process = process
+        self._server, self._started = _server_pid(), process_start(process.pid or 0)
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it is alive; of an orphan not to be believed."""
+        return None if self.is_alive() else self.process.exitcode
+
+    @cached_property
+    def _has_lost_its_server(self) -> bool:
+        """Of one that is said to have ended with EXIT_CODE_UNKNOWN, which may really be its exit code."""
+        deadline = time.monotonic() + DEATH_SECONDS
+        while process_start(self._server or 0) is not None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether its server has died before it: its exit code will not be known."""
+        return self.process.exitcode == EXIT_CODE_UNKNOWN and self._has_lost_its_server
+
+    def is_alive(self) -> bool:
+        return self.process.exitcode is None or (self.is_orphan and self._is_there())
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait until it has ended, at most so long."""
+        deadline = time.monotonic() + (math.inf if seconds is None else seconds)
+        self.process.join(seconds)
+        while self.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def send(self, number: int) -> None:
+        """A signal; nothing where it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.is_alive() and self.process.pid is not None:
+                os.kill(self.process.pid, number)
+
+    def _is_there(self) -> bool:
+        return process_start(self.process.pid or 0) == self._started is not None
+
+
+def killed_server() -> int | None:
+    """The process id of the server that was started last, if SIGKILL has ended it: as for want of memory."""
+    pid = _server_pid()
+    return pid if pid is not None and _exit_code(pid) == -signal.SIGKILL else None
+
+
+def _server_pid() -> int | None:
+    """Of the server that was started last."""
+    return vars(forkserver)["_forkserver"]._forkserver_pid  # which has no public name
+
+
+def _exit_code(pid: int) -> int | None:
+    """Of a child process, which stays to be waited for by multiprocessing; None while it goes on."""
+    try:
+        found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:  # it has been waited for
+        return EXIT_CODE_UNKNOWN
+    if found is None:
+        return None
+    return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+
+
+def redirect(log: Path, *descriptors: int) -> None:
+    """Let what is written to these file descriptors go to `log`."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for descriptor in descriptors:
+        os.dup2(file, descriptor)
+    os.close(file)
+
+
+def when_parent_ends(act: Callable[[], None]) -> None:
+    """Wait for the process that started this one to be gone, however it went; then `act`."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        act()

@@ -1,0 +1,121 @@
+"""What keys, values and measures are called in tables and figures."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container, Iterable, Sequence
+from typing import Any
+
+from lorabench.spec.measures import Measure
+from lorabench.spec.sweep import known_measures
+from lorabench.terminal.text import one_line
+
+KEYS = {
+    "method.name": "method",
+    "label": "method",
+    "lr": "learning rate",
+    "method.alpha": "alpha",
+    "seq_len": "sequence length",
+}
+MEASURE_NAMES = {
+    "num_trainable": "trainable parameters",
+    "num_parameters": "parameters",
+    "trainable_share": "trainable share",
+    "peak_gib": "peak memory",
+    "tensor_peak_gib": "peak of live tensors",
+    "load_peak_gib": "peak memory, loading",
+    "forward_backward_peak_gib": "peak memory, forward and backward",
+    "optimizer_peak_gib": "peak memory, optimizer step",
+    "tokens_per_second": "throughput",
+    "padded_tokens_per_second": "throughput, padding counted",
+    "label_tokens_per_second": "throughput, labels only",
+    "retain_loss_before": "retention loss before",
+    "retain_loss_after": "retention loss after",
+    "base_valid_loss": "base validation loss",
+    "dynamics.settled_step": "settled step, input side",
+    "dynamics.settled_step_output": "settled step, output side",
+}
+PREFIXES = {"valid_": "validation ", "test_": "test ", "train_": "training "}
+WORDS = {
+    "macro f1": "macro-F1",
+    "matthews": "Matthews correlation",
+    "majority": "majority class",
+    "flops": "FLOPs",
+}
+SPEAKING = ("label", "method.name", "quantization", "model", "method.targets", "task.name")
+"""Keys whose values need no name beside them."""
+UNIT_SUFFIXES = ("_gib", "_seconds", "_bytes", "_joules")
+
+
+def key_label(key: str) -> str:
+    """`method.rank` -> `rank`, `task.name` -> `task`."""
+    parent, _, last = key.rpartition(".")
+    return KEYS.get(key) or (parent if last == "name" and parent else last).replace("_", " ")
+
+
+def value_label(value: Any) -> str:
+    """`0.003` -> `0.003`, `1e-05` -> `1e-5`, None -> an en dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        mantissa, e, exponent = f"{value:g}".partition("e")
+        return f"{mantissa}e{int(exponent)}" if e else mantissa
+    return one_line(str(value))
+
+
+def series_label(keys: Sequence[str], values: Sequence[Any], *, full: bool = False) -> str:
+    """`lora, nf4`: keys that speak for themselves are not named, and `none` is silent unless in `full`."""
+    words = []
+    for key, value in zip(keys, values, strict=True):
+        if key == "quantization" and value == "none":
+            words += ["unquantized"] if full else []
+        elif value is not None:
+            words.append(value_label(value) if key in SPEAKING else f"{key_label(key)} {value_label(value)}")
+    return ", ".join(words)
+
+
+def column_label(key: str, value: Any) -> str:
+    """A value as the head of a column: `64`, or `no rank` for the runs without such a key."""
+    return f"no {key_label(key)}" if value is None else value_label(value)
+
+
+def measure(name: str) -> Measure:
+    return known_measures().get(name) or Measure("", None, name, "other")
+
+
+def measure_label(name: str) -> str:
+    """`valid_loss` -> `validation loss`, `spectrum.rank_90` -> `rank 90`; the unit apart."""
+    if name in MEASURE_NAMES:
+        return MEASURE_NAMES[name]
+    text = name.rpartition(".")[2]
+    for suffix in UNIT_SUFFIXES:
+        text = text.removesuffix(suffix)
+    for prefix, word in PREFIXES.items():
+        if text.startswith(prefix):
+            text = word + text.removeprefix(prefix)
+    text = text.replace("_", " ")
+    for word, better in WORDS.items():
+        text = text.replace(word, better)
+    return text
+
+
+def with_unit(name: str) -> str:
+    """`validation loss (nats)`."""
+    unit = measure(name).unit
+    return f"{measure_label(name)} ({unit})" if unit else measure_label(name)
+
+
+def capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def distinct(name: str, taken: Container[str], pattern: str = "_{}") -> str:
+    """A name that is not taken: `name`, `name_2`, …"""
+    names = itertools.chain([name], (name + pattern.format(number) for number in itertools.count(2)))
+    return next(candidate for candidate in names if candidate not in taken)
+
+
+def listed(words: Iterable[str]) -> str:
+    """`a, b and c`."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last

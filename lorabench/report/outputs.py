@@ -1,0 +1,280 @@
+"""Everything that is drawn from a sweep: tables, figures and one self-contained page to read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+
+from lorabench.config import json_file, plugins
+from lorabench.config.decode import InputError
+from lorabench.config.durable import write_bytes, write_json
+from lorabench.report import drawing
+from lorabench.report.aggregate import FAILED, plain
+from lorabench.report.labels import capitalized, distinct, key_label, measure, series_label, value_label, with_unit
+from lorabench.report.page import Attempts, Broken, Drawn, fill, picture
+from lorabench.report.results import Results, selected
+from lorabench.report.tables import build_tables, quality, write_tables
+from lorabench.report.typeset import Sheet
+from lorabench.report.update_table import changes_sheet
+from lorabench.spec.figure import SECTIONS, Figure
+from lorabench.store.record import Status
+from lorabench.training.environment import source_digest
+
+TEMPLATE = "report.html.j2"
+MANIFEST = ".report.json"
+"""What the files of a report were made of, and their names."""
+HEADINGS = ("Question", "Cost", "Expect")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Content:
+    """What a page shows of the results; a `Broken` in the place of what raised."""
+
+    summary: Sheet | Broken
+    changes: Sheet | Broken | None
+    tables: list[Sheet | Broken]
+    figures: dict[str, list[Drawn | Broken]]
+    """By section, in order."""
+    empty: list[str]
+    """Names of the figures that had nothing to draw."""
+    errors: dict[str, str]
+    """All that raised, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a report was made of, and the names of its files."""
+
+    inputs: str | None = None
+    """None where a part of it raised: it is made again."""
+    files: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The files of a report, and what of it raised, by name."""
+
+    files: list[Path]
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+def write_report(results: Results, folder: Path) -> Report:
+    """Write `tables/`, `figures/`, `sweep.toml` and `report.html` below `folder`.
+
+    The same results give the same bytes, since nothing tells when or where the report was made; where the files are
+    there already, made of the same results by the same code, they stay. Files of an earlier report that this one no
+    longer has are deleted. Where a table or a figure raises, the rest is made, and the page shows the error there.
+    """
+    attempt = Attempts()
+    inputs = attempt("digest", lambda: _digest(results))
+    before = _read_manifest(folder)
+    there = [file for name in before.files if (file := _own_file(folder, name))]
+    if before.inputs == inputs and len(there) == len(before.files):
+        return Report(files=there, errors=_named(results.broken))
+    made = attempt("report", lambda: _write(results, folder, attempt))
+    files = [_write_page(results, folder, attempt)] if isinstance(made, Broken) else made
+    errors = _named(results.broken) | attempt.errors
+    for stale in set(there) - set(files):
+        stale.unlink()
+    names = [str(file.relative_to(folder)) for file in files]
+    write_json(folder / MANIFEST, {"inputs": None if errors else inputs, "files": names})
+    return Report(files=files, errors=errors)
+
+
+def _named(broken: dict[str, str]) -> dict[str, str]:
+    return {f"analysis {name}": error for name, error in broken.items()}
+
+
+def _write(results: Results, folder: Path, attempt: Attempts) -> list[Path]:
+    summary, *tables = build_tables(results, attempt)
+    name = distinct("changes", [sheet.name for sheet in tables])
+    changes = attempt("table changes", lambda: changes_sheet(results, selected(results), name))
+    sheets = [sheet for sheet in (summary, changes, *tables) if isinstance(sheet, Sheet)]
+    files = write_tables(results, sheets, folder / "tables", attempt)
+    shown: dict[str, list[Drawn | Broken]] = {section: [] for section in SECTIONS}
+    empty = []
+    for name, figure in _figures(results).items():
+        drawn = attempt(f"figure {name}", partial(_draw, results, name, figure, folder / "figures"))
+        if drawn is None:
+            empty.append(name)
+        else:
+            shown[figure.section].append(drawn)
+            files += drawn.files if isinstance(drawn, Drawn) else []
+    drawing.plt.close("all")  # those that raised before they were saved
+    write_bytes(folder / "sweep.toml", results.sweep.text.encode())
+    errors = _named(results.broken) | attempt.errors
+    page = Content(summary=summary, changes=changes, tables=tables, figures=shown, empty=empty, errors=errors)
+    return [*files, folder / "sweep.toml", _write_page(results, folder, attempt, page)]
+
+
+def _write_page(results: Results, folder: Path, attempt: Attempts, page: Content | None = None) -> Path:
+    text = attempt("page", lambda: render(results, page)) if page else None
+    text = text if isinstance(text, str) else _errors_alone(results, attempt)
+    write_bytes(folder / "report.html", text.encode())
+    return folder / "report.html"
+
+
+def _draw(results: Results, name: str, figure: Figure, folder: Path) -> Drawn | None:
+    canvas = figure.draw(results)
+    if canvas is None:
+        return None
+    inches = float(canvas.get_figwidth())
+    pdf, png = drawing.save(canvas, folder / name)
+    return picture(name, figure.caption(), png.read_bytes(), inches, [pdf, png])
+
+
+def _errors_alone(results: Results, attempt: Attempts) -> str:
+    """The page where there is nothing else to show."""
+    errors = {**_named(results.broken), **attempt.errors}
+    lines = [f"<p>{escape(name)}: <code>{escape(error)}</code></p>" for name, error in errors.items()]
+    return "\n".join(["<!doctype html>", f"<h1>{escape(results.sweep.name)}</h1>", *lines, ""])
+
+
+def _digest(results: Results) -> str:
+    """Of all that a report is made of: results, this package's code, and the library that draws."""
+    digest = hashlib.sha256(
+        f"{matplotlib.__version__} {pd.__version__} {source_digest()} {results.sweep.text}".encode()
+    )
+    digest.update(results.runs.to_csv().encode())
+    digest.update(
+        json.dumps(
+            [results.environments, results.provenance, results.unread, results.broken], sort_keys=True, default=str
+        ).encode()
+    )
+    for name, frame in sorted(results.analyses.items()):
+        digest.update(f"{name} {list(frame.columns)}".encode())
+        digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    try:
+        return json_file.read(Manifest, folder / MANIFEST) or Manifest()
+    except InputError:  # cut short, or not what was written: the report is made again
+        return Manifest()
+
+
+def _own_file(folder: Path, name: str) -> Path | None:
+    """The file of that name, if it is one of the folder's own: no link, and not elsewhere."""
+    try:
+        file = json_file.below(folder, name)
+    except InputError:
+        return None
+    return file if file.is_file() else None
+
+
+def render(results: Results, page: Content) -> str:
+    """The page's HTML."""
+    counts = Counter(results.runs["status"])
+    return fill(
+        TEMPLATE,
+        sweep=results.sweep,
+        header=read_header(results.sweep.text),
+        counts=[(status, counts[status]) for status in Status if counts[status]],
+        num_runs=len(results.runs),
+        failures=_failures(results),
+        unread=_unread(results),
+        page=page,
+        sections=[(SECTIONS[section], drawn) for section, drawn in page.figures.items() if drawn],
+        runs=_run_rows(results),
+        provenance=_provenance(results.environments),
+        made=_provenance(results.provenance),
+        has_dirty=any(item.get("git", {}).get("dirty") for item in results.environments.values()),
+        failed=[str(status) for status in FAILED],
+        is_bad=lambda text: any(re.search(rf"\b{status}\b", str(text)) for status in FAILED),
+    )
+
+
+def read_header(text: str) -> dict[str, str]:
+    """Question, cost and expected result from the comment that opens a sweep file; other words as `About`."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("#").strip())
+    parts = re.split(rf"\b({'|'.join(HEADINGS)}):", " ".join(lines))
+    found = {"About": parts[0].strip()} | {
+        name: " ".join(words.split()) for name, words in zip(parts[1::2], parts[2::2], strict=True)
+    }
+    return {name: words for name, words in found.items() if words}
+
+
+def _figures(results: Results) -> dict[str, Figure]:
+    """File name -> figure: the sweep's own, or every figure as it comes."""
+    figures: Iterable[Any] = results.sweep.figures or (
+        plugins.example("figures", name) for name in plugins.names("figures")
+    )
+    named: dict[str, Figure] = {}
+    for figure in figures:
+        named[distinct(figure.name, named)] = figure
+    return named
+
+
+def _failures(results: Results) -> list[dict[str, Any]]:
+    """What did not end well, one entry a status and message, with the settings that it struck."""
+    runs = results.runs[results.runs["status"].isin(FAILED)]
+    groups: dict[tuple[str, str], list[str]] = {}
+    keys = list(dict.fromkeys(["method.name", *results.keys]))
+    for _, run in runs.iterrows():
+        what = series_label(keys, [run[key] for key in keys], full=True)
+        groups.setdefault((run["status"], run["error"] or "no message"), []).append(what)
+    return [{"status": status, "error": error, "runs": where} for (status, error), where in groups.items()]
+
+
+def _unread(results: Results) -> dict[str, list[str]]:
+    """Why ΔW of some runs could not be read, and which those are."""
+    found: dict[str, list[str]] = {}
+    for run_id, reason in results.unread.items():
+        found.setdefault(reason, []).append(run_id)
+    return found
+
+
+def _run_rows(results: Results) -> dict[str, Any]:
+    """The table of single runs: swept keys, status, a few measures, error."""
+    stem = quality(results)
+    names = [f"valid_{stem}", f"test_{stem}", "forgetting", "peak_gib", "tokens_per_second", "total_seconds"]
+    names = [name for name in names if name in results.runs]
+    keys = list(dict.fromkeys(["method.name", *results.keys]))
+    chosen = set(selected(results).run_ids)
+    factors = {name: 100 if measure(name).unit == "%" else 1 for name in names}
+    rows = []
+    for run_id, run in results.runs.iterrows():
+        numbers = [_measured(factors[name] * run[name]) for name in names]
+        rows.append({
+            "id": run_id, "status": run["status"], "selected": run_id in chosen, "error": run["error"] or "",
+            "keys": [value_label(run[key]) for key in keys], "numbers": numbers,
+        })  # fmt: skip
+    heads = [capitalized(with_unit(name)) for name in names]
+    return {"keys": [capitalized(key_label(key)) for key in keys], "heads": heads, "rows": rows}
+
+
+def _measured(value: float) -> str:
+    return "–" if value != value else plain(value)
+
+
+def _provenance(tables: dict[str, dict[str, Any]]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """Each entry of the runs' environments with its distinct values and how many runs have them."""
+    found: dict[str, Counter[str]] = {}
+    for table in tables.values():
+        for key, value in table.items():
+            if value not in (None, {}, ""):
+                found.setdefault(key, Counter())[_plain(value)] += 1
+    return [(key.replace("_", " "), counts.most_common()) for key, counts in found.items()]
+
+
+def _plain(value: Any) -> str:
+    """`{"torch": "2.13", "git": None}` -> `torch 2.13`."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_plain(item)}" for key, item in value.items() if item is not None)
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)

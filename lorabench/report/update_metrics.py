@@ -1,0 +1,153 @@
+"""Rows of one metric of ΔW with the settings of their runs, and which of many settings a figure has room for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RANK = "method.rank"
+VALUE, NULL = "value", "value:null"
+"""The columns of what `per_run` gives, as `aggregate.cell` reads them."""
+THINNED = "Of more settings than there is room for, some of the ranks are left out, then those that do worst."
+"""For captions: what `shown_settings` does."""
+UNSHARED = "(where there is none: each run's own)"
+"""For captions, after `layers that all runs have`: what `results.shared` does."""
+_OUTPUT = r"o_proj|out_proj|out_lin|wo|o|attn\.c_proj|attention\.output\.dense|attention\.dense|attn\.Wo|dense"
+"""What an attention's last matrix is called."""
+How = Literal["mean", "sum", "geometric"]
+NAMES = {
+    "spectrum.relative_norm": "‖ΔW‖ / ‖W0‖",
+    "spectrum.effective_rank_entropy": "effective rank of ΔW (directions)",
+    "spectrum.stable_rank": "stable rank of ΔW (directions)",
+    "spectrum.rank_50": "rank 50% of ΔW (directions)",
+    "spectrum.rank_90": "rank 90% of ΔW (directions)",
+    "spectrum.rank_95": "rank 95% of ΔW (directions)",
+    "spectrum.rank_99": "rank 99% of ΔW (directions)",
+    "alignment.amplification": "amplification factor",
+    "intruders.num_intruders": "intruder dimensions a matrix",
+    "survival.survival": "φ(32, 32), W0 and W0 + ΔW",
+}
+
+
+def axis_label(value: str) -> str:
+    """What a metric is called on an axis, with its unit."""
+    from lorabench.report.labels import with_unit
+
+    return NAMES.get(value) or with_unit(value)
+
+
+def metric_rows(results: Any, value: str, runs: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `analysis.metric` that belong to `runs`, inside the model's blocks; `run_id` as plain text."""
+    import pandas as pd
+
+    analysis, _, metric = value.partition(".")
+    frame = results.analyses.get(analysis, pd.DataFrame())
+    if frame.empty or "metric" not in frame:
+        return pd.DataFrame()
+    frame = frame[(frame["metric"] == metric) & frame["run_id"].isin(runs.index)]
+    frame = frame[frame["depth"].notna() & frame["value"].notna()]
+    return frame.astype({"run_id": str, "kind": str, "depth": int, "value": float, "null": float})
+
+
+def per_run(results: Any, rows: pd.DataFrame, keys: Sequence[str], how: How = "mean") -> pd.DataFrame:
+    """A row a run and each value of `keys`, over the run's layers, with its setting, seed and status.
+
+    In the sweep's order, by run id; a null that no layer has stays missing. `geometric` is for ratios, of which few
+    large ones would make the arithmetic mean.
+    """
+    import numpy as np
+
+    numbers = [name for name in (VALUE, "null", "num_degenerate") if name in rows]
+    if how == "geometric":
+        rows = rows.assign(value=np.log(rows[VALUE]), null=np.log(rows["null"]))
+    groups = rows.groupby(["run_id", *keys], sort=True, observed=True)[numbers]
+    found = groups.sum(min_count=1) if how == "sum" else groups.mean()
+    found = np.exp(found) if how == "geometric" else found
+    found = found.rename(columns={"null": NULL}).reset_index().set_index("run_id")
+    columns = dict.fromkeys([*results.settings, "seed", "status"])
+    return results.runs[list(columns)].join(found, how="inner")
+
+
+def shown_settings(results: Any, runs: pd.DataFrame, most: int, ranks: int = 4) -> list[tuple[Any, ...]]:
+    """At most `most` of the settings of `runs`, in the sweep's order.
+
+    Of each method at most so many `ranks` that all methods have room, the largest and the smallest first; where even
+    the largest ranks are too many, those that do best by the measure that the sweep selects by.
+    """
+    from lorabench.report.results import grouped
+
+    settings = [values for values, _ in grouped(runs, results.settings)]
+    while len(settings) > most and ranks and RANK in results.settings:
+        settings = _thinned(settings, results.settings.index(RANK), ranks)
+        ranks -= 1
+    if len(settings) > most:
+        groups = grouped(results.runs.loc[runs.index.unique()], results.settings)
+        scores = {values: _score(results, chunk) for values, chunk in groups}
+        best = sorted(settings, key=scores.__getitem__)[:most]
+        settings = [values for values in settings if values in best]
+    return settings
+
+
+def _thinned(settings: list[tuple[Any, ...]], place: int, most: int) -> list[tuple[Any, ...]]:
+    """Of settings that differ in the rank alone at most `most`, evenly from the largest down to the smallest."""
+    groups: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    for values in settings:
+        groups.setdefault(values[:place] + values[place + 1 :], []).append(values)
+    kept = []
+    for members in groups.values():
+        members = sorted(members, key=lambda values: -(values[place] or 0))
+        steps = range(min(most, len(members)))
+        kept += [members[round(i * (len(members) - 1) / max(1, len(steps) - 1))] for i in steps]
+    return [values for values in settings if values in kept]
+
+
+def _score(results: Any, runs: pd.DataFrame) -> float:
+    """The mean of what the sweep selects by, smaller being better; infinite where no run has it."""
+    from lorabench.report.labels import measure
+    from lorabench.report.tables import quality
+
+    by = results.sweep.select.by if results.sweep.select else f"valid_{quality(results)}"
+    mean = float(runs[by].mean()) if by in runs else float("nan")
+    return float("inf") if mean != mean else -mean if measure(by).higher_is_better else mean
+
+
+def by_setting(results: Any, rows: pd.DataFrame, settings: Sequence[tuple[Any, ...]]) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each of the settings, with its label; no two labels are the same."""
+    from lorabench.report.labels import distinct, series_label
+    from lorabench.report.results import grouped
+
+    found = dict(grouped(rows, results.settings))
+    labels: dict[str, tuple[Any, ...]] = {}
+    for values in settings:
+        labels[distinct(series_label(results.settings, values), labels, " ({})")] = values
+    return [(label, found[values]) for label, values in labels.items() if values in found]
+
+
+def ordered_kinds(kinds: Iterable[str]) -> list[str]:
+    """As a block computes: query, key, value, output, then the feed-forward, its last matrix at the end."""
+    from lorabench.models.targets import DOWN, KINDS
+
+    patterns = [*KINDS.values(), _OUTPUT]
+
+    def place(kind: str) -> int:
+        if re.search(rf"(^|\.){DOWN}", kind):
+            return len(patterns) + 1
+        return next((i for i, names in enumerate(patterns) if re.search(rf"(^|\.)({names})$", kind)), len(patterns))
+
+    return sorted(dict.fromkeys(kinds), key=place)
+
+
+def common_layers(rows: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The rows of the layers that all runs have, of these the ones with most values of `key`.
+
+    So that a mean or sum is over the same layers along a curve: a small layer has no 32 directions.
+    """
+    from lorabench.report.results import shared
+
+    rows = shared(rows)
+    counts = rows.groupby("layer", observed=True)[key].nunique()
+    return rows[rows["layer"].isin(counts.index[counts == counts.max()])]

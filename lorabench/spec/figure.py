@@ -1,0 +1,43 @@
+"""What a figure is: a frozen dataclass of its options that draws itself from a sweep's results."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lorabench.config.plugins import Plugin
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+
+SECTIONS = {
+    "cost": "What it reaches and costs",
+    "spectra": "What ΔW is: spectra, ranks and norms",
+    "base": "ΔW beside W0",
+    "training": "Over training",
+    "pairs": "Between runs",
+    "other": "Other",
+}
+"""The headings of a report's figures, in its order."""
+
+
+class Figure(Plugin, ABC):
+    """Add a figure by adding one file to `lorabench/report/figures/`; its name stands in a sweep's `[[figure]]`."""
+
+    folder: ClassVar[str] = "figures"
+    section: ClassVar[str] = "other"
+    """Under which heading of the report it stands: a key of `SECTIONS`."""
+
+    @property
+    def measures(self) -> list[str]:
+        """The measures that the sweep file asked it to draw, for the check when a sweep is read."""
+        return []
+
+    @abstractmethod
+    def draw(self, results: Any) -> MatplotlibFigure | None:
+        """The figure from `results` (a `lorabench.report.results.Results`); None where there is nothing to draw."""
+
+    @abstractmethod
+    def caption(self) -> str:
+        """One or two sentences that stand under the figure: what is shown, and how to read it."""

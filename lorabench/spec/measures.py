@@ -1,0 +1,151 @@
+"""Every number that a run's record can hold: its unit, whether more is better, and what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of a record: its unit, whether more is better (None: neither), and what it is."""
+
+    unit: str
+    higher_is_better: bool | None
+    text: str
+    group: str
+
+
+BATCH_SIZES = (1, 8)
+"""At which inference is measured."""
+
+
+NUM_RESIDENT = 4
+"""Adapters that a model holds at once where mixed batches and swaps are measured."""
+
+
+def _measures(group: str, *rows: tuple[str, str, bool | None, str]) -> dict[str, Measure]:
+    return {name: Measure(unit, better, text, group) for name, unit, better, text in rows}
+
+
+def _inference() -> Iterator[tuple[str, str, bool | None, str]]:
+    """Latency and throughput of base, unmerged and merged model, and what the latter two add to the base's latency."""
+    parts = {"prefill": "to the first token of a batch of prompts", "decode": "from one generated token to the next"}
+    for size in BATCH_SIZES:
+        batch = f"{size} at a time" if size > 1 else "one at a time"
+        for part, what in parts.items():
+            for model in ("base", "unmerged", "merged"):
+                key, who = f"{part}_{model}_batch_{size}", f"{model} model, {batch}"
+                yield f"{key}_seconds", "s", False, f"median time {what}: {who}"
+                yield f"{key}_tokens_per_second", "tokens/s", True, f"tokens per second of {part}: {who}"
+                if model != "base":
+                    text = f"{part} time over the base's, less 1: {who}; median over pairs of calls"
+                    yield f"added_{key}", "%", False, text
+
+
+MEASURES: dict[str, Measure] = (
+    _measures(
+        "counts",
+        ("num_parameters", "", None, "parameters of the model as it computes, the method's own included"),
+        ("num_trainable", "", False, "parameters that are trained"),
+        ("trainable_share", "%", False, "trained parameters as a percentage of the untouched base model's"),
+        ("num_train_examples", "", None, "training examples"),
+    )
+    | _measures(
+        "memory",
+        ("peak_gib", "GiB", False, "highest of the training phases: CUDA allocated, or CPU above the baseline"),
+        ("all_ranks_peak_gib", "GiB", False, "of a run on several ranks, the sum of their peak_gib"),
+        ("load_peak_gib", "GiB", False, "peak while the base is loaded and quantized"),
+        ("forward_backward_peak_gib", "GiB", False, "peak of forward and backward"),
+        ("optimizer_peak_gib", "GiB", False, "peak of the optimizer step"),
+        ("reserved_peak_gib", "GiB", False, "CUDA: peak that the allocator reserved"),
+        ("tensor_peak_gib", "GiB", False, "CPU: most bytes of live tensors in a step, whatever the allocator keeps"),
+        ("baseline_gib", "GiB", None, "CPU: resident before the base was loaded; not part of the peaks"),
+        (
+            "model_gib",
+            "GiB",
+            False,
+            "bytes of the model's parameters and buffers, the scales of quantized weights included",
+        ),
+        ("optimizer_state_gib", "GiB", False, "bytes of the optimizer's state"),
+    )
+    | _measures(
+        "throughput",
+        ("tokens_per_second", "tokens/s", True, "non-padding tokens per second of training step, warm-up left out"),
+        ("padded_tokens_per_second", "tokens/s", None, "the same with padding counted"),
+        ("label_tokens_per_second", "tokens/s", None, "the same, only what the loss is taken over"),
+        ("step_seconds_median", "s", False, "median time of an optimizer step"),
+        ("step_seconds_p95", "s", False, "95th percentile of the time of an optimizer step"),
+        (
+            "flops_per_step",
+            "FLOP",
+            None,
+            "model FLOPs of a step: matrix products, padding included and recomputation apart",
+        ),
+        (
+            "model_flops_utilization",
+            "%",
+            True,
+            "model FLOPs per second as a percentage of the highest rate known of the device",
+        ),
+        ("energy_joules", "J", False, "of training, where NVML or RAPL tells"),
+    )
+    | _measures(
+        "storage",
+        ("updates_bytes", "bytes", False, "size on disk of what was learned"),
+    )
+    | _measures(
+        "seconds",
+        ("load_seconds", "s", False, "wall time to load the base and the data"),
+        ("train_seconds", "s", False, "wall time of the training steps"),
+        ("evaluate_seconds", "s", False, "wall time of evaluation"),
+        ("snapshot_seconds", "s", False, "wall time of keeping snapshots of ΔW while training"),
+        ("serve_seconds", "s", False, "wall time of measuring inference, merging, loading and swapping"),
+        ("total_seconds", "s", False, "wall time of the run"),
+    )
+    | _measures(
+        "serving",
+        *_inference(),
+        ("merge_error", "", False, "largest difference of a merged and an unmerged logit over the logits' deviation"),
+        ("storage_bytes", "bytes", False, "files that one more task needs: the adapter, or all of ΔW"),
+        ("adapter_load_seconds", "s", False, "time from disk onto the resident base"),
+        ("adapter_swap_seconds", "s", False, "time to switch the resident base from one task to another"),
+        ("resident_adapter_gib", "GiB", False, "memory for each further task on the resident base"),
+        ("mixed_batch_seconds", "s", False, f"a batch of 8 prompts for {NUM_RESIDENT} adapters in one pass"),
+        ("swapped_batch_seconds", "s", False, "the same batch adapter by adapter, with a swap before each"),
+    )
+    | _measures(
+        "metrics",
+        ("train_loss", "nats", False, "mean training loss of the last tenth of the steps"),
+        ("base_valid_loss", "nats", False, "validation loss of the untouched base"),
+        ("valid_loss", "nats", False, "validation loss after training; of regression the mean squared error, no nats"),
+        ("valid_perplexity", "", False, "exp(valid_loss)"),
+        ("valid_token_accuracy", "%", True, "tokens predicted right, validation"),
+        ("valid_accuracy", "%", True, "examples classified right, validation"),
+        ("valid_macro_f1", "%", True, "mean F1 of the classes that occur or are predicted, unweighted, validation"),
+        ("valid_matthews", "", True, "Matthews correlation coefficient, validation"),
+        ("valid_pearson", "", True, "Pearson correlation of predictions and scores, validation"),
+        ("valid_spearman", "", True, "Spearman rank correlation of predictions and scores, validation"),
+        ("valid_majority", "%", None, "accuracy of always answering the most frequent class, validation"),
+        ("test_loss", "nats", False, "test loss after training"),
+        ("test_perplexity", "", False, "exp(test_loss)"),
+        ("test_token_accuracy", "%", True, "tokens predicted right, test"),
+        ("test_accuracy", "%", True, "examples classified right, test"),
+        ("test_macro_f1", "%", True, "mean F1 of the classes that occur or are predicted, unweighted, test"),
+        ("test_matthews", "", True, "Matthews correlation coefficient, test"),
+        ("test_pearson", "", True, "Pearson correlation of predictions and scores, test"),
+        ("test_spearman", "", True, "Spearman rank correlation of predictions and scores, test"),
+        ("test_majority", "%", None, "accuracy of always answering the most frequent class, test"),
+        ("retain_loss_before", "nats", False, "loss of the untouched base on the retention set"),
+        ("retain_loss_after", "nats", False, "loss on the retention set after training"),
+        ("forgetting", "nats", False, "retain_loss_after - retain_loss_before"),
+    )
+    | _measures(  # R[i][j]: accuracy on task j, or share of its tokens predicted right, after training on i of T tasks
+        "sequence",
+        ("average_final", "%", True, "mean over the tasks j of R[T][j], validation"),
+        ("backward_transfer", "%", True, "mean over j < T of R[T][j] - R[j][j] (Lopez-Paz and Ranzato 2017)"),
+        ("forward_transfer", "%", True, "mean over j > 1 of R[j-1][j] - R[0][j], 0 being the untouched base"),
+        ("sequence_forgetting", "%", False, "mean over j < T of max R[l][j] (1 <= l < T) - R[T][j] (Chaudhry 2018)"),
+    )
+)
+"""Every number that a record can hold. Percentages are kept as shares in [0, 1] and printed times 100."""

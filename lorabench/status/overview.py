@@ -1,0 +1,183 @@
+"""How every run of a results folder stands, also while runs go on: as JSON, and as a table or, of many, a summary."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lorabench.cluster.run_states import Standing
+from lorabench.spec.run_spec import brief, flatten, swept_keys
+from lorabench.status.logs import last_lines, run_log
+from lorabench.store.record import FAILURES, Status
+from lorabench.store.store import Store
+from lorabench.terminal.text import count_statuses, duration, text_table
+
+COLUMNS = ["run_id", "status", "step", "tokens/s", "left", "heartbeat", "job", "swept", "reason"]
+OPTIONAL = {"left", "job"}
+"""Columns that are left out where no run has any."""
+MANY = 60
+"""Of more runs than these there is a summary, and a line only for those that run or have not ended well."""
+MAX_SETTINGS = 40
+BAD = (*FAILURES, Status.CORRUPT, Status.LOST, Status.INTERRUPTED)
+NUM_LINES, MAX_LOGS = 5, 3
+"""Of the log of a failed run, and logs in a table's end."""
+
+
+def status_json(store: Store, standings: Sequence[Standing]) -> dict[str, Any]:
+    """`{"runs": [{"run_id", "status", "spec", "error", "progress", "measures", "queue", …}]}`."""
+    return {"runs": [status_row(store, standing) for standing in standings]}
+
+
+def status_row(store: Store, standing: Standing) -> dict[str, Any]:
+    """All that is known of a run now, as JSON; `last_lines` of its log, or its job's, where it has failed."""
+    return _row(standing) | {"last_lines": error_lines(store, standing)}
+
+
+def _row(standing: Standing) -> dict[str, Any]:
+    state = standing.state
+    claim, record = state.claim, state.record
+    worker = claim if state.status == Status.RUNNING else None
+    return {
+        "run_id": state.run_id,
+        "status": str(state.status),
+        "spec": state.spec,
+        "error": None if worker else state.error,
+        "progress": claim.progress if claim else {},
+        "heartbeat_seconds": max(0.0, time.time() - worker.time) if worker else None,
+        "eta_seconds": _seconds_left(standing),
+        "host": claim.host if claim else None,
+        "pid": worker.pid if worker else None,
+        "attempts": record.attempts if record else 0,
+        "started": record.started if record else None,
+        "finished": record.finished if record else None,
+        "measures": record.measures if record else {},
+        "queue": asdict(standing.queue) if standing.queue else None,
+    }
+
+
+def _seconds_left(standing: Standing) -> float | None:
+    """Of training, at the pace of its steps so far; what comes after it is not in it."""
+    claim = standing.state.claim
+    progress = claim.progress if claim and standing.status == Status.RUNNING else {}
+    pace, step, steps = (progress.get(key) for key in ("step_seconds_median", "step", "steps"))
+    if not pace or step is None or not steps:
+        return None
+    return float(pace * (steps - step))
+
+
+def error_lines(store: Store, standing: Standing) -> list[str]:
+    """The last lines that a run which failed, or its job, has printed; none of any other."""
+    if standing.status not in (Status.FAILED, Status.OOM, Status.LOST):
+        return []
+    files = [run_log(store, standing.run_id)]
+    if standing.place and standing.queue and standing.queue.job_id:
+        of_job = standing.place.submission.job_logs(standing.queue.job_id)
+        files = [*of_job, *files] if standing.status == Status.LOST else [*files, *of_job]
+    for file in files:
+        lines = [line for line in last_lines(file, 4 * NUM_LINES) if line.strip()]
+        if lines:
+            return lines[-NUM_LINES:]
+    return []
+
+
+def status_text(store: Store, standings: Sequence[Standing], many: int = MANY) -> str:
+    """A line a run with the keys in which the runs differ, or a summary of more than `many`; the counts come last."""
+    flats = [flatten(standing.state.spec) for standing in standings]
+    swept = swept_keys(flats)
+    shown = list(zip(standings, flats, strict=True))
+    blocks = []
+    if len(standings) > many:
+        blocks.append(_settings_table(standings, flats, swept))
+        shown = [(s, flat) for s, flat in shown if s.status in BAD or s.status == Status.RUNNING]
+    rows = [_columns(standing, flat, swept) for standing, flat in shown[:many]]
+    if rows or len(standings) <= many:
+        columns = [c for c in COLUMNS if c not in OPTIONAL or any(row[c] is not None for row in rows)]
+        blocks.append(text_table(rows, columns))
+    if len(shown) > many:
+        blocks.append(f"… and {len(shown) - many} more: --all shows every run")
+    blocks += [*_logs(store, [standing for standing, _ in shown]), *_waiting(standings), *_time_left(standings)]
+    return "\n".join([*filter(None, blocks), count_statuses(standing.state for standing in standings)])
+
+
+def _columns(standing: Standing, flat: dict[str, Any], swept: list[str]) -> dict[str, Any]:
+    row, queue = _row(standing), standing.queue
+    steps = flat.get("steps", 0) * len(flat.get("tasks", [0]))
+    step = steps if row["status"] == Status.DONE else row["progress"].get("step")
+    rate = row["measures"].get("tokens_per_second", row["progress"].get("tokens_per_second"))
+    beat, left = row["heartbeat_seconds"], row["eta_seconds"]
+    is_here = standing.status in (Status.PENDING, Status.RUNNING, Status.LOST)
+    return {
+        "run_id": row["run_id"],
+        "status": row["status"],
+        "step": f"{step or 0}/{steps}" if steps else None,
+        "tokens/s": f"{rate:.0f}" if rate else None,
+        "left": duration(left) if left is not None else None,
+        "heartbeat": duration(beat) if beat is not None else None,
+        "job": queue.job_id if queue and is_here else None,
+        "swept": " ".join(f"{key}={brief(flat[key])}" for key in swept if key in flat),
+        "reason": reason(standing),
+    }
+
+
+def reason(standing: Standing) -> str | None:
+    """Why a run waits; else what its error is, or why nothing is known of its job."""
+    queue, error = standing.queue, standing.state.error
+    if queue is None or standing.status == Status.RUNNING:
+        return None if standing.status == Status.RUNNING else error
+    if standing.status == Status.PENDING:
+        return queue.reason or (queue.state or "").lower()
+    return error or (queue.reason if queue.state is None else None)
+
+
+def _settings_table(standings: Sequence[Standing], flats: list[dict[str, Any]], swept: list[str]) -> str:
+    """A line a setting with its runs by status. Settings differ in every swept key but those that would be too many."""
+    texts = [{key: brief(flat[key]) for key in swept if key in flat} for flat in flats]
+    sizes = {key: len({text.get(key) for text in texts}) for key in swept}
+    keys = [key for key in swept if key != "seed"]
+    while len({tuple(text.get(key) for key in keys) for text in texts}) > MAX_SETTINGS:
+        keys.remove("lr" if "lr" in keys else max(keys, key=sizes.__getitem__))
+    counts: dict[tuple[str | None, ...], Counter[str]] = {}
+    for standing, text in zip(standings, texts, strict=True):
+        counts.setdefault(tuple(text.get(key) for key in keys), Counter())[str(standing.status)] += 1
+    statuses = [str(status) for status in Status if any(str(status) in counter for counter in counts.values())]
+    settings = sorted(counts, key=lambda setting: [_ordinal(text) for text in setting])
+    rows = [dict(zip(keys, setting, strict=True)) | counts[setting] for setting in settings]
+    return text_table(rows, [*keys, *statuses]) if keys else ""
+
+
+def _ordinal(text: str | None) -> tuple[int, float, str]:
+    """Sorts numbers by their size, before all else."""
+    try:
+        return 0, float(text or ""), ""
+    except ValueError:
+        return 1, 0.0, text or ""
+
+
+def _logs(store: Store, shown: list[Standing]) -> list[str]:
+    """The last lines of the first runs that failed, each under its name."""
+    found = {s.run_id: error_lines(store, s) for s in [s for s in shown if s.status in BAD][:MAX_LOGS]}
+    return ["\n".join([f"{run_id}:", *(f"    {line}" for line in lines)]) for run_id, lines in found.items() if lines]
+
+
+def _waiting(standings: Sequence[Standing]) -> list[str]:
+    """`waiting: 12 Priority, 3 JobArrayTaskLimit`."""
+    waits = Counter(reason(s) or "pending" for s in standings if s.status == Status.PENDING)
+    return [f"waiting: {', '.join(f'{number} {reason}' for reason, number in waits.most_common())}"] if waits else []
+
+
+def _time_left(standings: Sequence[Standing]) -> list[str]:
+    """How long what waits and runs will take at the pace of what is done, where that can be known."""
+    seconds = [
+        s.state.record.measures["total_seconds"]
+        for s in standings
+        if s.status == Status.DONE and s.state.record and "total_seconds" in s.state.record.measures
+    ]
+    counts = Counter(standing.status for standing in standings)
+    if not seconds or not counts[Status.RUNNING]:
+        return []
+    rounds = counts[Status.PENDING] / counts[Status.RUNNING] + 0.5  # the running ones are half way, on average
+    return [f"about {duration(statistics.mean(seconds) * rounds)} left, if as many go on to run at a time"]

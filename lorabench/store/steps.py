@@ -1,0 +1,64 @@
+"""`steps.jsonl`: the loss of every step and the metrics of every periodic evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from lorabench.config.durable import remove, write_bytes
+
+
+class StepLog:
+    """Appends rows to `lines`, which checkpoints keep, and to a file, from which nothing is ever read back.
+
+    So a resumed run has exactly the rows of an uninterrupted one, whatever has become of the file meanwhile. Without
+    a file nothing is written, and no checkpoint is ever due: another rank sees to both.
+    """
+
+    def __init__(self, file: Path | None, lines: list[str], checkpoint_seconds: float):
+        self._file, self._lines = file, lines
+        self._written = 0
+        self._every = checkpoint_seconds
+        self._last_checkpoint = time.monotonic()
+        self._begin()
+        self.flush()
+
+    def step(self, row: dict[str, Any]) -> None:
+        self._lines.append(json.dumps(row) + "\n")
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self._lines.append(json.dumps({"step": step} | metrics) + "\n")
+
+    def flush(self) -> None:
+        """Show what is pending to whoever follows the file."""
+        if self._file is not None and self._written < len(self._lines):
+            if not self._file.is_file():  # somebody has taken it away
+                self._begin()
+            with open(self._file, "a", encoding="utf-8") as handle:
+                handle.writelines(self._lines[self._written :])
+            self._written = len(self._lines)
+
+    def _begin(self) -> None:
+        if self._file is not None:
+            remove(self._file)
+            self._file.touch()
+        self._written = 0
+
+    def checkpoint_due(self) -> bool:
+        """Whether so many seconds have passed since this was last true."""
+        if self._file is None or time.monotonic() - self._last_checkpoint < self._every:
+            return False
+        self._last_checkpoint = time.monotonic()
+        return True
+
+
+def write_steps(file: Path, lines: list[str]) -> str:
+    """Write the log of a run that has ended whole and to last, whatever lies there; its SHA-256."""
+    content = "".join(lines).encode()
+    if file.is_dir():
+        remove(file)
+    write_bytes(file, content)
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,109 @@
+"""What goes into a run's record: counts, fingerprints of its data, and all that was measured."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorabench.config.decode import encode
+from lorabench.models import weights
+from lorabench.spec.run_spec import task_names
+from lorabench.store.record import RunRecord
+from lorabench.training import flops, ranks, sequence
+from lorabench.training import meter as meters
+from lorabench.training.examples import Examples
+from lorabench.training.peak import peak_flops
+from lorabench.training.state import Training
+
+
+def fill(record: RunRecord, training: Training, folder: Path) -> None:
+    """Put all that was measured into the record."""
+    spec, meter, world = training.spec, training.meter, training.world
+    memory, record.provenance["peak_gib"] = ranks.memory(meter, world)
+    record.provenance["update"] = spec.method.about_update(spec)
+    throughput = meter.throughput()
+    record.measures |= memory | throughput | training.metrics | meter.wall_time()
+    record.measures["optimizer_state_gib"] = _optimizer_bytes(training.optimizer) / meters.GIB
+    if world.is_first:  # which has written them
+        files = [file for file in (folder / "updates").rglob("*") if file.is_file()]
+        record.measures["updates_bytes"] = sum(file.stat().st_size for file in files)
+    if spec.tasks:
+        found = sequence.matrices(training.rows)
+        record.sequence = {"tasks": task_names([encode(task) for task in spec.tasks]), "matrices": found}
+        record.measures |= sequence.measures(found)
+    energy = ranks.energy(meter, world)
+    if energy:
+        record.measures["energy_joules"], record.provenance["energy_joules"] = energy
+    if throughput:
+        measures, notes = _utilization(training)
+        record.measures |= measures
+        record.provenance |= notes
+
+
+def skeleton_of(tuned: nn.Module) -> nn.Module | None:
+    """A copy for counting FLOPs; None where the model cannot be copied, which fails no run."""
+    try:
+        return flops.without_numbers(tuned)
+    except Exception:  # whatever a model cannot have copied, it can be trained
+        traceback.print_exc()
+        return None
+
+
+def _utilization(training: Training) -> tuple[dict[str, float], dict[str, str]]:
+    """FLOPs of a step, and the share of the device's peak that they take, with how each was made; on the first rank."""
+    spec, meter, world = training.spec, training.meter, training.world
+    rows = meter.step_rows
+    shapes = sum(world.gather(Counter(shape for row in rows for shape in row[4])), Counter())
+    if not world.is_first:
+        return {}, {}
+    if training.sizes - {world.size}:
+        sizes = sorted(training.sizes | {world.size})
+        return {}, {"model_flops_utilization": f"not measured: {sizes} processes, one after the other"}
+    if training.skeleton is None or not all(row[4] for row in rows):
+        return {}, {"flops_per_step": "not measured: the model, or what it was given before a resume, is not known"}
+    try:
+        per_step = flops.of_step(training.skeleton, shapes, spec.method, len(rows))
+    except Exception as error:  # whatever a model does without numbers, what was trained stands
+        traceback.print_exc()
+        reason = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
+        return {}, {"flops_per_step": f"not measured: the model cannot be counted without numbers: {reason}"}
+    measures, notes = {"flops_per_step": per_step}, {"flops_per_step": flops.ABOUT}
+    rate = per_step * len(rows) / sum(row[0] for row in rows) / world.size
+    peak, source = peak_flops(meter.device, spec.dtype)
+    if rate > peak:
+        peak, source = peak_flops(meter.device, spec.dtype, beyond=rate)
+    times = f"{world.size} ranks of " if world.size > 1 else ""
+    notes["model_flops_utilization"] = f"of {times}{peak / 1e12:.3g} TFLOP/s, {source}"
+    if rate > peak:
+        of = f"{rate / 1e12:.3g} TFLOP/s are more than the peak {notes['model_flops_utilization']}"
+        return measures, notes | {"model_flops_utilization": f"not measured: {of}"}
+    return measures | {"model_flops_utilization": rate / peak}, notes
+
+
+def data_of(stages: list[Examples]) -> dict[str, Any]:
+    """Fingerprints and notes by role: `task` and `retain`, with the task's number where there are several."""
+    numbered = [(f" {number}" if len(stages) > 1 else "", examples) for number, examples in enumerate(stages, 1)]
+    return {
+        "data": {role + number: value for number, each in numbered for role, value in each.fingerprints.items()},
+        "data_notes": {role + number: value for number, each in numbered for role, value in each.notes.items()},
+    }
+
+
+def counts_of(tuned: nn.Module, num_base: int, stages: list[Examples]) -> dict[str, float]:
+    trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    return {
+        "num_parameters": weights.count(tuned),
+        "num_trainable": trainable,
+        "trainable_share": trainable / num_base,
+        "num_train_examples": sum(len(examples.splits["train"]) for examples in stages),
+        "model_gib": weights.held_bytes(tuned) / meters.GIB,
+    }
+
+
+def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))

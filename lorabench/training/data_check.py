@@ -1,0 +1,112 @@
+"""What is wrong with the data of runs, found before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any
+
+from lorabench.config.decode import InputError
+from lorabench.data.fingerprints import named
+from lorabench.models.base_model import load_tokenizer, sequence_end
+from lorabench.spec.run_spec import RunSpec, in_stage
+from lorabench.spec.task import Example, Task
+from lorabench.training.examples import Usable, read_usable, tokenized
+
+CHECKED_CHARACTERS = 200_000
+"""Of each split as much is tokenized; what shows without a tokenizer is checked in all rows."""
+
+
+def data_problems(spec: RunSpec) -> list[str]:
+    """Why the run's tasks cannot use their data, as far as it shows without a tokenizer."""
+    return [
+        in_stage(problem, number, spec.tasks)
+        for number, task in enumerate(spec.stages, 1)
+        for problem in _looked_up(task).problems
+    ]
+
+
+def token_problems(spec: RunSpec) -> list[str]:
+    """Why no examples could be made of the run's data."""
+    return [
+        in_stage(problem, number, spec.tasks)
+        for number, task in enumerate(spec.stages, 1)
+        for problem in _token_problems(spec.model, spec.revision, task, spec.seq_len)
+    ]
+
+
+def data_notes(spec: RunSpec) -> list[str]:
+    """How the run's data were cut, and what was left out of them."""
+    return [
+        f"{task.sources()[role]}: {text}"
+        for task in spec.stages
+        for role, text in _looked_up(task).notes.items()
+        if text and role in task.sources()
+    ]
+
+
+def data_now(spec: RunSpec) -> dict[str, str]:
+    """What the run's tasks call their data -> its fingerprint as it is now."""
+    stages = [(f" {number}" if spec.tasks[1:] else "", task) for number, task in enumerate(spec.stages, 1)]
+    found = {role + number: value for number, task in stages for role, value in _looked_up(task).fingerprints.items()}
+    return named(spec.stages, found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Looked:
+    problems: tuple[str, ...] = ()
+    notes: dict[str, str] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+@cache
+def _looked_up(task: Task) -> _Looked:
+    """What is said of a task's data without its rows."""
+    usable = usable_of(task)
+    if isinstance(usable, InputError):
+        return _Looked(problems=tuple(usable.problems))
+    return _Looked(notes=usable.notes, fingerprints=usable.fingerprints)
+
+
+@cache
+def _token_problems(model: str, revision: str | None, task: Task, seq_len: int) -> tuple[str, ...]:
+    usable = usable_of(task)
+    try:
+        if isinstance(usable, InputError):
+            raise usable
+        tokenizer = load_tokenizer(model, revision)
+        splits = tokenized(task, usable, tokenizer, seq_len, CHECKED_CHARACTERS)
+        if task.auto_class.endswith("ForSequenceClassification"):
+            _check_ends(model, sequence_end(model, revision), tokenizer, splits)
+    except InputError as error:
+        return tuple(error.problems)
+    return ()
+
+
+def _check_ends(model: str, end: int | None, tokenizer: Any, splits: dict[str, list[Example]]) -> None:
+    """InputError where an encoder-decoder, whose head reads its state at the last `end`, could not find that.
+
+    transformers wants as many of them in each row of a batch, padding included.
+    """
+    if end is None:
+        return
+    why = f'model = "{model}": an encoder-decoder classifies by the end-of-sequence token, number {end}'
+    if tokenizer.pad_token_id == end:
+        raise InputError(f"{why}, and its tokenizer pads with that")
+    usual = None
+    for split, examples in splits.items():
+        for row, example in enumerate(examples, 1):
+            found = example["input_ids"].count(end)
+            usual = found if usual is None else usual
+            if not found:
+                raise InputError(f"{why}, and its tokenizer puts none at the end of a text ({split} split: row {row})")
+            if found != usual:
+                raise InputError(f"{why}: {split} split: row {row} has {found} of them, rows before it {usual}")
+
+
+@lru_cache(maxsize=2)
+def usable_of(task: Task) -> Usable | InputError:
+    try:
+        return read_usable(task)
+    except InputError as error:
+        return error

@@ -1,0 +1,111 @@
+"""FLOPs of a training step: its matrix products and convolutions, counted on a copy of the model without numbers.
+
+The copy stands on the meta device, so that a pass takes no memory and the same time whatever the batch; autograd itself
+says which products the backward pass takes. Counted are those of forward and backward over all positions, padding and
+virtual tokens included, by torch's own formulas (`torch.utils.flop_counter`), and those of the method's penalty. Not
+counted are what gradient checkpointing computes again, elementwise operations, factorizations and transforms. Attention
+is that of the full square, in two products forward and four backward; experts are those that a token is sent to.
+
+Shapes: n examples of t positions in a pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+if TYPE_CHECKING:
+    from lorabench.spec.method import Method
+
+Shape = tuple[int, int]
+"""(n, t) of a forward pass."""
+ABOUT = "matrix products of forward and backward, padding included and recomputation apart, as torch counts them"
+MAX_PASSES = 4
+"""That are counted one by one; of more shapes than that a + n (b + c t + d t²) tells, which is what a pass takes: a is
+what no token changes, such as ΔW formed from factors."""
+
+
+def without_numbers(model: nn.Module) -> nn.Module:
+    """A copy on the meta device in float32, quantized layers as the linear ones whose products they compute."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(_empty(p), requires_grad=p.requires_grad) for p in model.parameters()}
+    memo |= {id(buffer): _empty(buffer) for buffer in model.buffers()}
+    for module in model.modules():
+        if type(module).__name__ in ("Linear4bit", "Linear8bitLt") and not hasattr(module, "base_layer"):
+            size: Any = module
+            linear = nn.Linear(size.in_features, size.out_features, size.bias is not None, device="meta")
+            memo[id(module)] = linear.requires_grad_(False)
+    copied: Any = copy.deepcopy(model, memo)
+    copied.set_attn_implementation("eager")  # fused kernels have no formula on every device
+    if hasattr(copied, "set_experts_implementation"):
+        copied.set_experts_implementation("batched_mm")  # others ask for the numbers of tokens
+    return copied.train()
+
+
+def of_step(copied: nn.Module, shapes: Mapping[Shape, int], method: Method, num_steps: int = 1) -> float:
+    """FLOPs of a step, the mean of so many whose passes together have these shapes: how often each.
+
+    `copied` is what `without_numbers` gives. RuntimeError and its kin where the model asks for numbers.
+    """
+    return _of_passes(copied, shapes) / num_steps + _of_penalty(copied, method)
+
+
+def _of_passes(copied: nn.Module, shapes: Mapping[Shape, int]) -> float:
+    if len(shapes) <= MAX_PASSES:
+        return float(sum(times * of_pass(copied, shape) for shape, times in shapes.items()))
+    sizes, lengths = (sorted({shape[axis] for shape in shapes}) for axis in (0, 1))
+    points = {(sizes[-1], lengths[place]) for place in (0, len(lengths) // 2, -1)} | {(sizes[0], lengths[-1])}
+    scale = _terms(sizes[-1], lengths[-1])
+    rows = np.array([_terms(*point) / scale for point in points])
+    found, *_ = np.linalg.lstsq(rows, np.array([float(of_pass(copied, point)) for point in points]), rcond=1e-12)
+    return float(sum(times * (_terms(*shape) / scale) @ found for shape, times in shapes.items()))
+
+
+def _terms(n: int, t: int) -> np.ndarray:
+    return np.array([1.0, n, n * t, n * t * t])
+
+
+def of_pass(copied: nn.Module, shape: Shape) -> int:
+    """Of one forward and backward pass."""
+    ids = torch.zeros(shape, dtype=torch.long, device="meta")
+    with torch.random.fork_rng(devices=[]), _Counter() as counter:  # some tuners draw numbers for their dropout
+        copied(input_ids=ids).logits.sum().backward()
+    copied.zero_grad()
+    return counter.total
+
+
+def _of_penalty(copied: nn.Module, method: Method) -> int:
+    with _Counter() as counter:
+        penalty = method.penalty(copied)
+        if penalty is not None:
+            penalty.backward()
+    copied.zero_grad()
+    return counter.total
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up FLOPs; a model that asks whether something holds of its numbers (nothing is masked) is told: it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            return True
+        found = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=found)
+        return found
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")

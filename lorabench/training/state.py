@@ -1,0 +1,241 @@
+"""A run's own state while it trains: why it should stop, and all that a checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import struct
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorabench.config.decode import InputError
+from lorabench.config.digests import check_files
+from lorabench.config.durable import make_folder, remove, sync
+from lorabench.config.json_file import fit
+from lorabench.processes.distributed import ALONE, World, is_sharded
+from lorabench.spec.run_spec import RunSpec
+from lorabench.training import meter as meters
+from lorabench.training import ranks, sharding
+
+MARKER_SECONDS = 3.0
+"""Between two looks for a file: a shared file system is asked over the network."""
+
+
+class Stopped(Exception):
+    """Somebody asked the run to stop; its state is in the checkpoint."""
+
+
+class Diverged(Exception):
+    """The loss or the gradient became NaN or infinite."""
+
+
+@dataclass
+class Stop:
+    """Why the run should end at the next step: None to go on."""
+
+    reason: str | None = None
+    deadline: float | None = None
+    """On time.monotonic's clock."""
+    marker: Path | None = None
+    """A file that `lorabench cancel` makes: the run ends once it is there."""
+    looked: float = -math.inf
+    world: World = ALONE
+
+    def check(self) -> None:
+        """Raises Stopped, on all ranks at once where there are several."""
+        self._look_for_marker()
+        if self.deadline is not None and time.monotonic() > self.deadline and self.reason is None:
+            self.reason = "timeout"
+        if self.world.any(self.reason is not None):
+            reasons = filter(None, self.world.gather(self.reason))
+            self.reason = next(reasons)
+            raise Stopped(self.reason)
+
+    def _look_for_marker(self) -> None:
+        now = time.monotonic()
+        if self.marker is None or now < self.looked + MARKER_SECONDS:
+            return
+        self.looked = now
+        if self.reason is None and self.marker.exists():
+            self.reason = "lorabench cancel"
+
+
+@dataclass
+class Training:
+    """A run's own state, apart from the base model it rides on: all that a checkpoint holds."""
+
+    spec: RunSpec
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    meter: meters.Meter
+    world: World = ALONE
+    stage: int = 0
+    """Which of the run's tasks is being trained: 0, 1, …"""
+    step: int = 0
+    """Optimizer steps done, over all tasks."""
+    evaluated: int = 0
+    """The step of the last periodic evaluation."""
+    losses: list[float] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    rows: list[list[dict[str, float]]] = field(default_factory=list)
+    """Validation metrics of every task: before training, and after each task that is done."""
+    content: dict[str, Any] = field(default_factory=dict)
+    """Fingerprints of the base and the data: a checkpoint goes on with the same ones or not at all."""
+    skeleton: nn.Module | None = None
+    """The model without numbers, to count FLOPs on."""
+    snapshots: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the files of the snapshots kept so far, by path below the run's folder."""
+    log: list[str] = field(default_factory=list)
+    """The lines of `steps.jsonl` so far."""
+
+    sizes: set[int] = field(default_factory=set)
+    """Numbers of ranks that took the steps before it was stopped."""
+
+    @property
+    def task_step(self) -> int:
+        """Optimizer steps done on the task being trained."""
+        return self.step - self.stage * self.spec.steps
+
+    def idle_passes(self, passes: int, micro: int) -> int:
+        """Over shared-out weights all ranks compute at once: how often one with a smaller share goes through idly."""
+        largest = -(-self.spec.batch_size // self.world.size)
+        return -(-largest // micro) - passes if self.world.is_sharded else 0
+
+    def next_task(self) -> None:
+        """Go on to the next task with the weights as they are and a fresh optimizer."""
+        self.stage += 1
+        self.evaluated = self.step
+        self.optimizer = make_optimizer(self.spec, self.model)
+
+    def save(self, file: Path) -> None:
+        """Write the checkpoint whole or not at all; called by all ranks, and written by the first."""
+        device, tells = self.meter.device, ranks.tells_energy(self.meter, self.world)
+        measured = {"random": random_state(device), "meter": self.meter.state, "tells_energy": tells}
+        own, *others = self.world.gather(measured)
+        trained = self.spec.method.trained_state(self.model)
+        if any(map(is_sharded, trained.values())):
+            tensors = sharding.write_shares(trained, self.optimizer, file.parent, self.world)
+        else:
+            tensors = {"model": {k: v.cpu() for k, v in trained.items()}, "optimizer": self.optimizer.state_dict()}
+        if not self.world.is_first:
+            return
+        state = {
+            "stage": self.stage,
+            "step": self.step,
+            "evaluated": self.evaluated,
+            "content": self.content,
+            "losses": self.losses,
+            "metrics": self.metrics,
+            "rows": self.rows,
+            "snapshots": self.snapshots,
+            "log": "".join(self.log),
+            "others": others,
+            "sizes": sorted(self.sizes | {self.world.size}),
+        }
+        if not file.parent.is_dir():
+            remove(file.parent)
+        make_folder(file.parent)
+        temporary = file.with_suffix(".tmp")
+        with open(temporary, "wb") as handle:
+            torch.save(state | own | tensors, handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+        sync(file.parent)
+        sharding.drop_shares(file.parent, tensors.get("shares"))
+
+    def load(self, file: Path) -> None:
+        """Go on where the checkpoint was written, on as many ranks or on others.
+
+        ValueError if it is damaged, or a snapshot that it tells of is, or it is of other data or weights.
+        """
+        state = self.world.from_first(lambda: read_checkpoint(file))
+        if state["content"] != self.content:
+            raise ValueError("was made with other data or another base")
+        trained = self.spec.method.trained_state(self.model)
+        if "shares" in state:
+            state = sharding.read_shares(state, trained, self.optimizer, file.parent, self.world)
+        else:
+            state = sharding.share_out(state, trained, self.optimizer)
+        self.spec.method.restore(self.model, state["model"])
+        self.stage, self.step, self.evaluated = state["stage"], state["step"], state["evaluated"]
+        self.losses, self.metrics, self.rows = state["losses"], state["metrics"], state["rows"]
+        self.snapshots, self.sizes = state["snapshots"], set(state["sizes"])
+        self.log = state["log"].splitlines(keepends=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_rank([state, *state["others"]])
+
+    def _load_rank(self, before: list[dict[str, Any]]) -> None:
+        """This rank's random numbers and what it has measured; a rank that was not there begins with its own.
+
+        The first one keeps the joules of all, for the others may be fewer now, or stand on other machines.
+        """
+        if self.world.rank < len(before):
+            self.meter.restore(before[self.world.rank]["meter"])
+            set_random_state(before[self.world.rank]["random"], self.meter.device)
+        joules = sum(rank["meter"]["energy_joules"] for rank in before if rank.get("tells_energy", True))
+        self.meter.energy_joules = joules if self.world.is_first else 0.0
+        if self.world.is_first:
+            for gone in before[self.world.size :]:
+                self.meter.restore_peaks(gone["meter"])
+
+
+_PLAIN: dict[str, Any] = {"stage": int, "step": int, "evaluated": int, "losses": list[float], "log": str}
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """What `Training.save` wrote. ValueError if it, or a file of a snapshot that it tells of, is damaged or gone."""
+    try:
+        if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not look at the checksums
+            raise ValueError(f"{damaged} is damaged")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = ("share_bytes", "moments") if "shares" in state else ("model",)
+        needed = (*tensors, *_PLAIN, "metrics", "rows", "optimizer", "meter", "random")
+        optional: dict[str, Any] = {"content": None, "snapshots": {}, "others": [], "sizes": []}
+        state = optional | state | {key: fit(_PLAIN.get(key, Any), state[key], key) for key in needed}
+        check_files(file.parent.parent, fit(dict[str, str], state["snapshots"], "snapshots"))
+        return state
+    except (
+        InputError,
+        zipfile.BadZipFile,
+        RuntimeError,
+        OSError,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        pickle.PickleError,
+        struct.error,
+    ) as error:
+        raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+def make_optimizer(spec: RunSpec, model: nn.Module) -> torch.optim.Optimizer:
+    """Fused AdamW over the method's parameter groups; each group's own peak learning rate is kept beside it."""
+    groups = [group | {"peak_lr": group["lr"]} for group in spec.method.param_groups(model, spec.lr)]
+    return torch.optim.AdamW(
+        groups,
+        lr=spec.lr,
+        betas=(spec.beta1, spec.beta2),
+        eps=spec.epsilon,
+        weight_decay=spec.weight_decay,
+        fused=True,
+    )
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

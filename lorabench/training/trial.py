@@ -1,0 +1,220 @@
+"""A small random model of the same architecture, on which is tried what a run would find out too late.
+
+Whether a language model sees the tokens that it predicts, and whether what a method has learned can be saved and read.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorabench.config.decode import InputError, encode
+from lorabench.config.quote import clip
+from lorabench.models import base_model as models
+from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.task import LanguageModeling
+from lorabench.updates.formats import read_updates
+
+_WIDTH = re.compile(r"(?!.*(vocab|kernel|patch|window|chunk|block|image|state|type|group|time))"
+                    r"(.*_(size|dim|rank)|dim|d_(model|ff|kv|inner|embed|head)|n_(embd|inner)|\w*ffn_dim)")  # fmt: skip
+"""The fields of a configuration that are widths: in one proportion, any of them may be smaller."""
+_AT_MOST = {"vocab_size": 1000, r"\w+_token_id": 999, "num_experts|num_local_experts|n_routed_experts": 16}
+"""What else is made smaller. Of fewer experts a token could be given more than there are."""
+NARROWEST = 2
+"""What no width is made smaller than."""
+LARGEST = 100e6
+"""Parameters of the largest model that is tried."""
+FEW_SIZES = 2
+"""Of models, which are tried first."""
+NO_MODEL = "no small model can be made of its configuration"
+LENGTH, CHANGED = 12, 8
+SEEN = 1e-5
+"""Share of what a changed token changes at its own place: as much before it is no rounding. (Causal models: below 1e-6;
+a BERT of random weights: 1e-3.)"""
+
+
+def try_out(spec: RunSpec, options: dict[str, Any]) -> str:
+    """What of it could not be tried, and why; empty where all was.
+
+    InputError where the run's model does not fit its task, or what its method learns could not be saved.
+    """
+    keys = ("model", "revision", "tasks" if spec.tasks else "task")
+    table = {key: encode(getattr(spec, key)) for key in keys}
+    own = {"method": encode(spec.method)}
+    found = _try_out(json.dumps(table | {"method": _smallest(own["method"])}), json.dumps(options), FEW_SIZES)
+    if found:  # what does not fit a narrow model so may do it in its own amounts, or fit a wider one
+        found = _try_out(json.dumps(table | own | {"quantization": spec.quantization}), json.dumps(options))
+    if isinstance(found, InputError):
+        raise found
+    return found
+
+
+def _smallest(method: dict[str, Any]) -> dict[str, Any]:
+    """The method at its default amounts, and of rank 1: PiSSA and OLoRA take no rank above what is left of a width."""
+    kept = {key: value for key, value in method.items() if key == "name" or not _is_amount(value)}
+    if isinstance(method.get("rank"), int):
+        kept["rank"] = 1
+    if isinstance(method.get("rank_pattern"), dict):
+        kept["rank_pattern"] = dict.fromkeys(method["rank_pattern"], 1)
+    return kept
+
+
+def _is_amount(value: Any) -> bool:
+    """Whether a hyperparameter only says how much: ranks and rates change nothing of what can be saved."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@cache
+def _try_out(key: str, options: str, sizes: int | None = None) -> InputError | str:
+    """What is wrong; else why it could not be tried on so many sizes of model, if it could not."""
+    try:
+        spec = RunSpec.from_json(json.loads(key))
+    except InputError as error:  # a method that needs a quantized base, or an amount that is no default
+        return error.problems[0]
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return _try_sizes(spec, itertools.islice(_models(spec, from_json(options)), sizes))
+        except InputError as error:
+            return error
+
+
+def _try_sizes(spec: RunSpec, bases: Iterable[nn.Module]) -> str:
+    """On the first of the models that the method can be attached to."""
+    reason = ""
+    for base in bases:
+        if not reason:
+            check_causal(spec, base)
+        reason = check_saving(spec, base)
+        if not reason:
+            return ""
+    if reason:
+        return f"whether what {spec.method.name} learns can be saved was not tried: no small model takes it: {reason}"
+    return "neither whether it sees what it predicts nor whether what it learns can be saved was tried: " + NO_MODEL
+
+
+def from_json(text: str) -> dict[str, Any]:
+    """A model's options: the keys of `id2label` are numbers, which JSON has as text."""
+    options = json.loads(text)
+    if "id2label" in options:
+        options["id2label"] = {int(number): name for number, name in options["id2label"].items()}
+    return dict(options)
+
+
+def small(spec: RunSpec, options: dict[str, Any]) -> nn.Module | None:
+    """A narrow model of random weights that the run's configuration describes; None where it cannot be made so.
+
+    It has all of its blocks, and its vocabulary.
+    """
+    return next(_models(spec, options), None)
+
+
+def _models(spec: RunSpec, options: dict[str, Any]) -> Iterator[nn.Module]:
+    """Such models, the narrowest first."""
+    config = models.read_config(spec, options)
+    whole = models.from_config(spec, config, torch.device("meta"))
+    for divisor in _divisors(config):
+        narrow = type(config).from_dict(_narrowed(config.to_dict(), divisor))
+        try:
+            meta = models.from_config(spec, narrow, torch.device("meta"))
+            if (
+                sum(p.numel() for p in meta.parameters()) > LARGEST
+                or meta.state_dict().keys() != whole.state_dict().keys()
+            ):
+                continue
+            torch.manual_seed(0)
+            base = models.from_config(spec, narrow, torch.device("cpu")).eval()
+            _logits(base, _tokens(base))
+        except Exception:  # widths that do not go together: another proportion may
+            continue
+        yield base
+
+
+def _divisors(config: Any) -> list[int]:
+    """By how much its widths may all be divided, most first; 1 is last."""
+    table = config.to_dict()
+    widths = [value for key, value in table.items() if _is_width(key, value)]
+    heads, hidden = table.get("num_attention_heads"), table.get("hidden_size")
+    if "head_dim" not in table and isinstance(hidden, int) and isinstance(heads, int) and hidden % heads == 0:
+        widths.append(hidden // heads)
+    common = math.gcd(*widths)
+    fit = [n for n in (2**k for k in range(10, 0, -1)) if common % n == 0 and min(widths) // n >= NARROWEST]
+    return [*fit, 1]
+
+
+def _narrowed(table: dict[str, Any], divisor: int) -> dict[str, Any]:
+    found = {key: value // divisor if _is_width(key, value) else value for key, value in table.items()}
+    for key, value in found.items():
+        most = next((most for pattern, most in _AT_MOST.items() if re.fullmatch(pattern, key)), None)
+        if most is not None and isinstance(value, int):
+            found[key] = min(value, most)
+    return found
+
+
+def _is_width(key: str, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= NARROWEST and bool(_WIDTH.fullmatch(key))
+
+
+def _tokens(model: nn.Module) -> torch.Tensor:
+    rows = min(model.get_input_embeddings().weight.shape[0], 500)
+    tokens = torch.randint(3, rows, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    end = getattr(model.config, "eos_token_id", None)
+    if isinstance(end, int) and end < rows:
+        tokens[0, -1] = end  # a T5 classifies by it
+    return tokens
+
+
+def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens).logits.float()
+
+
+def check_causal(spec: RunSpec, base: nn.Module) -> None:
+    """InputError where a language model sees the tokens that it is to predict."""
+    if not isinstance(spec.task, LanguageModeling):
+        return
+    tokens = _tokens(base)
+    changed = tokens.clone()
+    changed[0, CHANGED] = 3 if tokens[0, CHANGED] != 3 else 4
+    moved = (_logits(base, changed) - _logits(base, tokens)).abs()[0]
+    if moved[:CHANGED].max() > SEEN * moved[CHANGED].max():
+        raise InputError(
+            f'model = "{spec.model}": {type(base).__name__} is no causal language model: what it says of a token '
+            f'depends on later ones, so that task.name = "{spec.task.name}" would give it the answers. Use a causal '
+            'model, or task.name = "classification"'
+        )
+
+
+def check_saving(spec: RunSpec, base: nn.Module) -> str:
+    """InputError where what the method learns cannot be saved and read; why it cannot be attached, if so."""
+    method, untouched = spec.method, copy.deepcopy(base)
+    try:
+        torch.manual_seed(0)
+        tuned = method.attach(base, spec)
+    except Exception as error:  # at these widths: at its own, `lorabench.launch.plan` tries it
+        return _reason(error)
+    try:
+        with tempfile.TemporaryDirectory(prefix="lorabench-") as folder:
+            method.save(tuned, lambda: untouched, Path(folder), "updates")
+            if method.has_update:
+                list(read_updates(Path(folder)))
+    except Exception as error:
+        raise InputError(
+            f'method.name = "{spec.method.name}": what it learns on {type(base).__name__} cannot be saved: '
+            f"{_reason(error)}"
+        ) from error
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    return error.problems[0] if isinstance(error, InputError) else f"{type(error).__name__}: {clip(error)}"

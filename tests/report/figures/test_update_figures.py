@@ -1,0 +1,264 @@
+"""The figures of ΔW draw the numbers of the analyses' frames, averaged here by other means."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from lorabench.config.decode import InputError
+from lorabench.report import drawing
+from lorabench.report.figures.amplification import Amplification
+from lorabench.report.figures.containment import Containment
+from lorabench.report.figures.depth_profile import DepthProfile
+from lorabench.report.figures.heat_map import HeatMap
+from lorabench.report.figures.intruder_curves import IntruderCurves
+from lorabench.report.figures.survival import SurvivalCurves
+from lorabench.report.results import selected
+from tests import synthetic
+
+FIGURES = (HeatMap, DepthProfile, Amplification, IntruderCurves, SurvivalCurves, Containment)
+ONE = synthetic.TEXT.replace("method.rank = [1, 4, 16, 64]", "method.rank = 4").replace('["none", "nf4"]', '"none"')
+ONE = ONE.replace('[[grid]]\nmethod.name = "full"\nlr = [3e-4, 1e-3]\n', "")
+ONE = ONE.replace('columns = "method.rank"\n', "")
+
+
+@pytest.fixture
+def results():
+    return synthetic.shared()
+
+
+@pytest.fixture(scope="module")
+def one_setting(tmp_path_factory):
+    return synthetic.make(tmp_path_factory.mktemp("store"), ONE)
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    yield
+    drawing.plt.close("all")
+
+
+def rows(results, analysis, rank, **where):
+    """The rows of unquantized LoRA of this rank (None: full fine-tuning), with the run's seed."""
+    runs = selected(results).done
+    of_rank = runs["method.rank"].isna() if rank is None else runs["method.rank"] == rank
+    runs = runs[of_rank & (runs["quantization"] == "none")]
+    frame = results.analyses[analysis]
+    frame = frame[frame["run_id"].isin(runs.index)]
+    for key, value in where.items():
+        frame = frame[frame[key] == value]
+    return frame.assign(seed=frame["run_id"].map(runs["seed"]).astype(int))
+
+
+def replaced(results, analysis, change):
+    """The results with another frame of one analysis."""
+    return dataclasses.replace(results, analyses=results.analyses | {analysis: change(results.analyses[analysis])})
+
+
+def line(axes, y):
+    """The line of the axes that has these y values."""
+    found = [
+        item for item in axes.lines if np.shape(item.get_ydata()) == np.shape(y) and np.allclose(item.get_ydata(), y)
+    ]
+    assert found, [item.get_ydata() for item in axes.lines]
+    return found[0]
+
+
+def panel(figure, title):
+    return next(axes for axes in figure.axes if axes.get_title() == title)
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_one_setting_is_enough(figure, one_setting):
+    drawn = figure(**({"between": "seed"} if figure is Containment else {})).draw(one_setting)
+    drawn.canvas.draw()
+    assert drawn.axes
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_without_its_analysis_there_is_no_figure(figure, results):
+    assert figure().draw(dataclasses.replace(results, analyses={})) is None
+    empty = {name: frame.iloc[:0] for name, frame in results.analyses.items()}
+    assert figure().draw(dataclasses.replace(results, analyses=empty)) is None
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_kinds_that_are_asked_for_alone_count(figure, results):
+    if "kinds" not in {field.name for field in dataclasses.fields(figure)}:
+        pytest.skip("sums over all matrices")
+    alone = {
+        name: frame[frame["kind"] == "v_proj"] if "kind" in frame else frame for name, frame in results.analyses.items()
+    }
+    asked = figure(kinds=("v_proj",)).draw(results)
+    given = figure().draw(dataclasses.replace(results, analyses=alone))
+    for a, b in zip(asked.axes, given.axes, strict=True):
+        for one, two in zip(a.lines, b.lines, strict=True):
+            assert np.array_equal(np.asarray(one.get_xydata(), float), np.asarray(two.get_xydata(), float))
+
+
+def test_heat_map_shows_the_mean_over_seeds(results):
+    figure = HeatMap(value=("spectrum.relative_norm",)).draw(results)
+    frame = rows(results, "spectrum", 64, metric="relative_norm")
+    shown = panel(figure, "lora, rank 64").images[0].get_array()
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    for i, kind in enumerate(labels):
+        for depth in range(2):
+            expected = np.mean(frame[(frame["kind"] == kind) & (frame["depth"] == depth)]["value"])
+            assert shown[i, depth] == pytest.approx(expected)
+
+
+def test_heat_map_writes_its_numbers_where_they_fit(results):
+    figure = HeatMap(value="spectrum.effective_rank_entropy").draw(results)
+    axes = panel(figure, "full")
+    value = float(axes.images[0].get_array()[0, 0])
+    assert axes.texts[0].get_text() == f"{value:.0f}"
+
+    def deep(frame):
+        return pd.concat([frame.assign(depth=frame["depth"] + 2 * i) for i in range(24)])
+
+    figure = HeatMap(value="spectrum.effective_rank_entropy").draw(replaced(results, "spectrum", deep))
+    assert not any(axes.texts for axes in figure.axes)
+
+
+def test_heat_map_leaves_what_was_not_trained_to_the_hatching(results):
+    full = rows(results, "spectrum", None)["run_id"].unique()
+
+    def without(frame):
+        return frame[~(frame["run_id"].isin(full) & (frame["kind"] == "v_proj"))]
+
+    figure = HeatMap(value="spectrum.relative_norm").draw(replaced(results, "spectrum", without))
+    shown = panel(figure, "full").images[0].get_array()
+    assert shown.mask[2].all() and not shown.mask[[0, 1, 3]].any()
+    assert all(patch.get_hatch() for patch in panel(figure, "full").patches)
+
+
+def test_heat_map_chooses_colours_by_sign_and_span(results):
+    def colors(change):
+        found = replaced(results, "spectrum", lambda frame: frame.assign(value=change(frame["value"].astype(float))))
+        image = HeatMap(value="spectrum.relative_norm").draw(found).axes[0].images[0]
+        return image.norm, image.cmap.name
+
+    norm, name = colors(lambda values: values - 0.18)
+    assert name == "RdBu_r" and norm.vmin == -norm.vmax
+    norm, name = colors(lambda values: values**40)
+    assert name == "viridis" and type(norm).__name__ == "LogNorm"
+    norm, name = colors(lambda values: values)
+    assert name == "viridis" and type(norm).__name__ == "Normalize"
+
+
+def test_depth_profile_draws_means_and_nulls(results):
+    figure = DepthProfile(value="spectrum.rank_90").draw(results)
+    frame = rows(results, "spectrum", 64, metric="rank_90", kind="q_proj")
+    means = frame.groupby("depth")[["value", "null"]].mean()
+    axes = panel(figure, "lora, rank 64")
+    assert line(axes, means["value"]).get_linestyle() == "-"
+    assert line(axes, means["null"]).get_linestyle() == "--"
+    assert np.allclose(np.diff(line(axes, means["value"]).get_xdata()), 1)  # blocks, shifted as a whole
+
+
+def test_depth_profile_bars_are_students_interval(results):
+    figure = DepthProfile(value="spectrum.relative_norm", lines="setting").draw(results)
+    values = rows(results, "spectrum", 64, metric="relative_norm", kind="q_proj", depth=0)["value"].astype(float)
+    low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+    bars = [segment for bars in panel(figure, "q_proj").collections for segment in bars.get_segments()]
+    assert any(np.allclose(bar[:, 1], [low, high]) for bar in bars)
+
+
+def test_intruders_are_summed_over_matrices(results):
+    figure = IntruderCurves().draw(results)
+    frame = rows(results, "intruders", 4, metric="count")
+    sums = frame.groupby(["run_id", "epsilon", "k"], observed=True)[["value", "null"]].sum()
+    means = sums.groupby(["epsilon", "k"]).mean()
+    over_epsilon, over_k = means.xs(10, level="k"), means.xs(0.5, level="epsilon")
+    assert list(line(figure.axes[0], over_epsilon["value"]).get_xdata()) == list(over_epsilon.index)
+    assert line(figure.axes[0], over_epsilon["null"]).get_linestyle() == "--"
+    assert list(line(figure.axes[1], over_k["value"]).get_xdata()) == list(over_k.index)
+    assert figure.axes[0].get_ylabel() == "Intruders in 8 matrices"
+
+
+def test_intruders_say_how_many_are_degenerate(results):
+    (legend,) = IntruderCurves().draw(results).legends
+    frame = rows(results, "intruders", 4, metric="num_intruders")
+    share = 100 * frame["num_degenerate"].sum() / frame["value"].sum()
+    assert f"lora, rank 4 ({share:.0f}% degenerate)" in [text.get_text() for text in legend.get_texts()]
+
+
+def test_forgetting_against_intruders_with_their_rank_correlation(results):
+    figure = IntruderCurves().draw(results)
+    frame = results.analyses["intruders"]
+    counts = frame[frame["metric"] == "num_intruders"].groupby("run_id", observed=True)["value"].sum()
+    forgetting = results.runs.loc[counts.index, "forgetting"]
+    expected = stats.spearmanr(counts, forgetting)
+    assert figure.axes[2].get_title().startswith(f"ρ = {expected.statistic:.2f}, p ".replace("-", "−"))
+    points = np.concatenate([item.get_xydata() for item in figure.axes[2].lines])
+    assert sorted(map(tuple, points)) == sorted(zip(counts, forgetting, strict=True))
+
+
+def test_no_rank_correlation_of_few_runs_and_no_panel_without_the_measure(results, one_setting):
+    assert IntruderCurves().draw(one_setting).axes[2].get_title() == "2 runs"
+    forgotten = dataclasses.replace(results, runs=results.runs.drop(columns="forgetting"))
+    assert len(IntruderCurves().draw(forgotten).axes) == 2
+
+
+def test_amplification_is_a_geometric_mean(results):
+    figure = Amplification().draw(results)
+    frame = rows(results, "alignment", 64, metric="amplification_at")
+    means = np.exp(np.log(frame[["value", "null"]].astype(float)).groupby(frame["r"]).mean())
+    assert list(line(figure.axes[0], means["value"]).get_xdata()) == list(means.index)
+    assert line(figure.axes[0], means["null"]).get_linestyle() == "--"
+    whole = rows(results, "alignment", 64, metric="amplification", kind="k_proj")
+    assert line(figure.axes[1], [stats.gmean(whole["value"].astype(float))])
+
+
+def test_amplification_stops_where_a_layer_has_no_more_directions(results):
+    def small(frame):
+        return frame[~((frame["layer"] == frame["layer"].iloc[0]) & (frame["r"] > 2))]
+
+    axes = Amplification().draw(replaced(results, "alignment", small)).axes[0]
+    assert max(item.get_xdata()[-1] for item in axes.lines) == 2
+
+
+def test_survival_draws_both_sides_beside_chance(results):
+    figure = SurvivalCurves().draw(results)
+    for axes, side in zip(figure.axes, ("input", "output"), strict=True):
+        frame = rows(results, "survival", 64, metric="survival_at", side=side)
+        line(axes, frame.groupby("k")["value"].mean())
+        assert line(axes, np.arange(1, 33) / synthetic.DIM).get_linestyle() == "--"
+
+
+def test_containment_draws_both_ways_beside_chance(results):
+    figure = Containment(sides="output").draw(results)
+    (axes,) = figure.axes
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert labels[:2] == ["full in lora, rank 1", "lora, rank 1 in full"]
+    frame = results.analyses["overlap"]
+    frame = frame[(frame["axis"] == "method") & (frame["side"] == "output")]
+    runs = results.runs.loc[frame["run_b"], "method.rank"].to_numpy()
+    expected = {
+        "full in lora, rank 4": frame[(runs == 4) & (frame["metric"] == "energy_a_in_b")],
+        "lora, rank 4 in full": frame[(runs == 4) & (frame["metric"] == "energy_b_in_a")],
+    }
+    for name, chunk in expected.items():
+        points = [item.get_xdata()[0] for item in axes.lines if round(float(item.get_ydata()[0])) == labels.index(name)]
+        assert chunk["value"].mean() == pytest.approx(points[0]) and chunk["null"].iloc[0] == pytest.approx(points[1])
+
+
+def test_containment_between_seeds_has_one_line_a_setting(results):
+    (axes,) = Containment(between="seed").draw(results).axes
+    labels = [text.get_text() for text in axes.get_yticklabels()]
+    assert "lora, rank 4 in another seed" in labels and len(labels) == len(set(labels))
+    bars = [segment for bars in axes.collections for segment in bars.get_segments()]
+    assert all(np.ptp(bar[:, 0]) == 0 for bar in bars)  # pairs of seeds share runs
+
+
+@pytest.mark.parametrize("value", ["spectrum.rank_9", "alignment.amplification_at", "valid"])
+@pytest.mark.parametrize("name", ["heat_map", "depth_profile"])
+def test_an_unknown_metric_is_refused_when_the_sweep_is_read(name, value):
+    with pytest.raises(InputError, match=rf"figure 1: figure.*{value}.*unknown measure"):
+        synthetic.read(synthetic.TEXT + f'[[figure]]\nname = "{name}"\nvalue = "{value}"\n')
+    synthetic.read(synthetic.TEXT + f'[[figure]]\nname = "{name}"\nvalue = "alignment.amplification"\n')

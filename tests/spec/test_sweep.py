@@ -1,0 +1,376 @@
+"""Sweep files: what a grid expands to, and what is said about a file that is wrong."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorabench.config.decode import InputError
+from lorabench.spec.run_spec import RunSpec, canonical_json, flatten, spec_id, swept_keys, unflatten
+from lorabench.spec.sweep import Sweep, parse_sweep, read_sweep
+
+BASE = """
+[base]
+model = "builtin:tiny-llama"
+task.name = "text"
+method.name = "lora"
+"""
+
+
+def parse(text: str) -> Sweep:
+    return parse_sweep(tomllib.loads(text), text)
+
+
+def cells(text: str, *keys: str) -> list[tuple[object, ...]]:
+    """The values of `keys` in each run, in order."""
+    return [tuple(flatten(run.to_json()).get(key) for key in keys) for run in parse(BASE + text).runs]
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(InputError) as error:
+        parse(text)
+    return error.value.problems
+
+
+def test_without_axes_there_is_one_run() -> None:
+    (run,) = parse(BASE).runs
+    assert (run.method.name, run.task.name, run.lr) == ("lora", "text", 1e-3)
+
+
+def test_lists_are_axes_the_last_fastest() -> None:
+    assert cells("[[grid]]\nmethod.rank = [1, 4]\nlr = [1e-3, 3e-3]\n", "method.rank", "lr") == [
+        (1, 1e-3), (1, 3e-3), (4, 1e-3), (4, 3e-3),
+    ]  # fmt: skip
+
+
+def test_blocks_are_concatenated_and_override_the_base() -> None:
+    text = """
+lr = [1e-3, 2e-3]
+[[grid]]
+lr = 5e-4
+[[grid]]
+task.max_train = [10, 20]
+"""
+    assert cells(text, "lr", "task.max_train", "task.name") == [
+        (5e-4, None, "text"), (1e-3, 10, "text"), (2e-3, 10, "text"), (1e-3, 20, "text"), (2e-3, 20, "text"),
+    ]  # fmt: skip
+
+
+def test_a_block_with_another_method_drops_the_fields_of_the_bases() -> None:
+    text = 'method.rank = [1, 2]\n[[grid]]\nmethod.name = "full"\n[[grid]]\nmethod.alpha = 4\n'
+    assert cells(text, "method.name", "method.rank", "method.alpha") == [
+        ("full", None, None), ("lora", 1, 4.0), ("lora", 2, 4.0),
+    ]  # fmt: skip
+
+
+def test_zip_moves_keys_together() -> None:
+    text = """
+[[grid]]
+zip = ["method.rank", "method.alpha"]
+method.rank = [1, 4]
+method.alpha = [2, 8]
+seed = [0, 1]
+"""
+    found = cells(text, "method.rank", "method.alpha", "seed")
+    assert sorted(found) == [(1, 2.0, 0), (1, 2.0, 1), (4, 8.0, 0), (4, 8.0, 1)]
+    assert parse(BASE + text).zips == (("method.rank", "method.alpha"),)
+
+
+def test_two_zip_groups_are_two_axes() -> None:
+    text = """
+[[grid]]
+zip = [["method.rank", "lr"], ["steps", "seed"]]
+method.rank = [1, 2]
+lr = [0.1, 0.2]
+steps = [3, 4]
+seed = [5, 6]
+"""
+    assert len(cells(text)) == 4
+    assert set(cells(text, "steps", "seed")) == {(3, 5), (4, 6)}
+
+
+def test_exclude_drops_cells_by_any_of_the_values() -> None:
+    text = """
+[[grid]]
+method.rank = [1, 2, 4]
+quantization = ["none", "nf4"]
+exclude = [{method.rank = [1, 2], quantization = "nf4"}]
+"""
+    assert cells(text, "method.rank", "quantization") == [(1, "none"), (2, "none"), (4, "none"), (4, "nf4")]
+
+
+def test_a_global_exclude_works_on_every_block_and_may_drop_what_is_no_valid_run() -> None:
+    table = tomllib.loads(BASE + '[[grid]]\nmethod.name = ["lora", "full"]\nquantization = ["none", "nf4"]\n')
+    with pytest.raises(InputError, match="cannot be trained"):
+        parse_sweep(table)
+    table["exclude"] = [{"method": {"name": "full"}, "quantization": "nf4"}]
+    assert [run.quantization for run in parse_sweep(table).runs] == ["none", "nf4", "none"]
+
+
+def test_equal_cells_are_one_run() -> None:
+    assert len(parse(BASE + "[[grid]]\nlr = [1, 1.0]\n[[grid]]\nlr = 1\n").runs) == 1
+
+
+def test_an_alias_of_the_default_is_the_same_run() -> None:
+    assert parse(BASE).runs == parse(BASE + "seed = 0\nwarmup = 0.05\n").runs
+
+
+ONE_PROBLEM = {
+    "[grids]\n": "grids = {}: unknown section 'grids'. Did you mean 'grid'? Choices: name, base, grid",
+    'name = "runs"\n': 'name = "runs": must be a file name',
+    'name = "a/b"\n': 'name = "a/b": must be a file name',
+    "grid = 3\n": "grid: must be written [[grid]]",
+    BASE + "steps = []\n": "steps = []: an axis needs at least one value",
+    BASE + "stepz = 3\n": "stepz = 3: unknown key 'stepz'. Did you mean 'steps'? Choices: method, task, tasks, model",
+    BASE + "steps = 0\n": "steps = 0: must be at least 1",
+    BASE + 'lr = "1e-4"\n': 'lr = "1e-4": must be a valid number',
+    BASE + "lr = inf\n": "lr = inf: must be finite",
+    BASE + 'keep = "svd"\n': 'keep = "svd": must be "updates", "none" or "svd:K"',
+    BASE + 'quantization = "nf5"\n': (
+        "quantization = \"nf5\": unknown value 'nf5'. Did you mean 'nf4'? Choices: none, int8, nf4"
+    ),
+    BASE + "method.rnk = 3\n": "method.rnk = 3: unknown key 'rnk'. Did you mean 'rank'?",
+    BASE + "method.rank = 0\n": "method.rank = 0: must be at least 1",
+    BASE + "micro_batch_size = 3\n": "micro_batch_size = 3: must divide batch_size = 8",
+    '[base]\nmethod.name = "lorra"\ntask.name = "text"\n': (
+        "method.name = \"lorra\": unknown method 'lorra'. Did you mean 'lora'? Choices: adalora, adapter"
+    ),
+    '[base]\nmethod = "lora"\ntask.name = "text"\n': "method.name: is missing. Choices: adalora, adapter",
+    '[base]\ntask.name = "text"\n': "method: is missing",
+    BASE + '[[grid]]\nzip = ["lr", "steps"]\nlr = [1, 2]\n': (
+        'zip = ["lr", "steps"]: each of these keys must be a list in this grid'
+    ),
+    BASE + '[[grid]]\nzip = ["lr", "steps"]\nlr = [1, 2]\nsteps = [1, 2, 3]\n': (
+        'zip = ["lr", "steps"]: the lists must be of one length, but lr has 2, steps has 3'
+    ),
+    BASE + '[[grid]]\nzip = ["lr"]\nlr = [1, 2]\n': 'zip = ["lr"]: must be a list of keys',
+    BASE + "[[grid]]\nzip = 3\n": "zip = 3: must be a list of keys",
+    BASE + "[[grid]]\nexclude = {lr = 1}\n": 'exclude = {"lr": 1}: must be a list of tables',
+    BASE + "[[grid]]\nexclude = [{seed = 0}]\nseed = 0\n": "exclude: leaves no run",
+    BASE + "[[grid]]\nexclude = [{method.rnk = 1}]\n": "grid: exclude = \"method.rnk\": unknown key 'method.rnk'",
+    BASE + '[select]\nover = "rl"\n': "select.over = \"rl\": unknown key 'rl'. Choices: method.name",
+    BASE + '[select]\nby = "valid_los"\n': (
+        "select.by = \"valid_los\": unknown measure 'valid_los'. Did you mean 'valid_loss'?"
+    ),
+    BASE + '[select]\nat = "lr"\n': "select.at = \"lr\": unknown key 'at'",
+    BASE + '[[table]]\nrows = ["method.name"]\nvalue = "vl"\n': "table 1: value = \"vl\": unknown measure 'vl'",
+    BASE + '[[table]]\nrows = ["rank"]\nvalue = "valid_loss"\n': "table 1: rows = \"rank\": unknown key 'rank'",
+    BASE + '[[table]]\nrows = ["lr"]\nvalue = "valid_loss"\ncolumns = "c"\n': (
+        "table 1: columns = \"c\": unknown key 'c'"
+    ),
+    BASE + "[[table]]\nrows = []\n": "table 1: value: is missing",
+    BASE + '[[figure]]\nname = "grid"\n': "figure 1: figure.name = \"grid\": unknown figure 'grid'",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), ONE_PROBLEM.items())
+def test_a_problem_is_one_line_with_key_value_and_choices(text: str, message: str) -> None:
+    found = problems(text if "[base]" in text else text + BASE)
+    assert len(found) == 1 and found[0].startswith(message), found
+
+
+def test_all_problems_of_a_file_are_reported_at_once() -> None:
+    text = """
+nmae = "x"
+[base]
+task.name = "text"
+steps = 0
+[[grid]]
+method.name = "lora"
+method.rank = [0, 1]
+[[grid]]
+method.name = "full"
+quantization = "nf5"
+[select]
+by = "loss"
+"""
+    starts = [line.split(" = ")[0] for line in problems(text)]
+    assert starts[0] == "nmae"
+    assert {"grid 1: method.rank", "steps", "grid 2: quantization"} <= set(starts)
+    assert len(starts) == len(set(problems(text)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a = ", "not valid TOML"),
+        (b"\xff\xfe", "cannot be read"),
+        (None, "no such sweep file"),
+        (b"base.lr = " + b"[" * 5000 + b"]" * 5000, "not valid TOML: nested too deep"),
+        (b"base.seed = " + b"9" * 5000, "not valid TOML: "),
+        (b"[base]\nlr = inf\nmethod.alpha = [1.0, 2.0]", "base.lr = inf: must be a finite number"),
+    ],
+)
+def test_a_file_that_is_no_sweep_is_one_message(tmp_path: Path, content: bytes | None, message: str) -> None:
+    file = tmp_path / "s.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=rf"s\.toml: {message}"):
+        read_sweep(file)
+
+
+def test_a_sweep_is_named_by_its_file_unless_it_says_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "ranks.toml").write_text(BASE)
+    assert read_sweep(tmp_path / "ranks.toml").name == "ranks"
+    assert read_sweep(tmp_path / "ranks.toml", "other").name == "other"
+    (tmp_path / "ranks.toml").write_text('name = "mine"\n' + BASE)
+    assert read_sweep(tmp_path / "ranks.toml", "other").name == "mine"
+
+
+def test_axes_are_the_keys_in_which_runs_differ() -> None:
+    other = '[[grid]]\nmethod.name = "full"\nlr = 1\nsteps = 5\n'
+    sweep = parse(BASE + "[[grid]]\nlr = [1, 2]\nsteps = 5\nseed = [0, 1]\n" + other)
+    assert {"lr", "seed", "method.name"} <= set(sweep.axes) and "steps" not in sweep.axes
+    assert swept_keys([flatten(run.to_json()) for run in sweep.runs]) == ["lr", "seed"]
+
+
+# ---------------------------------------------------------------- specs and their ids
+
+SPECS = st.fixed_dictionaries(
+    {
+        "method": st.one_of(
+            st.fixed_dictionaries({"name": st.just("full")}),
+            st.fixed_dictionaries(
+                {"name": st.just("lora")},
+                optional={"rank": st.integers(1, 64), "alpha": st.one_of(st.floats(0.1, 64), st.just("2r"))},
+            ),
+        ),
+        "task": st.fixed_dictionaries({"name": st.just("text")}, optional={"max_train": st.integers(1, 9)}),
+    },
+    optional={
+        "lr": st.floats(1e-6, 1.0),
+        "steps": st.integers(1, 9),
+        "seed": st.integers(0, 9),
+        "clip": st.one_of(st.just("none"), st.floats(0.1, 9)),
+        "keep": st.sampled_from(["updates", "none", "svd:8"]),
+        "model": st.text(min_size=1, max_size=5),
+    },
+)
+
+
+@given(SPECS)
+def test_a_spec_goes_through_json_and_back(table: dict) -> None:
+    spec = RunSpec.from_json(table)
+    text = json.dumps(spec.to_json())
+    again = RunSpec.from_json(json.loads(text))
+    assert again == spec and again.id == spec.id == spec_id(json.loads(text))
+
+
+@given(SPECS, st.randoms())
+def test_the_id_depends_on_content_alone(table: dict, random: object) -> None:
+    spec = RunSpec.from_json(table)
+
+    def shuffled(value: object) -> object:
+        if not isinstance(value, dict):
+            return int(value) if isinstance(value, float) and value.is_integer() else value
+        keys = list(value)
+        random.shuffle(keys)
+        return {key: shuffled(value[key]) for key in keys}
+
+    assert spec_id(shuffled(spec.to_json())) == spec.id
+    assert RunSpec.from_json(shuffled(spec.to_json())).id == spec.id
+
+
+def test_every_field_changes_the_id() -> None:
+    spec = parse(BASE).runs[0]
+    other = {
+        "model": "x", "revision": "r", "quantization": "nf4", "dtype": "bfloat16", "seq_len": 64, "batch_size": 4,
+        "micro_batch_size": 2, "steps": 7, "lr": 0.5, "schedule": "cosine", "warmup": 0.5, "weight_decay": 0.5,
+        "beta1": 0.5, "beta2": 0.5, "epsilon": 0.5, "clip": "none", "gradient_checkpointing": True, "eval_every": 5,
+        "keep": "none", "threads": 2, "seed": 9, "method": {"name": "full"}, "task": {"name": "text", "max_eval": 3},
+        "serving": False,
+    }  # fmt: skip
+    assert set(other) == set(spec.to_json())
+    ids = {RunSpec.from_json(spec.to_json() | {key: value}).id for key, value in other.items()} | {spec.id}
+    assert len(ids) == len(other) + 1
+
+
+def test_canonical_json_has_one_form_for_equal_content() -> None:
+    import hashlib
+
+    table = {"b": {"y": 1.0, "x": -0.5}, "a": [1e-4, True, None, "é"], "method": {"name": "m"}}
+    text = b'{"a":[0.0001,true,null,"\\u00e9"],"b":{"x":-0.5,"y":1},"method":{"name":"m"}}'
+    assert canonical_json(table) == text
+    assert spec_id(table) == f"m-{hashlib.sha256(text).hexdigest()[:12]}"
+
+
+def test_flatten_and_unflatten_are_inverses() -> None:
+    table = {"a": {"b": {"c": 1}, "d": [1]}, "e": None}
+    assert flatten(table) == {"a.b.c": 1, "a.d": [1], "e": None}
+    assert unflatten(flatten(table)) == table
+
+
+SHIPPED = sorted(Path(__file__).parents[2].glob("sweeps/**/*.toml"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_every_shipped_sweep_expands_and_its_header_says_why(file: Path) -> None:
+    sweep = read_sweep(file)
+    assert len({run.id for run in sweep.runs}) == len(sweep.runs) > 0
+    for run in sweep.runs:
+        assert RunSpec.from_json(json.loads(json.dumps(run.to_json()))) == run
+    for word in ("# Question:", "# Cost:", "# Expect:"):
+        assert word in sweep.text
+
+
+def test_what_is_wrong_in_the_base_is_said_once() -> None:
+    text = 'steps = 0\n[[grid]]\nmethod.name = "full"\n[[grid]]\nmethod.name = "lora"\nmethod.rank = 0\n'
+    with pytest.raises(InputError) as error:
+        cells(text, "lr")
+    assert error.value.problems == ["steps = 0: must be at least 1", "grid 2: method.rank = 0: must be at least 1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[select]\nby = "valid_accuracy"\n', ["select.by", "valid_accuracy", "valid_loss"]),
+        ('[select]\nover = "seed"\n', ["select.over", "seed", "lr"]),
+        ('[[table]]\nrows = []\nvalue = "valid_loss"\n', ["rows = []"]),
+        ('[[table]]\nrows = ["lr"]\ncolumns = "lr"\nvalue = "valid_loss"\n', ["columns", "among rows"]),
+        ('[[table]]\nrows = ["lr"]\nvalue = "valid_loss"\nname = "../up"\n', ["name", "../up", "file name"]),
+        ('[[figure]]\nname = "rank_quality"\nvalue = "valid_acuracy"\n', ["figure 1", "valid_acuracy"]),
+        ('[[figure]]\nname = "cost_quality"\ncosts = ["peak_gb"]\n', ["peak_gb", "peak_gib"]),
+        ('[[grid]]\nzip = [["lr", "seed"], ["seed", "steps"]]\nlr = [1, 2]\nseed = [0, 1]\nsteps = [1, 2]\n', ["seed"]),
+    ],
+)  # fmt: skip
+def test_what_would_go_wrong_later_is_said_when_the_sweep_is_read(text: str, words: list[str]) -> None:
+    (problem,) = problems('[base]\ntask.name = "text"\nmethod.name = "lora"\n' + text)
+    assert all(word in problem for word in words), problem
+
+
+LABELLED = """
+[[grid]]
+label = "LoRA, rank {method.rank}"
+method.name = "lora"
+method.rank = [1, 2]
+[[grid]]
+label = "full"
+method.name = "full"
+"""
+
+
+def test_settings_can_be_named():
+    base = "[base]\ntask.name = 'text'\nseed = [0, 1]\n"
+    sweep = parse(base + LABELLED)
+    assert [sweep.labels[run.id] for run in sweep.runs] == ["LoRA, rank 1", "LoRA, rank 2"] * 2 + ["full"] * 2
+    bare = parse(base + re.sub("label.*", "", LABELLED))
+    assert [run.id for run in bare.runs] == [run.id for run in sweep.runs]  # a name changes no run
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('label = "full"', "", "label: is missing in some"),
+        ("{method.rank}", "{method.rnk}", "Did you mean 'method.rank'?"),
+        ('label = "full"', "label = 3", "label = 3: must be a text"),
+        ("LoRA, rank {method.rank}", "LoRA", 'label = "LoRA": is given to runs that differ in method.rank'),
+    ],
+)
+def test_a_wrong_label_is_an_error(old, new, problem):
+    with pytest.raises(InputError) as error:
+        parse("[base]\ntask.name = 'text'\n" + LABELLED.replace(old, new))
+    assert problem in str(error.value)

@@ -1,0 +1,51 @@
+"""A results folder of an older version counts as it is: the same ids, nothing computed anew, the same tables.
+
+`fixtures/store` was made at commit d0d0d50 by `lorabench run` and `lorabench analyze` of the sweep that lies in it, in
+a checkout at /lorabench; claims, logs, figures and the cache of W0 are left out, and of tables the digests are kept.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lorabench.cli import main
+from lorabench.spec.sweep import read_sweep
+from lorabench.store.record import Status
+from lorabench.store.store import Store
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "store"
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    shutil.copytree(FIXTURE, tmp_path / "results")
+    return Store(tmp_path / "results")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_nothing_is_trained_anew(store, capsys):
+    before = contents(store.root / "runs")
+    sweep = store.root / "store" / "sweep.toml"
+    assert sorted(spec.id for spec in read_sweep(sweep).runs) == store.run_ids()
+    assert {store.verified(state).status for state in store.states()} == {Status.DONE}
+    assert main(["run", str(sweep), "--results", str(store.root)]) == 0
+    assert "2 done" in capsys.readouterr().err
+    assert contents(store.root / "runs") == before
+
+
+def test_nothing_is_analyzed_anew_and_the_tables_are_the_same(store):
+    before = {name: contents(store.root / name) for name in ("runs", "pairs")}
+    assert main(["analyze", str(store.root), "store"]) == 0
+    assert {name: contents(store.root / name) for name in before} == before
+    assert not (store.root / "bases").exists(), "no W0 was asked for"
+    found = contents(store.root / "store" / "tables")
+    lines = (store.root / "store" / "tables.sha256").read_text("utf-8").splitlines()
+    expected = {name: digest for digest, name in (line.split() for line in lines)}
+    assert expected.keys() >= {"runs.csv", "summary.csv", "metrics.csv", "changes.csv", "pairs.csv"}
+    assert {name: found[name] for name in expected} == expected
