@@ -21,9 +21,11 @@ from lorabench.spec.run_spec import RunSpec
 from lorabench.store import claim
 from lorabench.store.steps import StepLog
 from lorabench.training import meter as meters
+from lorabench.training.base import Base
 from lorabench.training.examples import Examples, Order
 from lorabench.training.loop import FLUSH_EVERY, Saves, train
-from lorabench.training.state import Stop, Training, make_optimizer
+from lorabench.training.state import Training, make_optimizer
+from lorabench.training.stop import Stop
 
 LOG_EVERY = FLUSH_EVERY
 """Steps between two looks at the loss, of each contender: lorabench's own habit."""
@@ -66,7 +68,8 @@ class TickingLog(StepLog):
 
 def run_lorabench(race: Race) -> None:
     model, meter = race.model(), meters.Meter(race.watch.device, race.spec.steps)
-    training = Training(race.spec, model, make_optimizer(race.spec, model), meter)
+    base = Base(spec=race.spec, stages=[race.examples], device=meter.device)
+    training = Training(race.spec, base, model, make_optimizer(race.spec, model), meter)
     with tempfile.TemporaryDirectory() as folder:
         hold = claim.take(Path(folder))
         assert hold is not None
@@ -75,7 +78,7 @@ def run_lorabench(race: Race) -> None:
         saves = Saves(checkpoint=lambda: None, snapshot=lambda: None)
         with hold:
             meter.start_training()
-            train(training, race.examples, log, Stop(), saves, hold)
+            train(training, log, Stop(), saves, hold)
             meter.end_training()
     race.losses = training.losses
     baseline = 0 if race.watch.device.type == "cuda" else meter.baseline_gib

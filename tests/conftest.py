@@ -19,7 +19,7 @@ from lorabench.spec.run_spec import RunSpec
 
 LONGEST = ("slurm/test_interruptions", "slurm/test_deaths", "slurm/test_arrays", "slurm/test_without_accounting",
            "test_ranks", "test_team", "cluster/test_work", "test_kill", "test_methods", "test_execute", "test_sequence",
-           "test_snapshots", "test_report", "test_flops", "test_serving")  # fmt: skip
+           "test_snapshots", "test_outputs", "test_flops", "test_serving")  # fmt: skip
 """Files that take minutes: a worker that began one last would keep the others waiting."""
 
 

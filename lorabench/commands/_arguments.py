@@ -120,6 +120,13 @@ def device_here(name: str) -> str:
     return name
 
 
+def begin(arguments: argparse.Namespace) -> tuple[Store, str]:
+    """Store and device of a command that computes on runs; the libraries are silent from here on."""
+    store, device = open_store(arguments.results), device_here(arguments.device)
+    hush_libraries()
+    return store, device
+
+
 def statuses(text: str) -> frozenset[Status]:
     """What `--retry` names. InputError with the choices."""
     from lorabench.launch.pool import REPEATABLE

@@ -28,11 +28,9 @@ from lorabench.commands._arguments import (
     RESULTS,
     argument,
     as_json,
-    device_here,
-    hush_libraries,
+    begin,
     number,
     numbers,
-    open_store,
 )
 from lorabench.terminal.text import talk, tell
 
@@ -66,9 +64,7 @@ ARGUMENTS = [
 
 
 def main(arguments: argparse.Namespace) -> int:
-    store = open_store(arguments.results)
-    device = device_here(arguments.device)
-    hush_libraries()
+    store, device = begin(arguments)
     from lorabench.adapters.intervention import intervene, intervene_report
 
     if arguments.figure is not None:

@@ -34,11 +34,9 @@ from lorabench.commands._arguments import (
     RESULTS,
     argument,
     as_json,
-    device_here,
-    hush_libraries,
+    begin,
     number,
     numbers,
-    open_store,
 )
 from lorabench.terminal.text import talk, tell
 
@@ -63,10 +61,8 @@ ARGUMENTS = [
 
 
 def main(arguments: argparse.Namespace) -> int:
-    store = open_store(arguments.results)
-    device = device_here(arguments.device)
+    store, device = begin(arguments)
     by = [name.strip() for name in arguments.by.split(",") if name.strip()]
-    hush_libraries()
     from lorabench.adapters.merging.adapters import read_adapter
     from lorabench.adapters.merging.bodies import bodies
     from lorabench.adapters.merging.compose import compose

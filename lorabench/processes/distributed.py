@@ -200,7 +200,7 @@ def joined(place: Place, store: Any, device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def meet(place: Place) -> Any:
+def rendezvous(place: Place) -> Any:
     """The store in which the ranks of `place.meeting` leave word for one another; None for a run of one process."""
     if place.size == 1:
         return None
@@ -216,7 +216,7 @@ def meet(place: Place) -> Any:
     return dist.PrefixStore(prefix, dist.TCPStore(host, int(port), is_master=False, timeout=timeout))
 
 
-def told(place: Place, store: Any, make: Callable[[], str]) -> str:
+def broadcast(place: Place, store: Any, make: Callable[[], str]) -> str:
     """A word of rank 0 to all, before they have joined: what `make` gives there."""
     if place.size == 1:
         return make()

@@ -206,3 +206,13 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer() and not isinstance(value, bool):
         return int(value)
     return value
+
+
+def method_seed(spec: RunSpec, **also: int) -> int:
+    """Seed of a method's own initialization and dropout.
+
+    It depends on the method too: from one random stream the A of rank 8 would be the first rows of the A of rank 64,
+    and their subspaces would agree for no other reason.
+    """
+    content = canonical_json({"seed": spec.seed, "method": spec.to_json()["method"]} | also)
+    return int.from_bytes(hashlib.sha256(content).digest()[:4], "big")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -83,15 +82,6 @@ def _utilization(training: Training) -> tuple[dict[str, float], dict[str, str]]:
         of = f"{rate / 1e12:.3g} TFLOP/s are more than the peak {notes['model_flops_utilization']}"
         return measures, notes | {"model_flops_utilization": f"not measured: {of}"}
     return measures | {"model_flops_utilization": rate / peak}, notes
-
-
-def data_of(stages: list[Examples]) -> dict[str, Any]:
-    """Fingerprints and notes by role: `task` and `retain`, with the task's number where there are several."""
-    numbered = [(f" {number}" if len(stages) > 1 else "", examples) for number, examples in enumerate(stages, 1)]
-    return {
-        "data": {role + number: value for number, each in numbered for role, value in each.fingerprints.items()},
-        "data_notes": {role + number: value for number, each in numbered for role, value in each.notes.items()},
-    }
 
 
 def counts_of(tuned: nn.Module, num_base: int, stages: list[Examples]) -> dict[str, float]:

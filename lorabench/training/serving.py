@@ -36,7 +36,7 @@ from lorabench.training.inference import (
     workload,
 )
 from lorabench.training.meter import GIB
-from lorabench.training.state import Stopped
+from lorabench.training.stop import Stopped
 from lorabench.updates.update import DELTA_FILE
 
 RESIDENT = ["default", *(f"task_{number}" for number in range(2, NUM_RESIDENT + 1))]

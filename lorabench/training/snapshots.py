@@ -68,7 +68,7 @@ def is_streamed(training: Training) -> bool:
     return training.world.is_sharded and method.trains_base and type(method).save is Method.save
 
 
-def keep_snapshot(training: Training, load_base: LoadBase, folder: Path, hold: Hold) -> None:
+def keep_snapshot(training: Training, folder: Path, hold: Hold) -> None:
     """Keep ΔW as it is after this step, and leave the training as if it had not been.
 
     To load the base seeds torch's generators anew, so they are put back; what is saved must not depend on dropout,
@@ -78,7 +78,7 @@ def keep_snapshot(training: Training, load_base: LoadBase, folder: Path, hold: H
 
     def load() -> nn.Module:
         loads.append(training.step)
-        return load_base()
+        return training.base.untouched()
 
     random = random_state(meter.device)
     with meter.pause_training("snapshot"):

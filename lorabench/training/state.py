@@ -1,12 +1,10 @@
-"""A run's own state while it trains: why it should stop, and all that a checkpoint holds."""
+"""A run's own state while it trains, apart from the base that it rides on: all that a checkpoint holds."""
 
 from __future__ import annotations
 
-import math
 import os
 import pickle
 import struct
-import time
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,63 +17,24 @@ from lorabench.config.decode import InputError
 from lorabench.config.digests import check_files
 from lorabench.config.durable import make_folder, remove, sync
 from lorabench.config.json_file import fit
-from lorabench.processes.distributed import ALONE, World, is_sharded
+from lorabench.processes.distributed import World, is_sharded
 from lorabench.spec.run_spec import RunSpec
 from lorabench.training import meter as meters
 from lorabench.training import ranks, sharding
-
-MARKER_SECONDS = 3.0
-"""Between two looks for a file: a shared file system is asked over the network."""
-
-
-class Stopped(Exception):
-    """Somebody asked the run to stop; its state is in the checkpoint."""
-
-
-class Diverged(Exception):
-    """The loss or the gradient became NaN or infinite."""
-
-
-@dataclass
-class Stop:
-    """Why the run should end at the next step: None to go on."""
-
-    reason: str | None = None
-    deadline: float | None = None
-    """On time.monotonic's clock."""
-    marker: Path | None = None
-    """A file that `lorabench cancel` makes: the run ends once it is there."""
-    looked: float = -math.inf
-    world: World = ALONE
-
-    def check(self) -> None:
-        """Raises Stopped, on all ranks at once where there are several."""
-        self._look_for_marker()
-        if self.deadline is not None and time.monotonic() > self.deadline and self.reason is None:
-            self.reason = "timeout"
-        if self.world.any(self.reason is not None):
-            reasons = filter(None, self.world.gather(self.reason))
-            self.reason = next(reasons)
-            raise Stopped(self.reason)
-
-    def _look_for_marker(self) -> None:
-        now = time.monotonic()
-        if self.marker is None or now < self.looked + MARKER_SECONDS:
-            return
-        self.looked = now
-        if self.reason is None and self.marker.exists():
-            self.reason = "lorabench cancel"
+from lorabench.training.base import Base
+from lorabench.training.examples import Examples
 
 
 @dataclass
 class Training:
-    """A run's own state, apart from the base model it rides on: all that a checkpoint holds."""
+    """What belongs to one run: its adapter, optimizer, schedule, data order, step log, metrics and costs."""
 
     spec: RunSpec
+    base: Base
     model: nn.Module
+    """The base with the run's method on it; of the base's own weights nothing here is the run's."""
     optimizer: torch.optim.Optimizer
     meter: meters.Meter
-    world: World = ALONE
     stage: int = 0
     """Which of the run's tasks is being trained: 0, 1, …"""
     step: int = 0
@@ -86,8 +45,6 @@ class Training:
     metrics: dict[str, float] = field(default_factory=dict)
     rows: list[list[dict[str, float]]] = field(default_factory=list)
     """Validation metrics of every task: before training, and after each task that is done."""
-    content: dict[str, Any] = field(default_factory=dict)
-    """Fingerprints of the base and the data: a checkpoint goes on with the same ones or not at all."""
     skeleton: nn.Module | None = None
     """The model without numbers, to count FLOPs on."""
     snapshots: dict[str, str] = field(default_factory=dict)
@@ -97,6 +54,16 @@ class Training:
 
     sizes: set[int] = field(default_factory=set)
     """Numbers of ranks that took the steps before it was stopped."""
+
+    @property
+    def world(self) -> World:
+        """The ranks that compute the run together."""
+        return self.base.world
+
+    @property
+    def examples(self) -> Examples:
+        """The data of the task being trained."""
+        return self.base.stages[self.stage]
 
     @property
     def task_step(self) -> int:
@@ -130,7 +97,7 @@ class Training:
             "stage": self.stage,
             "step": self.step,
             "evaluated": self.evaluated,
-            "content": self.content,
+            "content": self.base.content,
             "losses": self.losses,
             "metrics": self.metrics,
             "rows": self.rows,
@@ -157,7 +124,7 @@ class Training:
         ValueError if it is damaged, or a snapshot that it tells of is, or it is of other data or weights.
         """
         state = self.world.from_first(lambda: read_checkpoint(file))
-        if state["content"] != self.content:
+        if state["content"] != self.base.content:
             raise ValueError("was made with other data or another base")
         trained = self.spec.method.trained_state(self.model)
         if "shares" in state:

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from lorabench.config import plugins
 from lorabench.config.decode import InputError
 from lorabench.methods.peft import UNFIT
+from lorabench.training.evaluation import forward
 from lorabench.training.examples import collate, prepare
-from lorabench.training.loop import forward
 from lorabench.updates import formats
 from lorabench.updates.formats import read_updates
 from lorabench.updates.weightfile import is_embedding

@@ -167,7 +167,7 @@ def test_where_slurm_does_not_answer_the_runs_are_marked(
 
 def test_a_run_ends_at_its_next_step_and_goes_on_from_there(tmp_path: Path) -> None:
     """As `lorabench cancel` does: no signal, only the marker; the same numbers in the end."""
-    from lorabench.training import state
+    from lorabench.training import stop
 
     spec, store, other = make_spec(), Store(tmp_path / "a"), Store(tmp_path / "b")
     write_bytes(store.cancel_marker(spec.id), b"")
@@ -176,7 +176,7 @@ def test_a_run_ends_at_its_next_step_and_goes_on_from_there(tmp_path: Path) -> N
     store.cancel_marker(spec.id).unlink()
     assert execute(spec, store, Options(device="cpu")) == execute(spec, other, Options(device="cpu")) == Status.DONE
     losses = [s.read(spec.id).measures["valid_loss"] for s in (store, other)]
-    assert losses[0] == losses[1] and state.MARKER_SECONDS < 10
+    assert losses[0] == losses[1] and stop.MARKER_SECONDS < 10
 
 
 def test_run_takes_the_marks_of_its_runs_away(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

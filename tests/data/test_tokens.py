@@ -19,8 +19,8 @@ from lorabench.tasks.classification import Classification
 from lorabench.tasks.completion import Completion
 from lorabench.tasks.text import Text
 from lorabench.training.data_check import token_problems
+from lorabench.training.evaluation import forward
 from lorabench.training.examples import collate
-from lorabench.training.loop import forward
 from tests import families
 from tests.conftest import make_spec
 

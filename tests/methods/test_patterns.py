@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model
 
 from lorabench.config.decode import InputError
 from lorabench.methods._peft import tuner_layers
+from lorabench.training.evaluation import forward
 from lorabench.training.examples import prepare
-from lorabench.training.loop import forward
 from lorabench.updates.advice import exact_key
 from lorabench.updates.formats import open_adapter, read_updates
 from tests.methods.test_lora import peft_config

@@ -140,7 +140,7 @@ def test_what_raises_stands_on_the_page_and_the_rest_is_made(light, tmp_path, mo
     monkeypatch.setattr(*PLACES[name], fails)
     (tmp_path / MANIFEST).write_text("{}")
     found = write_report(light, tmp_path)
-    assert name in found.errors and "Mistake: a <b>mistake</b> (test_report.py, line" in found.errors[name]
+    assert name in found.errors and "Mistake: a <b>mistake</b> (test_outputs.py, line" in found.errors[name]
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "a &lt;b&gt;mistake&lt;/b&gt;" in page and "<b>mistake" not in page
     kept = {file.relative_to(tmp_path) for file in found.files}

@@ -14,7 +14,6 @@ from lorabench.config.decode import InputError
 from lorabench.config.durable import write_bytes
 from lorabench.spec.measures import MEASURES
 from lorabench.spec.run_spec import RunSpec
-from lorabench.store import record as records
 from lorabench.store.claim import take
 from lorabench.store.crash_record import settle
 from lorabench.store.record import RunRecord, Status
@@ -151,7 +150,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path: Path, monkeypatch
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(records.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_bytes(file, b"new")
     assert file.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]

@@ -172,18 +172,18 @@ def test_a_head_of_another_size_is_a_new_one(tmp_path):
 
 
 def test_a_save_that_fails_keeps_what_was_computed(tmp_path, monkeypatch):
-    from lorabench.training import execute
+    from lorabench.training import execute, run
 
     spec, store = make_spec(steps=2), Store(tmp_path)
-    real = execute.write_update
+    real = run.write_update
 
     def broken(*arguments):
         raise AttributeError("'Experts' object has no attribute 'weight'")
 
-    monkeypatch.setattr(execute, "write_update", broken)
+    monkeypatch.setattr(run, "write_update", broken)
     assert execute.execute(spec, store, execute.Options(log_to_file=False)) == Status.FAILED
-    assert execute.checkpoint_file(store.folder(spec.id)).exists()
-    monkeypatch.setattr(execute, "write_update", real)
+    assert run.checkpoint_file(store.folder(spec.id)).exists()
+    monkeypatch.setattr(run, "write_update", real)
     assert execute.execute(spec, store, execute.Options(log_to_file=False)) == Status.DONE
     record = store.read(spec.id)
     assert record.resumed_from_step == spec.steps

@@ -16,9 +16,10 @@ from lorabench.store.record import Status
 from lorabench.store.store import Store
 from lorabench.training import execute as module
 from lorabench.training import loop as train_module
+from lorabench.training import run as journey
 from lorabench.training.execute import Options, execute
 from lorabench.training.loop import schedule
-from lorabench.training.state import Stop, Stopped
+from lorabench.training.stop import Stop, Stopped
 from tests.conftest import make_spec
 
 QUIET = Options(log_to_file=False, device="cpu")
@@ -156,7 +157,7 @@ def test_accumulated_gradients_are_the_batch_s(tmp_path):
 def test_done_is_not_computed_again(tmp_path, monkeypatch):
     store = Store(tmp_path)
     execute(SPECS["lora"], store, QUIET)
-    monkeypatch.setattr(module, "_run", lambda *_: pytest.fail("ran again"))
+    monkeypatch.setattr(module, "run", lambda *_: pytest.fail("ran again"))
     assert execute(SPECS["lora"], store, QUIET) == Status.DONE
 
 
@@ -174,7 +175,7 @@ def test_an_error_becomes_its_status(error, status, tmp_path, monkeypatch):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(module, "train", fail)
+    monkeypatch.setattr(journey, "train", fail)
     store = Store(tmp_path)
     assert execute(SPECS["lora"], store, QUIET) == status
     record = store.read(SPECS["lora"].id)

@@ -15,9 +15,9 @@ from lorabench.models import weights
 from lorabench.store.record import Status
 from lorabench.store.store import Store
 from lorabench.training import bookkeeping, flops
+from lorabench.training.evaluation import forward
 from lorabench.training.examples import collate, prepare
 from lorabench.training.execute import Options, execute
-from lorabench.training.loop import forward
 from tests.conftest import make_spec
 from tests.methods.test_methods import CPU, IMPOSSIBLE, VARIANTS, attach, load_base, method_spec
 

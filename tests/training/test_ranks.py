@@ -26,9 +26,11 @@ from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.sweep import Sweep
 from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store
-from lorabench.training import bookkeeping, execute, loop, sharding
+from lorabench.training import evaluation, execute, loop, sharding
 from lorabench.training import meter as meters
-from lorabench.training.state import Training
+from lorabench.training import run as journey
+from lorabench.training.base import Base
+from lorabench.training.state import Training, random_state
 from tests.conftest import make_spec
 
 TOLERANCES = {"float32": (1e-5, 3e-5, 1e-6), "bfloat16": (1e-2, 5e-2, 3e-2)}
@@ -110,7 +112,7 @@ def alone(specs: dict[str, RunSpec], tmp_path_factory: pytest.TempPathFactory) -
 
 def observed(spec: RunSpec, store: Store, settings: Settings) -> None:
     """Notes what this rank holds after training, and when it made meshes and loaded bases; only the first may save."""
-    events, trained, in_turn = [], execute.train, sharding.in_turn
+    events, trained, in_turn = [], journey.train, sharding.in_turn
 
     def noting(training: Training, *rest: Any) -> None:
         trained(training, *rest)
@@ -123,7 +125,7 @@ def observed(spec: RunSpec, store: Store, settings: Settings) -> None:
     def event(name: str, call: Any) -> Any:
         return lambda *arguments: (events.append(name), call(*arguments))[1]
 
-    execute.train, sharding.in_turn = noting, event("load", in_turn)
+    journey.train, sharding.in_turn = noting, event("load", in_turn)
     device_mesh.init_device_mesh = event("mesh", device_mesh.init_device_mesh)
     if settings.place.rank:
         type(spec.method).save = fail
@@ -191,14 +193,14 @@ def asked_to_stop(spec: RunSpec, store: Store, settings: Settings) -> None:
 
 def asked_while_evaluating(spec: RunSpec, store: Store, settings: Settings) -> None:
     """After training, between the evaluation of one split and of the next."""
-    evaluate = execute.evaluate
+    evaluate = evaluation.evaluate
 
     def asking(training: Training, examples: Any, split: str, *rest: Any) -> dict[str, float]:
         if split == "test" and settings.place.rank == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(training, examples, split, *rest)
 
-    execute.evaluate = asking
+    evaluation.evaluate = asking
     execute_run(spec, store, settings)
 
 
@@ -292,7 +294,7 @@ def test_buckets_hold_every_gradient_once(monkeypatch):
 
 def test_shared_out_weights_are_not_kept_by_autocast():
     for world, cached in ((World(), True), (World(sharding="fsdp"), False)):
-        with loop.autocast(make_spec(dtype="bfloat16"), torch.device("cpu"), world):
+        with evaluation.autocast(make_spec(dtype="bfloat16"), torch.device("cpu"), world):
             assert torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled() == cached
 
 
@@ -300,13 +302,13 @@ def test_joules_of_ranks_that_are_gone_are_kept():
     """And counted once: those of a machine by one of its ranks."""
     spec, model = make_spec(), torch.nn.Linear(2, 2)
     state = {**meters.Meter(torch.device("cpu"), 1).state, "energy_joules": 10.0}
-    state_of = {"meter": state, "random": state.random_state(loop.CPU)}
+    state_of = {"meter": state, "random": random_state(loop.CPU)}
     before = [state_of | {"tells_energy": tells} for tells in (1, 0, 1)]
     found = []
     for rank in range(2):
         meter = meters.Meter(torch.device("cpu"), 1)
-        world = World(place=Place(rank=rank, size=2, local_rank=rank))
-        Training(spec, model, torch.optim.SGD(model.parameters()), meter, world)._load_rank(before)
+        base = Base(spec=spec, stages=[], device=loop.CPU, world=World(place=Place(rank=rank, size=2, local_rank=rank)))
+        Training(spec, base, model, torch.optim.SGD(model.parameters()), meter)._load_rank(before)
         found.append(meter.energy_joules)
     assert found == [20.0, 0.0]
 
@@ -401,9 +403,9 @@ def differing(spec: RunSpec, store: Store, settings: Settings) -> None:
     if settings.place.rank == 1:
         match spec.seed:
             case 0:
-                bookkeeping.data_of = lambda stages: {"data": {"task": "another"}}
+                Base.content = property(lambda base: {"data": {"task": "another"}})
             case 1:
-                execute.method_seed = lambda spec: 0
+                journey.method_seed = lambda spec: 0
             case 2:
                 at_step(3, 1, lambda: setattr(torch.optim.AdamW, "step", lambda self: None))
     execute_run(spec, store, settings)

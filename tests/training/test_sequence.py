@@ -28,7 +28,7 @@ from lorabench.store.store import Store
 from lorabench.training import sequence
 from lorabench.training.examples import Order
 from lorabench.training.execute import Options, execute
-from lorabench.training.state import Stop
+from lorabench.training.stop import Stop
 from tests import synthetic
 from tests.conftest import make_spec
 from tests.training.test_execute import stop_after

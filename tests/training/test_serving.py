@@ -13,13 +13,13 @@ from lorabench.config import plugins
 from lorabench.spec.measures import MEASURES, NUM_RESIDENT
 from lorabench.store.record import Status
 from lorabench.store.store import Store
-from lorabench.training import execute as module
 from lorabench.training import inference, serving
+from lorabench.training import run as journey
 from lorabench.training.execute import Options, execute
 from lorabench.training.inference import as_served, checked_batch, logits
 from lorabench.training.meter import GIB
 from lorabench.training.serving import RESIDENT, held_bytes, mixed, stored_files, swapped
-from lorabench.training.state import Stop, Stopped
+from lorabench.training.stop import Stop, Stopped
 from tests.conftest import make_spec
 from tests.methods.test_methods import IMPOSSIBLE, load_base, method_spec, tuned
 
@@ -243,7 +243,7 @@ def test_a_failure_costs_its_own_measures_only(place, error, part, left, tmp_pat
 
 def test_a_stop_ends_the_measuring_and_not_the_run(tmp_path, monkeypatch, quick):
     """All is saved by then: a run that was stopped here is done."""
-    serve = module._serve
+    serve = journey._serve
 
     def stopped(self):
         stopped.count += 1
@@ -255,7 +255,7 @@ def test_a_stop_ends_the_measuring_and_not_the_run(tmp_path, monkeypatch, quick)
         monkeypatch.setattr(Stop, "check", stopped)
         serve(*arguments)
 
-    monkeypatch.setattr(module, "_serve", stop_fourth)
+    monkeypatch.setattr(journey, "_serve", stop_fourth)
     record, _ = run(quick(), tmp_path)
     assert "stopped by SIGTERM before loading" in record.provenance["serving"]
     assert "prefill_base_batch_1_seconds" in record.measures and "storage_bytes" not in record.measures

@@ -22,7 +22,7 @@ from lorabench.config.durable import write_json
 from lorabench.config.json_file import read_json
 from lorabench.spec.run_spec import canonical_json
 from lorabench.store.store import Store
-from lorabench.training.execute import pick_device
+from lorabench.training.base import pick_device
 
 VERSION = 2
 """Part of every id: raise it when a compression or its evaluation changes."""

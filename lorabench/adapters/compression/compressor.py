@@ -21,9 +21,9 @@ from lorabench.methods._patterns import config_as_trained
 from lorabench.models import base_model
 from lorabench.models.weights import add_update, is_conv1d
 from lorabench.training import environment
+from lorabench.training.base import seeded_base
+from lorabench.training.evaluation import metrics_of
 from lorabench.training.examples import Examples, prepare_stages
-from lorabench.training.execute import seeded_base
-from lorabench.training.loop import metrics_of
 from lorabench.updates.peftfile import carried as carried_fields
 from lorabench.updates.peftfile import whole_folder
 from lorabench.updates.readers._entry import Entry, TensorFile

@@ -33,9 +33,9 @@ from lorabench.spec.run_spec import RunSpec, canonical_json
 from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store, check_updates
 from lorabench.training import environment
+from lorabench.training.base import pick_device
+from lorabench.training.evaluation import metrics_of
 from lorabench.training.examples import prepare_stages
-from lorabench.training.execute import pick_device
-from lorabench.training.loop import metrics_of
 from lorabench.updates import formats
 from lorabench.updates.base import TUNED_VECTORS
 from lorabench.updates.update import INITIAL_FILE, Update

@@ -28,9 +28,9 @@ from lorabench.models import base_model
 from lorabench.spec.run_spec import canonical_json, task_names
 from lorabench.store.store import Store
 from lorabench.training import environment
+from lorabench.training.base import pick_device
+from lorabench.training.evaluation import metrics_of
 from lorabench.training.examples import Examples, prepare_stages
-from lorabench.training.execute import pick_device
-from lorabench.training.loop import metrics_of
 
 VERSION = 1
 """Part of every id: raise it when a merge or its evaluation changes."""

@@ -18,9 +18,10 @@ from lorabench.config.decode import InputError
 from lorabench.models.weights import add_update
 from lorabench.store.record import Status
 from lorabench.store.store import Store
+from lorabench.training.base import seeded_base
+from lorabench.training.evaluation import metrics_of
 from lorabench.training.examples import prepare
-from lorabench.training.execute import Options, execute, seeded_base
-from lorabench.training.loop import metrics_of
+from lorabench.training.execute import Options, execute
 from lorabench.updates.formats import read_layers, read_updates
 from lorabench.updates.update import INITIAL_FILE, Update
 from tests.adapters.compression.test_truncation import best

@@ -23,9 +23,9 @@ from lorabench.models.base_model import load_base
 from lorabench.report.aggregate import interval, plain
 from lorabench.store.record import Status
 from lorabench.store.store import Store
+from lorabench.training.evaluation import metrics_of
 from lorabench.training.examples import prepare
 from lorabench.training.execute import Options, execute
-from lorabench.training.loop import metrics_of
 from lorabench.updates.formats import open_layers, read_updates
 from tests.conftest import make_spec
 from tests.training.test_sequence import CODE, DOCS, write_labelled
