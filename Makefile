@@ -45,6 +45,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/analysis.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/cluster.py
+	$(BIN)/python benchmarks/startup.py
 
 campaign: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign --minutes $(MINUTES)
