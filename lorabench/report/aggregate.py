@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,16 @@ from lorabench.report.labels import measure
 from lorabench.store.record import FAILURES, Status
 
 CONFIDENCE = 0.95
+FEWEST = 3
+"""Seeds whose interval is drawn: of two it is nine times as wide as they are apart."""
+FREE = (-math.inf, math.inf)
+BOUNDED = {
+    r"(base_)?(valid|test)_(token_accuracy|accuracy|macro_f1|majority)|average_final": (0.0, 100.0),
+    r"(back|for)ward_transfer": (-100.0, 100.0),
+    r"(base_)?(valid|test)_(matthews|pearson|spearman)": (-1.0, 1.0),
+    r"survival\.\w+|dynamics\.phi\w*": (0.0, 1.0),
+}
+"""Measures that have a smallest and a largest value, as they are shown (in %: times 100)."""
 LARGEST = 1e150
 """Whose square is a number still: of what has diverged further there is no interval."""
 FAILED = (*FAILURES, Status.CORRUPT)
@@ -36,6 +47,8 @@ class Cell:
     null: float | None = None
     applicable: bool = True
     """False where no run behind the cell can have the measure: ΔW of a soft prompt."""
+    within: tuple[float, float] = FREE
+    """The smallest and the largest value that the measure can have."""
 
     @property
     def low(self) -> float | None:
@@ -52,9 +65,14 @@ class Cell:
         return self.mean
 
     @property
-    def ends(self) -> list[float]:
-        """What a panel must have room for."""
-        return [value for value in (self.low, self.high, self.mean) if value is not None]
+    def drawn_half(self) -> float | None:
+        """As figures show it: None for fewer than FEWEST seeds, too."""
+        return self.half if self.num_seeds >= FEWEST else None
+
+    @property
+    def is_useless(self) -> bool:
+        """Whether the interval is wider to either side than all that the measure can be, and so says nothing."""
+        return self.half is not None and self.half >= self.within[1] - self.within[0]
 
     @property
     def num_failed(self) -> int:
@@ -88,8 +106,27 @@ def cell(runs: pd.DataFrame, name: str) -> Cell:
         num_runs=len(runs),
         statuses=dict(Counter(str(status) for status in runs["status"] if status != Status.DONE)),
         applicable=_is_applicable(runs, name),
+        within=bounds(name),
         null=interval(math.fsum(items) / len(items) for items in nulls.values())[0] if nulls else None,
     )
+
+
+def bounds(name: str) -> tuple[float, float]:
+    """The smallest and the largest value that a measure can have, as it is shown; infinite where there is none."""
+    low, high = next((ends for pattern, ends in BOUNDED.items() if re.fullmatch(pattern, name)), FREE)
+    return low, high
+
+
+def drawn_interval(values: Iterable[float], within: tuple[float, float] = FREE) -> tuple[float, float]:
+    """The ends of the interval over seeds as figures draw it, inside the measure's bounds; NaN for fewer than FEWEST.
+
+    What `interval` says, in the form that seaborn's `errorbar` takes.
+    """
+    values = list(values)
+    mean, half = interval(values) if values else (math.nan, None)
+    if half is None or len(values) < FEWEST:
+        return math.nan, math.nan
+    return min(mean, max(mean - half, within[0])), max(mean, min(mean + half, within[1]))
 
 
 def _is_applicable(runs: pd.DataFrame, name: str) -> bool:
@@ -134,14 +171,19 @@ def places(half: float) -> int:
 
 def common_places(cells: Iterable[Cell]) -> int | None:
     """The median of the decimals that the cells of one measure allow, so that a column reads as one."""
-    allowed = sorted(places(c.half) for c in cells if c.half)
+    allowed = sorted(places(c.half) for c in cells if c.half and not c.is_useless)
     return allowed[len(allowed) // 2] if allowed else None
 
 
 def value_text(item: Cell, common: int | None = None) -> str:
-    """`2.31 ± 0.02`: the interval decides the digits; four digits where there is none."""
+    """`2.31 ± 0.02`: the interval decides the digits; four digits where there is none.
+
+    An interval that tells nothing is called that: `50 (n = 2: no useful interval)`.
+    """
     if item.mean is None:
         return ""
+    if item.is_useless:
+        return f"{plain(item.mean)} (n = {item.num_seeds}: no useful interval)"
     if item.half:
         decimals = _clamp(common, item.half)
         return f"{number(item.mean, decimals)} ± {number(item.half, decimals)}"

@@ -1,4 +1,4 @@
-"""The look that the figures share: a style, colours with markers, and where labels go. Imports matplotlib."""
+"""The look that the figures share: seaborn's theme, one look for each setting, panels and scales. Imports seaborn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +16,56 @@ matplotlib.use("Agg", force=False)
 
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from lorabench.report.aggregate import LARGEST, Cell
+from lorabench.report.aggregate import LARGEST
+from lorabench.report.results import Results, grouped, ordered
 
 COLUMN_INCHES = 3.3
 PAGE_INCHES = 6.9
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-"""Okabe and Ito 2008, told apart by the colour-blind; yellow left out, which print loses."""
+INCHES = {"column": COLUMN_INCHES, "page": PAGE_INCHES}
+RANK = "method.rank"
+COLORS = [to_hex(sns.color_palette("colorblind")[i]) for i in (0, 3, 2, 4, 1, 9, 5)]
+"""Of seaborn's palette for the colour-blind, less the yellow and pink that print loses and the grey of chance."""
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
-DASHES = ["-", "--", "-.", ":"]
+DASHES: list[Any] = ["-", (0, (7, 1.5)), (0, (5, 1, 1, 1)), (0, (1, 1))]
 REFERENCE = "#6B6B6B"
 NULL_DASHES = (0, (3, 2))
 """Of what chance gives."""
 LOG_FACTOR = 20
+POINTS = 7
+"""The smallest text, in print."""
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
     "axes.labelsize": 7.5,
     "axes.titlesize": 7.5,
     "axes.titleweight": "bold",
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
+    "xtick.labelsize": POINTS,
+    "ytick.labelsize": POINTS,
+    "legend.fontsize": POINTS,
     "legend.frameon": False,
     "legend.handlelength": 1.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.edgecolor": "black",
     "axes.linewidth": 0.7,
-    "axes.grid": True,
-    "axes.axisbelow": True,
     "axes.formatter.useoffset": False,
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.5,
+    "xtick.bottom": True,
+    "ytick.left": True,
     "xtick.major.width": 0.7,
     "ytick.major.width": 0.7,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
     "lines.linewidth": 1.2,
     "lines.markersize": 4.5,
     "figure.constrained_layout.use": True,
@@ -72,15 +83,25 @@ class Look:
 
     color: str
     marker: str
-    dashes: str = "-"
+    dashes: Any = "-"
+
+    @property
+    def handle(self) -> Line2D:
+        """For a legend."""
+        return Line2D([], [], color=self.color, marker=self.marker, linestyle=self.dashes, markersize=4)
+
+    @property
+    def handle_alone(self) -> Line2D:
+        """Of points without a line."""
+        return replace(self, dashes="none").handle
 
 
 @contextmanager
-def style() -> Iterator[None]:
-    """The style inside, and nothing of the caller's settings."""
+def style(kind: str = "whitegrid") -> Iterator[None]:
+    """seaborn's theme with our sizes inside, and nothing of the caller's settings; `white` has no grid."""
     with plt.rc_context():
         plt.rcdefaults()
-        plt.rcParams.update(STYLE)  # type: ignore[arg-type]
+        sns.set_theme(context="paper", style=kind, palette=COLORS, rc=STYLE)
         yield
 
 
@@ -94,6 +115,63 @@ def looks(series: Iterable[Any]) -> dict[Any, Look]:
         )
         for i, name in enumerate(series)
     }
+
+
+@dataclass(frozen=True, eq=False)
+class SettingLooks:
+    """The look of each setting of a sweep, one table for all its figures, whichever of them these show.
+
+    Settings that differ in nothing but their rank are a family: one colour, marker and dash, darker with the rank.
+    """
+
+    families: dict[tuple[Any, ...], Look]
+    ranks: list[Any]
+
+    def __call__(self, values: dict[str, Any]) -> Look:
+        """Of a setting, by its values of `results.settings`; of a family where the rank is left out."""
+        family = self.families[tuple(value for key, value in values.items() if key != RANK)]
+        return replace(family, color=self.shade(family.color, values.get(RANK)))
+
+    def shade(self, color: str, rank: Any) -> str:
+        """Lightness tells the rank, from light to dark."""
+        if rank is None or len(self.ranks) < 2:
+            return color
+        return to_hex(sns.set_hls_values(color, l=0.68 - 0.40 * self.ranks.index(rank) / (len(self.ranks) - 1)))
+
+
+def setting_looks(results: Results) -> SettingLooks:
+    """From all runs of the sweep, done or not, so that a look stays as runs end."""
+    families = grouped(results.runs, [key for key in results.settings if key != RANK])
+    ranks = ordered(results.runs[RANK].dropna()) if RANK in results.settings else []
+    return SettingLooks(looks(values for values, _ in families), ranks)
+
+
+def facets(
+    names: Iterable[str], width: str | None = None, *, height: float = 2.3, columns: int | None = None, **shared: bool
+) -> sns.FacetGrid:
+    """A panel for each of the names, which are their titles and the keys of `axes_dict`; `height` inches a row.
+
+    One print column wide for a single panel and the page wide for more, unless `width` says which. So many `columns`
+    of panels on the page; in a print column they stand one below the other.
+    """
+    names = list(names)
+    inches = INCHES[width or ("column" if len(names) == 1 else "page")]
+    columns = (columns or panel_columns(len(names))) if inches == PAGE_INCHES else 1
+    with plt.rc_context({"figure.constrained_layout.use": False}):  # else seaborn's own layout warns of it
+        grid = sns.FacetGrid(
+            pd.DataFrame({"panel": names}), col="panel", col_order=names, col_wrap=columns, height=height,
+            aspect=inches / columns / height, **{"sharex": True, "sharey": True, **shared},
+        )  # fmt: skip
+    grid.figure.set_layout_engine("constrained")
+    grid.figure.set_size_inches(inches, height * -(-len(names) // columns))
+    for place, (name, axes) in enumerate(grid.axes_dict.items()):
+        axes.set_title(wrapped(name, int(15 * inches / columns)))
+        axes.tick_params(
+            labelbottom=place + columns >= len(names) or not shared.get("sharex", True),
+            labelleft=place % columns == 0 or not shared.get("sharey", True),
+        )  # else ticks that are set later have labels inside too
+    grid.set_axis_labels("", "")
+    return grid
 
 
 def new_figure(rows: int, columns: int, *, height: float = 2.3, **options: Any) -> tuple[Figure, np.ndarray]:
@@ -134,12 +212,21 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return files
 
 
-def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], columns: int | None = None) -> None:
-    """A legend under the panels, where it covers no data."""
+def legend_below(figure: Figure, handles: dict[str, Any]) -> None:
+    """A legend of label -> handle under the panels, where it covers no data."""
     wide = figure.get_figwidth() > COLUMN_INCHES
-    longest = max(map(len, labels), default=1)
+    longest = max(map(len, handles), default=1)
     fitting = max(1, int((110 if wide else 52) / (longest + 7)))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns or min(len(labels), fitting))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(len(handles), fitting))
+
+
+def null_handle(label: str) -> dict[str, Line2D]:
+    """An entry for the legend: dashed is chance."""
+    return {label: Line2D([], [], color=REFERENCE, linestyle=NULL_DASHES, linewidth=0.9)}
+
+
+def whole_numbers(axis: Axis, most: int = 5) -> None:
+    axis.set_major_locator(MaxNLocator(most, integer=True, min_n_ticks=1))
 
 
 def powers_of_two(axes: Axes, values: Iterable[float]) -> None:
@@ -172,51 +259,55 @@ def finite(runs: pd.DataFrame, name: str) -> pd.DataFrame:
     return runs[runs[name].abs() < LARGEST] if name in runs else runs.iloc[:0]
 
 
-def limit_x(axes: Axes, cells: Sequence[Cell]) -> None:
-    """The range of the cells; a log axis where they span more than a factor of LOG_FACTOR."""
-    means = [cell.center for cell in cells]
-    if min(means) > 0 and max(means) > LOG_FACTOR * min(means):
-        axes.set_xscale("log")
-        axes.set_xlim(min(means) / 1.5, max(means) * 1.5)
-        plain_logarithmic(axes.xaxis)
-    else:
-        axes.set_xlim(*_limits(cells))
+def limit(panels: Sequence[Axes], which: str = "y", *, logs: bool = True) -> None:
+    """The range of all that is drawn; with `logs` a log axis where the means span more than a factor of LOG_FACTOR.
 
-
-def limit_y(axes: Axes, cells: Sequence[Cell]) -> None:
-    axes.set_ylim(*_limits(cells))
-
-
-def _limits(cells: Sequence[Cell]) -> tuple[float, float]:
-    """The range of the means and their intervals, but of wide intervals no more than once the means' own range.
-
-    What is positive by nature keeps to positive numbers, however wide its interval.
+    Of wide intervals no more than once the means' own range is shown, and what is positive by nature keeps to
+    positive numbers, however wide its interval. The panels share the axis.
     """
-    means = [cell.mean for cell in cells if cell.mean is not None]
-    ends = [end for cell in cells for end in cell.ends]
-    low, high = min(means), max(means)
+    place = "xy".index(which)
+    lines = [
+        np.asarray(line.get_xydata(), float)[:, place]
+        for axes in panels
+        for line in axes.lines
+        if line.get_transform().contains_branch_seperately(axes.transData)[place]
+    ]
+    means, axis = np.concatenate(lines or [np.array([])]), getattr(panels[0], f"{which}axis")
+    means = means[np.isfinite(means)]
+    setter = getattr(panels[0], f"set_{which}lim")
+    if not len(means):
+        return
+    low, high = means.min(), means.max()
+    if logs and low > 0 and high > LOG_FACTOR * low:
+        getattr(panels[0], f"set_{which}scale")("log")
+        setter(low / 1.4, high * 1.4)
+        plain_logarithmic(axis)
+        return
+    ends = np.array([getattr(axes.dataLim, f"interval{which}") for axes in panels if axes.lines])
     room = max(high - low, 1e-3 * max(abs(low), abs(high)))
-    low, high = max(min(ends), low - room), min(max(ends), high + room)
-    margin = 0.06 * (high - low) or 1e-9
-    return (max(0.0, low - margin) if min(means) > 0 else low - margin), high + margin
+    bottom, top = max(ends.min(), low - room), min(ends.max(), high + room)
+    margin = 0.06 * (top - bottom) or 1e-9
+    setter(max(0.0, bottom - margin) if low > 0 else bottom - margin, top + margin)
 
 
-def place_labels(axes: Axes, points: Sequence[tuple[Cell, Cell]], texts: Sequence[str], colors: Sequence[str]) -> None:
-    """Write each text beside its point, where it is furthest from other points, their intervals and other texts."""
+def place_labels(axes: Axes, points: pd.DataFrame) -> None:
+    """Write each `text` beside its point, where it is furthest from other points, their intervals and other texts.
+
+    `points` has the columns x, y, text, color, and the ends x_low, x_high, y_low and y_high of the intervals.
+    """
     axes.figure.canvas.draw()
     unit, box = axes.figure.dpi / 72, axes.get_window_extent()
-    spots = axes.transData.transform([(x.center, y.center) for x, y in points])
+    spots = axes.transData.transform(points[["x", "y"]].to_numpy(float))
     taken: list[np.ndarray] = []
-    for x, y in points:
-        steps = np.linspace(-1, 1, 25)
-        taken += list(axes.transData.transform([(x.center + step * (x.half or 0), y.center) for step in steps]))
-        taken += list(axes.transData.transform([(x.center, y.center + step * (y.half or 0)) for step in steps]))
-    for spot, (x, y), text, color in zip(spots, points, texts, colors, strict=True):
+    for p in points.itertuples():
+        taken += list(axes.transData.transform([(x, p.y) for x in np.linspace(p.x_low, p.x_high, 25)]))
+        taken += list(axes.transData.transform([(p.x, y) for y in np.linspace(p.y_low, p.y_high, 25)]))
+    for spot, (x, y, text, color) in zip(spots, points[["x", "y", "text", "color"]].to_numpy(), strict=True):
         rooms = {side: _room(spot + unit * np.array(side), taken, box) for side in _sides(text)}
         best = max(rooms, key=rooms.__getitem__)
         taken.append(spot + unit * np.array(best))
         axes.annotate(
-            text, (x.center, y.center), xytext=best, textcoords="offset points", color=color, fontsize=6.5,
+            text, (x, y), xytext=best, textcoords="offset points", color=color, fontsize=POINTS,
             ha="center", va="center", annotation_clip=False,
         )  # fmt: skip
 

@@ -9,12 +9,13 @@ import pandas as pd
 
 from lorabench.config import plugins
 from lorabench.data import fingerprints
-from lorabench.report.aggregate import Cell
+from lorabench.report.aggregate import FEWEST, Cell
 from lorabench.report.labels import key_label, listed, measure, measure_label, series_label
 from lorabench.report.results import Results, Selection, grouped, has_shared
 from lorabench.spec.sweep import Table
 from lorabench.store.record import Status
 
+THINNED = "Of more settings than there is room for, some of the ranks are left out, then those that do worst."
 STORED = ("storage_bytes", "resident_adapter_gib", "adapter_load_seconds", "adapter_swap_seconds")
 """Measures of an adapter's files, beside those of the group `storage`."""
 
@@ -41,6 +42,24 @@ def declared_notes(
         *mixture_notes(results, selection.runs, keys),
         *data_notes(results),
     ]
+
+
+def figure_notes(results: Results, figure: Any) -> str:
+    """What belongs into the figure's caption in this sweep, and not in every one: seeds, choices, what is left out."""
+    selection = results.selection
+    groups = grouped(selection.done, results.settings)
+    notes = []
+    if figure.intervals:
+        seeds = [chunk["seed"].nunique() for _, chunk in groups]
+        if max(seeds, default=0) >= FEWEST:
+            notes.append("Bars and bands: 95% Student-t intervals over seeds.")
+        if min(seeds, default=FEWEST) < FEWEST:
+            notes.append("Hollow: of one seed or two, which give no useful interval.")
+    if any(choice["num_values"] > 1 for choice in selection.rows):
+        notes.append(f"Settings at their own best {key_label(results.over[0])}.")
+    if figure.most is not None and len(groups) > figure.most:
+        notes.append(THINNED)
+    return " ".join(notes)
 
 
 def data_notes(results: Results) -> list[str]:

@@ -15,12 +15,14 @@ from typing import Any
 
 import matplotlib
 import pandas as pd
+import seaborn as sns
 
 from lorabench.config import json_file, plugins
 from lorabench.config.decode import InputError
 from lorabench.config.durable import write_bytes, write_json
 from lorabench.report import drawing
 from lorabench.report.aggregate import FAILED, plain
+from lorabench.report.footnotes import figure_notes
 from lorabench.report.labels import capitalized, distinct, key_label, measure, series_label, value_label, with_unit
 from lorabench.report.page import Attempts, Broken, Drawn, fill, picture
 from lorabench.report.results import Results, selected
@@ -131,7 +133,9 @@ def _draw(results: Results, name: str, figure: Figure, folder: Path) -> Drawn | 
         return None
     inches = float(canvas.get_figwidth())
     pdf, png = drawing.save(canvas, folder / name)
-    return picture(name, figure.caption(), png.read_bytes(), inches, [pdf, png])
+    return picture(
+        name, f"{figure.caption()} {figure_notes(results, figure)}".strip(), png.read_bytes(), inches, [pdf, png]
+    )
 
 
 def _errors_alone(results: Results, attempt: Attempts) -> str:
@@ -142,9 +146,9 @@ def _errors_alone(results: Results, attempt: Attempts) -> str:
 
 
 def _digest(results: Results) -> str:
-    """Of all that a report is made of: results, this package's code, and the library that draws."""
+    """Of all that a report is made of: results, this package's code, and the libraries that draw."""
     digest = hashlib.sha256(
-        f"{matplotlib.__version__} {pd.__version__} {source_digest()} {results.sweep.text}".encode()
+        f"{matplotlib.__version__} {sns.__version__} {pd.__version__} {source_digest()} {results.sweep.text}".encode()
     )
     digest.update(results.runs.to_csv().encode())
     digest.update(

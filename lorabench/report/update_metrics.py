@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 RANK = "method.rank"
 VALUE, NULL = "value", "value:null"
 """The columns of what `per_run` gives, as `aggregate.cell` reads them."""
-THINNED = "Of more settings than there is room for, some of the ranks are left out, then those that do worst."
-"""For captions: what `shown_settings` does."""
 UNSHARED = "(where there is none: each run's own)"
 """For captions, after `layers that all runs have`: what `results.shared` does."""
 _OUTPUT = r"o_proj|out_proj|out_lin|wo|o|attn\.c_proj|attention\.output\.dense|attention\.dense|attn\.Wo|dense"
@@ -40,7 +38,15 @@ def axis_label(value: str) -> str:
     return NAMES.get(value) or with_unit(value)
 
 
-def metric_rows(results: Any, value: str, runs: pd.DataFrame) -> pd.DataFrame:
+def chosen(frame: pd.DataFrame, runs: pd.DataFrame, kinds: Sequence[str] = ()) -> pd.DataFrame:
+    """The rows of a frame of an analysis that belong to `runs`, of these kinds of layers alone where any are given."""
+    if frame.empty:
+        return frame
+    frame = frame[frame["run_id"].isin(runs.index)]
+    return frame[frame["kind"].isin(kinds)] if kinds else frame
+
+
+def metric_rows(results: Any, value: str, runs: pd.DataFrame, kinds: Sequence[str] = ()) -> pd.DataFrame:
     """The rows of `analysis.metric` that belong to `runs`, inside the model's blocks; `run_id` as plain text."""
     import pandas as pd
 
@@ -48,7 +54,7 @@ def metric_rows(results: Any, value: str, runs: pd.DataFrame) -> pd.DataFrame:
     frame = results.analyses.get(analysis, pd.DataFrame())
     if frame.empty or "metric" not in frame:
         return pd.DataFrame()
-    frame = frame[(frame["metric"] == metric) & frame["run_id"].isin(runs.index)]
+    frame = chosen(frame[frame["metric"] == metric], runs, kinds)
     frame = frame[frame["depth"].notna() & frame["value"].notna()]
     return frame.astype({"run_id": str, "kind": str, "depth": int, "value": float, "null": float})
 

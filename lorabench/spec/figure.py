@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorabench.config.plugins import Plugin
 
@@ -22,12 +23,20 @@ SECTIONS = {
 """The headings of a report's figures, in its order."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Figure(Plugin, ABC):
     """Add a figure by adding one file to `lorabench/report/figures/`; its name stands in a sweep's `[[figure]]`."""
 
     folder: ClassVar[str] = "figures"
     section: ClassVar[str] = "other"
     """Under which heading of the report it stands: a key of `SECTIONS`."""
+    intervals: ClassVar[bool] = True
+    """Whether it draws intervals over seeds, which its caption then explains."""
+    most: ClassVar[int | None] = None
+    """How many settings it has room for; of more it shows some, and its caption says so."""
+
+    width: Literal["column", "page"] | None = None
+    """How wide it is in print: a column (3.3 in) or the page (6.9 in); None: a column where it is one panel."""
 
     @property
     def measures(self) -> list[str]:
@@ -40,4 +49,13 @@ class Figure(Plugin, ABC):
 
     @abstractmethod
     def caption(self) -> str:
-        """One or two sentences that stand under the figure: what is shown, and how to read it."""
+        """One or two sentences that stand under the figure: what is shown, and how to read it.
+
+        What holds of one sweep and not of another (choices, seeds, what is left out) the report adds.
+        """
+
+    @property
+    def of_kinds(self) -> str:
+        """For captions: ` (q_proj)`, where only some kinds of layers are asked for."""
+        kinds = getattr(self, "kinds", ())
+        return f" ({', '.join(kinds)})" if kinds else ""

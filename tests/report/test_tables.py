@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lorabench.report import typeset
-from lorabench.report.aggregate import Cell, cell, interval, places, plain, value_text
+from lorabench.report.aggregate import Cell, cell, common_places, interval, places, plain, value_text
 from lorabench.report.results import load_results, selected, with_analyses
 from lorabench.report.tables import _shared, build_tables, subspace_table, write_tables
 from lorabench.report.typeset import Column, Sheet
@@ -308,3 +308,13 @@ def test_the_summary_says_once_that_what_chose_flatters_what_was_chosen(results)
     sheets = build_tables(results)
     (note,) = [note for sheet in sheets for note in sheet.notes if "a little too good" in note]
     assert note in sheets[0].notes and "the test loss took no part" in note
+
+
+def test_an_interval_wider_than_the_measure_can_be_is_called_useless():
+    def row(seed, value):
+        return {"seed": seed, "status": "done", "valid_accuracy": value, "valid_loss": value}
+
+    runs = pd.DataFrame([row(0, 0.415), row(1, 0.585)])
+    assert value_text(cell(runs, "valid_accuracy")) == "50 (n = 2: no useful interval)"
+    assert value_text(cell(runs, "valid_loss")) == "0.5 ± 1.1"
+    assert common_places([cell(runs, "valid_accuracy")]) is None

@@ -391,10 +391,10 @@ def test_the_table_has_a_column_a_task_and_the_mean_over_seeds(tmp_path) -> None
 def test_the_figure_shows_each_settings_matrix(tmp_path) -> None:
     results = synthetic.sequences()
     drawn = TransferMatrix().draw(results)
-    panels = [axes for axes in drawn.axes if axes.get_images()]
+    panels = [axes for axes in drawn.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == ["lora, rank 1", "lora, rank 2"]
     assert [text.get_text() for text in panels[0].texts] == ["20.0", "30.0", "60.0", "20.0", "40.0", "70.0"]
-    changes = np.array(panels[0].get_images()[0].get_array())
+    changes = np.array(panels[0].collections[0].get_array())
     np.testing.assert_allclose(changes, [[0, 0], [40, -10], [20, 40]], atol=1e-9)
     assert "0.40" in [text.get_text() for text in TransferMatrix(metric="loss").draw(results).axes[0].texts]
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.collections import QuadMesh
+import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from lorabench.adapters.examine.comparison import Row, mean_grid
 from lorabench.adapters.examine.comparison_text import SIDES
 from lorabench.adapters.examine.inspection import by_kind
 from lorabench.report import drawing
+from lorabench.report.figures._heat import cell_room, draw_bar, draw_table, fitting, from_zero
 from lorabench.report.figures.subspace_grid import FIRST_KINDS
 
 MAX_KINDS = 3
@@ -23,31 +21,31 @@ def phi_grids(rows: list[Row]) -> Figure:
     """φ(i, j): a row a side, a panel a kind of layer (query and value first), and chance at the right."""
     found = list(by_kind(rows))
     kinds = sorted(found, key=lambda kind: (kind not in FIRST_KINDS, found.index(kind)))[:MAX_KINDS]
-    with drawing.style():
-        drawing.plt.rcParams["axes.grid"] = False
-        figure, grid = drawing.new_figure(2, len(kinds) + 1, height=1.75, sharex=True, sharey=True)
-        for line, side in zip(grid, SIDES, strict=True):
-            here = [row for row in rows if row["side"] == side and row["kind"] in kinds]
-            for axes, (kind, group) in zip(line, sorted(by_kind(here).items(), key=lambda item: kinds.index(item[0])),
-                                           strict=False):  # fmt: skip
-                mesh = _heat(axes, mean_grid(group), f"{kind}, {side}")
-            mesh = _heat(line[-1], mean_grid(here, "chance"), f"chance, {side}")
-        for axes in grid[-1]:
-            axes.set_xlabel("j (directions of B)")
-        for axes in grid[:, 0]:
-            axes.set_ylabel("i (directions of A)")
-        figure.colorbar(mesh, ax=grid, label="φ(i, j)", aspect=36, pad=0.01)
-    return figure
+    panels: dict[str, np.ndarray | None] = {}
+    for side in SIDES:
+        here = [row for row in rows if row["side"] == side and row["kind"] in kinds]
+        groups = by_kind(here)
+        panels |= {f"{kind}, {side}": mean_grid(groups[kind]) if kind in groups else None for kind in kinds}
+        panels[f"chance, {side}"] = mean_grid(here, "chance")
+    shapes = [grid.shape for grid in panels.values() if grid is not None]
+    marks = [range(1, max(shape[axis] for shape in shapes) + 1) for axis in (0, 1)]
+    tables = {title: _table(grid).reindex(index=marks[0], columns=marks[1]) for title, grid in panels.items()}
+    colors = from_zero(tables.values(), most=1.0)
+    with drawing.style("white"):
+        layout = drawing.facets(tables, "page", height=1.75, columns=len(kinds) + 1)
+        texts = fitting(list(tables.values()), cell_room(layout, 1.75))
+        for (title, axes), text in zip(layout.axes_dict.items(), texts, strict=True):
+            draw_table(axes, tables[title], colors, text)
+        layout.set_axis_labels("j (directions of B)", "i (directions of A)")
+        draw_bar(layout.axes.flat, colors, "φ(i, j)", aspect=36)
+    return layout.figure
 
 
-def _heat(axes: Axes, grid: np.ndarray, title: str) -> QuadMesh:
-    edges = [np.arange(size + 1) + 0.5 for size in reversed(grid.shape)]
-    mesh = axes.pcolormesh(*edges, grid, vmin=0, vmax=1, cmap="magma", rasterized=True)
-    axes.set_ylim(edges[1][-1], edges[1][0])  # as a matrix is written
-    axes.set_title(title)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=2))
-    return mesh
+def _table(grid: np.ndarray | None) -> pd.DataFrame:
+    """With i and j from 1; empty where a side has no such layer."""
+    if grid is None:
+        return pd.DataFrame(dtype=float)
+    return pd.DataFrame(grid, range(1, grid.shape[0] + 1), range(1, grid.shape[1] + 1))
 
 
 def angles(rows: list[Row]) -> Figure:
@@ -67,11 +65,10 @@ def angles(rows: list[Row]) -> Figure:
             axes.set_xlabel("Index, the smallest angle first")
             axes.set_ylim(0, 1.05 * np.pi / 2)
             axes.set_yticks([0, np.pi / 8, np.pi / 4, 3 * np.pi / 8, np.pi / 2], ["0", "π/8", "π/4", "3π/8", "π/2"])
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+            drawing.whole_numbers(axes.xaxis, 8)
         grid[0, 0].set_ylabel("Principal angle")
         handles, labels = grid[0, 0].get_legend_handles_labels()
-        dashes = Line2D([], [], color=drawing.REFERENCE, linestyle=drawing.NULL_DASHES, linewidth=0.8)
-        drawing.legend_below(figure, [*handles, dashes], [*labels, "chance"])
+        drawing.legend_below(figure, dict(zip(labels, handles, strict=True)) | drawing.null_handle("chance"))
     return figure
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lorabench.adapters.examine.inspection import Row, by_kind, largest_kinds
 from lorabench.linalg.nulls import null_spectra
 from lorabench.report import drawing
+from lorabench.report.figures._heat import cell_room, draw_bar, draw_table, fitting, spanning
 from lorabench.report.figures.spectra import FLOOR
 
 MAX_PANELS = 9
@@ -50,8 +51,7 @@ def spectra(rows: list[Row]) -> Figure | None:
         grid[0, 0].set_yscale("log")
         grid[0, 0].set_ylim(min(0.1, max(1e-4, grid[0, 0].get_ylim()[0])), 1.4)
         drawing.plain_logarithmic(grid[0, 0].yaxis)
-        handle = Line2D([], [], color=drawing.REFERENCE, linestyle=drawing.NULL_DASHES, linewidth=1.2)
-        drawing.legend_below(figure, [handle], ["random update of the same shape"])
+        drawing.legend_below(figure, drawing.null_handle("random update of the same shape"))
         if len({*depths}) > 1:
             bar = figure.colorbar(scale, ax=grid, label="block", aspect=30, pad=0.01)
             bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -78,23 +78,19 @@ def heat_maps(rows: list[Row]) -> Figure | None:
     if len(depths) < 2:
         return None
     groups = by_kind(rows)
-    with drawing.style():
-        drawing.plt.rcParams["axes.grid"] = False
-        figure, grid = drawing.new_figure(1, 2, height=0.9 + 0.19 * len(groups), sharey=True)
-        for axes, metric in zip(grid[0], ("rank_90", "frobenius_norm"), strict=True):
-            table = _means(groups, [[row[metric] for row in group] for group in groups.values()], depths)
-            edges = [np.array([*depths, depths[-1] + 1]) - 0.5, np.arange(len(groups) + 1) - 0.5]
-            mesh = axes.pcolormesh(*edges, table, cmap="magma", norm=_norm(table), rasterized=True)
-            axes.set_ylim(len(groups) - 0.5, -0.5)
-            axes.set_xlabel("Block")
-            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-            bar = figure.colorbar(mesh, ax=axes, label=LABELS[metric], aspect=16, pad=0.02)
-            if bar.ax.get_yscale() == "log":
-                drawing.plain_logarithmic(bar.ax.yaxis)
-            elif metric == "rank_90":
-                bar.ax.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        grid[0, 0].set_yticks(range(len(groups)), list(groups))
-    return figure
+    with drawing.style("white"):
+        height = 0.9 + 0.19 * len(groups)
+        grid = drawing.facets(("rank_90", "frobenius_norm"), height=height)
+        for metric, axes in grid.axes_dict.items():
+            means = _means(groups, [[row[metric] for row in group] for group in groups.values()], depths)
+            table = pd.DataFrame(np.ma.filled(means, np.nan), list(groups), depths)
+            colors = spanning([table.to_numpy()])
+            (texts,) = fitting([table], cell_room(grid, height))
+            draw_table(axes, table, colors, texts)
+            axes.set_title("")
+            draw_bar([axes], colors, LABELS[metric], pad=0.02)
+        grid.set_xlabels("Block")
+    return grid.figure
 
 
 def _in_blocks(rows: list[Row]) -> tuple[list[Row], list[int]]:
@@ -113,11 +109,6 @@ def _means(groups: dict[str, list[Row]], values: list[list[float | None]], depth
             ]
             line[column] = np.mean(here) if here else np.nan
     return np.ma.masked_invalid(table)
-
-
-def _norm(table: np.ndarray) -> Normalize:
-    low, high = float(table.min()), float(table.max())
-    return LogNorm(low, high) if low > 0 and high > drawing.LOG_FACTOR * low else Normalize(min(low, high - 1e-9), high)
 
 
 def profiles(rows: list[Row]) -> Figure | None:
@@ -142,5 +133,6 @@ def profiles(rows: list[Row]) -> Figure | None:
             axes.set_ylim(bottom=0)
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         grid[0, 0].yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        drawing.legend_below(figure, *grid[0, 0].get_legend_handles_labels())
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        drawing.legend_below(figure, dict(zip(labels, handles, strict=True)))
     return figure

@@ -197,7 +197,7 @@ def draw(rows: Sequence[Row], file: Path) -> list[Path]:
             panels[0].set_title(setting, loc="left")
         for axes in grid[-1]:
             axes.set_xlabel("λ")
-        drawing.legend_below(figure, list(handles.values()), list(handles))
+        drawing.legend_below(figure, handles)
     return drawing.save(figure, file.with_suffix(""))
 
 
@@ -206,7 +206,6 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, looks: dict[str, Any]) -> 
     from lorabench.report import drawing
 
     handles: dict[str, Any] = {}
-    drawn = []
     axes.axhline(0, color=drawing.REFERENCE, linewidth=0.7, zorder=1)
     axes.axvline(1, color=drawing.REFERENCE, linewidth=0.7, zorder=1)
     for position, kind in enumerate(KINDS):
@@ -216,15 +215,13 @@ def _panel(axes: Any, rows: Sequence[Row], name: str, looks: dict[str, Any]) -> 
             continue
         line = sorted((found | {1.0: UNCHANGED}).items(), key=lambda at: at[0])
         items, look = [item for _, item in line], looks[kind]
-        hollow = all(item.half is None for scale, item in line if scale != 1)
+        hollow = all(item.drawn_half is None for scale, item in line if scale != 1)
         handles[kind] = axes.errorbar(
             [scale + 0.008 * (position - 1) for scale, _ in line], [item.center for item in items],
-            yerr=[item.half or 0.0 for item in items], color=look.color, linestyle=look.dashes, marker=look.marker,
-            markerfacecolor="white" if hollow else look.color, capsize=2, elinewidth=0.9, zorder=3,
+            yerr=[item.drawn_half or 0.0 for item in items], color=look.color, linestyle=look.dashes,
+            marker=look.marker, markerfacecolor="white" if hollow else look.color, capsize=2, elinewidth=0.9, zorder=3,
         )  # fmt: skip
-        drawn += items
-    if drawn:
-        drawing.limit_y(axes, drawn)
+    drawing.limit([axes], logs=False)
     return handles
 
 

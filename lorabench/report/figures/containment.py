@@ -9,7 +9,6 @@ from lorabench.spec.figure import Figure
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MatplotlibFigure
 
 MAX_ROWS = 12
@@ -34,39 +33,39 @@ class Containment(Figure):
 
     def draw(self, results: Any) -> MatplotlibFigure | None:
         from lorabench.report import drawing
+        from lorabench.report.figures._curves import draw_points
 
         rows = _rows(results, self)
         if rows.empty:
             return None
         names = list(dict.fromkeys(rows["what"]))[:MAX_ROWS]
-        sides = [side for side in ("input", "output") if (rows["side"] == side).any()]
-        looks = drawing.looks(sides)
+        points, looks = _points(rows, names)
         with drawing.style():
             lines = 1 + any("\n" in name for name in names)
-            figure, grid = drawing.new_figure(1, 1, height=1.0 + (0.12 + 0.09 * lines) * len(names))
-            axes = grid[0, 0]
-            handles: dict[str, Any] = {}
-            for position, side in enumerate(sides):
-                offset = 0.16 * (position - (len(sides) - 1) / 2)
-                handles |= _points(axes, rows[rows["side"] == side], names, offset, looks[side], side)
+            height = 1.0 + (0.12 + 0.09 * lines) * len(names)
+            grid = drawing.facets([""], self.width, height=height)
+            axes = grid.axes.flat[0]
+            draw_points(axes, points)
+            known = points.dropna(subset=["null"])
+            for null, y in known[["null", "y"]].to_numpy(float):
+                axes.plot(null, y, "|", markersize=7, color=drawing.REFERENCE, zorder=1)
             axes.set(
                 xlim=(-0.02, 1.02), ylim=(len(names) - 0.5, -0.5), xlabel="Share of A's ‖ΔW‖²\nin the subspace of B"
             )
             axes.set_yticks(range(len(names)), names)
             axes.set_ylabel("A in B")
             axes.grid(axis="y", visible=False)
-            handles |= {"chance": handles.pop("chance")} if "chance" in handles else {}
-            drawing.legend_below(figure, list(handles.values()), list(handles), columns=3)
-        return figure
+            handles = {f"{side} side": look.handle_alone for side, look in looks.items()}
+            chance = drawing.Look(drawing.REFERENCE, "|", "none").handle
+            drawing.legend_below(grid.figure, handles | ({"chance": chance} if len(known) else {}))
+        return grid.figure
 
     def caption(self) -> str:
-        of = f" ({', '.join(self.kinds)})" if self.kinds else ""
         return (
             "Share of the squared Frobenius norm of one run's ΔW in the subspace of another's (all its meaningful "
-            f"directions; of a dense ΔW the top 64): means over layers{of} and seeds with 95% Student-t intervals over "
-            "seeds (hollow: a single one, or pairs of seeds, which share runs). Vertical dashes: the share in a random "
-            "subspace of the same dimension, which for a large one is high by itself. At most twelve, in the sweep's "
-            "order."
+            f"directions; of a dense ΔW the top 64): means over layers{self.of_kinds} and seeds (pairs of seeds share "
+            "runs, and give no interval). Vertical dashes: the share in a random subspace of the same dimension, which "
+            "for a large one is high by itself. At most twelve, in the sweep's order."
         )
 
 
@@ -113,23 +112,20 @@ def _name(results: Any, runs: dict[str, str], metric: str, between: str | None) 
     return f"{first}{gap}in {second}"
 
 
-def _points(axes: Axes, rows: pd.DataFrame, names: list[str], offset: float, look: Any, side: str) -> dict[str, Any]:
-    from lorabench.report.aggregate import cell
-    from lorabench.report.drawing import REFERENCE
+def _points(rows: pd.DataFrame, names: list[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A row a name and side, and the looks of the sides."""
+    import pandas as pd
 
-    handles: dict[str, Any] = {}
-    for place, name in enumerate(names):
-        item = cell(rows[rows["what"] == name], "value")
-        if item.mean is None:
-            continue
-        y = place + offset
-        handle = axes.errorbar(
-            item.center, y, xerr=item.half or 0.0, color=look.color, marker=look.marker, linestyle="none",
-            elinewidth=0.8, markersize=3.5, markerfacecolor="white" if item.half is None else look.color,
-        )  # fmt: skip
-        handles.setdefault(f"{side} side", handle)
-        if item.null is not None:
-            (handles["chance"],) = axes.plot(
-                item.null, y, marker="|", markersize=7, color=REFERENCE, linestyle="none", zorder=1
-            )
-    return handles
+    from lorabench.report import drawing
+    from lorabench.report.figures._curves import measured
+
+    sides = [side for side in ("input", "output") if (rows["side"] == side).any()]
+    looks = drawing.looks(sides)
+    points = []
+    for position, side in enumerate(sides):
+        offset = 0.16 * (position - (len(sides) - 1) / 2)
+        for place, name in enumerate(names):
+            item = measured(rows[(rows["side"] == side) & (rows["what"] == name)], "value", (0, 1), "x")
+            y = dict.fromkeys(("y", "y_low", "y_high"), place + offset)
+            points += [item | y | {"color": looks[side].color, "marker": looks[side].marker}] if item else []
+    return pd.DataFrame(points), looks

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lorabench.spec.figure import Figure
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    import pandas as pd
     from matplotlib.figure import Figure as MatplotlibFigure
 
 RANK = "method.rank"
@@ -18,7 +18,7 @@ FEW = 8
 
 @dataclass(frozen=True, kw_only=True)
 class CostQuality(Figure):
-    """A point a setting; colour and marker tell the method and its other keys, the number beside it the rank.
+    """A point a setting; colour and marker tell the method and its other keys, shade and number the rank.
 
     More than a few settings are numbered instead.
     """
@@ -36,70 +36,66 @@ class CostQuality(Figure):
 
     def draw(self, results: Any) -> MatplotlibFigure | None:
         from lorabench.report import drawing
+        from lorabench.report.figures._curves import draw_points
         from lorabench.report.labels import capitalized, measure, with_unit
         from lorabench.report.results import selected
         from lorabench.report.tables import quality
 
         value = self.value or f"valid_{quality(results)}"
         runs = drawing.finite(selected(results).done, value)
-        costs = [cost for cost in self.costs if len(drawing.finite(runs, cost))]
-        if not costs:
+        points = _points(results, runs, [cost for cost in self.costs if len(drawing.finite(runs, cost))], value)
+        if points.empty:
             return None
         with drawing.style():
-            columns = drawing.panel_columns(len(costs))
-            rows = -(-len(costs) // columns)
-            figure, grid = drawing.new_figure(rows, columns, sharey=True, height=2.6)
-            drawing.lowest(grid, len(costs))
-            handles: dict[str, Any] = {}
-            for axes, cost in zip(grid.flat, costs, strict=False):
-                handles |= _panel(axes, results, drawing.finite(runs, cost), (cost, value))
+            grid = drawing.facets(points["cost"].unique(), self.width, height=2.6, sharex=False)
+            for cost, axes in grid.axes_dict.items():
+                draw_points(axes, points[points["cost"] == cost])
+                drawing.limit([axes], "x")
                 more = measure(cost).higher_is_better
                 better = "" if more is None else f"\n({'more' if more else 'less'} is better)"
-                axes.set_xlabel(capitalized(with_unit(cost)) + better)
-            for axes in grid[:, 0]:
-                axes.set_ylabel(capitalized(with_unit(value)))
-            drawing.legend_below(figure, list(handles.values()), list(handles))
-        return figure
+                axes.set(xlabel=capitalized(with_unit(cost)) + better, title="")
+            drawing.limit(list(grid.axes.flat), logs=False)
+            grid.set_ylabels(capitalized(with_unit(value)))
+            for cost, axes in grid.axes_dict.items():
+                drawing.place_labels(axes, points[points["cost"] == cost].assign(color=points["ink"]))
+            drawing.legend_below(grid.figure, {item.label: item.look.handle_alone for item in points.itertuples()})
+        return grid.figure
 
     def caption(self) -> str:
         return (
-            "Quality against memory and throughput, one point a setting at its own best learning rate, with 95% "
-            "Student-t intervals over seeds in both directions (hollow: a single seed). The number beside a point is "
-            "its rank, or its number in the legend."
+            "Quality against memory and throughput, one point a setting, the mean over seeds in both directions. The "
+            "number beside a point is its rank, or its number in the legend."
         )
 
 
 EXAMPLE = CostQuality()
 
 
-def _panel(axes: Axes, results: Any, runs: Any, names: tuple[str, str]) -> dict[str, Any]:
-    """Points with their intervals; label -> handle."""
+def _points(results: Any, runs: pd.DataFrame, costs: list[str], value: str) -> pd.DataFrame:
+    """A row a cost and setting."""
+    import pandas as pd
+
     from lorabench.report import drawing
-    from lorabench.report.aggregate import cell
+    from lorabench.report.aggregate import bounds
+    from lorabench.report.figures._curves import measured
     from lorabench.report.labels import series_label, value_label
     from lorabench.report.results import grouped
 
+    look = drawing.setting_looks(results)
     keys = [key for key in results.settings if key != RANK]
-    looks = drawing.looks(values for values, _ in grouped(runs, keys))
-    handles: dict[str, Any] = {}
-    points, texts, colors = [], [], []
-    groups = grouped(runs, results.settings)
-    numbers = {values: f"{i}" for i, (values, _) in enumerate(groups, 1)} if len(looks) > FEW else {}
-    for values, chunk in groups:
-        x, y = (cell(chunk, name) for name in names)
-        at = dict(zip(results.settings, values, strict=True))
-        look = looks[tuple(at[key] for key in keys)]
-        handle = axes.errorbar(
-            x.center, y.center, xerr=x.half or 0.0, yerr=y.half or 0.0, color=look.color, linestyle="none",
-            marker=look.marker, markerfacecolor="white" if y.half is None else look.color, elinewidth=0.8,
-        )  # fmt: skip
-        label = series_label(keys, [at[key] for key in keys])
-        handles.setdefault(f"{numbers[values]}  {label}" if numbers else label, handle)
-        points.append((x, y))
-        texts.append(numbers.get(values) or ("" if at.get(RANK) is None else value_label(at[RANK])))
-        colors.append(look.color)
-    axes.margins(0.1)
-    drawing.limit_x(axes, [x for x, _ in points])
-    drawing.limit_y(axes, [y for _, y in points])
-    drawing.place_labels(axes, points, texts, colors)
-    return handles
+    is_numbered = len(grouped(runs, keys)) > FEW
+    rows = []
+    for number, (values, chunk) in enumerate(grouped(runs, results.settings), 1):
+        setting = dict(zip(results.settings, values, strict=True))
+        label, rank = series_label(keys, [setting[key] for key in keys]), setting.get(RANK)
+        own = look(setting)
+        row: dict[str, Any] = {"label": f"{number}  {series_label(results.settings, values)}" if is_numbered else label}
+        row |= {"text": f"{number}" if is_numbered else "" if rank is None else value_label(rank)}
+        family = look({key: setting[key] for key in keys})
+        row |= {"color": own.color, "marker": own.marker, "ink": family.color, "look": own if is_numbered else family}
+        for cost in costs:
+            both = drawing.finite(chunk, cost)
+            if len(both):
+                at = measured(both, cost, bounds(cost), "x") | measured(both, value, bounds(value))
+                rows.append({"cost": cost} | row | at)
+    return pd.DataFrame(sorted(rows, key=lambda row: costs.index(row["cost"])))

@@ -9,7 +9,6 @@ from lorabench.spec.figure import Figure
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MatplotlibFigure
 
 PANELS = {
@@ -25,7 +24,7 @@ PANELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamics(Figure):
-    """A panel a metric, a colour and marker a setting."""
+    """A panel a metric, a look a setting."""
 
     section: ClassVar[str] = "training"
 
@@ -34,37 +33,33 @@ class Dynamics(Figure):
 
     def draw(self, results: Any) -> MatplotlibFigure | None:
         from lorabench.report import drawing
-        from lorabench.report.figures._curves import null_handle
-        from lorabench.report.labels import series_label
-        from lorabench.report.results import grouped
+        from lorabench.report.figures._curves import draw_lines, handles, settings
 
         values = _values(results, self.kinds)
         if values.empty:
             return None
-        metrics = [metric for metric in PANELS if (values["metric"] == metric).any()]
-        columns = drawing.panel_columns(len(metrics))
-        looks = drawing.looks(setting for setting, _ in grouped(values, results.settings))
+        found, looks = settings(results, values)
+        metrics = [metric for metric in PANELS if (found["metric"] == metric).any()]
         with drawing.style():
-            figure, grid = drawing.new_figure(-(-len(metrics) // columns), columns, sharex=True)
-            handles: dict[str, Any] = {}
-            for axes, metric in zip(grid.flat, metrics, strict=False):
-                chunk = values[values["metric"] == metric]
-                for setting, series in grouped(chunk, results.settings):
-                    handles[series_label(results.settings, setting)] = _curve(axes, series, looks[setting])
-                axes.set_ylabel(PANELS[metric])
-                _scale(axes, metric, chunk)
-            for axes in drawing.lowest(grid, len(metrics)):
-                axes.set_xlabel("Step")
-            handles |= null_handle("random")
-            drawing.legend_below(figure, list(handles.values()), list(handles))
-        return figure
+            grid = drawing.facets(metrics, self.width, sharey=False)
+            for metric, axes in grid.axes_dict.items():
+                chunk = found[found["metric"] == metric]
+                within = (0, 1) if "phi" in metric else (-1, 1) if "cosine" in metric else (0, float("inf"))
+                draw_lines(axes, chunk, looks, "step", within=within)
+                axes.set(title="", ylabel=PANELS[metric])
+                if "phi" in metric:
+                    axes.set_ylim(0, 1.04)
+                elif "rank" in metric:
+                    drawing.limit([axes])
+            grid.set_xlabels("Step")
+            drawing.legend_below(grid.figure, handles(looks) | drawing.null_handle("random"))
+        return grid.figure
 
     def caption(self) -> str:
-        of = f" ({', '.join(self.kinds)})" if self.kinds else ""
         return (
-            f"ΔW after each snapshot: mean over layers{of} and seeds, bands 95% Student-t intervals over seeds; "
-            "φ(k, k) with the final ΔW at the k directions that hold 90% of its energy. Dashed: random updates of the "
-            "same shapes and ranks, and the similarity of random subspaces."
+            f"ΔW after each snapshot: mean over layers{self.of_kinds} and seeds; φ(k, k) with the final ΔW at the k "
+            "directions that hold 90% of its energy. Dashed: random updates of the same shapes and ranks, and the "
+            "similarity of random subspaces."
         )
 
 
@@ -72,54 +67,15 @@ EXAMPLE = Dynamics()
 
 
 def _values(results: Any, kinds: tuple[str, ...]) -> pd.DataFrame:
-    """One row a selected run, metric and step: the mean `value` and `value:null` over the layers that all runs have."""
+    """One row a selected run, metric and step: means over the layers that all runs have."""
     import pandas as pd
 
     from lorabench.report.results import selected, shared
+    from lorabench.report.update_metrics import chosen, per_run
 
-    frame = results.analyses.get("dynamics", pd.DataFrame())
+    frame = chosen(results.analyses.get("dynamics", pd.DataFrame()), selected(results).done, kinds)
     if frame.empty:
         return frame
-    runs = selected(results).done
-    frame = frame[frame["run_id"].isin(runs.index) & frame["metric"].isin(list(PANELS)) & frame["step"].notna()]
-    if kinds:
-        frame = frame[frame["kind"].isin(kinds)]
-    frame = shared(frame).astype({"run_id": str, "metric": str, "value": float, "null": float})
-    means = frame.groupby(["run_id", "metric", "step"], sort=False)[["value", "null"]].mean().reset_index()
-    means = means.rename(columns={"null": "value:null"}).dropna(subset=["value"])
-    order = {run_id: position for position, run_id in enumerate(runs.index)}
-    means = means.sort_values("run_id", key=lambda ids: ids.map(order), kind="stable")
-    return means.join(runs[list(dict.fromkeys([*results.settings, "seed", "status"]))], on="run_id")
-
-
-def _curve(axes: Axes, series: pd.DataFrame, look: Any) -> Any:
-    """One setting over the steps: mean, band, and the random update's mean; the handle of the first."""
-    from lorabench.report.aggregate import cell
-    from lorabench.report.figures._curves import draw_null
-
-    steps = sorted(series["step"].unique())
-    cells = [cell(series[series["step"] == step], "value") for step in steps]
-    (line,) = axes.plot(
-        steps, [item.center for item in cells], color=look.color, marker=look.marker, linestyle=look.dashes,
-        markersize=3.2, zorder=3,
-    )  # fmt: skip
-    bands = [(step, item.low, item.high) for step, item in zip(steps, cells, strict=True) if item.half is not None]
-    if bands:
-        at, low, high = zip(*bands, strict=True)
-        axes.fill_between(at, low, high, color=look.color, alpha=0.15, linewidth=0)
-    nulls = [(step, item.null) for step, item in zip(steps, cells, strict=True) if item.null is not None]
-    draw_null(axes, nulls, look.color)
-    return line
-
-
-def _scale(axes: Axes, metric: str, values: pd.DataFrame) -> None:
-    """Similarities on their whole range; ranks that are far apart on a log axis."""
-    from lorabench.report.drawing import LOG_FACTOR, plain_logarithmic
-
-    if metric.startswith("phi_"):
-        axes.set_ylim(0, 1.04)
-    elif metric in ("effective_rank_entropy", "rank_90"):
-        known = values[["value", "value:null"]].stack()
-        if known.max() > LOG_FACTOR * known.min() > 0:
-            axes.set_yscale("log")
-            plain_logarithmic(axes.yaxis)
+    frame = shared(frame[frame["metric"].isin(list(PANELS)) & frame["step"].notna() & frame["value"].notna()])
+    frame = frame.astype({"run_id": str, "metric": str, "value": float, "null": float})
+    return per_run(results, frame, ["metric", "step"])

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
 
     from lorabench.report.drawing import Look
+    from lorabench.report.figures._curves import Looks
 
-MAX_LINES = 7
 FEWEST = 5
 """Runs that a rank correlation needs: of four even the most extreme order has p = 1/12."""
 
@@ -26,6 +26,7 @@ class IntruderCurves(Figure):
     """A colour a setting; counts are summed over matrices, as in the paper, those that all runs have."""
 
     section: ClassVar[str] = "base"
+    most: ClassVar[int] = 7
 
     k: Annotated[int, Ge(1)] = 10
     """Top directions where ε varies (the nearest of those that were counted)."""
@@ -40,9 +41,8 @@ class IntruderCurves(Figure):
 
     def draw(self, results: Any) -> MatplotlibFigure | None:
         from lorabench.report import drawing
-        from lorabench.report.figures._curves import null_handle
+        from lorabench.report.figures._curves import SERIES, handles, settings
         from lorabench.report.results import selected
-        from lorabench.report.update_metrics import by_setting, shown_settings
 
         counts, matrices = _counts(results)
         chosen = counts[counts.index.isin(selected(results).done.index)]
@@ -51,36 +51,34 @@ class IntruderCurves(Figure):
         k, epsilon = (_nearest(counts[key], getattr(self, key)) for key in ("k", "epsilon"))
         at_both = counts[(counts["k"] == k) & (counts["epsilon"] == epsilon)]
         points = drawing.finite(at_both.join(results.runs.filter([self.value])), self.value)
-        settings = shown_settings(results, chosen, MAX_LINES)
-        lines = by_setting(results, chosen, settings)
-        looks = drawing.looks(label for label, _ in lines)
+        lines, looks = settings(results, chosen, self.most)
+        series = {label: set(rows.index) for label, rows in lines.groupby(SERIES, sort=False)}
+        shares = {label: _degenerate(at_both[at_both.index.isin(ids)]) for label, ids in series.items()}
+        titles = [f"top k = {k:g} of each matrix", f"ε = {epsilon:g}", *(["runs"] if len(points) > 1 else [])]
         with drawing.style():
-            figure, grid = drawing.new_figure(1, 3 if len(points) > 1 else 2)
-            handles = _panel(grid[0, 0], [(label, rows[rows["k"] == k]) for label, rows in lines], "epsilon", looks)
-            grid[0, 0].set(xlabel="Threshold ε of |cos|", ylabel=f"Intruders in {matrices}")
-            grid[0, 0].set_title(f"top k = {k:g} of each matrix")
-            _panel(grid[0, 1], [(label, rows[rows["epsilon"] == epsilon]) for label, rows in lines], "k", looks)
-            grid[0, 1].set(xlabel="Top directions k of each matrix", title=f"ε = {epsilon:g}")
-            for axes in grid[0, 2:]:
-                _scatter(axes, points, by_setting(results, points, settings), looks, self.value)
+            grid = drawing.facets(titles, self.width, sharex=False, sharey=False)
+            over_epsilon, over_k, *scatter = grid.axes.flat
+            _panel(over_epsilon, lines[lines["k"] == k], "epsilon", looks)
+            over_epsilon.set(xlabel="Threshold ε of |cos|", ylabel=f"Intruders in {matrices}")
+            _panel(over_k, lines[lines["epsilon"] == epsilon], "k", looks)
+            over_k.set(xlabel="Top directions k of each matrix", ylabel="")
+            for axes in scatter:
+                _scatter(axes, points, {label: (ids, looks[label]) for label, ids in series.items()}, self.value)
                 axes.set_xlabel(f"Intruders (k = {k:g}, ε = {epsilon:g})")
-            shares = {label: _degenerate(at_both[at_both.index.isin(rows.index)]) for label, rows in lines}
-            handles = {label + shares[label]: handle for label, handle in handles.items()}
-            handles |= null_handle("random directions")
-            drawing.legend_below(figure, list(handles.values()), list(handles))
-        return figure
+            named = {label + shares[label]: handle for label, handle in handles(looks).items()}
+            drawing.legend_below(grid.figure, named | drawing.null_handle("random directions"))
+        return grid.figure
 
     def caption(self) -> str:
-        from lorabench.report.update_metrics import THINNED, UNSHARED
+        from lorabench.report.update_metrics import UNSHARED
 
         return (
             "Intruder dimensions: top left singular vectors of W0 + ΔW whose |cos| with every one of W0 is below ε, "
-            f"summed over the matrices that all runs have {UNSHARED}: Shuttleworth et al. 2024. Means over seeds with "
-            "95% Student-t bands (hollow: a single seed), settings at their own best learning rate. Dashed: the "
-            "same singular values of ΔW in random directions. Degenerate: the share of intruders whose singular value "
-            "is within 1% of a neighbour's, so that the single vector means little. Right: a point a run, all learning "
-            "rates, grey where the setting has no curve; Spearman's ρ over all of them, whatever else they differ in. "
-            + THINNED
+            f"summed over the matrices that all runs have {UNSHARED}: Shuttleworth et al. 2024. Means over seeds. "
+            "Dashed: the same singular values of ΔW in random directions. Degenerate: the share of intruders whose "
+            "singular value is within 1% of a neighbour's, so that the single vector means little. Right: a point a "
+            "run, selected or not, grey where the setting has no curve; Spearman's ρ over all of them, whatever else "
+            "they differ in."
         )
 
 
@@ -106,35 +104,34 @@ def _nearest(values: pd.Series, wanted: float) -> float:
     return min(values.unique(), key=lambda value: abs(value - wanted))
 
 
-def _panel(axes: Axes, lines: list[tuple[str, pd.DataFrame]], x: str, looks: dict[str, Look]) -> dict[str, Any]:
-    from matplotlib.ticker import MaxNLocator
+def _panel(axes: Axes, rows: pd.DataFrame, x: str, looks: Looks) -> None:
+    from lorabench.report.drawing import whole_numbers
+    from lorabench.report.figures._curves import draw_lines
 
-    from lorabench.report.figures._curves import curve, draw_curve
-
-    handles = {label: draw_curve(axes, curve(rows, x), looks[label]) for label, rows in lines}
+    draw_lines(axes, rows, looks, x, within=(0, float("inf")))
     axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
-    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-    return handles
+    whole_numbers(axes.yaxis)
 
 
-def _scatter(
-    axes: Axes, points: pd.DataFrame, groups: list[tuple[str, pd.DataFrame]], looks: dict[str, Look], value: str
-) -> None:
-    """A point a run, and their rank correlation where there are enough."""
-    from matplotlib.ticker import MaxNLocator
+def _scatter(axes: Axes, points: pd.DataFrame, groups: dict[str, tuple[set[str], Look]], value: str) -> None:
+    """A point a run, in its setting's look, and their rank correlation where there are enough."""
+    import seaborn as sns
     from scipy import stats
 
+    from lorabench.report.drawing import Look, whole_numbers
     from lorabench.report.labels import capitalized, measure, with_unit
 
     factor = 100.0 if measure(value).unit == "%" else 1.0
-    known = {run_id for _, rows in groups for run_id in rows.index}
-    others = points[~points.index.isin(known)]
-    axes.plot(others["value"], factor * others[value], "o", color="#B5B5B5", markersize=3, linestyle="none")
-    for label, rows in groups:
-        look = looks[label]
-        axes.plot(rows["value"], factor * rows[value], look.marker, color=look.color, markersize=4, linestyle="none")
+    points = points.assign(**{value: factor * points[value]})
+    known = set().union(*(ids for ids, _ in groups.values()))
+    others = (set(points.index) - known, Look("#B5B5B5", "o"))
+    for ids, look in [others, *groups.values()]:
+        sns.scatterplot(
+            points[points.index.isin(ids)], x="value", y=value, ax=axes, color=look.color, marker=look.marker, s=14,
+            linewidth=0, legend=False,
+        )  # fmt: skip
     axes.margins(0.08)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    whole_numbers(axes.xaxis)
     axes.set_ylabel(capitalized(with_unit(value)))
     title = f"{len(points)} runs"
     if len(points) >= FEWEST and points["value"].nunique() > 1 and points[value].nunique() > 1:

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    from lorabench.report.aggregate import Cell
-
 RANK = "method.rank"
 IN_PANEL = ("method.name", "quantization")
 
@@ -33,48 +31,65 @@ class RankQuality(Figure):
 
     def draw(self, results: Any) -> MatplotlibFigure | None:
         from lorabench.report import drawing
+        from lorabench.report.aggregate import bounds
+        from lorabench.report.figures._curves import SERIES, draw_lines
         from lorabench.report.labels import capitalized, series_label, with_unit
-        from lorabench.report.results import grouped, selected
+        from lorabench.report.results import grouped
         from lorabench.report.tables import quality
 
         value = self.value or f"valid_{quality(results)}"
-        runs = drawing.finite(selected(results).done, value)
+        runs = _labelled(results, value)
         ranked = runs[runs[RANK].notna()] if RANK in results.settings else runs.iloc[:0]
         if ranked.empty:
             return None
         panel_keys = [key for key in results.settings if key not in (RANK, *IN_PANEL)]
-        panels = grouped(ranked, panel_keys)
-        columns = drawing.panel_columns(len(panels))
+        places = {series_label(panel_keys, place, full=True): place for place, _ in grouped(ranked, panel_keys)}
+        family = drawing.setting_looks(results)
+        keys = [key for key in results.settings if key != RANK]
+        looks = {
+            rows[SERIES].iloc[0]: family(dict(zip(keys, values, strict=True))) for values, rows in grouped(runs, keys)
+        }
+        handles: dict[str, Any] = {}
         with drawing.style():
-            figure, grid = drawing.new_figure(-(-len(panels) // columns), columns, sharey=True, height=2.6)
-            looks = drawing.looks(values for values, _ in grouped(runs, IN_PANEL))
-            handles: dict[str, Any] = {}
-            drawn: list[Cell] = []
-            for axes, (values, chunk) in zip(grid.flat, panels, strict=False):
-                same = _in_panel(runs, panel_keys, values)
-                panel, items = _panel(axes, chunk, same[same[RANK].isna()], value, looks)
-                handles |= panel
-                drawn += items
-                axes.set_title(series_label(panel_keys, values, full=True))
-            drawing.limit_y(grid[0, 0], drawn)
-            for axes, (values, _) in zip(grid.flat, panels, strict=False):
-                handles |= _base(axes, _in_panel(runs, panel_keys, values), value)
-            for axes in drawing.lowest(grid, len(panels)):
-                axes.set_xlabel("Rank")
-            for axes in grid[:, 0]:
-                axes.set_ylabel(capitalized(with_unit(value)))
-            drawing.legend_below(figure, list(handles.values()), list(handles))
-        return figure
+            grid = drawing.facets(places, self.width, height=2.6)
+            same = {title: _in_panel(runs, panel_keys, places[title]) for title in grid.axes_dict}
+            for title, axes in grid.axes_dict.items():
+                of_panel = same[title]
+                lines = of_panel[of_panel[RANK].notna()]
+                mine = {name: look for name, look in looks.items() if name in set(lines[SERIES])}
+                draw_lines(axes, _apart(lines, mine), mine, "x", bars=0, within=bounds(value))
+                handles |= {name: look.handle for name, look in mine.items()}
+                handles |= _levels(axes, of_panel[of_panel[RANK].isna()], value, looks)
+                drawing.powers_of_two(axes, ranked[RANK])
+            drawing.limit(list(grid.axes.flat), logs=False)
+            for title, axes in grid.axes_dict.items():
+                handles |= _base(axes, same[title], value)
+            grid.set_axis_labels("Rank", capitalized(with_unit(value)))
+            drawing.legend_below(grid.figure, handles)
+        return grid.figure
 
     def caption(self) -> str:
         return (
-            "Quality against rank. Points are means over seeds at each setting's own best learning rate, bars and "
-            "bands 95% Student-t intervals; a hollow point has a single seed and no interval. Methods without a rank "
-            "are horizontal lines; base: before training (an arrow: above or below the panel)."
+            "Quality against rank: means over seeds. Methods without a rank are horizontal lines; base: before "
+            "training (an arrow: above or below the panel)."
         )
 
 
 EXAMPLE = RankQuality()
+
+
+def _labelled(results: Any, value: str) -> pd.DataFrame:
+    """The selected runs that can be drawn, with the measure as `value` in the unit that is shown, and their series."""
+    from lorabench.report import drawing
+    from lorabench.report.figures._curves import SERIES, VALUE
+    from lorabench.report.labels import measure, series_label
+    from lorabench.report.results import selected
+
+    runs = drawing.finite(selected(results).done, value)
+    keys = [key for key in results.settings if key != RANK]
+    labels = [series_label(keys, [run[key] for key in keys]) for _, run in runs.iterrows()]
+    factor = 100.0 if measure(value).unit == "%" else 1.0
+    return runs.assign(**{SERIES: labels, VALUE: factor * runs[value] if value in runs else ()})
 
 
 def _in_panel(runs: pd.DataFrame, keys: list[str], values: tuple[Any, ...]) -> pd.DataFrame:
@@ -86,46 +101,27 @@ def _in_panel(runs: pd.DataFrame, keys: list[str], values: tuple[Any, ...]) -> p
     return runs
 
 
-def _panel(
-    axes: Axes, ranked: pd.DataFrame, level: pd.DataFrame, value: str, looks: dict[Any, Any]
-) -> tuple[dict[str, Any], list[Cell]]:
-    """Draw one panel's lines and levels; label -> handle, and what was drawn."""
-    from lorabench.report import drawing
-    from lorabench.report.aggregate import cell
-    from lorabench.report.labels import series_label
-    from lorabench.report.results import grouped, ordered
+def _apart(lines: pd.DataFrame, looks: dict[str, Any]) -> pd.DataFrame:
+    """With the rank as `x`, each series shifted a little, so that no bar hides another's."""
+    from lorabench.report.figures._curves import SERIES
 
-    handles: dict[str, Any] = {}
-    drawn = []
-    groups = grouped(ranked, IN_PANEL)
-    for position, (values, chunk) in enumerate(groups):
-        line = [(rank, cell(chunk[chunk[RANK] == rank], value)) for rank in ordered(chunk[RANK])]
-        apart = 1.05 ** (position - (len(groups) - 1) / 2)  # so that no bar hides another's
-        handles[series_label(IN_PANEL, values)] = _line(axes, line, apart, looks[values])
-        drawn += [item for _, item in line]
-    for values, chunk in grouped(level, IN_PANEL):
-        item, look = cell(chunk, value), looks[values]
-        if item.half is not None:
-            axes.axhspan(item.ends[0], item.ends[1], color=look.color, alpha=0.15, linewidth=0)
-        handles[series_label(IN_PANEL, values)] = axes.axhline(item.center, color=look.color, zorder=2)
-        drawn.append(item)
-    drawing.powers_of_two(axes, ranked[RANK])
-    return handles, drawn
+    middle = (len(looks) - 1) / 2
+    shifts = {name: 1.05 ** (position - middle) for position, name in enumerate(looks)}
+    return lines.assign(x=lines[RANK].astype(float) * lines[SERIES].map(shifts))
 
 
-def _line(axes: Axes, line: list[tuple[int, Cell]], apart: float, look: Any) -> Any:
-    """One method over the ranks; hollow where there is no interval. `apart` shifts the points sideways."""
-    xs, items = zip(*((rank * apart, item) for rank, item in line), strict=True)
-    handle = axes.errorbar(
-        xs, [item.center for item in items], yerr=[item.half or 0.0 for item in items], color=look.color,
-        linestyle=look.dashes, marker=look.marker, capsize=2, elinewidth=0.9, zorder=3,
-    )  # fmt: skip
-    alone = [(x, item.center) for x, item in zip(xs, items, strict=True) if item.half is None]
-    if alone:
-        axes.plot(
-            *zip(*alone, strict=True), look.marker, color=look.color, markerfacecolor="white", zorder=4
-        )  # fmt: skip
-    return handle
+def _levels(axes: Axes, runs: pd.DataFrame, value: str, looks: dict[str, Any]) -> dict[str, Any]:
+    """Methods without a rank as horizontal lines; label -> handle."""
+    from lorabench.report.aggregate import bounds
+    from lorabench.report.figures._curves import SERIES, measured
+
+    handles = {}
+    for name, chunk in runs.groupby(SERIES, sort=False):
+        item, look = measured(chunk, value, bounds(value)), looks[name]
+        if item["y_low"] < item["y_high"]:
+            axes.axhspan(item["y_low"], item["y_high"], color=look.color, alpha=0.15, linewidth=0)
+        handles[str(name)] = axes.axhline(item["y"], color=look.color, linestyle=look.dashes, zorder=2)
+    return handles
 
 
 def _base(axes: Axes, runs: pd.DataFrame, value: str) -> dict[str, Any]:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MatplotlibFigure
 
+    from lorabench.report.drawing import Look
+
 RANK = "method.rank"
 FLOOR = 1e-6
 """Ratios below it are rounding of float32, and are not drawn."""
@@ -19,54 +21,58 @@ FLOOR = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Spectra(Figure):
-    """A panel a method and setting, a colour a rank; methods without a rank stand in black in every panel."""
+    """A panel a method and setting, darker with the rank; methods without a rank stand in every panel."""
 
     section: ClassVar[str] = "spectra"
+    intervals: ClassVar[bool] = False
 
     kinds: tuple[str, ...] = ()
     """Kinds of layers to average over, such as `q_proj` (empty: every layer that all these runs have)."""
 
     def draw(self, results: Any) -> MatplotlibFigure | None:
         from lorabench.report import drawing
-        from lorabench.report.figures._curves import null_handle
         from lorabench.report.labels import series_label
-        from lorabench.report.results import grouped, ordered
+        from lorabench.report.results import grouped
 
         values = _values(results, self.kinds)
         if values.empty:
             return None
         keys = [key for key in results.settings if key != RANK]
-        ranked = values[values[RANK].notna()] if RANK in values else values.iloc[:0]
-        level = values[values[RANK].isna()] if RANK in values else values
-        ranks = ordered(ranked[RANK]) if len(ranked) else []
-        panels = grouped(ranked, keys) if len(ranked) else [((), ranked)]
-        columns = drawing.panel_columns(len(panels))
+        has_rank = values[RANK].notna() if RANK in values else values["ratio"].isna()
+        ranked, level = values[has_rank], values[~has_rank]
+        panels = {series_label(keys, place, full=True): (place, chunk) for place, chunk in grouped(ranked, keys)}
+        panels = panels or {"": ((), ranked)}
+        look = drawing.setting_looks(results)
+        handles: dict[str, Any] = {}
         with drawing.style():
-            figure, grid = drawing.new_figure(-(-len(panels) // columns), columns, sharex=True, sharey=True, height=2.6)
-            handles: dict[str, Any] = {}
-            for axes, (place, chunk) in zip(grid.flat, panels, strict=False):
-                handles |= _panel(axes, chunk, _same_base(level, keys, place), keys, ranks)
-                axes.set_title(series_label(keys, place, full=True) if place else "")
-            for axes in drawing.lowest(grid, len(panels)):
-                axes.set_xlabel("Index i")
-            for axes in grid[:, 0]:
-                axes.set_ylabel("σᵢ / σ₁")
-            drawing.powers_of_two(grid[0, 0], [2**k for k in range(int(values["index"].max()).bit_length())])
-            grid[0, 0].set_yscale("log")
-            grid[0, 0].set_ylim(max(1e-4, grid[0, 0].get_ylim()[0]), 1.4)
-            drawing.plain_logarithmic(grid[0, 0].yaxis)
+            grid = drawing.facets(panels, self.width, height=2.6)
+            for title, axes in grid.axes_dict.items():
+                place, chunk = panels[title]
+                for (rank,), rows in sorted(grouped(chunk, [RANK]) if len(chunk) else [], key=lambda item: item[0]):
+                    own = look(dict(zip(keys, place, strict=True)) | {RANK: rank})
+                    _curve(axes, rows, own)
+                    handles[f"rank {rank}"] = own.handle
+                    if len(panels) > 1:  # whose colours differ: the shade alone tells the rank
+                        handles[f"rank {rank}"] = drawing.Look(look.shade(drawing.REFERENCE, rank), "").handle
+                for setting, rows in grouped(_same_base(level, keys, place), keys):
+                    own = look(dict(zip(keys, setting, strict=True)))
+                    _curve(axes, rows, own)
+                    handles[series_label(keys, setting)] = own.handle
+            drawing.powers_of_two(axes, [2**k for k in range(int(values["index"].max()).bit_length())])
+            axes.set_yscale("log")
+            axes.set_ylim(max(1e-4, axes.get_ylim()[0]), 1.4)
+            drawing.plain_logarithmic(axes.yaxis)
+            grid.set_axis_labels("Index i", "σᵢ / σ₁")
             if values["null_ratio"].notna().any():
-                handles |= null_handle("Gaussian")
-            drawing.legend_below(figure, list(handles.values()), list(handles))
-        return figure
+                handles |= drawing.null_handle("Gaussian")
+            drawing.legend_below(grid.figure, handles)
+        return grid.figure
 
     def caption(self) -> str:
-        of = f" ({', '.join(self.kinds)})" if self.kinds else ""
         return (
-            f"Singular values of the update relative to the largest: geometric mean over layers{of} and seeds, band "
-            "from the 10th to the 90th percentile, up to the length that all layers have. Dashed: "
-            "random Gaussian updates of the same shapes and ranks, "
-            "beside which a decay is to be read."
+            f"Singular values of the update relative to the largest: geometric mean over layers{self.of_kinds} and "
+            "seeds, band from the 10th to the 90th percentile, up to the length that all layers have. Dashed: random "
+            "Gaussian updates of the same shapes and ranks, beside which a decay is to be read."
         )
 
 
@@ -78,14 +84,12 @@ def _values(results: Any, kinds: tuple[str, ...]) -> pd.DataFrame:
     import pandas as pd
 
     from lorabench.report.results import selected, shared
+    from lorabench.report.update_metrics import chosen
 
-    frame = results.analyses.get("singular_values", pd.DataFrame())
+    runs = selected(results).done
+    frame = chosen(results.analyses.get("singular_values", pd.DataFrame()), runs, kinds)
     if frame.empty:
         return frame
-    runs = selected(results).done
-    frame = frame[frame["run_id"].isin(runs.index)]
-    if kinds:
-        frame = frame[frame["kind"].isin(kinds)]
     frame = shared(frame).astype({"index": int, "value": float, "null": float})
     first = frame.groupby(["run_id", "layer"], observed=True)[["value", "null"]].transform("max")
     frame["ratio"] = frame["value"] / first["value"]
@@ -103,58 +107,23 @@ def _same_base(level: pd.DataFrame, keys: list[str], place: tuple[Any, ...]) -> 
     return level
 
 
-def _panel(axes: Axes, ranked: pd.DataFrame, level: pd.DataFrame, keys: list[str], ranks: list[Any]) -> dict[str, Any]:
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    from lorabench.report import drawing
-    from lorabench.report.labels import series_label
-    from lorabench.report.results import grouped
-
-    handles: dict[str, Any] = {}
-    for i, rank in enumerate(ranks):
-        if not (ranked[RANK] == rank).any():
-            continue
-        color = to_hex(colormaps["viridis"](0.88 * i / max(1, len(ranks) - 1)))
-        look = drawing.Look(color, drawing.MARKERS[i % len(drawing.MARKERS)])
-        handles[f"rank {rank}"] = _curve(axes, ranked[ranked[RANK] == rank], look)
-    looks = drawing.looks(values for values, _ in grouped(level, keys))
-    for values, chunk in grouped(level, keys):
-        look = looks[values] if not ranks else drawing.Look("#000000", "X", looks[values].dashes)
-        handles[series_label(keys, values)] = _curve(axes, chunk, look)
-    return handles
-
-
-def _common_length(values: pd.DataFrame) -> int:
-    """Up to where every layer has singular values: past it the mean would be over the larger layers alone."""
-    counts = values.groupby("index").size()
-    return int(counts.index[counts == counts.max()].max())
-
-
-def _curve(axes: Axes, values: pd.DataFrame, look: Any) -> Any:
-    """One series: mean, band and its null; the handle of the mean."""
+def _curve(axes: Axes, values: pd.DataFrame, look: Look) -> None:
+    """One series up to where every layer has singular values: past it the mean would be over the larger ones alone."""
     import numpy as np
+    import seaborn as sns
 
-    from lorabench.report.figures._curves import draw_null
+    from lorabench.report.figures._curves import draw_null, thinned
 
-    values = values[values["index"] <= _common_length(values)]
-    logs = np.log(values["ratio"].clip(lower=FLOOR))
-    by_index = logs.groupby(values["index"])
-    mean = np.exp(by_index.mean())
-    marks = [int(np.searchsorted(mean.index, 2**k)) for k in range(12) if 2**k <= mean.index.max()]
-    (line,) = axes.plot(
-        mean.index, mean, color=look.color, marker=look.marker, markersize=3.2, markevery=marks, zorder=3
+    counts = values.groupby("index").size()
+    index = thinned([i for i in counts.index if i <= counts.index[counts == counts.max()].max()])
+    logs = values[values["index"].isin(index)].assign(
+        ratio=lambda rows: np.log(rows["ratio"].clip(lower=FLOOR)),
+        null_ratio=lambda rows: np.log(rows["null_ratio"].clip(lower=FLOOR)),
     )
-    axes.fill_between(
-        mean.index,
-        np.exp(by_index.quantile(0.1)),
-        np.exp(by_index.quantile(0.9)),
-        color=look.color,
-        alpha=0.15,
-        linewidth=0,
-    )
-    null = values.dropna(subset=["null_ratio"])
-    if len(null):
-        null_mean = np.exp(np.log(null["null_ratio"].clip(lower=FLOOR)).groupby(null["index"]).mean())
-        draw_null(axes, list(null_mean.items()), look.color)
-    return line
+    sns.lineplot(
+        logs, x="index", y="ratio", ax=axes, legend=False, color=look.color, linestyle=look.dashes, marker=look.marker,
+        markersize=3.6, markeredgecolor=look.color, zorder=3, err_kws={"alpha": 0.15, "linewidth": 0},
+        markevery=[int(np.searchsorted(index, 2**k)) for k in range(12) if 2**k <= index[-1]],
+        estimator=lambda found: np.exp(found.mean()), errorbar=lambda found: tuple(np.exp(found.quantile([0.1, 0.9]))),
+    )  # fmt: skip
+    draw_null(axes, np.exp(logs.dropna(subset=["null_ratio"]).groupby("index")["null_ratio"].mean()), look.color)

@@ -9,7 +9,6 @@ from lorabench.spec.figure import Figure
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MatplotlibFigure
 
 MAX_ROWS = 4
@@ -21,6 +20,7 @@ class SubspaceGrid(Figure):
     """A row a setting, a panel a kind of layer, and chance at the right on the same colours."""
 
     section: ClassVar[str] = "pairs"
+    intervals: ClassVar[bool] = False
 
     between: Literal["method.rank", "seed"] = "method.rank"
     """Which axis the two runs differ in."""
@@ -37,6 +37,7 @@ class SubspaceGrid(Figure):
 
     def draw(self, results: Any) -> MatplotlibFigure | None:
         from lorabench.report import drawing
+        from lorabench.report.figures._heat import cell_room, draw_bar, draw_table, fitting, from_zero
 
         frame = _pairs(results, self)
         if frame.empty:
@@ -46,21 +47,23 @@ class SubspaceGrid(Figure):
         rows = _rows(frame, results, self.between)
         if frame.empty or not rows:
             return None
-        with drawing.style():
-            drawing.plt.rcParams["axes.grid"] = False
-            figure, grid = drawing.new_figure(len(rows), len(kinds) + 1, height=1.75, sharex=True, sharey=True)
-            for line, (title, chunk) in zip(grid, rows, strict=True):
-                _draw_row(line, chunk, kinds, title)
-            a, b = _axis_labels(rows[0][1], self.between)
-            for axes in grid[-1]:
-                axes.set_xlabel(b)
-            for axes in grid[:, 0]:
-                axes.set_ylabel(a)
+        panels = {}
+        for title, chunk in rows:
+            for kind in kinds:
+                panels[f"{kind}, {title}" if title else kind] = _table(chunk[chunk["kind"] == kind], "phi")
+            panels[f"chance, {title}" if len(rows) > 1 else "chance"] = _table(chunk, "chance")
+        marks = [sorted({mark for table in panels.values() for mark in table.axes[axis]}) for axis in (0, 1)]
+        tables = {title: table.reindex(index=marks[0], columns=marks[1]) for title, table in panels.items()}
+        colors = from_zero(tables.values(), most=1.0)
+        with drawing.style("white"):
+            grid = drawing.facets(tables, self.width, height=1.75, columns=len(kinds) + 1)
+            texts = fitting(list(tables.values()), cell_room(grid, 1.75))
+            for (title, axes), text in zip(grid.axes_dict.items(), texts, strict=True):
+                draw_table(axes, tables[title], colors, text)
+            grid.set_axis_labels(*reversed(_axis_labels(rows[0][1], self.between)))
             side = "input side" if self.side == "input" else "output side"
-            figure.colorbar(
-                grid[0, 0].collections[0], ax=grid, label=f"φ(i, j), {side}", aspect=18 * len(rows), pad=0.01
-            )
-        return figure
+            draw_bar(grid.axes.flat, colors, f"φ(i, j), {side}", aspect=18 * len(rows))
+        return grid.figure
 
     def caption(self) -> str:
         where = f"layer {self.depth}" if self.depth is not None else "the mean over layers"
@@ -71,7 +74,8 @@ class SubspaceGrid(Figure):
         return (
             f"Subspace similarity φ(i, j) of the updates of {which}: the top i {vectors} of the first against the top "
             f"j of the second, {where} and seeds; 1 is the same subspace, 0 an orthogonal one (Hu et al. 2021, "
-            "equation 4). Right: what random subspaces of the same dimension give, max(i, j) / d."
+            "equation 4). Colours end at the largest value shown. Chance: what random subspaces of the same dimension "
+            "give, max(i, j) / d."
         )
 
 
@@ -138,31 +142,6 @@ def _axis_labels(frame: pd.DataFrame, between: str) -> tuple[str, str]:
     return f"i (rank {value_label(a[0])})", f"j (rank {value_label(b[0])})"
 
 
-def _draw_row(line: Any, frame: pd.DataFrame, kinds: tuple[str, ...], title: str) -> None:
-    for axes, kind in zip(line, kinds, strict=False):
-        _heat(axes, frame[frame["kind"] == kind], "phi")
-        axes.set_title(f"{kind}, {title}" if title else kind)
-    _heat(line[-1], frame, "chance")
-    line[-1].set_title("chance")
-
-
-def _heat(axes: Axes, frame: pd.DataFrame, column: str) -> None:
-    """The mean over layers and pairs; cell borders halfway between the i and j that were computed."""
-    import numpy as np
-    from matplotlib.ticker import MaxNLocator
-
-    table = frame.groupby(["i", "j"])[column].mean().unstack("j")
-    if table.empty:
-        axes.set_axis_off()
-        return
-    edges = [_borders(np.array(marks, dtype=float)) for marks in (table.columns, table.index)]
-    axes.pcolormesh(*edges, table.to_numpy(dtype=float), vmin=0, vmax=1, cmap="magma", rasterized=True)
-    axes.set_ylim(edges[1][-1], edges[1][0])  # as a matrix is written, and as in the paper
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=2))
-
-
-def _borders(marks: Any) -> Any:
-    import numpy as np
-
-    return np.concatenate([[marks[0] - 0.5], marks[:-1] / 2 + marks[1:] / 2, [marks[-1] + 0.5]])
+def _table(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The mean over layers and pairs, i by j."""
+    return frame.groupby(["i", "j"])[column].mean().unstack("j")

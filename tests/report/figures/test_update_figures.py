@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import LineCollection
 from scipy import stats
 
 from lorabench.config.decode import InputError
@@ -68,6 +69,17 @@ def line(axes, y):
     return found[0]
 
 
+def cells(axes):
+    """The numbers behind the colours of a heat map."""
+    return axes.collections[0].get_array()
+
+
+def segments(axes):
+    """Of the bars of intervals."""
+    bars = [item for item in axes.collections if isinstance(item, LineCollection)]
+    return [segment for item in bars for segment in item.get_segments() if len(segment)]
+
+
 def panel(figure, title):
     return next(axes for axes in figure.axes if axes.get_title() == title)
 
@@ -103,7 +115,7 @@ def test_kinds_that_are_asked_for_alone_count(figure, results):
 def test_heat_map_shows_the_mean_over_seeds(results):
     figure = HeatMap(value=("spectrum.relative_norm",)).draw(results)
     frame = rows(results, "spectrum", 64, metric="relative_norm")
-    shown = panel(figure, "lora, rank 64").images[0].get_array()
+    shown = cells(panel(figure, "lora, rank 64"))
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert labels == ["q_proj", "k_proj", "v_proj", "o_proj"]
     for i, kind in enumerate(labels):
@@ -115,7 +127,7 @@ def test_heat_map_shows_the_mean_over_seeds(results):
 def test_heat_map_writes_its_numbers_where_they_fit(results):
     figure = HeatMap(value="spectrum.effective_rank_entropy").draw(results)
     axes = panel(figure, "full")
-    value = float(axes.images[0].get_array()[0, 0])
+    value = float(cells(axes)[0, 0])
     assert axes.texts[0].get_text() == f"{value:.0f}"
 
     def deep(frame):
@@ -132,7 +144,7 @@ def test_heat_map_leaves_what_was_not_trained_to_the_hatching(results):
         return frame[~(frame["run_id"].isin(full) & (frame["kind"] == "v_proj"))]
 
     figure = HeatMap(value="spectrum.relative_norm").draw(replaced(results, "spectrum", without))
-    shown = panel(figure, "full").images[0].get_array()
+    shown = cells(panel(figure, "full"))
     assert shown.mask[2].all() and not shown.mask[[0, 1, 3]].any()
     assert all(patch.get_hatch() for patch in panel(figure, "full").patches)
 
@@ -140,7 +152,7 @@ def test_heat_map_leaves_what_was_not_trained_to_the_hatching(results):
 def test_heat_map_chooses_colours_by_sign_and_span(results):
     def colors(change):
         found = replaced(results, "spectrum", lambda frame: frame.assign(value=change(frame["value"].astype(float))))
-        image = HeatMap(value="spectrum.relative_norm").draw(found).axes[0].images[0]
+        image = HeatMap(value="spectrum.relative_norm").draw(found).axes[0].collections[0]
         return image.norm, image.cmap.name
 
     norm, name = colors(lambda values: values - 0.18)
@@ -165,8 +177,7 @@ def test_depth_profile_bars_are_students_interval(results):
     figure = DepthProfile(value="spectrum.relative_norm", lines="setting").draw(results)
     values = rows(results, "spectrum", 64, metric="relative_norm", kind="q_proj", depth=0)["value"].astype(float)
     low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
-    bars = [segment for bars in panel(figure, "q_proj").collections for segment in bars.get_segments()]
-    assert any(np.allclose(bar[:, 1], [low, high]) for bar in bars)
+    assert any(np.allclose(bar[:, 1], [low, high]) for bar in segments(panel(figure, "q_proj")))
 
 
 def test_intruders_are_summed_over_matrices(results):
@@ -195,7 +206,7 @@ def test_forgetting_against_intruders_with_their_rank_correlation(results):
     forgetting = results.runs.loc[counts.index, "forgetting"]
     expected = stats.spearmanr(counts, forgetting)
     assert figure.axes[2].get_title().startswith(f"ρ = {expected.statistic:.2f}, p ".replace("-", "−"))
-    points = np.concatenate([item.get_xydata() for item in figure.axes[2].lines])
+    points = np.concatenate([item.get_offsets() for item in figure.axes[2].collections])
     assert sorted(map(tuple, points)) == sorted(zip(counts, forgetting, strict=True))
 
 
@@ -252,8 +263,7 @@ def test_containment_between_seeds_has_one_line_a_setting(results):
     (axes,) = Containment(between="seed").draw(results).axes
     labels = [text.get_text() for text in axes.get_yticklabels()]
     assert "lora, rank 4 in another seed" in labels and len(labels) == len(set(labels))
-    bars = [segment for bars in axes.collections for segment in bars.get_segments()]
-    assert all(np.ptp(bar[:, 0]) == 0 for bar in bars)  # pairs of seeds share runs
+    assert all(np.ptp(bar[:, 0]) == 0 for bar in segments(axes))  # pairs of seeds share runs
 
 
 @pytest.mark.parametrize("value", ["spectrum.rank_9", "alignment.amplification_at", "valid"])
