@@ -51,6 +51,8 @@ class CostQuality(Figure):
             for cost, axes in grid.axes_dict.items():
                 draw_points(axes, points[points["cost"] == cost])
                 drawing.limit([axes], "x")
+                if axes.get_xscale() == "linear":  # else numbers of many digits run into one another
+                    axes.locator_params(axis="x", nbins=5)
                 more = measure(cost).higher_is_better
                 better = "" if more is None else f"\n({'more' if more else 'less'} is better)"
                 axes.set(xlabel=capitalized(with_unit(cost)) + better, title="")
