@@ -132,15 +132,16 @@ def test_neither_torch_nor_pandas_nor_submitit_is_loaded(store: Store, slurm_com
     assert done.stderr.strip() == "" and "1 pending" in done.stdout
 
 
-def live(store: Store, slurm_commands: FakeSlurm) -> threading.Thread:
-    """A run that waits, runs and is done, each for a moment."""
+def live(store: Store, slurm_commands: FakeSlurm, *seen: threading.Event) -> threading.Thread:
+    """A run that waits, runs and is done, each for a moment, or until it is seen."""
+    moments = [event.wait for event in seen] or [time.sleep] * 2
     submitted(store.root, [[SPECS[0]]], ["5"])
     slurm_commands.queue({"5": "PENDING Priority"})
 
     def live() -> None:
-        time.sleep(1.0)
+        moments[0](1.0 if not seen else 60.0)
         with take(store.folder(SPECS[0].id), {"job": "5"}):
-            time.sleep(1.0)
+            moments[1](1.0 if not seen else 60.0)
             record(store, SPECS[0], Status.DONE)
 
     thread = threading.Thread(target=live)
@@ -168,7 +169,8 @@ def test_watching_tells_by_its_exit_code_that_not_all_is_done(store: Store, caps
 
 
 def test_watching_draws_anew_in_a_terminal(store: Store, slurm_commands: FakeSlurm) -> None:
-    thread = live(store, slurm_commands)
+    seen = {b"1 pending": threading.Event(), b"1 running": threading.Event()}
+    thread = live(store, slurm_commands, *seen.values())
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "lorabench", "status", str(store.root), "--watch", "0.2"]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120", "LINES": "30"}
@@ -178,6 +180,9 @@ def test_watching_draws_anew_in_a_terminal(store: Store, slurm_commands: FakeSlu
     try:
         while chunk := os.read(ours, 65536):
             written += chunk
+            for words, event in seen.items():
+                if words in written:
+                    event.set()
     except OSError:  # the other end is closed
         pass
     assert process.wait(timeout=60) == 0
