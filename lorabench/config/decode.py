@@ -59,7 +59,7 @@ class Pattern:
 def read_toml(file: Path) -> tuple[dict[str, Any], str]:
     """The table in a TOML file, and the file's text. FileNotFoundError; InputError where it cannot be read.
 
-    Numbers must be finite: an id is the hash of JSON, which has no others.
+    Numbers must be finite, for an id is the hash of JSON, which has no others; and whole ones of 64 bits, as TOML's are.
     """
     try:
         text = file.read_text("utf-8")
@@ -72,20 +72,29 @@ def read_toml(file: Path) -> tuple[dict[str, Any], str]:
         raise InputError(f"{file}: not valid TOML: nested too deep") from None
     except ValueError as error:  # also of a whole number of thousands of digits
         raise InputError(f"{file}: not valid TOML: {clip(error, 320)}") from None
-    if problems := [f"{key} = {value}: must be a finite number" for key, value in _infinite(table)]:
+    if problems := [*_unfit_numbers(table)]:
         raise InputError(problems, str(file))
     return table, text
 
 
-def _infinite(value: Any, where: str = "") -> Iterator[tuple[str, float]]:
+def _unfit_numbers(value: Any, where: str = "") -> Iterator[str]:
     if isinstance(value, float) and not math.isfinite(value):
-        yield where, value
+        yield f"{where} = {value}: must be a finite number"
+    elif _is_too_large(value):
+        yield f"{where} = {show(value)}: {TOO_LARGE}"
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _infinite(item, f"{where}.{key}" if where else key)
+            yield from _unfit_numbers(item, f"{where}.{key}" if where else key)
     elif isinstance(value, list):
         for item in value:
-            yield from _infinite(item, where)
+            yield from _unfit_numbers(item, where)
+
+
+TOO_LARGE = "must be a whole number of at most 64 bits"
+
+
+def _is_too_large(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) >= 2**63
 
 
 def decode(cls: type, table: dict[str, Any], where: str = "") -> Any:
@@ -183,6 +192,8 @@ def _decode_value(hint: Any, value: Any, where: str) -> Any:
 
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{where} = {value}: must be finite")
+    if _is_too_large(value):
+        raise InputError(f"{where} = {show(value)}: {TOO_LARGE}")
     try:
         return _adapter(hint).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:

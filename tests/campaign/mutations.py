@@ -70,7 +70,7 @@ def changed(table: Any, random_: random.Random) -> Any:
         place = random_.randrange(len(table))
         return [*table[:place], changed(table[place], random_), *table[place + random_.randint(0, 1) :]]
     if isinstance(table, (int, float)) and not isinstance(table, bool) and random_.random() < 0.5:
-        return random_.choice((-table, table * 10, table + 1, str(table), float(table), 0))
+        return random_.choice((-table, table * 10, table + 1, str(table), 0.5 if table > 2**63 else float(table), 0))
     return value(random_)
 
 
@@ -107,7 +107,7 @@ def changed_bytes(content: bytes, random_: random.Random) -> bytes:
 
 def changed_text(text: str, random_: random.Random) -> str:
     """A line or a token of a TOML file replaced, taken away, repeated or moved."""
-    lines = text.splitlines()
+    lines = text.splitlines() or [""]
     place = random_.randrange(len(lines))
     act = random_.random()
     if act < 0.15:

@@ -203,6 +203,11 @@ by = "loss"
         (b"base.lr = " + b"[" * 5000 + b"]" * 5000, "not valid TOML: nested too deep"),
         (b"base.seed = " + b"9" * 5000, "not valid TOML: "),
         (b"[base]\nlr = inf\nmethod.alpha = [1.0, 2.0]", "base.lr = inf: must be a finite number"),
+        (b"[base]\nlr = 1" + b"0" * 400, r"base\.lr = 1000*…?\S*: must be a whole number of at most 64 bits"),
+        (
+            b"[base]\nmethod.rank = 9223372036854775808",
+            "base.method.rank = 9223372036854775808: must be a whole number of",
+        ),
     ],
 )
 def test_a_file_that_is_no_sweep_is_one_message(tmp_path: Path, content: bytes | None, message: str) -> None:
