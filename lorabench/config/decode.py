@@ -59,7 +59,7 @@ class Pattern:
 def read_toml(file: Path) -> tuple[dict[str, Any], str]:
     """The table in a TOML file, and the file's text. FileNotFoundError; InputError where it cannot be read.
 
-    Numbers must be finite, for an id is the hash of JSON, which has no others; and whole ones of 64 bits, as TOML's are.
+    Numbers must be finite, for an id is the hash of JSON, which has no others; whole ones of 64 bits, as TOML has them.
     """
     try:
         text = file.read_text("utf-8")
