@@ -49,9 +49,9 @@ seed = [0, 1, 2, 3]
 CELL = """
 import json, sys
 from pathlib import Path
-from lorabench.execute import Options, execute
-from lorabench.record import Store
-from lorabench.spec import RunSpec
+from lorabench.spec.run_spec import RunSpec
+from lorabench.store.store import Store
+from lorabench.training.execute import Options, execute
 spec = RunSpec.from_json(json.loads(sys.argv[1]))
 sys.exit(str(execute(spec, Store(Path(sys.argv[2])), Options(device=sys.argv[3]))) != "done")
 """

@@ -65,7 +65,7 @@ def _parse(suffix: str, content: bytes, columns: list[str] | None) -> list[Row]:
         case ".jsonl":
             return list(_json_lines(text))
         case ".json":
-            return _json_table(json.loads(text))
+            return _json_table(_json(text))
         case ".csv":
             return list(_table(_csv_lines(text), columns))
     return list(_table(_tsv_lines(text), columns))
@@ -81,11 +81,24 @@ def _parquet(content: bytes) -> list[Row]:
         raise ValueError(error) from None
 
 
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, no key of which stands in it twice: Python's reader would take the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise ValueError(f"the key {show(twice)} stands twice in one object")
+    return found
+
+
 def _json_lines(text: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a text may hold other ends of lines
         if line.strip():
             try:
-                yield _object(json.loads(line))
+                yield _object(_json(line))
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from None
 

@@ -173,3 +173,11 @@ def test_bad_data_is_named(name, content, words, tmp_path):
     with pytest.raises(InputError) as error:
         read_data(str(path))
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(("suffix", "around"), [("jsonl", ""), ("json", "[]")])
+def test_a_key_that_stands_twice_is_refused(tmp_path, suffix, around):
+    file = tmp_path / f"a.{suffix}"
+    file.write_text(around[:1] + '{"text": "a", "label": 1, "label": 0}' + around[1:])
+    with pytest.raises(InputError, match=r'the key "?label"? stands twice in one object'):
+        read_data(str(file))
