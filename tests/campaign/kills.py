@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,7 +135,8 @@ class Battery:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 launcher.wait(max(1.0, deadline - time.monotonic()))
             if launcher.poll() is None:
-                self.figures.fault("hung", f"after {self.blow}: the launcher has not ended in {PATIENCE_SECONDS:g} s")
+                what = f"after {self.blow}: the launcher has not ended in {PATIENCE_SECONDS:g} s"
+                self.figures.fault("hung", f"{what}: {'; '.join(self._standing(launcher.pid))}")
                 kill_tree(launcher.pid)
                 launcher.wait()
         self._wait_for_orphans()
@@ -147,7 +149,17 @@ class Battery:
         """Processes that hold a claim."""
         launchers = {launcher.pid for launcher in self.launchers}
         claims = [state.claim for state in self.store.states()]
-        return [claim.pid for claim in claims if claim and claim.is_alive() and claim.pid not in launchers]
+        return [claim.pid for claim in claims if claim and claim.is_alive() and claim.pid not in {0, *launchers}]
+
+    def _standing(self, pid: int) -> Iterator[str]:
+        """What a launcher that hangs waits for: its processes with their seconds of CPU, and the runs that go on."""
+        with contextlib.suppress(psutil.Error):
+            for each in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+                yield f"process {each.pid} {each.status()} {sum(each.cpu_times()[:2]):.1f} s"
+        for state in self.store.states():
+            if state.status not in (Status.DONE, Status.MISSING):
+                claim = state.claim
+                yield f"{state.run_id} {state.status}" + (f" by {claim.pid} {claim.progress}" if claim else "")
 
     def _server(self) -> int | None:
         for launcher in self.launchers:
