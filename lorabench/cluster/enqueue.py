@@ -18,6 +18,7 @@ from lorabench.cluster.queue import Array, Submission, check_own, keep_own, read
 from lorabench.config.decode import InputError
 from lorabench.config.durable import make_folder, write_bytes, write_json
 from lorabench.store import claim
+from lorabench.store.record import now
 
 POLL_SECONDS = 0.5
 
@@ -55,7 +56,7 @@ def write_plan(root: Path, name: str, plan: Plan) -> Submission:
     folder = root / "queue" / name
     make_folder(folder)
     keep_own(folder)
-    head = {"submission": name, "submitted": datetime.now(UTC).isoformat(timespec="seconds")}
+    head = {"submission": name, "submitted": now()}
     table = head | {"host": socket.gethostname(), "user": user_name()} | vars(plan)
     write_bytes(folder / "plan.json", (json.dumps(table, ensure_ascii=False) + "\n").encode())
     keep_own(folder / "plan.json")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 from dataclasses import replace
 
 from lorabench.config.decode import InputError
 from lorabench.config.json_file import Unreadable
 from lorabench.store.claim import take
-from lorabench.store.record import RunRecord, Status
+from lorabench.store.record import RunRecord, Status, now
 from lorabench.store.store import RunState, Store
 
 
@@ -32,8 +31,7 @@ def settle(store: Store, state: RunState, status: Status, error: str) -> RunStat
             pass
         if record.status == Status.DONE or hold.number > (seen.number if seen else 0) + 1:
             return RunState(run_id=state.run_id, status=record.status, spec=record.spec, record=record)
-        finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record = replace(record, status=status, error=error, finished=finished)
+        record = replace(record, status=status, error=error, finished=now())
         store.write(record)
     return RunState(
         run_id=state.run_id, status=status, spec=record.spec, record=record, claim=seen, error=error

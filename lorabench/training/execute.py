@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from lorabench.processes.distributed import (
 from lorabench.spec.run_spec import RunSpec
 from lorabench.store import claim
 from lorabench.store.claim import Followed, Hold, Lost
-from lorabench.store.record import RunRecord, Status
+from lorabench.store.record import RunRecord, Status, now
 from lorabench.store.store import Store
 from lorabench.training.base import pick_device
 from lorabench.training.run import Attempt, run
@@ -93,7 +92,7 @@ def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold, meeting:
     """Carry the run out, and write its record with what became of it."""
     place = options.place
     record = RunRecord(
-        run_id=spec.id, spec=spec.to_json(), status=Status.RUNNING, started=_now(), attempts=hold.number
+        run_id=spec.id, spec=spec.to_json(), status=Status.RUNNING, started=now(), attempts=hold.number
     )  # fmt: skip
     if place.rank == 0:
         store.write(record)
@@ -123,7 +122,7 @@ def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold, meeting:
             raise RankFailed(record.status, record.error, is_peer_loss(error)) from error
     if place.rank:
         return record.status
-    record.finished = _now()
+    record.finished = now()
     hold.check()
     store.write(record)
     if record.status == Status.DONE:
@@ -191,7 +190,7 @@ def _log(file: Path, enabled: bool) -> Iterator[None]:
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     with open(file, "a", buffering=1) as handle:
-        handle.write(f"--- {_now()} pid {os.getpid()}\n")
+        handle.write(f"--- {now()} pid {os.getpid()}\n")
         handle.flush()
         os.dup2(handle.fileno(), 1)
         os.dup2(handle.fileno(), 2)
@@ -203,7 +202,3 @@ def _log(file: Path, enabled: bool) -> Iterator[None]:
             for descriptor, number in zip(saved, (1, 2), strict=True):
                 os.dup2(descriptor, number)
                 os.close(descriptor)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

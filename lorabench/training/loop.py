@@ -90,19 +90,15 @@ class Batches:
     def __init__(self, training: Training):
         spec, examples = training.spec, training.examples
         self.training, self.rows = training, examples.splits["train"]
-        self.micro = spec.micro_batch_size or spec.batch_size
         self.parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
         self._order = Order(len(self.rows), spec.batch_size, spec.seed, training.stage)
 
     def next(self) -> tuple[list[Batch], Work]:
-        """The parts of the next step's batch, on the CPU, and what there is to do in them, over all ranks.
-
-        Over shared-out weights all ranks compute at once: one with a smaller share goes through parts without a label.
-        """
+        """The parts of the next step's batch, on the CPU, and what there is to do in them, over all ranks."""
         training = self.training
         examples, world = training.examples, training.world
         batch = [self.rows[i] for i in world.share(self._order.indices(training.task_step))]
-        chunks = [batch[i : i + self.micro] for i in range(0, len(batch), self.micro)]
+        chunks = [batch[i : i + training.micro] for i in range(0, len(batch), training.micro)]
         parts = [collate(chunk, examples.padding, CPU) for chunk in chunks]
         own = [examples.task.count(part) for part in parts], map(example_length, batch), map(batch_length, parts)
         labels, tokens, padded = map(int, world.sum([sum(each) for each in own]))
@@ -119,7 +115,7 @@ def forward_backward(training: Training, parts: list[Batch], labels: int) -> tor
             part_loss = task.loss(forward(model, part), part) / max(labels, 1)
         part_loss.backward()
         loss += part_loss.detach()
-    for _ in range(training.idle_passes(len(parts), spec.micro_batch_size or spec.batch_size)):
+    for _ in range(training.idle_passes(len(parts))):
         idle = collate(training.examples.splits["train"][:1], training.examples.padding, device)
         with autocast(spec, device, training.world):
             (forward(model, idle).sum() * 0).backward()

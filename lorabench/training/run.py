@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from lorabench.models.remarks import remarks
 from lorabench.processes.distributed import Sharding, local_part
 from lorabench.spec.run_spec import RunSpec, method_seed
 from lorabench.store.claim import Hold, Lost
-from lorabench.store.record import STEPS_FILE, RunRecord, Status
+from lorabench.store.record import STEPS_FILE, RunRecord, Status, now
 from lorabench.store.steps import StepLog, write_steps
 from lorabench.store.store import Store
 from lorabench.training import bookkeeping, environment, ranks, serving, sharding
@@ -214,8 +213,7 @@ def _serve(attempt: Attempt, training: Training) -> None:
         return
     note = {"serving": "not measured: the process was killed meanwhile"}
     attempt.hold.check()
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    attempt.store.write(replace(record, status=Status.DONE, finished=now, provenance=record.provenance | note))
+    attempt.store.write(replace(record, status=Status.DONE, finished=now(), provenance=record.provenance | note))
     attempt.phase("serve")
     with training.meter.clock("serve"):
         training.model.zero_grad(set_to_none=True)

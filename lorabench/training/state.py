@@ -70,10 +70,15 @@ class Training:
         """Optimizer steps done on the task being trained."""
         return self.step - self.stage * self.spec.steps
 
-    def idle_passes(self, passes: int, micro: int) -> int:
+    @property
+    def micro(self) -> int:
+        """Examples in each pass of a step."""
+        return self.spec.micro_batch_size or self.spec.batch_size
+
+    def idle_passes(self, passes: int) -> int:
         """Over shared-out weights all ranks compute at once: how often one with a smaller share goes through idly."""
         largest = -(-self.spec.batch_size // self.world.size)
-        return -(-largest // micro) - passes if self.world.is_sharded else 0
+        return -(-largest // self.micro) - passes if self.world.is_sharded else 0
 
     def next_task(self) -> None:
         """Go on to the next task with the weights as they are and a fresh optimizer."""
