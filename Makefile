@@ -12,9 +12,11 @@ VENV ?= .venv
 RESULTS ?= results
 MINUTES ?= 60
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile -c constraints.txt
+# On every core; pip would compile on one alone, and the tests of all packages too.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 
-.PHONY: help demo test lint bench campaign clean
+.PHONY: help demo test suite lint bench campaign clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -27,11 +29,14 @@ demo: $(VENV)/.installed
 	@echo "Figures: $(RESULTS)/quickstart/figures/  (pdf, png)"
 	@echo "Report:  $(RESULTS)/quickstart/report.html"
 
+test: $(VENV)/.installed-dev
+	$(MAKE) -j2 lint suite
+
 # Where Python is told to write no bytecode, each of the tests' hundreds of processes would compile all sources anew.
-# A worker more than cores: those of the tests on a real SLURM wait a third of the time.
-test: lint
+# Two workers more than cores: the tests on a real SLURM mostly wait.
+suite: $(VENV)/.installed-dev
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m compileall -q lorabench tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() + 1)') --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() + 2)') --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -46,6 +51,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/cluster.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/generation.py
 
 campaign: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign --minutes $(MINUTES)
@@ -57,10 +63,12 @@ clean:
 # Editable, so that what runs is this checkout and its commit goes into every record.
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) -e .
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) -e ".[dev]"
+	@$(COMPILE)
 	@touch $@ $(VENV)/.installed
 
 $(BIN)/python:

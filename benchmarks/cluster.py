@@ -32,7 +32,9 @@ from lorabench.store.store import Store
 
 SWEEP = """
 [base]
+model = "builtin:tiny-llama"
 task.name = "text"
+task.data = "builtin:python-code"
 task.max_train = 16
 task.max_eval = 4
 seq_len = 32

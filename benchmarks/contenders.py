@@ -77,9 +77,7 @@ def run_lorabench(race: Race) -> None:
         log.watch = race.watch
         saves = Saves(checkpoint=lambda: None, snapshot=lambda: None)
         with hold:
-            meter.start_training()
             train(training, log, Stop(), saves, hold)
-            meter.end_training()
     race.losses = training.losses
     baseline = 0 if race.watch.device.type == "cuda" else meter.baseline_gib
     race.other_peak = int((meter.memory()[0]["peak_gib"] + baseline) * meters.GIB)

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lorabench.training import environment, execute
+from lorabench.processes.distributed import pick_device
+from lorabench.training import environment
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,7 +34,7 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 def write(name: str, device: str, settings: dict[str, Any], figures: dict[str, Any]) -> Path:
     """Write `results/<name>-<cpu or GPU name>.json`: machine, versions, settings and every figure."""
-    described = environment.describe(execute.pick_device(device))
+    described = environment.describe(pick_device(device))
     hardware = {key: value for key, value in described["hardware"].items() if key != "host"}
     kind = re.sub(r"[^a-z0-9]+", "-", hardware.get("gpu", hardware["device"]).lower()).strip("-")
     content = {

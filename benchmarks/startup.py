@@ -28,7 +28,9 @@ ROOT = Path(__file__).parents[1]
 BEFORE = "d0d0d50"
 CELL = """
 [base]
+model = "builtin:tiny-llama"
 task.name = "text"
+task.data = "builtin:python-code"
 task.max_train = 64
 task.max_eval = 8
 seq_len = 64

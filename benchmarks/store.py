@@ -37,6 +37,7 @@ SWEEP = """
 [base]
 model = "{base}"
 task.name = "text"
+task.data = "builtin:python-code"
 method.name = "lora"
 method.rank = [1, 2, 3, 4, 5, 6, 7, 8, 12, 16]
 lr = [1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2]

@@ -22,10 +22,13 @@ def load(path: str | Path, *, base: str | Path | None = None, alpha: float | Non
         updates["model.layers.0.self_attn.q_proj"].S
 
     `base`: the untouched weights, where ΔW is the difference of two checkpoints, or needs W0 (DoRA). `alpha`: the α
-    of formats that do not keep theirs. Raises `lorabench.config.decode.InputError` where nothing there can be read.
+    of formats that do not keep theirs. Raises `lorabench.config.decode.InputError` where nothing there can be read, or
+    where it is a run's and not what it was when the run ended.
     """
+    from lorabench.store.store import check_run
     from lorabench.updates.formats import open_adapter
 
+    check_run(path)
     return Updates(open_adapter(path, base=base, alpha=alpha))
 
 

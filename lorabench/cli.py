@@ -15,9 +15,10 @@ import shutil
 import signal
 import sys
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 from lorabench.config.decode import InputError
+from lorabench.config.quote import LENGTH, message, show_path
 from lorabench.processes.machine import PATIENT_THREADS
 from lorabench.terminal.text import talk
 
@@ -41,6 +42,7 @@ COMMANDS = (
 """In the order of `--help`."""
 UNWRITABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG,
 )  # fmt: skip
 
 
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        talk(f"error: {_unwritable(error)}")
+        talk(f"error: {message(_unwritable(error))}")
         return 2
     return code
 
@@ -82,11 +84,18 @@ def _unwritable(error: OSError) -> str:
     if error.errno not in UNWRITABLE:
         raise error
     name = error.filename2 or error.filename
-    return f"{name}: {error.strerror}" if name else f"{error.strerror}"
+    return f"{show_path(name)}: {error.strerror}" if name else f"{error.strerror}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """What was given stands in its errors: in one line, and bounded."""
+
+    def error(self, text: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message(text, 4 * LENGTH)}; see {self.prog} --help\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lorabench", description="What did this fine-tuning change in the weights, and what did it cost?"
     )
     parser.add_argument("--version", action=_Version)

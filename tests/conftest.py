@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import contextlib
+
+with contextlib.redirect_stderr(sys.__stderr__):  # else it closes pytest's own stream once a library sets logging up
+    import absl.logging  # noqa: F401
+
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +24,20 @@ import pytest
 from lorabench.config.decode import decode
 from lorabench.spec.run_spec import RunSpec
 
-LONGEST = ("slurm/test_interruptions", "slurm/test_deaths", "slurm/test_arrays", "slurm/test_without_accounting",
-           "test_ranks", "test_team", "cluster/test_work", "test_kill", "test_methods", "test_execute", "test_sequence",
-           "test_snapshots", "test_outputs", "test_flops", "test_serving")  # fmt: skip
-"""Files that take minutes: a worker that began one last would keep the others waiting."""
+TOY: dict = {"model": "builtin:tiny-llama", "task": {"name": "text", "data": "builtin:python-code"}}
+"""The model and the data that are built in: what a sweep's `[base]` has to name."""
+BASE = """
+[base]
+model = "builtin:tiny-llama"
+task.name = "text"
+task.data = "builtin:python-code"
+"""
+LONGEST = ("slurm/test_interruptions", "training/test_ranks", "slurm/test_deaths", "cluster/test_work",
+           "launch/test_kill", "slurm/test_arrays", "training/test_execute", "launch/test_team",
+           "slurm/test_without_accounting", "test_sequence", "methods/test_methods", "test_snapshots", "test_outputs",
+           "test_flops", "test_serving")  # fmt: skip
+"""Files that take minutes: a worker that began one last would keep the others waiting. Those that mostly wait for a
+real SLURM stand between those that compute."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,15 +75,25 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorabench.training.peak.SIZES", {"cpu": (256,)})
 
 
-@pytest.fixture(autouse=True)
-def counted_once(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """FLOPs of a pass are counted once for runs of one model and method; `test_flops` counts each."""
-    flops = sys.modules.get("lorabench.training.flops")
-    if flops is not None and request.path.name != "test_flops.py":
-        monkeypatch.setattr(flops, "of_pass", partial(_counted_once, flops.of_pass))
+@pytest.fixture(autouse=True, scope="module")
+def counted_seldom(request: pytest.FixtureRequest) -> Iterator[None]:
+    """FLOPs of a pass take a third of a short run's time. `test_flops` counts each; where runs are told of whole, they
+    are counted once for each model and method; in all other tests they are six a parameter and position."""
+    flops, name = sys.modules.get("lorabench.training.flops"), request.path.name
+    with pytest.MonkeyPatch.context() as patch:
+        if flops is not None and name in COUNTING:
+            patch.setattr(flops, "of_pass", partial(_counted_once, flops.of_pass))
+        elif flops is not None and name != "test_flops.py":
+            patch.setattr(flops, "of_pass", _guessed)
+        yield
 
 
+COUNTING = ("test_ranks.py", "test_serving.py", "test_plan.py", "test_work.py")
 _COUNTED: dict[tuple, int] = {}
+
+
+def _guessed(copied, shape) -> int:
+    return 6 * math.prod(shape) * sum(p.numel() for p in copied.parameters())
 
 
 def _counted_once(count, copied, shape) -> int:

@@ -16,13 +16,15 @@ from lorabench.spec.sweep import Sweep, parse_sweep
 from lorabench.store.claim import take
 from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store
+from lorabench.training.stop import Stop, stop_on_signals
+from tests.conftest import TOY
 
 DONE, OOM, RAISES, EXITS, SEGFAULT, KILLED, WAITS, HANGS, NO_RECORD = range(9)
 ORPHAN, LOST, LOST_AGAIN, EXITS_255 = range(20, 24)
 
 
 def sweep(*seeds: int, **base: object) -> Sweep:
-    table = {"base": {"method": {"name": "lora"}, "task": {"name": "text"}, "seed": list(seeds)} | base}
+    table = {"base": TOY | {"method": {"name": "lora"}, "seed": list(seeds)} | base}
     return parse_sweep(table, default_name="fakes")
 
 
@@ -61,7 +63,7 @@ def end(behaviour: int, record: RunRecord, store: Store) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(60)
     if behaviour == WAITS:
-        record.status, record.error = wait_for_signal(), "stopped by SIGTERM"
+        record.status, record.error = wait_for_signal()
     elif behaviour == OOM:
         record.status, record.error = Status.OOM, "CUDA out of memory"
     elif behaviour == NO_RECORD:
@@ -82,14 +84,13 @@ def kill_server() -> None:
             time.sleep(0.01)
 
 
-def wait_for_signal() -> Status:
-    stopped = []
-    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
-    for _ in range(200):
-        if stopped:
-            return Status.CANCELLED
-        time.sleep(0.05)
-    return Status.DONE
+def wait_for_signal() -> tuple[Status, str | None]:
+    with stop_on_signals(stop := Stop()):
+        for _ in range(200):
+            if stop.reason:
+                return Status.CANCELLED, f"stopped by {stop.reason}"
+            time.sleep(0.05)
+    return Status.DONE, None
 
 
 def main(root: str, *seeds: str) -> None:

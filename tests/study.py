@@ -27,7 +27,9 @@ from tests.sandbox import Sandbox, send
 
 BASE = """
 [base]
+model = "builtin:tiny-llama"
 task.name = "text"
+task.data = "builtin:python-code"
 task.max_train = 64
 task.max_eval = 8
 seq_len = 64
@@ -41,6 +43,8 @@ SHORT = BASE + "steps = 12\n[[grid]]\nmethod.rank = [1, 2, 4]\n"
 """Three runs of a second."""
 LONG = BASE + "steps = 200\n[[grid]]\nmethod.rank = 2\nseed = [0, 1]\n"
 """Two runs of some seconds, to be interrupted."""
+POLL_SECONDS = 0.5
+"""Between two looks at what is waited for: each is a process, and SLURM's work."""
 
 
 class Study:
@@ -122,7 +126,7 @@ class Study:
         while not condition():
             if time.monotonic() > deadline:
                 pytest.fail(f"not within {seconds:.0f} s\n{self.explain()}", pytrace=True)
-            time.sleep(0.2)
+            time.sleep(POLL_SECONDS)
 
     def wait_until_idle(self, seconds: float = 120) -> None:
         """Until no job of the partition `main` is queued any more."""

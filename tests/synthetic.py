@@ -26,6 +26,7 @@ from lorabench.store.store import Store
 from lorabench.training import sequence
 from lorabench.updates.layer import LayerSVD
 from tests import synthetic_base
+from tests.conftest import TOY
 
 TEXT = """\
 # Question: how do rank and quantization change what LoRA learns, beside full fine-tuning?
@@ -35,6 +36,7 @@ TEXT = """\
 [base]
 model = "builtin:tiny-llama"
 task.name = "text"
+task.data = "builtin:python-code"
 task.retain = "builtin:english-docs"
 seed = [0, 1, 2]
 
@@ -204,8 +206,8 @@ MATRICES = {seed: [[0.2, 0.3], [0.5 + seed / 10, 0.2], [0.4, 0.6 + seed / 10]] f
 @cache
 def sequences() -> Results:
     """LoRA over two tasks in sequence, in two ranks and three seeds; one run has run out of memory."""
-    tasks = [{"name": "text"}, {"name": "text", "data": "builtin:english-docs"}]
-    base = {"method": {"name": "lora", "rank": [1, 2]}, "tasks": tasks, "seed": [0, 1, 2]}
+    tasks = [TOY["task"], {"name": "text", "data": "builtin:english-docs"}]
+    base = {"method": {"name": "lora", "rank": [1, 2]}, "model": TOY["model"], "tasks": tasks, "seed": [0, 1, 2]}
     sweep = parse_sweep({"base": base}, default_name="made up")
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder))
@@ -224,7 +226,7 @@ def sequences() -> Results:
 @cache
 def trajectories() -> Results:
     """LoRA in two ranks and full fine-tuning with three snapshots; the rank-4 run of seed 2 has run out of memory."""
-    base = {"task": {"name": "text"}, "steps": 8, "snapshot_every": 2, "seed": [0, 1, 2]}
+    base = TOY | {"steps": 8, "snapshot_every": 2, "seed": [0, 1, 2]}
     grid = [{"method": {"name": "lora", "rank": [1, 4]}}, {"method": {"name": "full"}}]
     sweep = parse_sweep({"base": base, "grid": grid}, default_name="made up")
     with tempfile.TemporaryDirectory() as folder:

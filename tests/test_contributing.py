@@ -12,7 +12,9 @@ SWEEP = """
 name = "examples"
 
 [base]
+model = "builtin:tiny-llama"
 task.name = "lines"
+task.data = "builtin:python-code"
 task.max_train = 8
 task.max_eval = 4
 seq_len = 32

@@ -53,14 +53,15 @@ def imports(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
     names = {name.removeprefix("lorabench.").replace(".", "/") for name in found if name.startswith("lorabench.")}
-    return names & set(modules())
+    return names & MODULES.keys()
 
 
 def wing(name: str) -> str:
     return name.partition("/")[0]
 
 
-GRAPH = {name: imports(ast.parse(file.read_text("utf-8"))) for name, file in modules().items()}
+MODULES = modules()
+GRAPH = {name: imports(ast.parse(file.read_text("utf-8"))) for name, file in MODULES.items()}
 
 
 @pytest.mark.parametrize("name", sorted(GRAPH))

@@ -7,6 +7,7 @@ base's of that layer.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from lorabench.config.json_file import Unreadable
 from lorabench.config.quote import blame
 from lorabench.linalg.decompose import one_thread
 from lorabench.store.record import RunRecord
+from lorabench.store.store import WAY_OUT
 from lorabench.updates import formats
 from lorabench.updates.base import Tuned
 from lorabench.updates.layer import LayerSVD
@@ -103,9 +105,10 @@ def _blaming(outcome: Outcome, place: int, job: Job) -> Iterator[None]:
     """An analysis that raises is told of, and left out; the others go on."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
+        is_blocked = os.path.lexists(job.file.parent) and not job.file.parent.is_dir()
+        if isinstance(error, InputError) and not is_blocked:  # nothing can be written here, of no run
+            raise
         outcome.broken.setdefault(job.analysis.name, f"{', '.join(job.runs)}: {blame(error)}")
         outcome.left_out.append(place)
 
@@ -234,4 +237,4 @@ def _naming_the_way_out() -> Iterator[None]:
     except Unreadable:  # it may be whole
         raise
     except InputError as error:
-        raise InputError(f"{error}; `run SWEEP --retry corrupt` makes the run again") from None
+        raise InputError(f"{error}; {WAY_OUT}") from None

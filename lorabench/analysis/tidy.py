@@ -92,6 +92,8 @@ def _groups(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
 
 def read_table(file: Path, key: str) -> pa.Table | None:
     """The table, if there is one that was made with this key; one that cannot be read counts as none."""
+    if not file.is_file():  # a pipe would be waited for without end
+        return None
     with contextlib.suppress(OSError, pa.ArrowException), parquet.ParquetFile(file) as handle:
         if (handle.schema_arrow.metadata or {}).get(_KEY) == key.encode():
             return handle.read().replace_schema_metadata()
@@ -100,6 +102,8 @@ def read_table(file: Path, key: str) -> pa.Table | None:
 
 def read_keyed(file: Path) -> tuple[str, pa.Table] | None:
     """The key that a table was written with, and the table; None where there is none that can be read."""
+    if not file.is_file():
+        return None
     with contextlib.suppress(OSError, pa.ArrowException, UnicodeDecodeError), parquet.ParquetFile(file) as handle:
         return (handle.schema_arrow.metadata or {}).get(_KEY, b"").decode(), handle.read().replace_schema_metadata()
     return None

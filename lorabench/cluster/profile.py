@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le
 
 from lorabench.config.decode import InputError, Pattern, decode, read_toml, show
+from lorabench.config.quote import clip, show_path
 
 Word = Annotated[str, Pattern(r"\S+", "a text without spaces")]
 OWN_OPTIONS = {
@@ -122,12 +123,14 @@ class Profile:
             option = key.replace("_", "-").lstrip("-")
             if option in OWN_OPTIONS:
                 instead = OWN_OPTIONS[option]
-                problems.append(f"extra.{key} = {show(value)}: " + (f"use {instead}" if instead else "is lorabench's"))
+                problems.append(
+                    f"extra.{clip(key)} = {show(value)}: " + (f"use {instead}" if instead else "is lorabench's")
+                )
         return problems
 
     def _unfit_environment(self) -> list[str]:
         return [
-            f"environment.{name} = {show(value)}: must be named by letters, digits and _"
+            f"environment.{clip(name)} = {show(value)}: must be named by letters, digits and _"
             for name, value in self.environment.items()
             if not name.isidentifier() or not name.isascii()
         ]
@@ -212,7 +215,7 @@ def read_profile(path: Path, changes: dict[str, Any] | None = None) -> Profile:
         table, _ = read_toml(path)
     except FileNotFoundError:
         shipped = sorted(str(file) for file in path.parent.glob("*.toml")) or ["slurm/*.toml of lorabench's repository"]
-        raise InputError(f"{path}: no such cluster profile. Choices: {', '.join(shipped)}") from None
+        raise InputError(f"{show_path(path)}: no such cluster profile. Choices: {', '.join(shipped)}") from None
     try:
         return decode(Profile, table | (changes or {}))
     except InputError as error:

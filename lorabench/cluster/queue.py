@@ -110,7 +110,7 @@ def submission_folders(root: Path) -> list[Path]:
     queue = root / "queue"
     if not queue.is_dir():
         return []
-    return sorted(Path(entry.path) for entry in os.scandir(queue) if entry.is_dir() and entry.name[0] != ".")
+    return sorted(Path(entry.path) for entry in os.scandir(queue) if os.path.isdir(entry) and entry.name[0] != ".")
 
 
 def read_submissions(root: Path, tell: Callable[[str], None] | None = None) -> Iterator[Submission]:

@@ -19,6 +19,7 @@ from lorabench.cluster.queue import COMMENT, Array, Submission, read_submission
 from lorabench.cluster.run_states import Standing, standings
 from lorabench.cluster.work import forget_timeouts
 from lorabench.config.decode import InputError, encode
+from lorabench.config.quote import show_path
 from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.sweep import Sweep
 from lorabench.store.claim import current_claim
@@ -159,7 +160,7 @@ def _parallel(prospect: Prospect) -> list[int]:
 def submitit_folder(root: Path, name: str) -> Path:
     folder = (root / "queue" / name / "submitit").absolute()
     if "%" in str(folder):
-        raise InputError(f"--results {root}: must have no % in its path, which SLURM would replace")
+        raise InputError(f"--results {show_path(root)}: must have no % in its path, which SLURM would replace")
     return folder
 
 
@@ -196,7 +197,7 @@ def _clear(prospect: Prospect, store: Store) -> dict[str, int]:
     retry = {}
     for run_id in prospect.run_ids:
         folder = store.folder(run_id)
-        store.cancel_marker(run_id).unlink(missing_ok=True)
+        store.uncancel(run_id)
         if prospect.standings[run_id].status in LEFT_ALONE:
             forget_timeouts(folder)
             claim = current_claim(folder)

@@ -31,7 +31,7 @@ def _draw(store: Store, found: SweepFile, workers: int | None, again: bool) -> i
     """Prints a sweep's files; the exit code. Whatever is wrong with one sweep, the others are drawn."""
     files = None if again else found.up_to_date(store)
     try:
-        report = _write(store, found.read(), workers) if files is None else None
+        report, whole = _write(store, found.read(), workers) if files is None else (None, True)
     except InputError as error:
         for line in str(error).splitlines():
             talk(f"error: {line}")
@@ -40,11 +40,14 @@ def _draw(store: Store, found: SweepFile, workers: int | None, again: bool) -> i
         talk(f"error: {name}: {text}")
     for file in (files or []) if report is None else report.files:
         tell(file)
-    return 1 if report and report.errors else 0
+    return 0 if whole else 1
 
 
-def _write(store: Store, sweep: Sweep, workers: int | None) -> Report:
-    """Analyze what is new, and write everything that is drawn from the sweep."""
+def _write(store: Store, sweep: Sweep, workers: int | None) -> tuple[Report, bool]:
+    """Analyze what is new, and write everything that is drawn from the sweep; whether nothing had to be left out.
+
+    What is wrong with a run is told while it is analyzed.
+    """
     from lorabench.analysis.analyze import analyze as analyze_runs
     from lorabench.report.freshness import analysis_key, remove_stamp, write_stamp
     from lorabench.report.outputs import write_report
@@ -64,8 +67,9 @@ def _write(store: Store, sweep: Sweep, workers: int | None) -> Report:
         results = load_results(store, sweep, None, states)
     results = replace(results, unread=unread, broken=attempt.errors)
     report = write_report(results, store.root / sweep.name)
-    if unread or report.errors:  # the next call looks again, and says so again
-        remove_stamp(store, sweep)
-    else:
+    whole = not (unread or report.errors)
+    if whole:
         write_stamp(store, sweep, key, report.files)
-    return replace(report, errors=report.errors | {f"run {run}": text for run, text in unread.items()})
+    else:  # the next call looks again, and says so again
+        remove_stamp(store, sweep)
+    return report, whole

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING
 
 from lorabench.commands._arguments import RESULTS, argument, open_store
 from lorabench.config.decode import InputError
+from lorabench.config.quote import clip
 from lorabench.terminal.text import talk, tell
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
         known = [standing.state for standing in found if standing.run_id in chosen]
         told = [count_statuses(known)] * bool(known)
         told += [f"{len(chosen) - len(known)} not begun"] * (len(known) < len(chosen))
-        talk(f"{arguments.what}: nothing to cancel: {', '.join(told)}")
+        talk(f"{clip(arguments.what)}: nothing to cancel: {', '.join(told)}")
         return 0
     if not arguments.dry_run:
         cancel(store, plan)
@@ -59,7 +60,7 @@ def _chosen(store: Store, what: str) -> set[str]:
 
     names = {file.parent.name for file in store.root.glob("*/sweep.toml")}
     submitted = {id for s in read_submissions(store.root) if s.sweep == what for id in s.specs}
-    if Path(what).is_file() or what in names:
+    if os.path.isfile(what) or what in names:
         return submitted | {spec.id for spec in find_sweeps(store, what)[0].read().runs}
     if submitted:
         return submitted

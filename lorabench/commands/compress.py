@@ -4,8 +4,10 @@ ADAPTER is a run (its id, what it begins with, or its folder), or a file, folder
 layer gets the smallest rank k whose singular values hold the share --energy of Σσ² of ΔW, and the best
 approximation of that rank, from the exact SVD: B = U√S and A = √S Vh. It is written as a LoRA in PEFT's format
 with α = r in every layer, so that the scale is 1; what was saved whole beside the factors (a task head, norms,
-biases, rows of tokens) and what the configuration says beside ranks is carried over. A dense ΔW, as of full
-fine-tuning, becomes a LoRA too; its vectors (biases, norms) have no such factors and are left out.
+biases, rows of tokens) and what the configuration says beside ranks is carried over; all experts of a stack get the
+rank of the largest. With --base the modules are named and held against it, which kohya's names (`_` for `.`) and
+files of several models need. A dense ΔW, as of full fine-tuning, becomes a LoRA too; its vectors (biases, norms) have
+no such factors and are left out.
 
 A run is evaluated on its own validation and retention data; another adapter as --like says.
 

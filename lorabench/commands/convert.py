@@ -4,7 +4,8 @@ ADAPTER is a file, a folder, a run's folder or a Hub id, of any format that lora
 (heads, norms, biases, rows of tokens), replicated blocks, stacked experts and fields of a PEFT configuration that
 say more than scale and targets are carried over; what is not is told. Refused, with the reason, where it would not
 be exact: a dense ΔW, DoRA by another formula than PEFT's, names of which it is not certain which module they mean
-(--base tells). OUTPUT must be new or empty.
+(--base tells). Of a file of several models, with --base the one that this is of is written, else each into a folder
+below. OUTPUT must be new or empty.
 """
 
 from __future__ import annotations
@@ -30,6 +31,6 @@ def main(arguments: argparse.Namespace) -> int:
     adapter = open_adapter(arguments.adapter, arguments)
     for note in write_as_peft(adapter, arguments.output, arguments.base):
         talk(f"note: {note}")
-    talk(f"{len(adapter.entries)} layers of {adapter.format}, scale: {adapter.scale_source or 'none'}")
+    talk(f"{adapter.num_layers} layers of {adapter.format}, scale: {adapter.scale_source or 'none'}")
     tell(arguments.output)
     return 0

@@ -21,12 +21,15 @@ Those that go factor by factor, and linear, need adapters of one rank.
 Beside it: what each merge changes for each adapter on its own task, and how much every two adapters interfere
 (cosine, overlap of their directions, sign conflicts; chance beside).
 
-Results are kept in RESULTS/merges/<id>/record.json and RESULTS/pairs/, and read from there the next time.
+Results are kept in RESULTS/merges/<id>/record.json and RESULTS/pairs/, and read from there the next time. With
+--output each merge is written too, as a LoRA in PEFT's format with the scale 1, of rank Σ r (cat), --rank (svd) or r;
+how far it is from Σ w ΔW is told, and what is left out: the heads, of which each task has its own.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from lorabench.commands._arguments import (
     DEVICE,
@@ -53,6 +56,7 @@ ARGUMENTS = [
         "--density", "share of the entries that stay (default: 0.5)", type=number(float, 0), default=0.5, metavar="D"
     ),
     argument("--rank", "of a merge that ends in svd", type=number(int, 1), metavar="R"),
+    argument("--output", "write the merge there (several: to BY below it)", type=Path, metavar="DIR"),
     argument("--seed", "of DARE, one or several with commas (default: 0)", type=numbers(int), metavar="S"),
     RESULTS,
     DEVICE,
@@ -73,13 +77,23 @@ def main(arguments: argparse.Namespace) -> int:
         merge_text,
         with_changes,
     )
+    from lorabench.adapters.merging.merged_files import merge_folders, write_merges
+    from lorabench.processes.distributed import pick_device
 
     adapters = [read_adapter(store, given) for given in arguments.runs]
     run_ids = [adapter.record.run_id for adapter in adapters]
     weights = arguments.weights or [1.0] * len(run_ids)
     wanted = bodies(run_ids, by, weights, arguments.density, arguments.rank, arguments.seed or [0])
+    folders = merge_folders(wanted, arguments.output) if arguments.output else {}
     records = with_changes(compose(store, adapters, wanted, device, talk), wanted, adapters)
     pairs = interference(store, adapters, talk)
+    written = write_merges(adapters, folders, pick_device(device)) if folders else []
+    for each in written[:1]:
+        for line in each.left_out:
+            talk(f"left out: {line}: each task has its own")
+    for each in written:
+        talk(each.text)
     texts = (merge_text(records, wanted), change_text(records, wanted), interference_text(pairs))
-    tell(as_json({"merges": records, "interference": pairs}) if arguments.json else "\n\n".join(texts))
+    table = {"merges": records, "interference": pairs, "written": [each.to_json() for each in written]}
+    tell(as_json(table) if arguments.json else "\n\n".join(texts))
     return 0

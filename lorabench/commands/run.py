@@ -65,7 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
     check_writable(store.root)
     write_bytes(store.root / sweep.name / "sweep.toml", sweep.text.encode())
     for spec in sweep.runs:
-        store.cancel_marker(spec.id).unlink(missing_ok=True)
+        store.uncancel(spec.id)
     outcome = launch(sweep, store, _pool(arguments, device, retry, max(spec.threads for spec in sweep.runs)))
     talk(summary(sweep, outcome))
     return outcome.exit_code

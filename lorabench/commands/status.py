@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -74,7 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
 def _sweep_alone(arguments: argparse.Namespace) -> None:
     """`lorabench status SWEEP` is meant where the one argument is a file, or names a sweep in the default folder."""
     folder = Path("results")
-    is_sweep = arguments.results.is_file() or (folder / arguments.results / "sweep.toml").is_file()
+    is_sweep = os.path.isfile(arguments.results) or os.path.isfile(folder / arguments.results / "sweep.toml")
     if arguments.sweep is None and is_sweep and folder.is_dir() and not arguments.results.is_dir():
         arguments.sweep, arguments.results = str(arguments.results), folder
 

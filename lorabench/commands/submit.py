@@ -18,10 +18,11 @@ from lorabench.commands._arguments import (
     SWEEP,
     argument,
     as_json,
-    hush_libraries,
+    import_for_plan,
     number,
     statuses,
 )  # fmt: skip
+from lorabench.config.quote import show_path
 from lorabench.terminal.text import talk, tell
 
 ARGUMENTS = [
@@ -75,13 +76,12 @@ def main(arguments: argparse.Namespace) -> int:
     tell(as_json(table) if arguments.json else as_text(prospect, table | {"scripts": []}).rstrip())
     if job_ids:
         arrays = dict.fromkeys(str(job_id).partition("_")[0] for job_id in job_ids)
-        talk(f"submitted as {', '.join(arrays)}; `lorabench status {store.root}` tells how they stand")
+        talk(f"submitted as {', '.join(arrays)}; `lorabench status {show_path(store.root)}` tells how they stand")
     return 0
 
 
 def _plan(order: Any, store: Any) -> dict[str, Any]:
-    hush_libraries()
-    import lorabench.launch.preload  # noqa: F401  imports in two thirds of the time what the next line would
+    import_for_plan()
     from lorabench.launch.plan import make_plan
 
     device = order.profile.run_device

@@ -18,7 +18,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from lorabench.config import plugins
-from lorabench.config.quote import LINE, clip, printable
+from lorabench.config.quote import clip, message, show_path
 from lorabench.config.quote import show as show
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 class InputError(Exception):
     """The input was wrong. `problems` lists everything found, one line each; the command line exits with 2.
 
-    A line is bounded and printable, whatever stands in it.
+    A line is bounded and printable, whatever stands in it; so values that may be long are quoted (`show`).
     """
 
     def __init__(self, problems: str | list[str], source: str = ""):
         found = [problems] if isinstance(problems, str) else problems
-        self.problems = [printable(text if len(text) <= LINE else f"{text[: LINE - 1]}…") for text in found]
-        prefix = f"{source}: " if source else ""
+        self.problems = [message(text) for text in found]
+        prefix = f"{show_path(source)}: " if source else ""
         super().__init__("\n".join(prefix + problem for problem in self.problems))
 
 
@@ -67,11 +67,11 @@ def read_toml(file: Path) -> tuple[dict[str, Any], str]:
     except FileNotFoundError:
         raise
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from None
+        raise InputError(f"{show_path(file)}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except RecursionError:
-        raise InputError(f"{file}: not valid TOML: nested too deep") from None
+        raise InputError(f"{show_path(file)}: not valid TOML: nested too deep") from None
     except ValueError as error:  # also of a whole number of thousands of digits
-        raise InputError(f"{file}: not valid TOML: {clip(error, 320)}") from None
+        raise InputError(f"{show_path(file)}: not valid TOML: {clip(error, 320)}") from None
     if problems := [*_unfit_numbers(table)]:
         raise InputError(problems, str(file))
     return table, text
@@ -84,7 +84,7 @@ def _unfit_numbers(value: Any, where: str = "") -> Iterator[str]:
         yield f"{where} = {show(value)}: {TOO_LARGE}"
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _unfit_numbers(item, f"{where}.{key}" if where else key)
+            yield from _unfit_numbers(item, f"{where}.{clip(key)}" if where else clip(key))
     elif isinstance(value, list):
         for item in value:
             yield from _unfit_numbers(item, where)
@@ -109,7 +109,7 @@ def decode(cls: type, table: dict[str, Any], where: str = "") -> Any:
     if not isinstance(table, dict):
         raise InputError(f"{where.rstrip('.') or 'the file'} = {show(table)}: must be a table")
     problems = [
-        f"{where}{key} = {show(value)}: {plugins.unknown('key', key, list(fields))}"
+        f"{where}{clip(key)} = {show(value)}: {plugins.unknown('key', key, list(fields))}"
         for key, value in table.items()
         if key not in fields
     ]
@@ -207,19 +207,21 @@ def _plugin_of(hint: Any) -> type[plugins.Plugin] | None:
     return first if isinstance(first, type) and issubclass(first, plugins.Plugin) else None
 
 
-def _part_of(hint: Any) -> type[plugins.Plugin] | None:
-    """`Lora` of the hint `Lora | None`: a plug-in inside another."""
-    kinds = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, plugins.Plugin)]
+def _part_of(hint: Any) -> type | None:
+    """`Lora` of the hint `Lora | None`: a plug-in, or another dataclass, inside another."""
+    kinds = [kind for kind in get_args(hint) if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     return kinds[0] if kinds and get_origin(hint) in (Union, UnionType) else None
 
 
-def _decode_part(cls: type[plugins.Plugin], value: Any, where: str) -> Any:
-    name = plugins.plugin_name(cls)
+def _decode_part(cls: type, value: Any, where: str) -> Any:
+    is_plugin = issubclass(cls, plugins.Plugin)
+    name = plugins.plugin_name(cls) if is_plugin else cls.__name__.lower()
     if not isinstance(value, dict):
         raise InputError(f"{where} = {show(value)}: must be a table with the fields of {name}")
-    if value.get("name", name) != name:
+    if is_plugin and value.get("name", name) != name:
         raise InputError(f"{where}.name = {show(value['name'])}: can only be {name}")
-    return decode(cls, {key: item for key, item in value.items() if key != "name"}, where + ".")
+    fields = {key: item for key, item in value.items() if key != "name"} if is_plugin else value
+    return decode(cls, fields, where + ".")
 
 
 def _decode_plugins(base: type[plugins.Plugin], value: Any, where: str) -> tuple[Any, ...]:

@@ -52,6 +52,8 @@ def read_json(file: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any] | None:
     except (IsADirectoryError, NotADirectoryError) as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself: nobody can read it
+            raise InputError(f"{file}: cannot be read: {error.strerror}") from None
         raise Unreadable(f"{file}: cannot be read: {error.strerror}") from None
     return parse(content, str(file))
 

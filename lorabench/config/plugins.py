@@ -19,6 +19,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = ("methods", "tasks", "analyses", "figures")
 WITHIN = {"figures": "report", "readers": "updates"}
 """Registries that stand inside a wing."""
+MOST_LISTED, NUM_NEAREST = 900, 20
+"""Characters of choices that are all listed, for a message has bounds; of more than that, the nearest so many."""
 
 
 def _place(folder: str) -> tuple[str, ...]:
@@ -74,4 +76,7 @@ def unknown(what: str, given: object, choices: list[str]) -> str:
     text = clip(given)
     close = difflib.get_close_matches(text, choices, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
+    if len(", ".join(choices)) > MOST_LISTED:
+        near = sorted(choices, key=lambda choice: -difflib.SequenceMatcher(None, text, choice).ratio())[:NUM_NEAREST]
+        return f"unknown {what} '{text}'.{hint} Choices: {', '.join(near)}, … and {len(choices) - len(near)} more"
     return f"unknown {what} '{text}'.{hint} Choices: {', '.join(choices)}"

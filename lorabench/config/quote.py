@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import traceback
 from pathlib import Path
 from typing import Any
 
 LENGTH = 80
 """Characters of a quoted value."""
-LINE = 2000
-"""Characters of a problem as a whole, which may list many choices."""
+PATH = 160
+"""Characters of a path, which one wants to copy."""
+LINE = 1000
+"""Characters of a message as a whole, which may list many choices."""
 
 
 def show(value: Any, length: int = LENGTH) -> str:
@@ -33,6 +36,23 @@ def clip(text: object, length: int = LENGTH) -> str:
     """A text in one line, at most so long."""
     line = printable(" ".join(str(text)[: 4 * length].split()))
     return line if len(line) <= length else f"{line[: length - 1]}…"
+
+
+def show_path(path: object) -> str:
+    """A path in one line; of a long one its end."""
+    text = printable(str(path)).replace("\n", "\\n")
+    return text if len(text) <= PATH else f"…{text[1 - PATH :]}"
+
+
+def message(text: str, length: int = LINE) -> str:
+    """A message in one line, whatever was put into it: bounded, and so is each word of it. Both ends stay."""
+    text = printable(text).replace("\n", "\\n")
+    return _shortened(re.sub(rf"\S{{{PATH + 1},}}", lambda word: _shortened(word[0], PATH), text), length)
+
+
+def _shortened(text: str, length: int) -> str:
+    end = length // 3
+    return text if len(text) <= length else f"{text[: length - end - 1]}…{text[-end:]}"
 
 
 def printable(text: str) -> str:

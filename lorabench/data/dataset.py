@@ -9,11 +9,13 @@ import random
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lorabench.config.decode import InputError
-from lorabench.data.rows_file import SUFFIXES, Row, kind, read_rows
+from lorabench.config.quote import clip, show, show_path
+from lorabench.data.rows_file import SUFFIXES, Row, Source, kind, placed, read_rows, source_of
 from lorabench.data.values import find
 
 BUILTIN = Path(__file__).parent / "builtin"
@@ -27,10 +29,16 @@ HELD_OUT = 20
 """Where a source has no validation (or test) split, each is one row of this many of `train` (5%)."""
 NAMED = r"(\.|[-_]?(part|shard)?[-_]?\d)"
 """What follows a split's name in the names of its files."""
+NO_DATA = (".py", ".ipynb", ".sh", ".md", ".log", ".yaml", ".yml", ".toml")
+"""What may lie beside data under the name of a split."""
 PART = re.compile(r"\D*(\d+)(?:-?of-?(\d+))?")
 """What numbers a part of a split, without its suffixes: `train.part2`, `train-00001-of-00004`."""
 CUT_SEED = 0
 """Of the shuffle by which rows are held out; the same for every run, whatever its own seed."""
+
+
+Read = tuple[dict[str, list[Row]], str]
+"""The splits that a source has, and the fingerprint of their content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,32 +50,52 @@ class Data:
     """SHA-256 of the files' bytes, or the Hub's own fingerprint; where rows were held out, with these."""
     note: str = ""
     """How the splits were made, where the source did not give them."""
+    held_out: tuple[str, ...] = ()
+    """The splits that were cut out of `train`, and so are of its files."""
 
 
-def read_data(source: str, revision: str | None = None, columns: str | None = None, label: str | None = None) -> Data:
+def read_data(
+    source: str,
+    revision: str | None = None,
+    columns: str | None = None,
+    label: str | None = None,
+    is_running_text: bool = True,
+    text: str = "text",
+) -> Data:
     """The data set `source`. InputError with the choices if there is no such thing.
 
     `columns` names the columns of files without a header line, separated by commas. `label` is the column whose values
-    rows that are held out have in the same shares as the rest.
+    rows that are held out have in the same shares as the rest. Of running text a single row is cut up, by its column
+    `text`.
     """
+    return _complete(*_read(source, revision, columns), label, text if is_running_text else None)
+
+
+def _read(source: str, revision: str | None, columns: str | None) -> Read:
     if source.startswith("builtin:"):
-        return _read_local(_builtin(source), columns, label)
+        return _read_local(_builtin(source), columns, called=source)
     if os.path.exists(source):  # False also of a name that no file system takes
-        return _read_local(Path(source), columns, label)
+        return _read_local(Path(source), columns)
     if source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES:
-        raise InputError(f'task.data = "{source}": no such file or folder')
-    return _read_hub(source, revision, label)
+        raise InputError(f'task.data = "{show_path(source)}": no such file or folder')
+    return _read_hub(source, revision)
 
 
 def _builtin(source: str) -> Path:
     folder = BUILTIN / source.removeprefix("builtin:")
-    if not (folder / "train.jsonl.gz").exists():
-        choices = sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/train.jsonl.gz"))
-        raise InputError(f'task.data = "{source}": no such built-in data set. Choices: {", ".join(choices)}')
+    if not os.path.exists(folder / "train.jsonl.gz"):
+        choices = ", ".join(builtin_data())
+        raise InputError(f"task.data = {show(source)}: no such built-in data set. Choices: {choices}")
     return folder
 
 
-def _read_local(path: Path, columns: str | None, label: str | None) -> Data:
+@cache
+def builtin_data() -> tuple[str, ...]:
+    return tuple(sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/train.jsonl.gz")))
+
+
+def _read_local(path: Path, columns: str | None, called: str = "") -> Read:
+    """`called` is what messages say instead of the path, where that is none of the user's."""
     files = _split_files(path) if path.is_dir() else {"train": [path]}
     digest = hashlib.sha256()
     splits: dict[str, list[Row]] = {}
@@ -76,17 +104,17 @@ def _read_local(path: Path, columns: str | None, label: str | None) -> Data:
         for file in parts:
             content = _content(file)
             digest.update(f"{split} {len(content)} ".encode() + content)
-            splits[split] += read_rows(file, content, columns)
+            splits[split] += read_rows(file, content, columns, f"{called}, {split}" if called else "")
         if not splits[split]:
-            raise InputError(f'task.data = "{path}": {parts[0].name} holds no rows')
-    return _complete(splits, digest.hexdigest(), label)
+            raise InputError(f'task.data = "{show_path(path)}": {show_path(parts[0].name)} holds no rows')
+    return splits, digest.hexdigest()
 
 
 def _content(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise InputError(f'task.data = "{file}": cannot be read: {error.strerror}') from None
+        raise InputError(f'task.data = "{show_path(file)}": cannot be read: {error.strerror}') from None
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
@@ -101,17 +129,35 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
         for parts in found.values():
             files[split] = parts if len(parts) == 1 else _in_order(folder, split, parts)
             _check_whole(folder, split, files[split])
+        if split not in files:
+            _check_unread(folder, split)
     if "train" not in files:
-        raise InputError(f'task.data = "{folder}": needs a file train.* of a kind in {", ".join(SUFFIXES)}')
+        needs = f"needs a file train.* of a kind in {', '.join(SUFFIXES)}"
+        raise InputError(f'task.data = "{show_path(folder)}": {needs}')
     return files
+
+
+def _check_unread(folder: Path, split: str) -> None:
+    """InputError where what is a split by its name cannot be read: none is held out in its place."""
+    named = re.compile(rf"({'|'.join(ALIASES[split])})({NAMED}|$)", re.IGNORECASE)
+    unread = [file for file in sorted(folder.iterdir()) if named.match(file.name) and file.suffix not in NO_DATA]
+    if unread:
+        what = "a folder" if unread[0].is_dir() else "of no kind and name that is read"
+        reads = f"a split is {split}.* of a kind in {', '.join(SUFFIXES)}"
+        raise InputError(f'task.data = "{show_path(folder)}": {show_path(unread[0].name)} is {what}; {reads}')
 
 
 def _in_order(folder: Path, split: str, files: list[Path]) -> list[Path]:
     """The numbered parts of one split. InputError where the files are no such parts: none is read by half."""
-    numbers = {file: _number(file) for file in files}
-    if None in numbers.values() or len(set(numbers.values())) < len(files) or len(set(map(kind, files))) > 1:
+    numbers = {file: number for file in files if (number := _number(file)) is not None}
+    if len(set(numbers.values())) < len(files) or len(set(map(kind, files))) > 1:
         raise _unclear(folder, split, files)
-    return sorted(files, key=lambda file: numbers[file] or 0)
+    first, last = min(numbers.values()), max(numbers.values())
+    if last - first >= len(files):
+        lacking = next(number for number in range(first, last) if number not in numbers.values())
+        says = f"{split} has parts {first} to {last}, and part {lacking} is not there"
+        raise InputError(f'task.data = "{show_path(folder)}": {says}')
+    return sorted(files, key=numbers.__getitem__)
 
 
 def _number(file: Path) -> int | None:
@@ -129,50 +175,47 @@ def _check_whole(folder: Path, split: str, files: list[Path]) -> None:
         match = PART.fullmatch(_stem(file))
         if match and match[2] and int(match[2]) != len(files):
             says = f"{file.name} says that {split} has {int(match[2])} files, and {len(files)} are there"
-            raise InputError(f'task.data = "{folder}": {says}')
+            raise InputError(f'task.data = "{show_path(folder)}": {says}')
 
 
 def _unclear(folder: Path, split: str, files: Iterable[Path]) -> InputError:
-    names = ", ".join(file.name for file in files)
-    names = names if len(names) <= 200 else f"{names[:199]}…"
-    return InputError(
-        f'task.data = "{folder}": which is the {split} split? One file, or numbered parts of one: {names}'
-    )
+    names = clip(", ".join(file.name for file in files), 200)
+    which = f"which is the {split} split? One file, or numbered parts of one: {names}"
+    return InputError(f'task.data = "{show_path(folder)}": {which}')
 
 
-def _read_hub(source: str, revision: str | None, label: str | None) -> Data:
+def _read_hub(source: str, revision: str | None) -> Read:
+    where = f"task.data = {show(source)}"
     try:
         import datasets
     except ImportError:
-        raise InputError(
-            f'task.data = "{source}": is no local path, and Hub data needs `pip install datasets`'
-        ) from None
+        raise InputError(f"{where}: is no local path, and Hub data needs `pip install datasets`") from None
     name, _, config = source.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None, revision=revision)
     except Exception as error:  # datasets raises a dozen kinds for "not there", "no network", "no such config"
-        message = f'task.data = "{source}": neither a local path nor a Hub data set that could be loaded'
-        raise InputError(f"{message}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+        reason = f"{type(error).__name__}: {clip(str(error).partition(chr(10))[0], 300)}"
+        raise InputError(f"{where}: neither a local path nor a Hub data set that could be loaded: {reason}") from error
     splits = {
-        split: loaded[alias].to_list()
+        split: placed(enumerate(loaded[alias].to_list(), 1), Source(name=f"{show_path(source)}, {alias}"))
         for split, aliases in ALIASES.items()
         for alias in [next((a for a in aliases if a in loaded), None)]
         if alias
     }
     if "train" not in splits:
-        raise InputError(f'task.data = "{source}": has no split "train" but {", ".join(loaded)}')
+        raise InputError(f'{where}: has no split "train" but {clip(", ".join(loaded))}')
     fingerprint = ",".join(f"{split}:{loaded[split]._fingerprint}" for split in loaded)
-    return _complete(splits, fingerprint, label)
+    return splits, fingerprint
 
 
-def _complete(splits: dict[str, list[Row]], fingerprint: str, label: str | None) -> Data:
+def _complete(splits: dict[str, list[Row]], fingerprint: str, label: str | None, text: str | None) -> Data:
     """Cut validation and test out of train where the source does not give them."""
     train = splits["train"]
     missing = [split for split in SPLITS[1:] if split not in splits] if "validation" not in splits else []
     if not missing:
         return _data(splits, fingerprint)
-    if len(train) == 1:  # one long text: cut by position
-        splits = splits | _cut_text(train[0], missing)
+    if len(train) == 1 and (text or len(train[0]) == 1):  # one long text: cut by position
+        splits = splits | _cut_text(train[0], text or next(iter(train[0])), missing)
         note = f"1/{HELD_OUT} of the text each, at its end"
     else:
         held = _held_out([None if label is None else find(row, label) for row in train], len(missing))
@@ -180,20 +223,28 @@ def _complete(splits: dict[str, list[Row]], fingerprint: str, label: str | None)
         out = {place for places in held for place in places}
         splits["train"] = [row for i, row in enumerate(train) if i not in out]
         fingerprint = hashlib.sha256(f"{fingerprint} {json.dumps(held)}".encode()).hexdigest()
-        note = f"1/{HELD_OUT} each, at random (seed {CUT_SEED}){f', alike in {label}' if label else ''}"
+        note = f"1/{HELD_OUT} each, at random (seed {CUT_SEED}){f', alike in {clip(label)}' if label else ''}"
     if not all(splits.get(split) for split in ("train", *missing)):
-        raise InputError(f"task.data: {len(train)} rows are too few to hold some out for {' and '.join(missing)}")
-    return _data(splits, fingerprint, f"{' and '.join(missing)} cut out of train, {note}")
+        raise _too_few(train, missing)
+    return _data(splits, fingerprint, f"{' and '.join(missing)} cut out of train, {note}", tuple(missing))
 
 
-def _data(splits: dict[str, list[Row]], fingerprint: str, note: str = "") -> Data:
-    return Data(splits={split: splits.get(split, []) for split in SPLITS}, fingerprint=fingerprint, note=note)
+def _too_few(rows: list[Row], missing: list[str]) -> InputError:
+    splits, count = " and ".join(missing), "1 row is" if len(rows) == 1 else f"{len(rows)} rows are"
+    way = f"a folder with train.* beside {' and '.join(f'{split}.*' for split in missing)} says which they are"
+    return InputError(f"task.data: {source_of(rows)}: {count} too few to hold some out for {splits}; {way}")
+
+
+def _data(splits: dict[str, list[Row]], fingerprint: str, note: str = "", held_out: tuple[str, ...] = ()) -> Data:
+    whole = {split: splits.get(split, []) for split in SPLITS}
+    return Data(splits=whole, fingerprint=fingerprint, note=note, held_out=held_out)
 
 
 def _held_out(labels: list[Any], num_splits: int) -> list[list[int]]:
     """The rows of each split to cut out: shuffled, sorted by label, and dealt one in HELD_OUT; stratified so.
 
-    One row of each label always stays. Where most labels stand once they are no classes, and count as one.
+    One row of each label always stays. Where most labels stand once they count as one, unless train then lacks some
+    that others would do for; where none stands twice they are no classes at all, as their task will say.
     """
     places = list(range(len(labels)))
     random.Random(CUT_SEED).shuffle(places)
@@ -201,18 +252,26 @@ def _held_out(labels: list[Any], num_splits: int) -> list[list[int]]:
     for place in places:
         by_label.setdefault(str(labels[place]), []).append(place)
     if 2 * len(by_label) > len(places):
-        by_label = {"": places}
-    dealt = [place for alike in by_label.values() for place in alike[1:]]
+        held = _dealt([places], num_splits)
+        stay = set(places).difference(*held)
+        if len(by_label) == len(places) or {str(labels[place]) for place in stay} == by_label.keys():
+            return held
+    return _dealt(by_label.values(), num_splits)
+
+
+def _dealt(groups: Iterable[list[int]], num_splits: int) -> list[list[int]]:
+    dealt = [place for alike in groups for place in alike[1:]]
     return [sorted(dealt[offset::HELD_OUT]) for offset in range(num_splits)]
 
 
-def _cut_text(row: Row, missing: list[str]) -> dict[str, list[Row]]:
-    key = max((key for key in row if isinstance(row[key], str)), key=lambda key: len(row[key]), default=None)
-    if key is None:
+def _cut_text(row: Row, column: str, missing: list[str]) -> dict[str, list[Row]]:
+    """Nothing where the column holds no text, as its task will say."""
+    text = find(row, column)
+    if not isinstance(text, str):
         return {}
-    text, size = row[key], len(row[key]) // HELD_OUT
+    size = len(text) // HELD_OUT
     end = len(text) - size * len(missing)
-    parts = {"train": [{key: text[:end]}]}
+    parts = {"train": [row | {column: text[:end]}]}
     for i, split in enumerate(missing):
-        parts[split] = [{key: text[end + i * size : end + (i + 1) * size]}]
+        parts[split] = [row | {column: text[end + i * size : end + (i + 1) * size]}]
     return parts

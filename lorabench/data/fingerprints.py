@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from lorabench.config.quote import PATH, clip
+
 if TYPE_CHECKING:
     from lorabench.spec.task import Task
 
@@ -33,8 +35,8 @@ def changed(runs: Iterable[tuple[str, dict[str, str]]]) -> list[str]:
         for name, fingerprint in found.items():
             by_name.setdefault(name, {}).setdefault(fingerprint, []).append(run_id)
     return [
-        f"The data {name} are not the same in all runs, for they were changed under their name: one content in "
-        f"{'; another in '.join(map(_some, groups.values()))}. Means over these runs mix them."
+        f"The data {clip(name, PATH)} are not the same in all runs, for they were changed under their name: one "
+        f"content in {'; another in '.join(map(_some, groups.values()))}. Means over these runs mix them."
         for name, groups in by_name.items()
         if len(groups) > 1
     ]

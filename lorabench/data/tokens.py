@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 
@@ -25,6 +26,19 @@ def prompt_and_response(tokenizer: Any, prompt: str, response: str) -> tuple[lis
     ids, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
     seam = next((place for place, end in enumerate(ends) if end > len(prompt)), len(ids))
     return ids[:seam], ids[seam:]
+
+
+def context_and_continuation(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """The tokens of both as EleutherAI's lm-evaluation-harness 0.4.13 has them (`_encode_pair`), none of them added.
+
+    Spaces and line ends that end the context are the continuation's, whose tokens are those of the whole text behind as
+    many as the context has by itself. An empty context is the token that begins sequences, or else that ends them.
+    """
+    head, whole = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context.rstrip(), context + continuation)
+    )
+    begin = (token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None)
+    return head or [*islice(begin, 1)], whole[len(head) :]
 
 
 def _by_length(tokenizer: Any, prompt: str, response: str) -> tuple[list[int], list[int]]:

@@ -9,6 +9,7 @@ value, and beside the classes 0, 1, 2, …. This holds for every format, split a
 - Rows with a label that `unlabelled` names, and then those with a missing one, are left out of every split.
 
 A column is the one of exactly that name; else dots lead into nested values (`meta.q`: the value q of the object meta).
+What is wrong is told with its place in the file that it stands in, whichever split its row has come to.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from decimal import Decimal
 from typing import Any
 
 from lorabench.config.decode import InputError
-from lorabench.config.quote import clip
-from lorabench.data.rows_file import Row
+from lorabench.config.quote import clip, show
+from lorabench.data.rows_file import Placed, Row, place, source_of
 
 PLAIN = (str, bool, int, float, Decimal, date, time)
 """Types that are written as one text. A list, an object or bytes is none."""
+
+HEADER = ". These are the first line; where that is no header, name the columns by task.columns (any task but text)"
 
 
 def find(row: Row, column: str) -> Any:
@@ -42,7 +45,7 @@ def find(row: Row, column: str) -> Any:
 def check_column(rows: Sequence[Row], key: str, column: str) -> None:
     """InputError if no row has such a column."""
     if rows and not has_column(rows, column):
-        raise InputError(f'{key} = "{column}": no such column. Choices: {_columns(rows)}')
+        raise InputError(f"{key} = {show(column)}: {_no_column(rows)}")
 
 
 def has_column(rows: Iterable[Row], column: str) -> bool:
@@ -52,24 +55,37 @@ def has_column(rows: Iterable[Row], column: str) -> bool:
 def texts(rows: Sequence[Row], key: str, column: str) -> list[str]:
     """The texts of a column; numbers as they are written. InputError where one is missing, or no text."""
     check_column(rows, key, column)
-    return [_text(find(row, column), f'{key} = "{column}": row {number}') for number, row in enumerate(rows, 1)]
+    key = f"{key} = {show(column)}"
+    return [_text(find(row, column), key, row, number) for number, row in enumerate(rows, 1)]
 
 
-def _text(value: Any, where: str) -> str:
+def lists(rows: Sequence[Row], key: str, column: str) -> list[list[str]]:
+    """The lists of texts of a column. InputError where one is missing, or no such list."""
+    check_column(rows, key, column)
+    key, found = f"{key} = {show(column)}", []
+    for number, row in enumerate(rows, 1):
+        value = find(row, column)
+        if value is not None and not isinstance(value, list):
+            raise InputError(f"{key}: {place(row, number)} is a {type(value).__name__}, and no list: {shown(value)}")
+        items = [None] if value is None else value
+        found.append([_text(item, key, row, number) for item in items])
+    return found
+
+
+def _text(value: Any, key: str, row: Row, number: int) -> str:
     if value is None:
-        raise InputError(f"{where} has no value")
+        raise InputError(f"{key}: {place(row, number)} has no value")
     if not isinstance(value, PLAIN):
-        raise InputError(f"{where} is a {type(value).__name__}, and no text: {shown(value)}")
+        raise InputError(f"{key}: {place(row, number)} is a {type(value).__name__}, and no text: {shown(value)}")
     text = str(value)
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError(f"{where} is no valid Unicode: {shown(value)}")
+        raise InputError(f"{key}: {place(row, number)} is no valid Unicode: {shown(value)}")
     return text
 
 
 def shown(value: Any) -> str:
-    """A value for a message, in at most 80 characters, all of which can be printed."""
-    text = f'"{repr(value)[1:-1]}"' if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    """A value of a row for a message, as Python has it; only its beginning where that is long."""
+    return clip(f'"{repr(value)[1:-1]}"' if isinstance(value, str) else repr(value))
 
 
 def labels(rows: Sequence[Row], key: str, column: str) -> list[str | None]:
@@ -77,10 +93,9 @@ def labels(rows: Sequence[Row], key: str, column: str) -> list[str | None]:
 
     InputError where one is a list or the like.
     """
-    found = [(number, find(row, column)) for number, row in enumerate(rows, 1)]
-    written = [
-        None if value is None else _text(value, f'{key} = "{column}": row {number}').strip() for number, value in found
-    ]
+    key = f"{key} = {show(column)}"
+    found = [(number, row, find(row, column)) for number, row in enumerate(rows, 1)]
+    written = [None if value is None else _text(value, key, row, number).strip() for number, row, value in found]
     return [text or None for text in written]
 
 
@@ -128,23 +143,34 @@ class Template(string.Formatter):
         self.key, self.template = key, template
         self.where = f"{key} = {shown(template)}"
 
+    def problems(self, rows: Sequence[Row]) -> list[str]:
+        """That no column is named, and every row would have the same text."""
+        try:
+            named = any(field is not None for _, field, _, _ in self.parse(self.template))
+        except ValueError:  # no template, as `fill` says
+            return []
+        if named:
+            return []
+        what = self.key.removeprefix("task.")
+        return [f"{self.where}: names no column in braces: every {what} would be the same. Choices: {_columns(rows)}"]
+
     def fill(self, rows: Sequence[Row]) -> list[str]:
-        """A text for each row. InputError with its number and the column where one is missing or no text."""
+        """A text for each row. InputError with its place and the column where one is missing or no text."""
         return [self._filled(number, row, rows) for number, row in enumerate(rows, 1)]
 
     def _filled(self, number: int, row: Row, rows: Sequence[Row]) -> str:
         try:
             text = self.vformat(self.template, (), row)
         except KeyError as error:
-            raise self._missing(error.args[0], number, rows) from None
+            raise self._missing(error.args[0], row, number, rows) from None
         except (ValueError, IndexError, TypeError, OverflowError, MemoryError) as error:
-            raise InputError(f"{self.where}: row {number}: {clip(error)}") from None
-        return _text(text, f"{self.where}: row {number}")
+            raise InputError(f"{self.where}: {place(row, number)}: {clip(error) or type(error).__name__}") from None
+        return _text(text, self.where, row, number)
 
-    def _missing(self, column: str, number: int, rows: Sequence[Row]) -> InputError:
-        if any(column in row or _reached(row, column) is not None for row in rows):
-            return InputError(f"{self.where}: row {number} has no value in {shown(column)}")
-        return InputError(f"{self.where}: no such column: {shown(column)}. Choices: {_columns(rows)}")
+    def _missing(self, column: str, row: Row, number: int, rows: Sequence[Row]) -> InputError:
+        if any(column in each or _reached(each, column) is not None for each in rows):
+            return InputError(f"{self.where}: {place(row, number)} has no value in {shown(column)}")
+        return InputError(f"{self.where}: {_no_column(rows, shown(column))}")
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         value = _reached(kwargs, field_name)
@@ -174,8 +200,15 @@ def _reached(row: Row, field: str) -> Any:
     return value
 
 
-def _columns(rows: Iterable[Row]) -> str:
-    """The names of all columns of the rows, in bounded length and such as can be printed."""
+def _no_column(rows: Sequence[Row], column: str = "") -> str:
+    """That there is no such column, and which there are: in bounded length, and such as can be printed."""
+    source = source_of(rows)
+    no_such = f"no such column{f' in {source}' if source else ''}{f': {column}' if column else ''}"
+    return f"{no_such}. Choices: {_columns(rows)}"
+
+
+def _columns(rows: Sequence[Row]) -> str:
     names = dict.fromkeys(name for row in rows for name in row)
-    text = ", ".join(name if name.isprintable() else shown(name) for name in names)
-    return text if len(text) <= 300 else f"{text[:299]}…"
+    choices = ", ".join(name if name.isprintable() and name == name.strip() != "" else shown(name) for name in names)
+    headed = any(isinstance(row, Placed) and row.source.has_header for row in rows)
+    return clip(choices, 300) + (HEADER if headed else "")

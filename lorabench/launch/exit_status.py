@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lorabench.config.quote import message
 from lorabench.spec.run_spec import RunSpec
 from lorabench.store.crash_record import settle
 from lorabench.store.record import Status
@@ -98,5 +99,5 @@ def crash_line(log: Path) -> str:
         text = file.read().decode("utf-8", "replace")
         crash = re.findall(r"\(most recent call first\):\n\s*(.+)", text)
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return crash[-1] if crash else lines[-1] if lines else ""
+        return message(crash[-1] if crash else lines[-1] if lines else "")
     return ""

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.decode import InputError
+from lorabench.config.quote import show_path
 from lorabench.data.fingerprints import named
 from lorabench.launch.exit_status import Ending, common_cause, record_stamp, write_ending
 from lorabench.launch.worker import PRELOAD, RankProcess, Settings, Target, check_main, execute_run, start_server
 from lorabench.processes.distributed import Place
-from lorabench.processes.forks import Server, ServerDied, killed_server
+from lorabench.processes.forks import Server, ServerDied
 from lorabench.processes.machine import count_oom_kills
-from lorabench.spec.run_spec import RunSpec, brief, swept_keys
+from lorabench.spec.run_spec import RunSpec, short, swept_keys
 from lorabench.spec.sweep import Sweep
 from lorabench.store.claim import current_claim
 from lorabench.store.record import FAILURES, Status
@@ -106,7 +107,7 @@ def labels(sweep: Sweep) -> dict[str, str]:
     """What sets each run apart: run id -> `method.rank=4 seed=1`."""
     flats = {spec.id: spec.flat for spec in sweep.runs}
     keys = swept_keys(list(flats.values()))
-    return {id: " ".join(f"{key}={brief(flat[key])}" for key in keys if key in flat) for id, flat in flats.items()}
+    return {id: " ".join(f"{key}={short(flat[key])}" for key in keys if key in flat) for id, flat in flats.items()}
 
 
 def check_writable(root: Path) -> None:
@@ -117,7 +118,7 @@ def check_writable(root: Path) -> None:
         probe.write_text("x")
         probe.unlink()
     except OSError as error:
-        raise InputError(f"--results {root}: cannot be written: {error.strerror}") from None
+        raise InputError(f"--results {show_path(root)}: cannot be written: {error.strerror}") from None
 
 
 @dataclass(kw_only=True)
@@ -132,9 +133,9 @@ class _Child:
     broken: float | None = None
     """When it was first seen that a rank has ended before the others could do without it."""
 
-    def terminate(self) -> None:
+    def terminate(self, cause: int) -> None:
         for rank in self.ranks:
-            rank.terminate()
+            rank.terminate(cause)
 
     def kill(self) -> None:
         for rank in self.ranks:
@@ -171,7 +172,7 @@ class _Launch:
         self.server_log = pool.server_log or store.root / "runs" / ".server.log"
         self.server: Server | None = None
         self.server_deaths = 0
-        self.killed_server: int | None = None
+        self.killed_servers = 0
         self.problem: str | None = None
         self.signals: list[int] = []
         self.obeyed = 0
@@ -248,7 +249,9 @@ class _Launch:
         ]
 
     def _running_server(self) -> Server:
-        self.server = self.server or start_server(self.server_log, self.pool.preload, self.sweep.runs)
+        if self.server is None:
+            alone = self.pool.processes == 1 and self.pool.team is None
+            self.server = start_server(self.server_log, self.pool.preload, self.sweep.runs, alone=alone)
         return self.server
 
     def _fill(self) -> None:
@@ -327,7 +330,8 @@ class _Launch:
             time.sleep(TICK_SECONDS)
 
     def _reap(self) -> None:
-        self._count_server_kill()
+        if self.server and self.server.count_killed() > self.killed_servers:
+            self._count_server_kills(count_oom_kills())
         for child in list(self.children):
             child.end_stragglers()
             if not child.alive:
@@ -351,6 +355,9 @@ class _Launch:
             self._settle(write_ending(self.store, spec, Status.TIMEOUT, error))
         elif self.signals and self._may_begin_again(endings):
             self._settle(state)
+        elif self.signals and any(ending.code == -signal.SIGTERM for ending in endings):  # before it could listen
+            error = f"stopped by {signal.Signals(self.signals[0]).name}; run again to resume"
+            self._settle(write_ending(self.store, spec, Status.CANCELLED, error))
         elif self.starts[spec.id] < STARTS_WITHOUT_RECORD and self._may_begin_again(endings):
             self.pending.append(spec)
         else:
@@ -363,19 +370,20 @@ class _Launch:
 
     def _out_of_memory(self, rank: RankProcess | RemoteRank) -> bool:
         """Whether the kernel has counted one kill more on this machine than was accounted for."""
-        if not (isinstance(rank, RankProcess) and rank.was_killed) or self.oom_kills >= count_oom_kills():
+        if not (isinstance(rank, RankProcess) and rank.was_killed):
+            return False
+        counted = count_oom_kills()
+        self._count_server_kills(counted)
+        if self.oom_kills >= counted:
             return False
         self.oom_kills += 1
         return True
 
-    def _count_server_kill(self) -> None:
+    def _count_server_kills(self, counted: int) -> None:
         """A fork server that the kernel has killed for want of memory is counted as one kill, which is no run's."""
-        pid = killed_server()
-        if pid in (None, self.killed_server):
-            return
-        self.killed_server = pid
-        if self.oom_kills < count_oom_kills():
-            self.oom_kills += 1
+        killed = self.server.count_killed() if self.server else 0
+        self.oom_kills += max(0, min(killed - self.killed_servers, counted - self.oom_kills))
+        self.killed_servers = killed
 
     def _look_elsewhere(self) -> None:
         """Take up what other workers have given up; settle what they have ended.
@@ -417,7 +425,7 @@ class _Launch:
                 self.stopped = tuple(child.spec.id for child in self.children)
             self.obeyed = len(self.signals)
             for child in self.children:
-                child.kill() if self.obeyed > 1 and patience is None else child.terminate()
+                child.kill() if self.obeyed > 1 and patience is None else child.terminate(self.signals[0])
             if self.obeyed == 1 and self.children:
                 hint = "again: kill them" if patience is None else f"at most {patience:.0f} s"
                 self.display.say(f"stopping: {len(self.children)} runs write a checkpoint ({hint})")
@@ -438,7 +446,7 @@ class _Launch:
             yield
         finally:
             for child in self.children:  # only where the launcher itself has failed
-                child.terminate()
+                child.terminate(signal.SIGHUP)
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -124,8 +124,8 @@ class RemoteRank:
             self._beat, self._heard = beat, time.monotonic()
         return time.monotonic() - self._heard > patience
 
-    def terminate(self) -> None:
-        self.store.set(f"told {self.number} {self.rank}", "terminate")
+    def terminate(self, cause: int) -> None:
+        self.store.set(f"told {self.number} {self.rank}", f"terminate {cause}")
 
     def kill(self) -> None:
         self.store.set(f"told {self.number} {self.rank}", "kill")
@@ -193,7 +193,7 @@ class _Follower:
                 told = self.store.get(f"told {key}") if self.store.check([f"told {key}"]) else b""
                 if told != obeyed:
                     obeyed = told
-                    {b"terminate": rank.terminate, b"kill": rank.kill, b"stop": rank.stop}[told]()
+                    _obey(rank, told.decode())
                 time.sleep(TICK_SECONDS)
         finally:
             rank.kill()
@@ -258,6 +258,18 @@ def _connected(host: str, port: int, token: str) -> Any:
     thread.start()
     thread.join(2 * TRY.total_seconds())
     return found[0] if found else None
+
+
+def _obey(rank: RankProcess, told: str) -> None:
+    """What a `RemoteRank` has left word of."""
+    word, _, cause = told.partition(" ")
+    match word:
+        case "terminate":
+            rank.terminate(int(cause))
+        case "kill":
+            rank.kill()
+        case "stop":
+            rank.stop()
 
 
 @contextlib.contextmanager

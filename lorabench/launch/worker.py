@@ -58,6 +58,8 @@ def execute_run(spec: RunSpec, store: Store, settings: Settings) -> Any:
 
 WARM_VARIABLE = "LORABENCH_WARM"
 """Holds the specs that the fork server warms up for, as JSON."""
+ALONE_VARIABLE = "LORABENCH_ALONE"
+"""Tells `lorabench.launch.preload` that no process of these is one of several that compute a run together."""
 
 
 def warm_specs(specs: Sequence[RunSpec]) -> str:
@@ -66,9 +68,12 @@ def warm_specs(specs: Sequence[RunSpec]) -> str:
     return json.dumps([spec.to_json() for spec in list(distinct.values())[:8]])
 
 
-def start_server(log: Path, preload: tuple[str, ...] = PRELOAD, specs: Sequence[RunSpec] = ()) -> Server:
+def start_server(
+    log: Path, preload: tuple[str, ...] = PRELOAD, specs: Sequence[RunSpec] = (), *, alone: bool = False
+) -> Server:
     """The fork server, warmed up for these specs; see `lorabench.processes.forks`."""
-    return forks.start_server(log, preload, {WARM_VARIABLE: warm_specs(specs)})
+    environment = {WARM_VARIABLE: warm_specs(specs)} | ({ALONE_VARIABLE: "1"} if alone else {})
+    return forks.start_server(log, preload, environment, "alone" if alone else "")
 
 
 @dataclass(kw_only=True)
@@ -107,8 +112,10 @@ class RankProcess:
     def is_alive(self) -> bool:
         return self.process.is_alive()
 
-    def terminate(self) -> None:
-        self.process.send(signal.SIGTERM)
+    def terminate(self, cause: int) -> None:
+        """Ask it to stop. `cause`, the signal that its launcher was given, is blocked there, and is what it tells."""
+        for number in dict.fromkeys((cause, signal.SIGTERM)):
+            self.process.send(number)
 
     def kill(self) -> None:
         self.process.send(signal.SIGKILL)
@@ -185,4 +192,9 @@ def check_main(
 
 def _stop_with_parent() -> None:
     """Ask the run to write its checkpoint and stop as soon as the launcher is gone, however it went."""
-    when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    def stop() -> None:
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+
+    when_parent_ends(stop)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.decode import InputError, encode, show
+from lorabench.config.quote import show_path
 from lorabench.models.base_model import drawn_modules, new_heads
 from lorabench.models.weights import weight_changes
 from lorabench.spec.method import LoadBase, Method
@@ -51,7 +52,7 @@ class OwnFile(Method):
         try:
             self.restore(model, {name: tensors.read(name) for name in tensors.names})
         except ValueError as error:
-            raise InputError(f"{tensors.file}: does not fit {spec.model}: {error}") from None
+            raise InputError(f"{tensors.file}: does not fit {show_path(spec.model)}: {error}") from None
         return model
 
     @property

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.config.decode import InputError
+from lorabench.config.quote import show_path
 from lorabench.methods._patterns import config_as_trained, make_exact
 from lorabench.models import base_model as models
 from lorabench.models import targets, weights
@@ -55,13 +56,13 @@ class PeftMethod(Method):
         except (ValueError, TypeError, NotImplementedError, AssertionError) as error:
             if isinstance(error, NotImplementedError) and next(model.parameters()).is_meta:
                 raise  # torch's: there are no weights to compute on
-            raise InputError(f"{self.called}: PEFT refuses it for {spec.model}: {error}") from error
+            raise InputError(f"{self.called}: PEFT refuses it for {show_path(spec.model)}: {error}") from error
         make_exact(config, tuner_layers(tuned), ADAPTER)
         _name_base(config, spec.model)
         for module in drawn if hasattr(config, "modules_to_save") else ():
             tuned.get_base_model().get_submodule(module).requires_grad_(False)  # it is saved, and not trained
         if not any(p.requires_grad for p in tuned.parameters()):
-            raise InputError(f"{self.called}: trains nothing on {spec.model}")
+            raise InputError(f"{self.called}: trains nothing on {show_path(spec.model)}")
         dtype = getattr(torch, self.trained_dtype)
         for parameter in tuned.parameters():
             if parameter.requires_grad:
@@ -75,8 +76,8 @@ class PeftMethod(Method):
         for name in drawn:
             if name in targeted:
                 raise InputError(
-                    f'model = "{spec.model}": its files lack the weights of {name}, which {self.called} is put on: ΔW '
-                    "would count from random numbers; leave it out by method.targets, or use another model"
+                    f'model = "{show_path(spec.model)}": its files lack the weights of {name}, which {self.called} is '
+                    "put on: ΔW would count from random numbers; leave it out by method.targets, or use another model"
                 )
 
     def prepare(self, model: nn.Module) -> None:

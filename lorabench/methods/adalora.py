@@ -53,6 +53,9 @@ class AdaLora(Tuner):
         if self.begin >= self.end:
             yield f"method.begin = {self.begin}: must be less than method.end = {self.end}"
 
+    def ranks(self, model: nn.Module) -> dict[str, tuple[str, int]]:
+        return dict.fromkeys(self.match(model), ("method.start_rank", self.start_rank))
+
     def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
         from peft import AdaLoraConfig
 

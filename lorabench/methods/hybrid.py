@@ -62,6 +62,14 @@ class Hybrid(OwnFile):
     def left_out(self, model: nn.Module) -> list[str]:
         return self.lora.left_out(model) if self.lora else []
 
+    def without_effect(self, model: nn.Module) -> list[str]:
+        found = self.lora.without_effect(model) if self.lora else []
+        return [text.replace("method.", "method.lora.", 1) for text in found]
+
+    def ranks(self, model: nn.Module) -> dict[str, tuple[str, int]]:
+        found = self.lora.ranks(model) if self.lora else {}
+        return {name: (key.replace("method.", "method.lora.", 1), rank) for name, (key, rank) in found.items()}
+
     def problems(self, spec: RunSpec) -> Iterator[str]:
         for part in self.parts:
             yield from (text.replace("method.", f"method.{part.name}.", 1) for text in part.problems(spec))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorabench.config.decode import InputError
+from lorabench.config.quote import show
 from lorabench.methods._peft import Tuner, bias_update, exact, tuner_layers
 from lorabench.models import targets
 from lorabench.spec.method import LoadBase
@@ -37,7 +38,7 @@ class Ia3(Tuner):
         try:
             re.compile(self.feedforward)
         except re.error as error:
-            yield f'method.feedforward = "{self.feedforward}": not a regular expression: {error}'
+            yield f"method.feedforward = {show(self.feedforward)}: not a regular expression: {error}"
 
     def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
         from peft import IA3Config
@@ -48,7 +49,7 @@ class Ia3(Tuner):
         else:
             inputs = [name for name in names if re.fullmatch(rf"(.*\.)?({self.feedforward})", name)]
         if not inputs:
-            raise InputError(f'method.feedforward = "{self.feedforward}": fits none of the targets: {names[:4]} …')
+            raise InputError(f"method.feedforward = {show(self.feedforward)}: fits none of the targets: {names[:4]} …")
         return IA3Config(target_modules=names, feedforward_modules=inputs)
 
     def layer_updates(self, model: nn.Module, load_base: LoadBase) -> Iterator[Update]:

@@ -31,6 +31,9 @@ class Loha(Tuner):
     rank_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """Probability that a row of ΔW is left out in a training step."""
 
+    def ranks(self, model: nn.Module) -> dict[str, tuple[str, int]]:
+        return dict.fromkeys(self.match(model), ("method.rank", self.rank))
+
     def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
         from peft import LoHaConfig
 

@@ -106,7 +106,7 @@ class Lora(Tuner):
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    yield f'method.{key}: "{pattern}": not a regular expression: {error}'
+                    yield f"method.{key}: {show(pattern)}: not a regular expression: {error}"
         if isinstance(self.alpha, str) and self.alpha_value == 0:
             yield f'method.alpha = "{self.alpha}": must be greater than 0'
         if (self.embeddings or self.head) and (self.dora or self.rebased or self.init == "orthogonal"):
@@ -188,7 +188,30 @@ class Lora(Tuner):
             for pattern in getattr(self, key):
                 if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
                     kinds = sorted({name.rpartition(".")[2] for name in names})
-                    raise InputError(f'method.{key}: "{pattern}": fits none of the targets: {", ".join(kinds)}')
+                    raise InputError(f"method.{key}: {show(pattern)}: fits none of the targets: {', '.join(kinds)}")
+
+    def without_effect(self, model: nn.Module) -> list[str]:
+        """Patterns behind others that take all of their layers."""
+        found, names = [], self._names(model)
+        for key in ("rank_pattern", "alpha_pattern"):
+            taken: set[str] = set()
+            for pattern in getattr(self, key):
+                fit = {name for name in names if re.match(rf"(.*\.)?({pattern})$", name)}
+                found += [f"method.{key}: {show(pattern)}"] if fit and fit <= taken else []
+                taken |= fit
+        return found
+
+    def ranks(self, model: nn.Module) -> dict[str, tuple[str, int]]:
+        usual = ("method.rank", self.rank)
+        patterns = [(p, (f"method.rank_pattern: {show(p)}", rank)) for p, rank in self.rank_pattern.items()]
+        return {
+            name: next((own for pattern, own in patterns if re.match(rf"(.*\.)?({pattern})$", name)), usual)
+            for name in self._names(model)
+        }
+
+    def _names(self, model: nn.Module) -> list[str]:
+        found = targets.find(model, self.targets, self.layers)
+        return [*found.layers, *found.stacked]
 
     def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
         tuned: Any = super().attach(model, spec)

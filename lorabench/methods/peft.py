@@ -62,7 +62,7 @@ class Peft(Tuner):
 
     @property
     def called(self) -> str:
-        return f'method.type = "{self.type}"'
+        return f"method.type = {show(self.type)}"
 
     @property
     def is_prompt(self) -> bool:
@@ -90,10 +90,10 @@ class Peft(Tuner):
             yield f"method.type = {show(self.type)}: {plugins.unknown('PEFT type', self.type, sorted(known))}"
             return
         if self.type in UNFIT:
-            yield f'method.type = "{self.type}": cannot be used here: {UNFIT[self.type]}'
+            yield f"method.type = {show(self.type)}: cannot be used here: {UNFIT[self.type]}"
         if spec.quantization != "none" and self.type not in ON_QUANTIZED:
             key = f'quantization = "{spec.quantization}"'
-            yield f'{key}: not known to work with method.type = "{self.type}". Choices: {", ".join(ON_QUANTIZED)}'
+            yield f"{key}: not known to work with method.type = {show(self.type)}. Choices: {', '.join(ON_QUANTIZED)}"
         names = [f.name for f in dataclasses.fields(self._class()) if f.init and f.name not in OWN]
         unknown = [key for key in self.config if key not in names]
         yield from (f"method.config.{key}: {plugins.unknown('field', key, names)}" for key in unknown)

@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.decode import InputError, show
+from lorabench.config.quote import show_path
 from lorabench.data.dataset import BUILTIN as BUILTIN
 
 if TYPE_CHECKING:
@@ -26,18 +28,22 @@ def resolve(source: str) -> str:
     """What transformers is given for `source`: a local path or a Hub id. InputError for a missing folder."""
     if source.startswith("builtin:"):
         folder = BUILTIN / source.removeprefix("builtin:")
-        if not (folder / "config.json").exists():
-            choices = ", ".join(sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/config.json")))
-            raise InputError(f'model = "{source}": no such built-in model. Choices: {choices}')
+        if not os.path.exists(folder / "config.json"):
+            raise InputError(f"model = {show(source)}: no such built-in model. Choices: {', '.join(builtin_models())}")
         return str(folder)
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(source))
+    if os.path.isdir(folder):  # False also of a name that no file system takes
         if not (folder / "config.json").exists():
-            raise InputError(f'model = "{source}": the folder has no config.json')
+            raise InputError(f'model = "{show_path(source)}": the folder has no config.json')
         return str(folder)
-    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise InputError(f'model = "{source}": no such folder')
+    if os.path.exists(folder) or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise InputError(f'model = "{show_path(source)}": no such folder')
     return source
+
+
+@cache
+def builtin_models() -> tuple[str, ...]:
+    return tuple(sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/config.json")))
 
 
 def local_files(source: str, revision: str | None = None) -> Path:
@@ -51,7 +57,7 @@ def local_files(source: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(source, revision=revision, local_files_only=True))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f'model = "{source}": its files are not on this machine: {reason}') from None
+        raise InputError(f'model = "{show_path(source)}": its files are not on this machine: {reason}') from None
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> Any:
@@ -62,7 +68,9 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
-        raise InputError(f'model = "{source}": its tokenizer has neither a padding nor an end-of-sequence token')
+        raise InputError(
+            f'model = "{show_path(source)}": its tokenizer has neither a padding nor an end-of-sequence token'
+        )
     tokenizer.model_max_length = 10**9  # texts are cut to seq_len here, so its warning would mislead
     return tokenizer
 
@@ -137,8 +145,8 @@ def from_config(spec: RunSpec, config: Any, device: torch.device) -> nn.Module:
         if type(config) in auto._model_mapping:
             raise
         raise InputError(
-            f'model = "{spec.model}": a {config.model_type} cannot do task.name = "{spec.task.name}": transformers has '
-            f"no {spec.task.auto_class} of it"
+            f'model = "{show_path(spec.model)}": a {config.model_type} cannot do task.name = "{spec.task.name}": '
+            f"transformers has no {spec.task.auto_class} of it"
         ) from error
 
 
@@ -189,7 +197,7 @@ def check_files(spec: RunSpec, model: nn.Module, report: dict[str, Any]) -> list
     if other:
         there, here = shapes[other]
         asked = f"{other} as {there}, and its config.json asks for {here}"
-        raise InputError(f'model = "{spec.model}": its files hold {asked}')
+        raise InputError(f'model = "{show_path(spec.model)}": its files hold {asked}')
     parameters = {name: p.numel() for name, p in model.named_parameters() if not name.startswith(heads)}
     missing = [name for name, _ in model.named_parameters() if name in report["missing_keys"] or name in shapes]
     lacking = [name for name in missing if name in parameters]
@@ -197,7 +205,7 @@ def check_files(spec: RunSpec, model: nn.Module, report: dict[str, Any]) -> list
         found = sorted(report["unexpected_keys"])
         instead = f"; what they hold is called {show(found[0])} …" if found else ""
         raise InputError(
-            f'model = "{spec.model}": its files lack {len(lacking)} of the {len(parameters)} parameters of '
+            f'model = "{show_path(spec.model)}": its files lack {len(lacking)} of the {len(parameters)} parameters of '
             f"{type(model).__name__}, such as {lacking[0]}{instead}: it would be trained from random numbers"
         )
     return missing
@@ -240,6 +248,12 @@ def check_length(spec: RunSpec, longest: int | None) -> None:
         also = f", with the method's {virtual} virtual tokens," if virtual else ""
         limit = f"at most {longest}, the longest that {spec.model} takes"
         raise InputError(f"seq_len = {spec.seq_len}: must{also} be {limit}")
+    tasks = [task for stage in spec.stages for task in (stage, *stage.others.values())]
+    new = max((task.generation.max_new_tokens for task in tasks if task.generation), default=0)
+    if longest is not None and spec.seq_len + virtual + new > longest:
+        whole = f"with seq_len = {spec.seq_len}" + (f" and {virtual} virtual tokens" if virtual else "")
+        limit = f"at most {longest}, the longest that {spec.model} takes"
+        raise InputError(f"task.generate.max_new_tokens = {new}: must, {whole}, be {limit}")
 
 
 def padding(spec: RunSpec, model: nn.Module) -> int:
@@ -248,8 +262,9 @@ def padding(spec: RunSpec, model: nn.Module) -> int:
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id >= rows:
         raise InputError(
-            f'model = "{spec.model}": its tokenizer of {len(tokenizer)} tokens pads with {show(tokenizer.pad_token)}, '
-            f"number {tokenizer.pad_token_id}, and the model has embeddings of {rows}: 0 to {rows - 1}"
+            f'model = "{show_path(spec.model)}": its tokenizer of {len(tokenizer)} tokens pads with '
+            f"{show(tokenizer.pad_token)}, number {tokenizer.pad_token_id}, and the model has embeddings of {rows}: "
+            f"0 to {rows - 1}"
         )
     return int(tokenizer.pad_token_id)
 
@@ -312,7 +327,9 @@ def _pretrained(source: str, revision: str | None, load: Any, **arguments: Any) 
         return load(path, **place, **arguments)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f'model = "{source}": neither a local folder nor a Hub model that loads: {reason}') from error
+        raise InputError(
+            f'model = "{show_path(source)}": neither a local folder nor a Hub model that loads: {reason}'
+        ) from error
 
 
 def _offline() -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lorabench.config.decode import InputError
+from lorabench.config.quote import show
 from lorabench.models.weights import is_linear_layer, is_stack
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ KINDS = {
 }
 """What the attention's layers are called."""
 DOWN = (
-    r"(down_proj|mlp\.c_proj|fc2|lin2|w2|DenseReluDense\.wo|(?<!attention\.)output\.dense|mlp\.Wo|dense_4h_to_h|"
-    r"ffn_output)$"
+    r"(down_proj|mlp\.c_proj|fc2|fc_out|lin2|w2|DenseReluDense\.wo|(?<!attention\.)output\.dense|mlp\.Wo|"
+    r"dense_4h_to_h|ffn_output)$"
 )
 """The feed-forward's last matrix: the places of IA3 together with keys and values."""
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -43,10 +44,10 @@ PRESETS: dict[str, tuple[str, ...]] = {
 """What each takes: kinds of layers, a part of the blocks, or all there is."""
 _UNFIT = {
     "dt_proj": ("mamba", "falcon_mamba", "jamba"),
-    "out_proj": ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"),
+    "out_proj": ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2"),
 }
 """Layers that a model type uses by their weight alone, without their forward pass, if only in its fast path: what is
-put on such a layer is not computed there. PEFT refuses `out_proj`."""
+put on such a layer is not computed there. PEFT refuses `out_proj` of some of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +86,19 @@ def stacked_matrices(model: nn.Module) -> dict[str, nn.Module]:
 
 def head_modules(model: nn.Module) -> list[str]:
     """The modules on top of the base model: the language-model head, or the classifier and pooler."""
-    prefix = getattr(model, "base_model_prefix", "")
-    tops = [name for name, module in model.named_children() if name != prefix and list(module.parameters())]
+    body = _body(model)
+    tops = [name for name, module in model.named_children() if name != body and list(module.parameters())]
     poolers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
     return tops + poolers
+
+
+def _body(model: nn.Module) -> str:
+    """The child that is the base model below its heads; Llama 4's has another name than its class says."""
+    children, prefix = dict(model.named_children()), getattr(model, "base_model_prefix", "")
+    if prefix in children or not hasattr(model, "get_input_embeddings"):
+        return prefix
+    embeddings = model.get_input_embeddings()
+    return next((name for name, child in children.items() if any(m is embeddings for m in child.modules())), prefix)
 
 
 def parse_layers(text: str) -> set[int]:
@@ -97,7 +107,7 @@ def parse_layers(text: str) -> set[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise InputError(f'method.layers = "{text}": must be numbers and ranges from 0, such as "0-3,11"')
+            raise InputError(f'method.layers = {show(text)}: must be numbers and ranges from 0, such as "0-3,11"')
         found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
     return found
 
@@ -115,7 +125,7 @@ def in_layers(names: list[str], layers: str | None) -> list[str]:
     wanted, present = parse_layers(layers), {index for name in names if (index := layer_index(name)) is not None}
     if missing := sorted(wanted - present):
         raise InputError(
-            f'method.layers = "{layers}": there is no layer {missing[0]}; those with targets are {sorted(present)}'
+            f"method.layers = {show(layers)}: there is no layer {missing[0]}; those with targets are {sorted(present)}"
         )
     return [name for name in names if layer_index(name) in wanted]
 
@@ -143,8 +153,8 @@ def match(model: nn.Module, targets: str, layers: str | None = None) -> list[str
     if not found.layers:
         kinds = ", ".join(sorted({_leaf(_plain(name)) for name in found.stacked}))
         raise InputError(
-            f'method.targets = "{targets}": fits no linear layer of {type(model).__name__}, only stacked experts and '
-            f"routers ({kinds}), which method lora alone can be put on"
+            f"method.targets = {show(targets)}: fits no linear layer of {type(model).__name__}, only stacked experts "
+            f"and routers ({kinds}), which method lora alone can be put on"
         )
     return found.layers
 
@@ -200,8 +210,9 @@ def _preset(model: nn.Module, preset: str, names: list[str]) -> list[str]:
         return [name for name in names if _leaf(name) not in unfit]
     part = parts(model, names)
     wanted = {kind: [name for name in names if _is_kind(kind, name, part[name])] for kind in PRESETS[preset]}
-    if preset == "query-value" and not all(wanted.values()):
-        return []  # one of the two alone would be another experiment
+    missing = {kind for kind, found in wanted.items() if not found}
+    if missing - {"fused"} - ({"key", "value"} if wanted.get("fused") else set()):
+        return []  # some of them alone would be another experiment
     chosen = {name for found in wanted.values() for name in found}
     return [name for name in names if name in chosen]
 
@@ -218,14 +229,14 @@ def _expression(targets: str, names: list[str]) -> list[str]:
     try:
         pattern = re.compile(rf"(.*\.)?({targets})")
     except re.error as error:
-        raise InputError(f'method.targets = "{targets}": not a regular expression: {error}') from None
+        raise InputError(f"method.targets = {show(targets)}: not a regular expression: {error}") from None
     return [name for name in names if pattern.fullmatch(name)]
 
 
 def _fits_nothing(model: nn.Module, targets: str, names: list[str]) -> str:
     kinds = sorted(set(map(_leaf, names)))
     return (
-        f'method.targets = "{targets}": fits no linear layer of {type(model).__name__}. '
+        f"method.targets = {show(targets)}: fits no linear layer of {type(model).__name__}. "
         f"Presets: {', '.join(PRESETS)}; or a regular expression on layer names that end in: {', '.join(kinds)}"
     )
 

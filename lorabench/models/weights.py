@@ -135,11 +135,23 @@ def in_features(module: nn.Module) -> int:
     return int(module.weight.shape[0] if is_conv1d(module) else module.in_features)
 
 
+def sides(model: nn.Module, name: str) -> tuple[int, int]:
+    """(M, N) of a linear layer, or of a parameter: of one of the experts where it is a stack."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:  # a parameter
+        out, inner = model.get_parameter(name).shape[-2:]
+        return int(out), int(inner)
+    if is_conv1d(module):
+        return int(module.weight.shape[1]), int(module.weight.shape[0])
+    return int(module.out_features), int(module.in_features)
+
+
 def is_linear_layer(module: nn.Module) -> bool:
-    """A linear layer, quantized or not, or GPT-2's Conv1D."""
+    """A linear layer, quantized or not, or GPT-2's Conv1D; no router, of which Llama 4's is a Linear of two outputs."""
     from torch import nn
 
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    return (isinstance(module, nn.Linear) and "Router" not in type(module).__name__) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:

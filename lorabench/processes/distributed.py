@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from lorabench.config.decode import InputError
+from lorabench.config.quote import clip
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -227,13 +230,30 @@ def broadcast(place: Place, store: Any, make: Callable[[], str]) -> str:
     return store.get("told").decode()
 
 
-def own_device(place: Place, device: torch.device) -> torch.device:
-    """The device of a rank: of several GPUs that it sees, the one of its place on its machine."""
+def pick_device(name: str) -> torch.device:
+    """`auto` is a GPU if there is one."""
     import torch
 
-    if device.type != "cuda" or device.index is not None or place.size == 1:
-        return device
-    return torch.device("cuda", place.local_rank % torch.cuda.device_count())
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def use_device(name: str, place: Place) -> torch.device:
+    """This process's device, made the current one: of several GPUs that a rank sees, that of its place on its machine.
+
+    InputError where several ranks are to use one.
+    """
+    import torch
+
+    device = pick_device(name)
+    if device.index is not None and place.size > 1:
+        raise InputError(f"device = {clip(name)}: {place.size} processes take a GPU each; use cuda")
+    if device.type == "cuda":
+        if place.size > 1:
+            device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
 
 
 def log_name(rank: int) -> str:

@@ -39,6 +39,10 @@ class ServerDied(Exception):
     """The fork server died, again and again, before it had started a process."""
 
 
+_KINDS: dict[int, str] = {}
+"""Of the servers of this process, by their process ids."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Server:
     """A fork server; where one has died, another is started, like the first. See `start_server`."""
@@ -46,16 +50,31 @@ class Server:
     log: Path
     preload: Sequence[str]
     environment: dict[str, str]
+    kind: str = ""
+    """What its processes may not be used for: one of another kind is of no use, one of none always is."""
     context: ForkServerContext = field(default_factory=lambda: multiprocessing.get_context("forkserver"))
+    _killed: set[int] = field(default_factory=set)
+    _killed_before: int | None = field(default_factory=lambda: _killed_server())
+
+    def count_killed(self) -> int:
+        """How many servers SIGKILL has ended, as the kernel does for want of memory, since this was made."""
+        pid = _killed_server()
+        if pid is not None and pid != self._killed_before:
+            self._killed.add(pid)
+        return len(self._killed)
 
     def ensure_running(self) -> None:
         """Start it, unless it runs."""
         pid = _server_pid()
         if pid is not None and _exit_code(pid) is None:
-            return
+            if _KINDS.get(pid, "") in ("", self.kind):
+                return
+            vars(forkserver)["_forkserver"]._stop()  # there can be one only; what it has started goes on
+        self.count_killed()  # as long as it can be told what the last one died of
         self.context.set_forkserver_preload([*self.preload])
         with self._inherited():
             forkserver.ensure_running()
+            _KINDS[_server_pid() or 0] = self.kind
 
     def start(
         self, target: Callable[..., Any], arguments: tuple[Any, ...], *, daemon: bool = False, tries: int = TRIES
@@ -66,9 +85,13 @@ class Server:
         """
         for _ in range(tries):
             self.ensure_running()
+            server = _server_pid()
             process = self.context.Process(target=target, args=arguments, daemon=daemon)
             with contextlib.suppress(EOFError, ConnectionError), self._inherited():
                 process.start()
+                _KINDS.setdefault(_server_pid() or 0, self.kind)
+                if server is not None and server != _server_pid():
+                    self._killed.add(server)  # it died just now, and multiprocessing has started the next
                 return process
         raise ServerDied(f"the fork server dies before it has started a process; see {self.log}")
 
@@ -93,7 +116,7 @@ class Server:
                 del os.environ[key]
 
 
-def start_server(log: Path, preload: Sequence[str], environment: dict[str, str]) -> Server:
+def start_server(log: Path, preload: Sequence[str], environment: dict[str, str], kind: str = "") -> Server:
     """A fork server, started with the signals that mean "stop" blocked.
 
     A terminal's Ctrl-C, and SLURM's SIGTERM and SIGUSR2, reach every process there is, but only the one that started
@@ -102,7 +125,7 @@ def start_server(log: Path, preload: Sequence[str], environment: dict[str, str])
     None of `preload`'s imports may start a thread or a CUDA context, which would not survive the fork; what is printed
     meanwhile goes to `log`.
     """
-    server = Server(log=log, preload=preload, environment=environment)
+    server = Server(log=log, preload=preload, environment=environment, kind=kind)
     server.ensure_running()
     return server
 
@@ -154,15 +177,15 @@ class Forked:
         return process_start(self.process.pid or 0) == self._started is not None
 
 
-def killed_server() -> int | None:
-    """The process id of the server that was started last, if SIGKILL has ended it: as for want of memory."""
-    pid = _server_pid()
-    return pid if pid is not None and _exit_code(pid) == -signal.SIGKILL else None
-
-
 def _server_pid() -> int | None:
     """Of the server that was started last."""
     return vars(forkserver)["_forkserver"]._forkserver_pid  # which has no public name
+
+
+def _killed_server() -> int | None:
+    """The process id of the server that was started last, if SIGKILL has ended it."""
+    pid = _server_pid()
+    return pid if pid is not None and _exit_code(pid) == -signal.SIGKILL else None
 
 
 def _exit_code(pid: int) -> int | None:

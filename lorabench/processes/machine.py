@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from lorabench.config.decode import InputError
+from lorabench.config.quote import clip
 
 PATIENT_THREADS = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}
 """For the environment before torch is imported: an idle OpenMP thread gives its core away at once.
@@ -34,7 +35,7 @@ def visible_gpus(device: str) -> tuple[str, ...]:
     gpus = tuple(named[:count]) if len(named) >= count else tuple(str(i) for i in range(count))
     number = device.partition(":")[2]
     if (device != "auto" and not gpus) or (number and int(number) >= count):
-        raise InputError(f"--device {device}: there is no such device here: {count} CUDA devices are visible")
+        raise InputError(f"--device {clip(device)}: there is no such device here: {count} CUDA devices are visible")
     return (gpus[int(number)],) if number else gpus
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import pandas as pd
 from scipy import stats
 
-from lorabench.report.labels import measure
+from lorabench.report.labels import shown_factor
+from lorabench.spec.generate import METRICS
 from lorabench.store.record import FAILURES, Status
 
 CONFIDENCE = 0.95
@@ -19,7 +20,9 @@ FEWEST = 3
 """Seeds whose interval is drawn: of two it is nine times as wide as they are apart."""
 FREE = (-math.inf, math.inf)
 BOUNDED = {
-    r"(base_)?(valid|test)_(token_accuracy|accuracy|macro_f1|majority)|average_final": (0.0, 100.0),
+    r"(base_)?(valid|test)_((token_)?accuracy|accuracy_(norm|bytes|token)|macro_f1|majority)": (0.0, 100.0),
+    r"average_final": (0.0, 100.0),
+    rf"(base_)?(valid|test)_({'|'.join(METRICS)})(_low|_high)?": (0.0, 100.0),
     r"(back|for)ward_transfer": (-100.0, 100.0),
     r"(base_)?(valid|test)_(matthews|pearson|spearman)": (-1.0, 1.0),
     r"survival\.\w+|dynamics\.phi\w*": (0.0, 1.0),
@@ -93,7 +96,7 @@ def cell(runs: pd.DataFrame, name: str) -> Cell:
 
     Runs of one seed (of several settings) are averaged first, so that the interval is one over seeds.
     """
-    factor = 100.0 if measure(name).unit == "%" else 1.0
+    factor = shown_factor(name)
     values = _by_seed(runs, name)
     nulls = _by_seed(runs, f"{name}:null")
     means = {seed: math.fsum(items) / len(items) for seed, items in values.items()}

@@ -12,7 +12,7 @@ import pyarrow as pa
 from lorabench.config import plugins
 from lorabench.report.results import Results
 from lorabench.spec.analysis import COLUMNS
-from lorabench.spec.measures import MEASURES
+from lorabench.spec.measures import find
 from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.sweep import known_measures
 
@@ -107,7 +107,7 @@ def columns_page(results: Results, tables: dict[str, pa.Table]) -> str:
 def _runs(results: Results) -> list[str]:
     rows = []
     for name in ["run_id", *results.runs.columns]:
-        measure, metric = MEASURES.get(name), name.removesuffix(":null")
+        measure, metric = find(name), name.removesuffix(":null")
         if name.endswith(":na"):
             rows.append((name, "", f"whether {name.removesuffix(':na')} does not apply to the run's method"))
         elif measure:

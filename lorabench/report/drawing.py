@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lorabench.report.aggregate import LARGEST
 from lorabench.report.results import Results, grouped, ordered
@@ -43,37 +42,21 @@ LOG_FACTOR = 20
 POINTS = 7
 """The smallest text, in print."""
 STYLE: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 7.5,
-    "axes.labelsize": 7.5,
-    "axes.titlesize": 7.5,
-    "axes.titleweight": "bold",
-    "xtick.labelsize": POINTS,
-    "ytick.labelsize": POINTS,
-    "legend.fontsize": POINTS,
-    "legend.frameon": False,
-    "legend.handlelength": 1.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.edgecolor": "black",
-    "axes.linewidth": 0.7,
-    "axes.formatter.useoffset": False,
+    "axes.titleweight": "bold",
     "grid.color": "#E4E4E4",
     "grid.linewidth": 0.5,
-    "xtick.bottom": True,
-    "ytick.left": True,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "xtick.major.size": 3,
-    "ytick.major.size": 3,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4.5,
-    "figure.constrained_layout.use": True,
+    "legend.handlelength": 1.8,
     "savefig.dpi": 250,
     "figure.dpi": 150,
     "pdf.fonttype": 42,
     "svg.hashsalt": "lorabench",
     "text.parse_math": False,  # a label with two dollars is no formula
+    "figure.constrained_layout.use": True,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.formatter.useoffset", "legend.frameon"), False),
+    **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.7),
+    **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 3),
+    **dict.fromkeys(("xtick.bottom", "ytick.left"), True),
 }
 
 
@@ -90,10 +73,9 @@ class Look:
         """For a legend."""
         return Line2D([], [], color=self.color, marker=self.marker, linestyle=self.dashes, markersize=4)
 
-    @property
-    def handle_alone(self) -> Line2D:
-        """Of points without a line."""
-        return replace(self, dashes="none").handle
+
+NULL = Look(REFERENCE, "", NULL_DASHES)
+"""In legends: dashed is chance."""
 
 
 @contextmanager
@@ -101,19 +83,16 @@ def style(kind: str = "whitegrid") -> Iterator[None]:
     """seaborn's theme with our sizes inside, and nothing of the caller's settings; `white` has no grid."""
     with plt.rc_context():
         plt.rcdefaults()
-        sns.set_theme(context="paper", style=kind, palette=COLORS, rc=STYLE)
+        sns.set_theme(context="paper", style=kind, palette=COLORS, font="DejaVu Sans", font_scale=0.8, rc=STYLE)
         yield
 
 
 def looks(series: Iterable[Any]) -> dict[Any, Look]:
     """Each series another pair of colour and marker, as long as there are any (49)."""
+    places = {name: (i, i // len(COLORS)) for i, name in enumerate(series)}
     return {
-        name: Look(
-            COLORS[i % len(COLORS)],
-            MARKERS[(i + i // len(COLORS)) % len(MARKERS)],
-            DASHES[i // len(COLORS) % len(DASHES)],
-        )
-        for i, name in enumerate(series)
+        name: Look(COLORS[i % len(COLORS)], MARKERS[(i + turn) % len(MARKERS)], DASHES[turn % len(DASHES)])
+        for name, (i, turn) in places.items()
     }
 
 
@@ -127,16 +106,17 @@ class SettingLooks:
     families: dict[tuple[Any, ...], Look]
     ranks: list[Any]
 
-    def __call__(self, values: dict[str, Any]) -> Look:
+    def __call__(self, values: Mapping[Any, Any]) -> Look:
         """Of a setting, by its values of `results.settings`; of a family where the rank is left out."""
         family = self.families[tuple(value for key, value in values.items() if key != RANK)]
-        return replace(family, color=self.shade(family.color, values.get(RANK)))
+        return self.shade(family, values.get(RANK))
 
-    def shade(self, color: str, rank: Any) -> str:
+    def shade(self, look: Look, rank: Any) -> Look:
         """Lightness tells the rank, from light to dark."""
         if rank is None or len(self.ranks) < 2:
-            return color
-        return to_hex(sns.set_hls_values(color, l=0.68 - 0.40 * self.ranks.index(rank) / (len(self.ranks) - 1)))
+            return look
+        lightness = 0.68 - 0.40 * self.ranks.index(rank) / (len(self.ranks) - 1)
+        return replace(look, color=to_hex(sns.set_hls_values(look.color, l=lightness)))
 
 
 def setting_looks(results: Results) -> SettingLooks:
@@ -146,53 +126,34 @@ def setting_looks(results: Results) -> SettingLooks:
     return SettingLooks(looks(values for values, _ in families), ranks)
 
 
+@contextmanager
 def facets(
-    names: Iterable[str], width: str | None = None, *, height: float = 2.3, columns: int | None = None, **shared: bool
-) -> sns.FacetGrid:
-    """A panel for each of the names, which are their titles and the keys of `axes_dict`; `height` inches a row.
+    names: Iterable[str], width: str | None = None, *, height: float = 2.3, columns: int | None = None,
+    theme: str = "whitegrid", **shared: bool,
+) -> Iterator[sns.FacetGrid]:  # fmt: skip
+    """A panel for each of the names, which are their titles and the keys of `axes_dict`; inside, the theme holds.
 
-    One print column wide for a single panel and the page wide for more, unless `width` says which. So many `columns`
-    of panels on the page; in a print column they stand one below the other.
+    One print column wide for a single panel and the page wide for more, unless `width` says which, and `height` inches
+    a row. So many `columns` of panels on the page (else four as two by two, others three in a row); in a print column
+    one below the other.
     """
     names = list(names)
     inches = INCHES[width or ("column" if len(names) == 1 else "page")]
-    columns = (columns or panel_columns(len(names))) if inches == PAGE_INCHES else 1
-    with plt.rc_context({"figure.constrained_layout.use": False}):  # else seaborn's own layout warns of it
-        grid = sns.FacetGrid(
-            pd.DataFrame({"panel": names}), col="panel", col_order=names, col_wrap=columns, height=height,
-            aspect=inches / columns / height, **{"sharex": True, "sharey": True, **shared},
-        )  # fmt: skip
-    grid.figure.set_layout_engine("constrained")
-    grid.figure.set_size_inches(inches, height * -(-len(names) // columns))
-    for place, (name, axes) in enumerate(grid.axes_dict.items()):
-        axes.set_title(wrapped(name, int(15 * inches / columns)))
-        axes.tick_params(
-            labelbottom=place + columns >= len(names) or not shared.get("sharex", True),
-            labelleft=place % columns == 0 or not shared.get("sharey", True),
-        )  # else ticks that are set later have labels inside too
-    grid.set_axis_labels("", "")
-    return grid
-
-
-def new_figure(rows: int, columns: int, *, height: float = 2.3, **options: Any) -> tuple[Figure, np.ndarray]:
-    """A grid of panels, one print column wide for a single panel and the page wide for more; `height` a row."""
-    width = COLUMN_INCHES if columns == 1 else PAGE_INCHES
-    return plt.subplots(rows, columns, figsize=(width, height * rows), squeeze=False, **options)
-
-
-def panel_columns(count: int) -> int:
-    """Four panels stand as two by two, others three in a row at most."""
-    return 2 if count == 4 else min(3, count)
-
-
-def lowest(grid: np.ndarray, count: int) -> list[Axes]:
-    """Hide the places beyond the first `count`; the lowest panel of each column, with its tick labels."""
-    for axes in list(grid.flat)[count:]:
-        axes.set_visible(False)
-    panels = [[axes for axes in column if axes.get_visible()][-1] for column in grid.T]
-    for axes in panels:
-        axes.tick_params(labelbottom=True)
-    return panels
+    columns = 1 if inches == COLUMN_INCHES else columns or (2 if len(names) == 4 else min(3, len(names)))
+    how: dict[str, Any] = {"col_order": names, "col_wrap": columns, "height": height, **shared}
+    with style(theme):
+        with plt.rc_context({"figure.constrained_layout.use": False}):  # else seaborn's own layout warns of it
+            grid = sns.FacetGrid(pd.DataFrame({"panel": names}), col="panel", **how)
+        grid.figure.set_layout_engine("constrained")
+        grid.figure.set_size_inches(inches, height * -(-len(names) // columns))
+        for place, (name, axes) in enumerate(grid.axes_dict.items()):
+            axes.set_title(name)
+            axes.tick_params(
+                labelbottom=place + columns >= len(names) or not shared.get("sharex", True),
+                labelleft=place % columns == 0 or not shared.get("sharey", True),
+            )  # else ticks that are set later have labels inside too
+        grid.set_axis_labels("", "")
+        yield grid
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -201,6 +162,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     try:
         with style():
+            wrap_titles(figure)
             figure.savefig(files[0], metadata={"CreationDate": None, "Creator": "lorabench", "Producer": None})
             figure.savefig(files[1], metadata={"Software": None})
     except BaseException:
@@ -212,17 +174,17 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return files
 
 
-def legend_below(figure: Figure, handles: dict[str, Any]) -> None:
-    """A legend of label -> handle under the panels, where it covers no data."""
+def legend_below(figure: Figure, entries: Mapping[str, Any], null: str | None = None, *, lines: bool = True) -> None:
+    """A legend of label -> look (or handle) under the panels, where it covers no data.
+
+    `null`: what is dashed. Without `lines` a look stands for points alone.
+    """
+    entries = {**entries, **({null: NULL} if null else {})}
+    looks = [look if lines or not isinstance(look, Look) else replace(look, dashes="none") for look in entries.values()]
+    handles = [look.handle if isinstance(look, Look) else look for look in looks]
     wide = figure.get_figwidth() > COLUMN_INCHES
-    longest = max(map(len, handles), default=1)
-    fitting = max(1, int((110 if wide else 52) / (longest + 7)))
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(len(handles), fitting))
-
-
-def null_handle(label: str) -> dict[str, Line2D]:
-    """An entry for the legend: dashed is chance."""
-    return {label: Line2D([], [], color=REFERENCE, linestyle=NULL_DASHES, linewidth=0.9)}
+    fitting = max(1, int((110 if wide else 52) / (max(map(len, entries), default=1) + 7)))
+    figure.legend(handles, list(entries), loc="outside lower center", ncols=min(len(handles), fitting))
 
 
 def whole_numbers(axis: Axis, most: int = 5) -> None:
@@ -230,14 +192,14 @@ def whole_numbers(axis: Axis, most: int = 5) -> None:
 
 
 def powers_of_two(axes: Axes, values: Iterable[float]) -> None:
-    """A log2 axis that is marked at the values that were run, thinned until they fit."""
-    marks = sorted(set(values))
+    """A log2 axis that is marked at the values that were run: of many at powers of two, thinned until they fit."""
+    marks = sorted({float(value) for value in values})
+    marks = marks if len(marks) <= 8 else [mark for mark in marks if np.log2(mark).is_integer()]
     while len(marks) > 8:
         marks = marks[::-2][::-1]
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(marks))
+    axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def plain_logarithmic(axis: Axis) -> None:
@@ -245,7 +207,7 @@ def plain_logarithmic(axis: Axis) -> None:
     low, high = axis.get_view_interval()
     subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high < 10 * low else (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
     axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -254,40 +216,52 @@ def wrapped(text: str, width: int) -> str:
     return textwrap.fill(text, width)
 
 
+def wrap_titles(figure: Figure) -> None:
+    """Titles in as many lines as keep them apart from their neighbours' and inside the figure, once it is laid out."""
+    titled = [axes for axes in figure.axes if axes.get_title()]
+    if max((axes.title.get_window_extent().width for axes in titled), default=0) < figure.bbox.width / 8:
+        return  # a layout takes time
+    figure.draw_without_rendering()
+    places = [axes.get_window_extent() for axes in titled]
+    for axes, place in zip(titled, places, strict=True):
+        middle = (place.x0 + place.x1) / 2
+        row = [other for other in places if other.y0 < place.y1 and place.y0 < other.y1]
+        beside = [abs((other.x0 + other.x1) / 2 - middle) for other in row]
+        edges = [2 * middle, 2 * (figure.bbox.width - middle)]
+        room = 0.96 * min(edges + [distance for distance in beside if distance > 1])
+        text = axes.get_title()
+        widths = iter(range(len(text), 4, -1))
+        while axes.title.get_window_extent().width > room and (width := next(widths, None)):
+            axes.set_title(wrapped(text, width))
+
+
 def finite(runs: pd.DataFrame, name: str) -> pd.DataFrame:
     """The runs whose measure can be drawn: there, not infinite, and within what an axis can show."""
     return runs[runs[name].abs() < LARGEST] if name in runs else runs.iloc[:0]
 
 
 def limit(panels: Sequence[Axes], which: str = "y", *, logs: bool = True) -> None:
-    """The range of all that is drawn; with `logs` a log axis where the means span more than a factor of LOG_FACTOR.
+    """The range of all lines and points; with `logs` a log axis where means span more than a factor of LOG_FACTOR.
 
     Of wide intervals no more than once the means' own range is shown, and what is positive by nature keeps to
     positive numbers, however wide its interval. The panels share the axis.
     """
-    place = "xy".index(which)
-    lines = [
-        np.asarray(line.get_xydata(), float)[:, place]
-        for axes in panels
-        for line in axes.lines
-        if line.get_transform().contains_branch_seperately(axes.transData)[place]
-    ]
-    means, axis = np.concatenate(lines or [np.array([])]), getattr(panels[0], f"{which}axis")
+    place, first = "xy".index(which), panels[0]
+    lines = [np.asarray(line.get_xydata(), float)[:, place] for axes in panels for line in axes.lines]
+    means = np.concatenate(lines or [np.array([])])
     means = means[np.isfinite(means)]
-    setter = getattr(panels[0], f"set_{which}lim")
     if not len(means):
         return
     low, high = means.min(), means.max()
     if logs and low > 0 and high > LOG_FACTOR * low:
-        getattr(panels[0], f"set_{which}scale")("log")
-        setter(low / 1.4, high * 1.4)
-        plain_logarithmic(axis)
+        first.set(**{f"{which}scale": "log", f"{which}lim": (low / 1.4, high * 1.4)})
+        plain_logarithmic(getattr(first, f"{which}axis"))
         return
     ends = np.array([getattr(axes.dataLim, f"interval{which}") for axes in panels if axes.lines])
     room = max(high - low, 1e-3 * max(abs(low), abs(high)))
     bottom, top = max(ends.min(), low - room), min(ends.max(), high + room)
-    margin = 0.06 * (top - bottom) or 1e-9
-    setter(max(0.0, bottom - margin) if low > 0 else bottom - margin, top + margin)
+    margin = 0.06 * (top - bottom) or 0.05 * abs(top) or 1e-9
+    first.set(**{f"{which}lim": (max(0.0, bottom - margin) if low > 0 else bottom - margin, top + margin)})
 
 
 def place_labels(axes: Axes, points: pd.DataFrame) -> None:
@@ -297,30 +271,25 @@ def place_labels(axes: Axes, points: pd.DataFrame) -> None:
     """
     axes.figure.canvas.draw()
     unit, box = axes.figure.dpi / 72, axes.get_window_extent()
-    spots = axes.transData.transform(points[["x", "y"]].to_numpy(float))
-    taken: list[np.ndarray] = []
+    bars = [
+        (x, y)
+        for p in points.itertuples()
+        for t in np.linspace(0, 1, 25)
+        for x, y in ((p.x_low + t * (p.x_high - p.x_low), p.y), (p.x, p.y_low + t * (p.y_high - p.y_low)))
+    ]
+    taken = axes.transData.transform(bars)
     for p in points.itertuples():
-        taken += list(axes.transData.transform([(x, p.y) for x in np.linspace(p.x_low, p.x_high, 25)]))
-        taken += list(axes.transData.transform([(p.x, y) for y in np.linspace(p.y_low, p.y_high, 25)]))
-    for spot, (x, y, text, color) in zip(spots, points[["x", "y", "text", "color"]].to_numpy(), strict=True):
-        rooms = {side: _room(spot + unit * np.array(side), taken, box) for side in _sides(text)}
-        best = max(rooms, key=rooms.__getitem__)
-        taken.append(spot + unit * np.array(best))
-        axes.annotate(
-            text, (x, y), xytext=best, textcoords="offset points", color=color, fontsize=POINTS,
-            ha="center", va="center", annotation_clip=False,
-        )  # fmt: skip
+        places = axes.transData.transform((p.x, p.y)) + unit * (sides := _sides(p.text))
+        gaps = (places[:, None] - taken) / (1.4, 1)  # text is wider than high
+        outside = ~np.array([box.contains(*place) for place in places])
+        best = np.argmax(np.hypot(*gaps.T).min(0).clip(max=16).round(1) - 100 * outside)  # ties: the first, always
+        taken = np.vstack([taken, places[best]])
+        how = {"color": p.color, "fontsize": POINTS, "ha": "center", "va": "center", "annotation_clip": False}
+        axes.annotate(p.text, (p.x, p.y), xytext=tuple(sides[best]), textcoords="offset points", **how)
 
 
-def _sides(text: str) -> list[tuple[float, float]]:
+def _sides(text: str) -> np.ndarray:
     """Offsets of a label's middle from its point, in points: a ring as near as the text's width allows, and a wider."""
-    across = 4.5 + 2.1 * len(text)
-    angles = [math.pi / 8 * k for k in (2, 6, 10, 14, 0, 4, 8, 12)]
-    return [(r * across * math.cos(angle), r * 8 * math.sin(angle)) for r in (1.0, 1.5) for angle in angles]
-
-
-def _room(place: np.ndarray, taken: Sequence[np.ndarray], box: Any) -> float:
-    """Distance to what is nearest, text being wider than high; a place outside the panel is a bad one."""
-    distances = [math.hypot((place[0] - other[0]) / 1.4, place[1] - other[1]) for other in taken]
-    outside = not (box.x0 < place[0] < box.x1 and box.y0 < place[1] < box.y1)
-    return min(min(distances, default=math.inf), 16.0) - 100.0 * outside
+    angles = np.pi / 8 * np.array([2, 6, 10, 14, 0, 4, 8, 12])
+    ring = np.stack([(4.5 + 2.1 * len(text)) * np.cos(angles), 8 * np.sin(angles)], axis=1)
+    return np.concatenate([ring, 1.5 * ring])

@@ -59,6 +59,7 @@ def figure_notes(results: Results, figure: Any) -> str:
         notes.append(f"Settings at their own best {key_label(results.over[0])}.")
     if figure.most is not None and len(groups) > figure.most:
         notes.append(THINNED)
+    notes += figure.notes(results)
     return " ".join(notes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tomllib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from lorabench.config import json_file
 from lorabench.config.decode import InputError
 from lorabench.config.durable import write_json
 from lorabench.config.plugins import unknown
+from lorabench.config.quote import clip, show_path
 from lorabench.spec.sweep import Sweep, read_sweep
 from lorabench.store.store import Store
 from lorabench.training.environment import source_digest
@@ -36,8 +38,8 @@ class SweepFile:
     default_name: str | None = None
 
     def read(self) -> Sweep:
-        """Raises InputError with all problems of the file."""
-        return read_sweep(self.file, self.default_name)
+        """To look at what it has run. Raises InputError with all problems of the file."""
+        return read_sweep(self.file, self.default_name, stored=True)
 
     def up_to_date(self, store: Store) -> list[Path] | None:
         """The files that were written of this sweep; None if anything has changed since or is gone."""
@@ -85,12 +87,15 @@ def remove_stamp(store: Store, sweep: Sweep) -> None:
 def find_sweeps(store: Store, name: str | None) -> list[SweepFile]:
     """The sweep in the file `name`, or called so in the results; every sweep of the results if None."""
     found = {file.parent.name: file for file in sorted(store.root.glob("*/sweep.toml"))}
-    if name is not None and Path(name).is_file():
+    if name is not None and os.path.isfile(name):
         return [SweepFile(file=Path(name))]
     if name is not None:
         if name not in found:
-            raise InputError(f"SWEEP = {name}: {unknown('sweep', name, list(found))}, or the path of a sweep file")
+            raise InputError(
+                f"SWEEP = {clip(name)}: {unknown('sweep', name, list(found))}, or the path of a sweep file"
+            )
         return [SweepFile(file=found[name], default_name=name)]
     if not found:
-        raise InputError(f"{store.root}: holds no sweep; `lorabench run SWEEP --results {store.root}` makes one")
+        root = show_path(store.root)
+        raise InputError(f"{root}: holds no sweep; `lorabench run SWEEP --results {root}` makes one")
     return [SweepFile(file=file, default_name=sweep) for sweep, file in found.items()]

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
-from lorabench.spec.measures import Measure
+from lorabench.spec.measures import Measure, find
 from lorabench.spec.sweep import known_measures
 from lorabench.terminal.text import one_line
 
@@ -35,8 +35,20 @@ MEASURE_NAMES = {
     "dynamics.settled_step": "settled step, input side",
     "dynamics.settled_step_output": "settled step, output side",
 }
-PREFIXES = {"valid_": "validation ", "test_": "test ", "train_": "training "}
+PREFIXES = {
+    "base_valid_": "base validation ",
+    "base_test_": "base test ",
+    "valid_": "validation ",
+    "test_": "test ",
+    "train_": "training ",
+}
 WORDS = {
+    "token f1": "word F1",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "bleu": "BLEU",
+    "chrf": "chrF",
     "macro f1": "macro-F1",
     "matthews": "Matthews correlation",
     "majority": "majority class",
@@ -80,7 +92,12 @@ def column_label(key: str, value: Any) -> str:
 
 
 def measure(name: str) -> Measure:
-    return known_measures().get(name) or Measure("", None, name, "other")
+    return known_measures().get(name) or find(name) or Measure("", None, name, "other")
+
+
+def shown_factor(name: str) -> float:
+    """What a measure is multiplied by where it is shown: 100 for percentages."""
+    return 100.0 if measure(name).unit == "%" else 1.0
 
 
 def measure_label(name: str) -> str:

@@ -22,11 +22,20 @@ from lorabench.config.decode import InputError
 from lorabench.config.durable import write_bytes, write_json
 from lorabench.report import drawing
 from lorabench.report.aggregate import FAILED, plain
+from lorabench.report.answers import Shown, read_answers
 from lorabench.report.footnotes import figure_notes
-from lorabench.report.labels import capitalized, distinct, key_label, measure, series_label, value_label, with_unit
+from lorabench.report.labels import (
+    capitalized,
+    distinct,
+    key_label,
+    series_label,
+    shown_factor,
+    value_label,
+    with_unit,
+)
 from lorabench.report.page import Attempts, Broken, Drawn, fill, picture
 from lorabench.report.results import Results, selected
-from lorabench.report.tables import build_tables, quality, write_tables
+from lorabench.report.tables import build_tables, write_tables
 from lorabench.report.typeset import Sheet
 from lorabench.report.update_table import changes_sheet
 from lorabench.spec.figure import SECTIONS, Figure
@@ -52,6 +61,7 @@ class Content:
     """Names of the figures that had nothing to draw."""
     errors: dict[str, str]
     """All that raised, by name."""
+    answers: list[Shown] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +89,13 @@ def write_report(results: Results, folder: Path) -> Report:
     longer has are deleted. Where a table or a figure raises, the rest is made, and the page shows the error there.
     """
     attempt = Attempts()
-    inputs = attempt("digest", lambda: _digest(results))
+    answers = attempt("answers", lambda: read_answers(results))
+    inputs = attempt("digest", lambda: _digest(results, answers))
     before = _read_manifest(folder)
     there = [file for name in before.files if (file := _own_file(folder, name))]
     if before.inputs == inputs and len(there) == len(before.files):
         return Report(files=there, errors=_named(results.broken))
-    made = attempt("report", lambda: _write(results, folder, attempt))
+    made = attempt("report", lambda: _write(results, answers, folder, attempt))
     files = [_write_page(results, folder, attempt)] if isinstance(made, Broken) else made
     errors = _named(results.broken) | attempt.errors
     for stale in set(there) - set(files):
@@ -98,7 +109,7 @@ def _named(broken: dict[str, str]) -> dict[str, str]:
     return {f"analysis {name}": error for name, error in broken.items()}
 
 
-def _write(results: Results, folder: Path, attempt: Attempts) -> list[Path]:
+def _write(results: Results, answers: list[Shown] | Broken, folder: Path, attempt: Attempts) -> list[Path]:
     summary, *tables = build_tables(results, attempt)
     name = distinct("changes", [sheet.name for sheet in tables])
     changes = attempt("table changes", lambda: changes_sheet(results, selected(results), name))
@@ -116,7 +127,10 @@ def _write(results: Results, folder: Path, attempt: Attempts) -> list[Path]:
     drawing.plt.close("all")  # those that raised before they were saved
     write_bytes(folder / "sweep.toml", results.sweep.text.encode())
     errors = _named(results.broken) | attempt.errors
-    page = Content(summary=summary, changes=changes, tables=tables, figures=shown, empty=empty, errors=errors)
+    page = Content(
+        summary=summary, changes=changes, tables=tables, figures=shown, empty=empty, errors=errors,
+        answers=[] if isinstance(answers, Broken) else answers,
+    )  # fmt: skip
     return [*files, folder / "sweep.toml", _write_page(results, folder, attempt, page)]
 
 
@@ -145,7 +159,7 @@ def _errors_alone(results: Results, attempt: Attempts) -> str:
     return "\n".join(["<!doctype html>", f"<h1>{escape(results.sweep.name)}</h1>", *lines, ""])
 
 
-def _digest(results: Results) -> str:
+def _digest(results: Results, answers: list[Shown] | Broken) -> str:
     """Of all that a report is made of: results, this package's code, and the libraries that draw."""
     digest = hashlib.sha256(
         f"{matplotlib.__version__} {sns.__version__} {pd.__version__} {source_digest()} {results.sweep.text}".encode()
@@ -153,7 +167,9 @@ def _digest(results: Results) -> str:
     digest.update(results.runs.to_csv().encode())
     digest.update(
         json.dumps(
-            [results.environments, results.provenance, results.unread, results.broken], sort_keys=True, default=str
+            [results.environments, results.provenance, results.unread, results.broken, answers],
+            sort_keys=True,
+            default=str,
         ).encode()
     )
     for name, frame in sorted(results.analyses.items()):
@@ -246,12 +262,12 @@ def _unread(results: Results) -> dict[str, list[str]]:
 
 def _run_rows(results: Results) -> dict[str, Any]:
     """The table of single runs: swept keys, status, a few measures, error."""
-    stem = quality(results)
+    stem = results.quality
     names = [f"valid_{stem}", f"test_{stem}", "forgetting", "peak_gib", "tokens_per_second", "total_seconds"]
     names = [name for name in names if name in results.runs]
     keys = list(dict.fromkeys(["method.name", *results.keys]))
     chosen = set(selected(results).run_ids)
-    factors = {name: 100 if measure(name).unit == "%" else 1 for name in names}
+    factors = {name: shown_factor(name) for name in names}
     rows = []
     for run_id, run in results.runs.iterrows():
         numbers = [_measured(factors[name] * run[name]) for name in names]

@@ -69,6 +69,7 @@ def embedded(name: str, caption: str, figure: Figure) -> Drawn:
 
     content = io.BytesIO()
     with drawing.style():
+        drawing.wrap_titles(figure)
         figure.savefig(content, format="png", metadata={"Software": None})
     drawing.plt.close(figure)
     return picture(name, caption, content.getvalue(), float(figure.get_figwidth()))

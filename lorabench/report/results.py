@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lorabench.spec.measures import MEASURES
-from lorabench.spec.run_spec import is_tables, task_names
+from lorabench.spec.run_spec import complete, is_tables, task_names
 from lorabench.spec.sweep import Sweep, known_measures
-from lorabench.store.record import RunRecord, Status
+from lorabench.store.record import GENERATIONS_FILE, RunRecord, Status
 from lorabench.store.store import RunState, Store
 from lorabench.updates.update import DORA_PART
 
@@ -42,13 +43,16 @@ class Results:
     """Run id -> its record's `sequence`, where it has one."""
     unread: dict[str, str] = field(default_factory=dict)
     """Run id -> why its ΔW could not be read: such a run is in no analysis."""
+    written: dict[str, Path] = field(default_factory=dict)
+    """Run id -> the file of its answers, where its model has written."""
     broken: dict[str, str] = field(default_factory=dict)
     """Analysis -> what it raised: what it would have found is missing, in part or as a whole."""
 
     @cached_property
     def keys(self) -> list[str]:
-        """The swept keys: those with two values or more among the runs that have them."""
-        return [key for key in self.sweep.axes if self.runs[key].dropna().map(repr).nunique() > 1]
+        """The swept keys: those with two values among the runs that have them, and what else tells like runs apart."""
+        several = [key for key in self.sweep.axes if self.runs[key].dropna().map(repr).nunique() > 1]
+        return complete(several, [run.flat for run in self.sweep.runs], ("seed", *self.over))
 
     @cached_property
     def over(self) -> list[str]:
@@ -67,6 +71,21 @@ class Results:
         if self.sweep.labels:
             return ["label"]
         return list(dict.fromkeys(["method.name", *(k for k in self.keys if k not in ("seed", *self.over))]))
+
+    @cached_property
+    def quality(self) -> str:
+        """The measure that tables and figures hold settings against unless told otherwise, without its split."""
+        by = self.sweep.select.by if self.sweep.select else ""
+        if by.startswith(("valid_", "test_")) and by in self.runs:
+            return by.partition("_")[2]
+        return "accuracy" if "valid_accuracy" in self.runs else "loss"
+
+    @cached_property
+    def test_sets(self) -> list[str]:
+        """`test_NAME` of each further test set of which some run has a measure."""
+        sets = dict.fromkeys(split for run in self.sweep.runs for task in run.stages for split in task.others)
+        measured = [split for split in sets if any(name.startswith(f"{split}_") for name in self.runs)]
+        return [split for split in measured if split.startswith("test_")]
 
     @cached_property
     def selection(self) -> Selection:
@@ -116,6 +135,11 @@ def load_results(
         environments={run_id: record.environment for run_id, record in records.items()},
         provenance={run_id: record.provenance for run_id, record in records.items()},
         sequences={run_id: record.sequence for run_id, record in records.items() if record.sequence},
+        written={
+            run_id: store.folder(run_id) / GENERATIONS_FILE
+            for run_id, record in records.items()
+            if record.generations_sha256
+        },
     )
     if analyze is None:
         return results
@@ -310,7 +334,7 @@ def _frame(states: list[RunState], specs: list[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(
         {column: pd.Series([row.get(column) for row in rows], dtype=object) for column in columns}
     ).set_index(index)
-    return frame.astype(dict.fromkeys(measures, float))
+    return frame.astype(dict.fromkeys(measures, float)).copy()  # in one piece: hundreds of columns were put together
 
 
 def _not_applicable(record: RunRecord | None) -> set[str]:

@@ -37,6 +37,7 @@ from lorabench.report.labels import (  # fmt: skip
 from lorabench.report.results import Results, Selection, grouped, kept_rows, ordered, ordinal, selected
 from lorabench.report.transfer import transfer_sheet
 from lorabench.report.typeset import Column, Sheet
+from lorabench.spec.generate import METRICS
 from lorabench.spec.sweep import Table
 from lorabench.store.record import Status
 
@@ -91,7 +92,9 @@ def build_tables(results: Results, attempt: Attempt = directly) -> list[Any]:
     sheets = [attempt("table summary", lambda: summary(results, selection))]
     matrix = attempt("table transfer", lambda: transfer_sheet(results, selection))
     sheets += [matrix] if matrix else []
-    taken = {"summary", "runs", "subspace", "transfer", "metrics", "pairs"}
+    if results.test_sets:
+        sheets.append(attempt("table tests", lambda: declared(results, selection, _of_test_sets(results), "tests")))
+    taken = {"summary", "runs", "subspace", "transfer", "tests", "metrics", "pairs"}
     for table in results.sweep.tables:
         name = distinct(table.title, taken)
         taken.add(name)
@@ -99,19 +102,23 @@ def build_tables(results: Results, attempt: Attempt = directly) -> list[Any]:
     return sheets
 
 
-def quality(results: Results) -> str:
-    """The measure that tables and figures hold settings against unless told otherwise, without its split."""
-    by = results.sweep.select.by if results.sweep.select else ""
-    if by.startswith(("valid_", "test_")) and by in results.runs:
-        return by.partition("_")[2]
-    return "accuracy" if "valid_accuracy" in results.runs else "loss"
+def _of_test_sets(results: Results) -> Table:
+    """Each of the sweep's own test sets, and the mean over them, by the first of the metrics that all report."""
+    found = [name.removeprefix("test_mean_") for name in results.runs if name.startswith("test_mean_")]
+    metric = next((name for name in (*METRICS, "accuracy", "pearson", "token_accuracy") if name in found), "loss")
+    names = [*(f"{split}_{metric}" for split in results.test_sets), f"test_mean_{metric}"]
+    shown = [name for name in names if name in results.runs]
+    return Table(rows=results.settings, value=shown, caption="Further test sets, and the mean over them")
 
 
 def summary(results: Results, selection: Selection) -> Sheet:
     """One row a setting: what it trains, costs and reaches."""
-    stem = quality(results)
+    stem = results.quality
     names = ["num_trainable", "peak_gib", "tensor_peak_gib", "tokens_per_second", f"base_valid_{stem}"]
-    names += ["valid_majority", f"valid_{stem}", f"test_{stem}", "forgetting"]
+    names += ["valid_majority", f"valid_{stem}", f"test_{stem}"]
+    written = "test" if any(f"test_{metric}" in results.runs for metric in METRICS) else "valid"
+    names += [f"{who}{written}_{metric}" for metric in METRICS for who in ("base_", "")]
+    names += ["forgetting"]
     names += ["average_final", "backward_transfer", "forward_transfer"]
     names = [name for name in names if name in results.runs and results.runs[name].notna().any()]
     settings = sorted_groups(selection.runs, results.settings)

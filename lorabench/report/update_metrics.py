@@ -12,50 +12,51 @@ if TYPE_CHECKING:
 RANK = "method.rank"
 VALUE, NULL = "value", "value:null"
 """The columns of what `per_run` gives, as `aggregate.cell` reads them."""
-UNSHARED = "(where there is none: each run's own)"
-"""For captions, after `layers that all runs have`: what `results.shared` does."""
 _OUTPUT = r"o_proj|out_proj|out_lin|wo|o|attn\.c_proj|attention\.output\.dense|attention\.dense|attn\.Wo|dense"
 """What an attention's last matrix is called."""
 How = Literal["mean", "sum", "geometric"]
 NAMES = {
     "spectrum.relative_norm": "‖ΔW‖ / ‖W0‖",
-    "spectrum.effective_rank_entropy": "effective rank of ΔW (directions)",
-    "spectrum.stable_rank": "stable rank of ΔW (directions)",
-    "spectrum.rank_50": "rank 50% of ΔW (directions)",
-    "spectrum.rank_90": "rank 90% of ΔW (directions)",
-    "spectrum.rank_95": "rank 95% of ΔW (directions)",
-    "spectrum.rank_99": "rank 99% of ΔW (directions)",
-    "alignment.amplification": "amplification factor",
-    "intruders.num_intruders": "intruder dimensions a matrix",
+    "spectrum.effective_rank_entropy": "Effective rank of ΔW (directions)",
+    "spectrum.stable_rank": "Stable rank of ΔW (directions)",
+    "spectrum.rank_50": "Rank 50% of ΔW (directions)",
+    "spectrum.rank_90": "Rank 90% of ΔW (directions)",
+    "spectrum.rank_95": "Rank 95% of ΔW (directions)",
+    "spectrum.rank_99": "Rank 99% of ΔW (directions)",
+    "alignment.amplification": "Amplification factor",
+    "intruders.num_intruders": "Intruder dimensions a matrix",
     "survival.survival": "φ(32, 32), W0 and W0 + ΔW",
 }
 
 
 def axis_label(value: str) -> str:
-    """What a metric is called on an axis, with its unit."""
-    from lorabench.report.labels import with_unit
+    """What a measure or metric is called on an axis, with its unit."""
+    from lorabench.report.labels import capitalized, with_unit
 
-    return NAMES.get(value) or with_unit(value)
-
-
-def chosen(frame: pd.DataFrame, runs: pd.DataFrame, kinds: Sequence[str] = ()) -> pd.DataFrame:
-    """The rows of a frame of an analysis that belong to `runs`, of these kinds of layers alone where any are given."""
-    if frame.empty:
-        return frame
-    frame = frame[frame["run_id"].isin(runs.index)]
-    return frame[frame["kind"].isin(kinds)] if kinds else frame
+    return NAMES.get(value) or capitalized(with_unit(value))
 
 
-def metric_rows(results: Any, value: str, runs: pd.DataFrame, kinds: Sequence[str] = ()) -> pd.DataFrame:
-    """The rows of `analysis.metric` that belong to `runs`, inside the model's blocks; `run_id` as plain text."""
+def rows_of(results: Any, analysis: str, runs: pd.DataFrame | None = None, kinds: Sequence[str] = ()) -> pd.DataFrame:
+    """The rows of an analysis that belong to `runs`, of these kinds of layers alone where any are given.
+
+    Where no runs are given, to those that are compared and done; of pairs of runs, both of them.
+    """
     import pandas as pd
 
-    analysis, _, metric = value.partition(".")
     frame = results.analyses.get(analysis, pd.DataFrame())
-    if frame.empty or "metric" not in frame:
-        return pd.DataFrame()
-    frame = chosen(frame[frame["metric"] == metric], runs, kinds)
-    frame = frame[frame["depth"].notna() & frame["value"].notna()]
+    for column in ("run_id", "run_a", "run_b"):
+        if column in frame:
+            frame = frame[frame[column].isin((results.selection.done if runs is None else runs).index)]
+    return frame[frame["kind"].isin(kinds)] if kinds and "kind" in frame else frame
+
+
+def metric_rows(results: Any, value: str, runs: pd.DataFrame | None = None, kinds: Sequence[str] = ()) -> pd.DataFrame:
+    """The rows of `analysis.metric` (`rows_of`) inside the model's blocks, `run_id` as plain text."""
+    analysis, _, metric = value.partition(".")
+    frame = rows_of(results, analysis, runs, kinds)
+    if frame.empty:
+        return frame
+    frame = frame[(frame["metric"] == metric) & frame["depth"].notna() & frame["value"].notna()]
     return frame.astype({"run_id": str, "kind": str, "depth": int, "value": float, "null": float})
 
 
@@ -114,9 +115,8 @@ def _thinned(settings: list[tuple[Any, ...]], place: int, most: int) -> list[tup
 def _score(results: Any, runs: pd.DataFrame) -> float:
     """The mean of what the sweep selects by, smaller being better; infinite where no run has it."""
     from lorabench.report.labels import measure
-    from lorabench.report.tables import quality
 
-    by = results.sweep.select.by if results.sweep.select else f"valid_{quality(results)}"
+    by = results.sweep.select.by if results.sweep.select else f"valid_{results.quality}"
     mean = float(runs[by].mean()) if by in runs else float("nan")
     return float("inf") if mean != mean else -mean if measure(by).higher_is_better else mean
 
@@ -134,7 +134,10 @@ def by_setting(results: Any, rows: pd.DataFrame, settings: Sequence[tuple[Any, .
 
 
 def ordered_kinds(kinds: Iterable[str]) -> list[str]:
-    """As a block computes: query, key, value, output, then the feed-forward, its last matrix at the end."""
+    """As a block computes: query, key, value, output, then the feed-forward, its last matrix at the end.
+
+    A part of ΔW, `q_proj[sBA]`, stands after it.
+    """
     from lorabench.models.targets import DOWN, KINDS
 
     patterns = [*KINDS.values(), _OUTPUT]
@@ -144,7 +147,9 @@ def ordered_kinds(kinds: Iterable[str]) -> list[str]:
             return len(patterns) + 1
         return next((i for i, names in enumerate(patterns) if re.search(rf"(^|\.)({names})$", kind)), len(patterns))
 
-    return sorted(dict.fromkeys(kinds), key=place)
+    split = {kind: kind.partition("[")[::2] for kind in kinds}
+    wholes = sorted(dict.fromkeys(whole for whole, _ in split.values()), key=place)
+    return sorted(split, key=lambda kind: (wholes.index(split[kind][0]), split[kind][1]))
 
 
 def common_layers(rows: pd.DataFrame, key: str) -> pd.DataFrame:

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lorabench.config.plugins import Plugin
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as MatplotlibFigure
-
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+    from pandas import DataFrame as Frame
+else:
+    Axes = Canvas = Frame = Any  # a sweep file is read without them
 
 SECTIONS = {
     "cost": "What it reaches and costs",
@@ -40,11 +43,12 @@ class Figure(Plugin, ABC):
 
     @property
     def measures(self) -> list[str]:
-        """The measures that the sweep file asked it to draw, for the check when a sweep is read."""
-        return []
+        """What its options `costs` and `value` ask for, one measure or several, for the check when a sweep is read."""
+        asked = [getattr(self, option, None) or () for option in ("costs", "value")]
+        return [name for names in asked for name in ([names] if isinstance(names, str) else names)]
 
     @abstractmethod
-    def draw(self, results: Any) -> MatplotlibFigure | None:
+    def draw(self, results: Any) -> Canvas | None:
         """The figure from `results` (a `lorabench.report.results.Results`); None where there is nothing to draw."""
 
     @abstractmethod
@@ -53,6 +57,10 @@ class Figure(Plugin, ABC):
 
         What holds of one sweep and not of another (choices, seeds, what is left out) the report adds.
         """
+
+    def notes(self, results: Any) -> list[str]:
+        """Sentences of the caption that are true of some sweeps alone."""
+        return []
 
     @property
     def of_kinds(self) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 
@@ -26,6 +27,25 @@ NUM_RESIDENT = 4
 
 def _measures(group: str, *rows: tuple[str, str, bool | None, str]) -> dict[str, Measure]:
     return {name: Measure(unit, better, text, group) for name, unit, better, text in rows}
+
+
+def _generated() -> Iterator[tuple[str, str, bool | None, str]]:
+    """How near what a model writes is to the reference, with an interval over the examples; of the base too."""
+    metrics = {
+        "exact_match": ("%", "answers that are the reference's"),
+        "token_f1": ("%", "mean F1 of the answers' words"),
+        "rouge1": ("%", "mean ROUGE-1 (F) of the answers"),
+        "rouge2": ("%", "mean ROUGE-2 (F) of the answers"),
+        "rougeL": ("%", "mean ROUGE-L (F) of the answers"),
+        "bleu": ("", "BLEU of all answers together, 0 to 100"),
+        "chrf": ("", "chrF of all answers together, 0 to 100"),
+    }
+    ends = {"": "", "_low": ": lower end of the 95% interval over the examples", "_high": ": its upper end"}
+    for split, name in {"valid": "validation", "test": "test"}.items():
+        for key, who in {split: name, f"base_{split}": f"{name}, the untouched base"}.items():
+            yield f"{key}_num_generated", "", None, f"answers that were written, {who}"
+            for metric, (unit, what) in metrics.items():
+                yield from ((f"{key}_{metric}{end}", unit, True, f"{what}, {who}{also}") for end, also in ends.items())
 
 
 def _inference() -> Iterator[tuple[str, str, bool | None, str]]:
@@ -99,6 +119,7 @@ MEASURES: dict[str, Measure] = (
         ("load_seconds", "s", False, "wall time to load the base and the data"),
         ("train_seconds", "s", False, "wall time of the training steps"),
         ("evaluate_seconds", "s", False, "wall time of evaluation"),
+        ("generate_seconds", "s", False, "wall time of writing answers and scoring them"),
         ("snapshot_seconds", "s", False, "wall time of keeping snapshots of ΔW while training"),
         ("serve_seconds", "s", False, "wall time of measuring inference, merging, loading and swapping"),
         ("total_seconds", "s", False, "wall time of the run"),
@@ -121,7 +142,10 @@ MEASURES: dict[str, Measure] = (
         ("valid_loss", "nats", False, "validation loss after training; of regression the mean squared error, no nats"),
         ("valid_perplexity", "", False, "exp(valid_loss)"),
         ("valid_token_accuracy", "%", True, "tokens predicted right, validation"),
-        ("valid_accuracy", "%", True, "examples classified right, validation"),
+        ("valid_accuracy", "%", True, "examples classified, or questions answered, right, validation"),
+        ("valid_accuracy_norm", "%", True, "questions answered right by log-likelihood per character, validation"),
+        ("valid_accuracy_byte", "%", True, "questions answered right by log-likelihood per byte, validation"),
+        ("valid_accuracy_token", "%", True, "questions answered right by log-likelihood per token, validation"),
         ("valid_macro_f1", "%", True, "mean F1 of the classes that occur or are predicted, unweighted, validation"),
         ("valid_matthews", "", True, "Matthews correlation coefficient, validation"),
         ("valid_pearson", "", True, "Pearson correlation of predictions and scores, validation"),
@@ -130,12 +154,16 @@ MEASURES: dict[str, Measure] = (
         ("test_loss", "nats", False, "test loss after training"),
         ("test_perplexity", "", False, "exp(test_loss)"),
         ("test_token_accuracy", "%", True, "tokens predicted right, test"),
-        ("test_accuracy", "%", True, "examples classified right, test"),
+        ("test_accuracy", "%", True, "examples classified, or questions answered, right, test"),
+        ("test_accuracy_norm", "%", True, "questions answered right by log-likelihood per character, test"),
+        ("test_accuracy_byte", "%", True, "questions answered right by log-likelihood per byte, test"),
+        ("test_accuracy_token", "%", True, "questions answered right by log-likelihood per token, test"),
         ("test_macro_f1", "%", True, "mean F1 of the classes that occur or are predicted, unweighted, test"),
         ("test_matthews", "", True, "Matthews correlation coefficient, test"),
         ("test_pearson", "", True, "Pearson correlation of predictions and scores, test"),
         ("test_spearman", "", True, "Spearman rank correlation of predictions and scores, test"),
         ("test_majority", "%", None, "accuracy of always answering the most frequent class, test"),
+        *_generated(),
         ("retain_loss_before", "nats", False, "loss of the untouched base on the retention set"),
         ("retain_loss_after", "nats", False, "loss on the retention set after training"),
         ("forgetting", "nats", False, "retain_loss_after - retain_loss_before"),
@@ -149,3 +177,41 @@ MEASURES: dict[str, Measure] = (
     )
 )
 """Every number that a record can hold. Percentages are kept as shares in [0, 1] and printed times 100."""
+
+
+OWN = tuple(name.removeprefix("test_") for name in MEASURES if name.startswith("test_"))
+"""What can be measured on a test set."""
+_OF_SET = re.compile(
+    rf"(?P<kind>test|retain)_(?P<set>[a-z][a-z0-9_]*?)_(?P<metric>{'|'.join(OWN)})(?P<when>_before|_after)?"
+)
+_FORGETTING = re.compile(r"forgetting_(?P<set>[a-z][a-z0-9_]*)")
+
+
+def find(name: str) -> Measure | None:
+    """The measure of that name, also of one of a task's own test or retention sets: `test_boolq_accuracy`,
+    `retain_docs_loss_before`, `forgetting_docs`; None where there is none."""
+    if name in MEASURES:
+        return MEASURES[name]
+    if match := _FORGETTING.fullmatch(name):
+        return Measure("nats", False, f"loss on {match['set']} after training, less that before it", "metrics")
+    match = _OF_SET.fullmatch(name)  # the shortest name of a set that leaves a metric
+    if match is None or (match["kind"] == "retain") != bool(match["when"]):
+        return None
+    known = MEASURES[f"test_{match['metric']}"]
+    when = {"_before": ", the untouched base", "_after": ", after training"}.get(match["when"] or "", "")
+    what = "mean over the test sets" if match["set"] == "mean" else f"{match['kind']} set {match['set']}"
+    text = known.text.removesuffix(", test").removesuffix(" after training").removeprefix("test ")
+    return Measure(known.unit, known.higher_is_better, f"{text}, {what}{when}", "metrics")
+
+
+def of_sets(others: Mapping[str, Iterable[str]]) -> dict[str, Measure]:
+    """Those of a task's sets: `test_NAME` or `retain_NAME` -> what is measured on it."""
+    tested = {split: names for split, names in others.items() if split.startswith("test_")}
+    everywhere = set.intersection(*map(set, tested.values())) if tested else set()
+    names = [f"{split}_{metric}" for split, metrics in tested.items() for metric in metrics]
+    names += [f"test_mean_{metric}" for metric in everywhere]
+    for split, metrics in others.items():
+        if split.startswith("retain_"):
+            names += [f"{split}_{metric}{when}" for metric in metrics for when in ("_before", "_after")]
+            names.append(f"forgetting_{split.removeprefix('retain_')}")
+    return {name: measure for name in names if (measure := find(name)) is not None}

@@ -72,6 +72,14 @@ class Method(Plugin, ABC):
         """What the untouched base's blocks have of matrices that `all-linear` does not reach with this method."""
         return []
 
+    def without_effect(self, model: nn.Module) -> list[str]:
+        """What of the method's keys changes nothing on this untouched base, as `KEY: "PATTERN"`."""
+        return []
+
+    def ranks(self, model: nn.Module) -> dict[str, tuple[str, int]]:
+        """Of each linear layer or parameter of this untouched base that it puts factors on: the key, and the rank."""
+        return {}
+
     def problems(self, spec: RunSpec) -> Iterator[str]:
         """Why this method cannot be run as `spec` asks: `key = value: reason`. Checked when a sweep is read."""
         if self.trains_base and spec.quantization != "none":

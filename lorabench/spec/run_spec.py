@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from lorabench.config.decode import Pattern, decode, encode, later
+from lorabench.config.quote import clip
 from lorabench.spec.method import Method
 from lorabench.spec.task import Task
 
@@ -96,6 +97,9 @@ class RunSpec:
     def _task_problems(self) -> Iterator[str]:
         for number, task in enumerate(self.stages, 1):
             yield from (in_stage(problem, number, self.tasks) for problem in task.problems(self))
+        for number, task in enumerate(self.stages[:-1], 1):
+            if task.generation:
+                yield f"tasks {number}: task.generate: only the last task's prompts are written to; leave it out"
         kinds = dict.fromkeys(task.auto_class for task in self.stages)
         if len(kinds) > 1:
             names = ", ".join(task.name for task in self.stages)
@@ -156,12 +160,39 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def swept_keys(flats: list[dict[str, Any]]) -> list[str]:
-    """The keys of which the runs that have them have different values, the method's name apart: what labels show."""
+    """The keys of which the runs that have them have different values, the method's name apart: what labels show.
+
+    And those that like runs have and lack, as `complete` finds them.
+    """
     values: dict[str, set[str]] = {}
     for flat in flats:
         for key, value in flat.items():
             values.setdefault(key, set()).add(repr(value))
-    return [key for key, found in values.items() if len(found) > 1 and key != "method.name"]
+    several = [key for key, found in values.items() if len(found) > 1]
+    return [key for key in complete(several, flats, ["seed"]) if key != "method.name"]
+
+
+def complete(keys: Iterable[str], flats: Sequence[dict[str, Any]], free: Collection[str] = ()) -> list[str]:
+    """The keys, and as many others as are needed for runs that share these to differ in nothing but what is `free`.
+
+    Of two runs of LoRA one has an `alpha_pattern` or names its `layers`, the other does not: such a key has one value
+    among the runs that have it, and yet tells them apart.
+    """
+    known = dict.fromkeys(keys)
+    own = ["method.name", *(key for key in known if key not in free)]
+    groups = _numbered(tuple(repr(flat.get(key)) for key in own) for flat in flats)
+    order = dict.fromkeys([*(key for flat in flats for key in flat), *known])
+    for key in [key for key in order if key not in {"method.name", *known, *free}]:
+        finer = _numbered((group, repr(flat.get(key))) for group, flat in zip(groups, flats, strict=True))
+        if max(finer, default=0) > max(groups, default=0):
+            known[key], groups = None, finer
+    return [key for key in order if key in known]
+
+
+def _numbered(values: Iterable[Any]) -> list[int]:
+    """The number of each among the distinct ones."""
+    numbers: dict[Any, int] = {}
+    return [numbers.setdefault(value, len(numbers)) for value in values]
 
 
 def is_tables(value: Any) -> bool:
@@ -184,6 +215,12 @@ def task_names(tables: list[dict[str, Any]]) -> list[str]:
 def brief(value: Any) -> Any:
     """A value of a flattened spec as one line shows it: a list of tasks by their names."""
     return " > ".join(task_names(value)) if is_tables(value) else value
+
+
+def short(value: Any) -> Any:
+    """The same for a terminal: of a long text, the beginning."""
+    found = brief(value)
+    return clip(found) if isinstance(found, str) else found
 
 
 def unflatten(flat: dict[str, Any]) -> dict[str, Any]:

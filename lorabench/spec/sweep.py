@@ -13,15 +13,23 @@ from typing import Annotated, Any
 
 from lorabench.config import plugins
 from lorabench.config.decode import InputError, Pattern, decode, decode_plugin, read_toml, show
+from lorabench.config.quote import clip, show_path
+from lorabench.data.dataset import builtin_data
+from lorabench.models.base_model import builtin_models
 from lorabench.spec.figure import Figure
-from lorabench.spec.measures import MEASURES, Measure
+from lorabench.spec.generate import ENDS, METRICS
+from lorabench.spec.measures import MEASURES, Measure, find, of_sets
 from lorabench.spec.run_spec import RunSpec, flatten, is_tables, unflatten
 
 SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure"]
 
+LIST = ".generate.metrics"
+"""How a key ends whose value is a list."""
 RESERVED = ("runs", "pairs", "queue", ".", "..")
 """Folders of results/ that are no sweep's."""
 
+TEST = "test_"
+"""What the measures of the test split begin with."""
 
 FILE_NAME = Pattern(r"[\w+-][\w .,+-]{0,99}", "a file name: letters, digits, and any of _-+., and spaces")
 
@@ -33,7 +41,8 @@ class Select:
     over: str = "lr"
     """The key that is chosen, for each method and setting by itself."""
     by: str = "valid_loss"
-    """The measure that decides, averaged over seeds; smaller is better unless the measure says otherwise."""
+    """The measure that decides, averaged over seeds; smaller is better unless the measure says otherwise. None of the
+    test split's: what is chosen on it would be reported of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +59,7 @@ class Table:
     def __post_init__(self) -> None:
         problems = [f"{key} = []: needs at least one" for key in ("rows", "value") if not getattr(self, key)]
         if self.columns in self.rows:
-            problems.append(f'columns = "{self.columns}": is among rows already')
+            problems.append(f"columns = {show(self.columns)}: is among rows already")
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -87,31 +96,32 @@ class Sweep:
         return [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
 
 
-def read_sweep(path: Path, default_name: str | None = None) -> Sweep:
+def read_sweep(path: Path, default_name: str | None = None, stored: bool = False) -> Sweep:
     """The sweep in a TOML file, named by it, else `default_name`, else as the file is.
 
-    Raises InputError with all of its problems at once.
+    One that is `stored` has been run: where it is of an older version and lacks the model or the data of a run, these
+    are what they were then. Raises InputError with all of its problems at once.
     """
     try:
         table, text = read_toml(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such sweep file") from None
+        raise InputError(f"{show_path(path)}: no such sweep file") from None
     try:
-        return parse_sweep(table, text, default_name=default_name or path.stem)
+        return parse_sweep(table, text, default_name=default_name or path.stem, stored=stored)
     except InputError as error:
         raise InputError(error.problems, str(path)) from None
 
 
-def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "sweep") -> Sweep:
+def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "sweep", stored: bool = False) -> Sweep:
     problems = [
-        f"{key} = {show(table[key])}: {plugins.unknown('section', key, SECTIONS)}"
+        f"{clip(key)} = {show(table[key])}: {plugins.unknown('section', key, SECTIONS)}"
         for key in table
         if key not in SECTIONS
     ]
     name = table.get("name", default_name)
     if not isinstance(name, str) or name in RESERVED or not re.fullmatch(FILE_NAME.regex, name):
         problems.append(f"name = {show(name)}: must be {FILE_NAME.choices}; not {', '.join(RESERVED)}")
-    runs, zips, labels = _expand(table, problems)
+    runs, zips, labels = _expand(table, problems, stored)
     known, measures = [*_known_keys(runs), *(["label"] if labels else [])], known_measures(runs)
     select = _collect(problems, lambda: decode(Select, table["select"], "select.")) if "select" in table else None
     tables = [
@@ -124,7 +134,7 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
     ]
     if select and runs:
         problems += _unknown_keys([select.over], [key for key in known if key not in ("seed", "label")], "select.over")
-        problems += _unknown_measures([select.by], {m: measures[m] for m in MEASURES if m in measures}, "select.by")
+        problems += _unfit_to_select(select.by, measures, stored)
     over = {key for group in zips if select and select.over in group for key in group}
     problems += _pooled(labels, runs, over | {"seed", select.over if select else "seed"})
     for number, figure in enumerate(figures, 1):
@@ -135,6 +145,18 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
         name=name, text=text, runs=tuple(runs), zips=tuple(zips), labels=labels, select=select,
         tables=tuple(tables), figures=tuple(figures),
     )  # fmt: skip
+
+
+def _unfit_to_select(by: str, measures: Mapping[str, Measure], stored: bool) -> list[str]:
+    """Why a measure cannot choose. What a stored sweep was allowed when it was run it still is."""
+    choices = {name: measures[name] for name in MEASURES if name in measures}
+    if not stored and by in MEASURES and by.startswith(TEST):
+        other = show("valid_" + by.removeprefix(TEST))
+        return [f"select.by = {show(by)}: would choose on the test set what is then reported of it; use {other}"]
+    if not stored:
+        heads, ends = (TEST, "base_"), (*ENDS[1:], "num_generated")
+        choices = {name: choices[name] for name in choices if not (name.startswith(heads) or name.endswith(ends))}
+    return _unknown_measures([by], choices, "select.by")
 
 
 def _once(problems: list[str]) -> list[str]:
@@ -161,7 +183,9 @@ def _blocks(table: dict[str, Any], key: str, problems: list[str]) -> list[dict[s
     return []
 
 
-def _expand(table: dict[str, Any], problems: list[str]) -> tuple[list[RunSpec], list[tuple[str, ...]], dict[str, str]]:
+def _expand(
+    table: dict[str, Any], problems: list[str], stored: bool
+) -> tuple[list[RunSpec], list[tuple[str, ...]], dict[str, str]]:
     """All runs of all grid blocks, each once, the groups of keys that move together, and the runs' labels."""
     base = table.get("base", {})
     for key in ("zip", "exclude", "label"):
@@ -190,6 +214,7 @@ def _expand(table: dict[str, Any], problems: list[str]) -> tuple[list[RunSpec], 
             keys |= dict.fromkeys(cell)
             if any(_matches(cell, rule) for rule in excluded):
                 continue
+            problems += [] if stored else [f"{where}{problem}" for problem in _unnamed(cell)]
             spec = _collect(problems, lambda cell=cell, where=where: decode(RunSpec, unflatten(cell), where))
             if spec:
                 specs.setdefault(spec.id, spec)
@@ -203,6 +228,23 @@ def _expand(table: dict[str, Any], problems: list[str]) -> tuple[list[RunSpec], 
     if labels and len(labels) < len(specs):
         problems.append("label: is missing in some [[grid]] blocks: give one to each, or to none")
     return list(specs.values()), list(zips), labels
+
+
+def _unnamed(cell: dict[str, Any]) -> Iterator[str]:
+    """A problem for the model, and for the data of each task, that a cell does not name: nothing is trained unasked."""
+    if "model" not in cell:
+        yield f"model: is missing: {_any_of('a Hub id', 'a local folder', *builtin_models())}"
+    wanted = _any_of("a file", "a folder", "a Hub data set", *builtin_data())
+    if any(key.startswith("task.") for key in cell) and "task.data" not in cell:
+        yield f"task.data: is missing: {wanted}"
+    tasks = cell.get("tasks", [])
+    for number, task in enumerate(tasks if is_tables(tasks) else [], 1):
+        if "data" not in task:
+            yield f"tasks {number}: task.data: is missing: {wanted}"
+
+
+def _any_of(*choices: str) -> str:
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
 def _label(template: Any, spec: RunSpec, where: str, problems: list[str]) -> str:
@@ -226,7 +268,7 @@ def _pooled(labels: dict[str, str], runs: list[RunSpec], free: set[str]) -> list
         keys = [key for key in dict.fromkeys(key for flat in flats for key in flat) if key not in free]
         differing = [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
         if differing:
-            problems.append(f"label = {show(label)}: is given to runs that differ in {', '.join(differing)}")
+            problems.append(f"label = {show(label)}: is given to runs that differ in {clip(', '.join(differing))}")
     return problems
 
 
@@ -247,7 +289,8 @@ def _merge(base: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
 def _cells(
     flat: dict[str, Any], groups: list[tuple[str, ...]], where: str, problems: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Every cell of the grid: lists are axes (of tables: one value), the keys of a zip group move together."""
+    """Every cell of the grid: lists are axes (of tables, and the values of LIST: one), the keys of a zip group move
+    together."""
     axes: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
     for key, value in flat.items():
         if isinstance(value, list) and not value:
@@ -255,7 +298,7 @@ def _cells(
             return
     often = {key for key in flat if sum(key in group for group in groups) > 1}
     if often:
-        problems.append(f"{where}zip: {', '.join(sorted(often))}: a key can move with one group only")
+        problems.append(f"{where}zip: {clip(', '.join(sorted(often)))}: a key can move with one group only")
         return
     for group in groups:
         lists: list[Any] = [flat.get(key) for key in group]
@@ -269,7 +312,7 @@ def _cells(
         axes[group] = list(zip(*lists, strict=True))
     zipped = {key for group in groups for key in group}
     for key, value in flat.items():
-        if _is_axis(value) and key not in zipped:
+        if _is_axis(value) and key not in zipped and not key.endswith(LIST):
             axes[(key,)] = [(item,) for item in value]
     for choice in itertools.product(*axes.values()):
         cell = dict(flat)
@@ -329,16 +372,30 @@ def known_measures(runs: Sequence[RunSpec] = ()) -> Mapping[str, Measure]:
     absent = set() if any(run.tasks for run in runs) else {"sequence"}
     absent |= set() if any(run.serving for run in runs) else {"serving"}
     reports = {name for run in runs for name in run.stages[-1].reports}
-    if any("retain" in task.sources() for run in runs for task in run.stages):
-        reports |= {"retain_loss_before", "retain_loss_after", "forgetting"}
+    written = {name for run in runs for name in _written(run)}
+    others = {split: other.reported for run in runs for task in run.stages for split, other in task.others.items()}
+    if "retain" in others:
+        reports |= {"retain_loss_before", "retain_loss_after"}
+    if any(split.startswith("retain") for split in others):
+        reports |= {"forgetting"}
     measures = {
         name: measure
         for name, measure in MEASURES.items()
-        if measure.group != "metrics" or re.sub("^(base_)?(valid|test|train)_", "", name) in reports
+        if measure.group != "metrics" or name in written or re.sub("^(base_)?(valid|test|train)_", "", name) in reports
         if measure.group not in absent
     }
+    measures |= of_sets(others)
     moving = any(run.snapshot_every for run in runs)
     return measures | _layer_measures([a for a in analyses if a.needs != "trajectory" or moving])
+
+
+def _written(run: RunSpec) -> Iterator[str]:
+    """The measures of what a run's model writes, and its base, on the splits that it writes to."""
+    generate = run.stages[-1].generation
+    for split in generate.measured_splits if generate else ():
+        for name in generate.reports if generate else ():
+            short = "valid" if split == "validation" else split
+            yield from (f"{short}_{name}", f"base_{short}_{name}")
 
 
 @cache
@@ -356,12 +413,16 @@ def _layer_measures(analyses: Iterable[Any]) -> dict[str, Measure]:
     return found
 
 
+def _why(value: str, known: Mapping[str, Measure]) -> str:
+    is_written = any(metric in value for metric in METRICS) and find(value) is not None
+    return UNMEASURED if is_written else plugins.unknown("measure", value, list(known))
+
+
+UNMEASURED = "is measured by no run of this sweep, or cannot be used here (answers: see task.generate.splits)"
+
+
 def _unknown_measures(values: list[str], known: Mapping[str, Measure], where: str) -> list[str]:
-    return [
-        f"{where} = {show(value)}: {plugins.unknown('measure', value, list(known))}"
-        for value in values
-        if value not in known
-    ]
+    return [f"{where} = {show(value)}: {_why(value, known)}" for value in values if value not in known]
 
 
 def _checked(table: Table, known: list[str], measures: Mapping[str, Measure], where: str) -> Table:

@@ -5,28 +5,62 @@ Shapes: n examples in a batch, t tokens, v vocabulary or classes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge
 
-from lorabench.config.plugins import Plugin
+from lorabench.config.decode import InputError, decode_plugin, later
+from lorabench.config.plugins import Plugin, plugin_class
+from lorabench.config.quote import clip, show
 from lorabench.data.rows_file import Row
+from lorabench.spec.measures import MEASURES, OWN
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
+    from lorabench.spec.generate import Generate
     from lorabench.spec.run_spec import RunSpec
 
 Example = dict[str, Any]
 """`input_ids` (t,) and `labels`: (t,) with IGNORE where nothing is predicted, or one class (int) or score (float).
 
-`token_type_ids` (t,) where the tokenizer tells the texts of a pair apart by them.
+`token_type_ids` (t,) where the tokenizer tells the texts of a pair apart by them. Whole numbers by other names are the
+task's own: they are (n,) in a batch, and no input of the model.
 """
 IGNORE = -100
+
+
+class Sets(dict[str, Any]):
+    """Data sets by the names under which what is measured on them is shown: a source, or a table with the fields of a
+    task. Not to be changed: a task is a key of caches."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(repr(self))
+
+
+SET_NAME = re.compile(r"[a-z]([a-z0-9_]{0,38}[a-z0-9])?")
+MEAN = "mean"
+"""What the mean over several sets is called; none may have its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a model is given to answer, and what it should answer."""
+
+    ids: NDArray[Any]
+    """Tokens (t,)."""
+    text: str
+    reference: str
+    tail: str = ""
+    """What `ids` lack of the text, for its token is the answer's first: an answer begins with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +71,9 @@ class Task(Plugin, ABC):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     """The transformers class that loads the base model."""
     reports: ClassVar[tuple[str, ...]] = ("loss",)
-    """The names that `metrics` gives, for the sweep file's check."""
+    """The names that `metrics` gives, for the sweep file's check; see `reported`."""
+    is_running_text: ClassVar[bool] = False
+    """Whether a single row may be cut up, its end held out for validation."""
 
     data: str = "builtin:python-code"
     """`builtin:NAME`, a local file or folder, or a Hub data set (`name` or `name:config`)."""
@@ -46,14 +82,65 @@ class Task(Plugin, ABC):
     """At most this many training examples (None: all)."""
     max_eval: Annotated[int, Ge(1)] | None = None
     """At most this many validation, test and retention examples each (None: all)."""
+    tests: dict[str, Any] = later(Sets())  # noqa: RUF009
+    """Further test sets, each evaluated once, after training: name -> source, read as this task's own data is, or a
+    table with the fields of another task."""
+
+    def __post_init__(self) -> None:
+        for key in ("tests", "retain"):
+            if isinstance(getattr(self, key, None), dict):
+                object.__setattr__(self, key, Sets(getattr(self, key)))
+        try:
+            self.others  # noqa: B018  made now, so that what is wrong of them shows
+        except InputError as error:
+            raise ValueError("\n".join(error.problems)) from None
+
+    @property
+    def others(self) -> dict[str, Task]:
+        """What is evaluated beside the task's own splits: `test_NAME`, `retain` or `retain_NAME` -> what reads it.
+
+        InputError with what is wrong of them. Not to be changed.
+        """
+        return _others(self)
+
+    def _other(self, key: str, name: str, value: Any) -> Task:
+        where = f"{key}.{clip(name)}" if name else key
+        if name and (not SET_NAME.fullmatch(name) or name == MEAN or any(f"test_{name}_{m}" in MEASURES for m in OWN)):
+            rule = "small letters, digits and _, and no word that a measure's own name has there"
+            raise InputError(f"{where} = {show(value)}: its name must be of {rule}")
+        if isinstance(value, str) and key == "tests":
+            own: Any = {"retain": None} if hasattr(self, "retain") else {}
+            return _writing_everywhere(dataclasses.replace(self, data=value, data_revision=None, tests=Sets(), **own))
+        if isinstance(value, str):
+            return plugin_class(self.folder, "text")(data=value, max_eval=self.max_eval)
+        if not isinstance(value, dict):
+            raise InputError(f"{where} = {show(value)}: must be a data set, or a table with the fields of a task")
+        if "data" not in value:
+            raise InputError(f"{where}.data: is missing")
+        other = decode_plugin(Task, {"max_eval": self.max_eval} | value, where)
+        if other.auto_class != self.auto_class:
+            raise InputError(f'{where}.name = "{other.name}": needs another kind of model than {self.name} does')
+        if other.others:
+            raise InputError(f"{where}: has tests or a retention set of its own")
+        return _writing_everywhere(other)
+
+    @property
+    def generation(self) -> Generate | None:
+        """What a model is to write after training; None of a task that has it write nothing."""
+        return None
+
+    @property
+    def reported(self) -> tuple[str, ...]:
+        """The names of all that is measured on a split."""
+        return self.reports + (self.generation.reports if self.generation else ())
 
     def problems(self, spec: RunSpec) -> Iterator[str]:
         """Why this task cannot be run as `spec` asks: `key = value: reason`."""
         return iter(())
 
     def sources(self) -> dict[str, str]:
-        """The data sets that this task reads: role (`task`, `retain`) -> source."""
-        return {"task": self.data}
+        """The data sets that this task reads: role (`task`, and the keys of `others`) -> source."""
+        return {"task": self.data} | {role: other.data for role, other in self.others.items()}
 
     def stratified_by(self) -> str | None:
         """The column whose values rows held out for validation have in the same shares as the rest."""
@@ -73,6 +160,17 @@ class Task(Plugin, ABC):
 
         Only the first `max_train` or `max_eval` are taken: an iterator need not make the others.
         """
+
+    def scored(self, rows: list[Row], tokenizer: Any, seq_len: int, options: dict[str, Any]) -> Iterable[list[Example]]:
+        """What validation and test score, and `max_eval` counts: here single examples, of some tasks several together.
+
+        `metrics` is given their scores in this order.
+        """
+        return ([example] for example in self.examples(rows, tokenizer, seq_len, options))
+
+    def prompts(self, rows: list[Row], tokenizer: Any, seq_len: int) -> list[Prompt]:
+        """What a model is given to write to, of the usable rows of one split; where there is a `generation`."""
+        return []
 
     def model_options(self, rows: list[Row]) -> dict[str, Any]:
         """Further arguments for loading the base model (`num_labels`), from the usable training rows."""
@@ -95,14 +193,38 @@ class Task(Plugin, ABC):
         """The field's metrics of a whole split; `loss` is the mean over its predictions."""
 
 
+def _writing_everywhere(task: Any) -> Task:
+    """Whatever split its rows are taken from."""
+    if task.generation is None:
+        return task
+    generate = dataclasses.replace(task.generation, splits="both")
+    return dataclasses.replace(task, generate=generate)
+
+
+@lru_cache(maxsize=256)
+def _others(task: Task) -> dict[str, Task]:
+    found, problems = {}, []
+    retain = getattr(task, "retain", None)
+    retained = {"": retain} if isinstance(retain, str) else retain or {}
+    for key, sets in (("tests", task.tests), ("retain", retained)):
+        for name, value in sets.items():
+            try:
+                found["_".join([key.removesuffix("s"), *([name] if name else [])])] = task._other(key, name, value)
+            except InputError as error:
+                problems += error.problems
+    names = [f"{split}_{metric}" for split, other in found.items() for metric in other.reported]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        problems.append(f"tests, retain: two of these sets would both have the measure {clip(twice)}: rename one")
+    if problems:
+        raise InputError(problems)
+    return found
+
+
 class LanguageModeling(Task):
     """Next-token prediction: what `text` and `completion` share."""
 
     reports: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
-
-    def sources(self) -> dict[str, str]:
-        retain = getattr(self, "retain", None)
-        return {"task": self.data} | ({"retain": retain} if retain else {})
 
     def count(self, batch: dict[str, Tensor]) -> int:
         return int((batch["labels"][:, 1:] != IGNORE).sum())

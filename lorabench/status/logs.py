@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lorabench.cluster.queue import Submission, read_submissions
 from lorabench.config.decode import InputError
+from lorabench.config.quote import clip, show_path
 from lorabench.store.store import Store
 
 BLOCK = 65536
@@ -34,10 +35,12 @@ def find_run(store: Store, text: str, sweeps: Collection[str] | None = None) -> 
         return found[0]
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise InputError(f"RUN = {text}: begins {len(found)} runs: {', '.join(found[:3])}{more}")
+        raise InputError(f"RUN = {clip(text)}: begins {len(found)} runs: {', '.join(found[:3])}{more}")
     close = difflib.get_close_matches(text, ids if sweeps is None else sweeps, n=1, cutoff=0.5)
-    hint = f" Did you mean '{close[0]}'?" if close else f" `lorabench status {store.root}` lists them"
-    raise InputError(f"RUN = {text}: no such {'run' if sweeps is None else 'run or sweep'} in {store.root}.{hint}")
+    hint = f" Did you mean '{close[0]}'?" if close else f" `lorabench status {show_path(store.root)}` lists them"
+    raise InputError(
+        f"RUN = {clip(text)}: no such {'run' if sweeps is None else 'run or sweep'} in {show_path(store.root)}.{hint}"
+    )
 
 
 def jobs_of(store: Store, run_id: str) -> list[tuple[Submission, str]]:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lorabench.cluster.run_states import Standing
-from lorabench.spec.run_spec import brief, flatten, swept_keys
+from lorabench.spec.run_spec import brief, flatten, short, swept_keys
 from lorabench.status.logs import last_lines, run_log
 from lorabench.store.record import FAILURES, Status
 from lorabench.store.store import Store
@@ -118,7 +118,7 @@ def _columns(standing: Standing, flat: dict[str, Any], swept: list[str]) -> dict
         "left": duration(left) if left is not None else None,
         "heartbeat": duration(beat) if beat is not None else None,
         "job": queue.job_id if queue and is_here else None,
-        "swept": " ".join(f"{key}={brief(flat[key])}" for key in swept if key in flat),
+        "swept": " ".join(f"{key}={short(flat[key])}" for key in swept if key in flat),
         "reason": reason(standing),
     }
 
@@ -135,17 +135,19 @@ def reason(standing: Standing) -> str | None:
 
 def _settings_table(standings: Sequence[Standing], flats: list[dict[str, Any]], swept: list[str]) -> str:
     """A line a setting with its runs by status. Settings differ in every swept key but those that would be too many."""
+    swept = list(dict.fromkeys([*["method.name"] * (len({flat.get("method.name") for flat in flats}) > 1), *swept]))
     texts = [{key: brief(flat[key]) for key in swept if key in flat} for flat in flats]
     sizes = {key: len({text.get(key) for text in texts}) for key in swept}
     keys = [key for key in swept if key != "seed"]
     while len({tuple(text.get(key) for key in keys) for text in texts}) > MAX_SETTINGS:
-        keys.remove("lr" if "lr" in keys else max(keys, key=sizes.__getitem__))
+        others = [key for key in keys if key != "method.name"] or keys  # without it a line tells of nothing
+        keys.remove("lr" if "lr" in keys else max(others, key=sizes.__getitem__))
     counts: dict[tuple[str | None, ...], Counter[str]] = {}
     for standing, text in zip(standings, texts, strict=True):
         counts.setdefault(tuple(text.get(key) for key in keys), Counter())[str(standing.status)] += 1
     statuses = [str(status) for status in Status if any(str(status) in counter for counter in counts.values())]
     settings = sorted(counts, key=lambda setting: [_ordinal(text) for text in setting])
-    rows = [dict(zip(keys, setting, strict=True)) | counts[setting] for setting in settings]
+    rows = [dict(zip(keys, map(short, setting), strict=True)) | counts[setting] for setting in settings]
     return text_table(rows, [*keys, *statuses]) if keys else ""
 
 

@@ -2,12 +2,14 @@
 
 A claim is a numbered file, `claims/0001.json`, created exclusively (O_EXCL, which NFS honours). The highest number
 is the owner. A dead owner's cell is taken by creating the next number, which again only one can do; no claim is ever
-deleted, so there is no moment without an owner, and the numbers count the attempts.
+deleted, so there is no moment without an owner, and the numbers count the attempts. They go on where a damaged run was
+set aside and is made anew.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -39,6 +41,8 @@ _STILL: dict[Path, tuple[int, float]] = {}
 """Claim file -> its date, as first seen, in ns by the clock that dates it; and when that was, monotonic."""
 MAX_BYTES = 2**20
 """Of a claim's file."""
+SHELF = ".corrupt"
+"""Beside the runs' folders; in it are those that were set aside, `RUN.1`, `RUN.2`, …"""
 PROGRESS: dict[str, Any] = {
     "phase": str,
     "step": int,
@@ -170,7 +174,7 @@ def take(folder: Path, progress: dict[str, Any] | None = None) -> Hold | None:
     if newest and (newest.is_alive() or _beats(folder, newest)):
         return None
     claim = Claim(
-        number=newest.number + 1 if newest else 1,
+        number=last_number(folder, newest) + 1,
         host=socket.gethostname(),
         machine=_machine(),
         pid=os.getpid(),
@@ -193,6 +197,14 @@ def take(folder: Path, progress: dict[str, Any] | None = None) -> Hold | None:
             file.unlink()
         raise
     return Hold(folder, claim)
+
+
+def last_number(folder: Path, newest: Claim | None) -> int:
+    """Of the `newest` claim on the run, or of those that were set aside with it before; 0 where there was none."""
+    if newest:
+        return newest.number
+    aside = (folder.parent / SHELF).glob(f"{glob.escape(folder.name)}.*")
+    return max((number for old in aside for number in _numbers(old)), default=0)
 
 
 def _numbers(folder: Path) -> list[int]:

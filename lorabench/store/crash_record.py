@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lorabench.config.decode import InputError
 from lorabench.config.json_file import Unreadable
-from lorabench.store.claim import take
+from lorabench.store.claim import last_number, take
 from lorabench.store.record import RunRecord, Status, now
 from lorabench.store.store import RunState, Store
 
@@ -18,6 +18,7 @@ def settle(store: Store, state: RunState, status: Status, error: str) -> RunStat
     cannot be written.
     """
     folder, seen = store.folder(state.run_id), state.claim
+    before = last_number(folder, seen)
     hold = take(folder, seen.progress if seen else None)
     if hold is None:
         return store.state(state.run_id)
@@ -29,7 +30,7 @@ def settle(store: Store, state: RunState, status: Status, error: str) -> RunStat
             return replace(state, status=Status.FAILED, error=problem.problems[0], unread=True)
         except InputError:
             pass
-        if record.status == Status.DONE or hold.number > (seen.number if seen else 0) + 1:
+        if record.status == Status.DONE or hold.number > before + 1:
             return RunState(run_id=state.run_id, status=record.status, spec=record.spec, record=record)
         record = replace(record, status=status, error=error, finished=now())
         store.write(record)

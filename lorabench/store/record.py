@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorabench.config.decode import InputError
 from lorabench.config.json_file import build, check_name, fit
 from lorabench.config.quote import clip
+
+if TYPE_CHECKING:
+    from lorabench.spec.run_spec import RunSpec
 
 
 class Status(StrEnum):
@@ -37,6 +40,9 @@ class Status(StrEnum):
 
 
 STEPS_FILE = "steps.jsonl"
+
+
+GENERATIONS_FILE = "generations.jsonl"
 
 
 FAILURES = (Status.OOM, Status.TIMEOUT, Status.DIVERGED, Status.FAILED)
@@ -73,6 +79,13 @@ class RunRecord:
     """SHA-256 of what was learned, by path below the run's folder: the analyses' cache key."""
     steps_sha256: str | None = None
     """Of the log of its steps; None of a run that did not end, or was made before this was kept."""
+    generations_sha256: str | None = None
+    """Of what it wrote; None of a run whose task has it write nothing."""
+
+    @classmethod
+    def begun(cls, spec: RunSpec, attempts: int) -> RunRecord:
+        """Of a run that begins now."""
+        return cls(run_id=spec.id, spec=spec.to_json(), status=Status.RUNNING, started=now(), attempts=attempts)
 
     @property
     def updates(self) -> dict[str, str]:
@@ -82,7 +95,8 @@ class RunRecord:
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of all that the run has left, by path below its folder."""
-        return self.files | ({STEPS_FILE: self.steps_sha256} if self.steps_sha256 else {})
+        others = {STEPS_FILE: self.steps_sha256, GENERATIONS_FILE: self.generations_sha256}
+        return self.files | {name: digest for name, digest in others.items() if digest}
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -105,6 +119,8 @@ class RunRecord:
         for name in self.measures:
             if not name.isidentifier() or name in COLUMNS or name in self.spec or len(name) > MAX_NAME:
                 yield f"measures.{clip(name)}: is no name of a measure"
+            elif self.status == Status.DONE and name.endswith("_loss") and not math.isfinite(self.measures[name]):
+                yield f"measures.{name} = {self.measures[name]}: must be finite in a run that is done"
         for path in self.files:
             try:
                 check_name(path)

@@ -8,23 +8,31 @@ Everything is written whole or not at all (temporary file, fsync, rename), so a 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import os
+import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lorabench.config.decode import InputError
-from lorabench.config.digests import check_whole
+from lorabench.config.digests import READ_SUFFIXES, check_files, check_listing, check_whole
 from lorabench.config.durable import write_json
 from lorabench.config.json_file import Unreadable, fit, read_json
 from lorabench.config.quote import clip
 from lorabench.spec.run_spec import RunSpec, spec_id
-from lorabench.store.claim import Claim, current_claim
-from lorabench.store.record import RunRecord, Status
+from lorabench.store import claim as claims
+from lorabench.store.claim import SHELF, Claim, Followed, Hold, current_claim
+from lorabench.store.record import RunRecord, Status, now
 
 CANCEL_MARKER = "cancel"
+_ID = re.compile("-[0-9a-f]{12}$")
+"""How a run's id ends."""
+WAY_OUT = "`run SWEEP --retry corrupt` makes the run again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +65,56 @@ class Store:
         """
         return self.folder(run_id) / CANCEL_MARKER
 
+    def uncancel(self, run_id: str) -> None:
+        """Take the marker away, if there is one."""
+        if os.path.lexists(self.cancel_marker(run_id)):
+            with contextlib.suppress(FileNotFoundError):
+                self.cancel_marker(run_id).unlink()
+
     def run_ids(self) -> list[str]:
-        """Every run that has a folder, sorted."""
+        """Every run that has a folder, or something else in its place, sorted."""
         runs = self.root / "runs"
         if not runs.is_dir():
             return []
-        return sorted(entry.name for entry in os.scandir(runs) if entry.is_dir() and entry.name[0] != ".")
+        found = [entry for entry in os.scandir(runs) if entry.name[0] != "."]
+        return sorted(entry.name for entry in found if os.path.isdir(entry) or _ID.search(entry.name))
 
     def write_spec(self, spec: RunSpec) -> None:
         file = self.folder(spec.id) / "spec.json"
         if not file.exists():
             write_json(file, spec.to_json())
+
+    def claim(self, spec: RunSpec, progress: dict[str, Any] | None = None) -> Hold | Status:
+        """This process's claim on the run, or how that stands where there is nothing to do: done, or running elsewhere.
+
+        InputError where what the run holds cannot be read: it may be whole, and nothing is written over it.
+        """
+        self.write_spec(spec)
+        if self.state(spec.id).status == Status.DONE:
+            return Status.DONE
+        hold = claims.take(self.folder(spec.id), {"step": 0, "steps": spec.total_steps} | (progress or {}))
+        if hold is None:
+            return Status.RUNNING
+        state = self.state(spec.id)
+        if state.status != Status.DONE and not state.unread:
+            return hold
+        with hold:  # finished between the look and the claim
+            if state.unread:
+                raise InputError(state.error or "")
+            return Status.DONE
+
+    def begin(self, spec: RunSpec, hold: Hold) -> RunRecord:
+        """The record of a run that begins now, written where this process has the claim itself."""
+        record = RunRecord.begun(spec, attempts=hold.number)
+        if not isinstance(hold, Followed):
+            self.write(record)
+        return record
+
+    def end(self, record: RunRecord, status: Status, hold: Hold, **notes: str) -> None:
+        """Write the record as that of a run that ends now, with more in its provenance; Lost where another worker has
+        taken the run over."""
+        hold.check()
+        self.write(replace(record, status=status, finished=now(), provenance=record.provenance | notes))
 
     def write(self, record: RunRecord) -> None:
         write_json(self.folder(record.run_id) / "record.json", record.to_json())
@@ -112,7 +159,12 @@ class Store:
         One that merely cannot be read may be whole: it has `failed` for this look.
         """
         table: dict[str, Any] = {}
-        claim = current_claim(self.folder(run_id))
+        folder = self.folder(run_id)
+        for place in (folder, folder / "claims"):
+            if _is_no_folder(place):
+                error = f"{place}: is no folder"
+                return RunState(run_id=run_id, status=Status.CORRUPT, spec=spec.to_json() if spec else {}, error=error)
+        claim = current_claim(folder)
         alive = claim is not None and claim.is_alive()
         try:
             table = self._spec_table(run_id) or (spec.to_json() if spec else {})
@@ -142,11 +194,22 @@ class Store:
             run_id=run_id, status=status, spec=record.spec, record=record, claim=claim, error=record.error
         )  # fmt: skip
 
+    def done(self, run_id: str, what: str) -> RunRecord:
+        """The record of a run that is done. InputError, which begins with `what`, for any other."""
+        state = self.state(run_id)
+        if state.status == Status.CORRUPT:
+            raise InputError(f"{what} = {run_id}: {state.error}; {WAY_OUT}")
+        if state.status != Status.DONE or state.record is None:
+            raise InputError(f"{what} = {run_id}: is {state.status}, not done")
+        return state.record
+
     def verified(self, state: RunState) -> RunState:
         """The same, but `corrupt` where what the run has left is not what its record tells of. Reads all files."""
         if state.record is None or state.status == Status.RUNNING:
             return state
         try:
+            if self._spec_table(state.run_id) is None:
+                raise InputError("spec.json: is gone")
             check_whole(self.folder(state.run_id), state.record.digests)
         except InputError as error:
             unread = isinstance(error, Unreadable)
@@ -156,7 +219,7 @@ class Store:
 
     def set_aside(self, run_id: str) -> Path:
         """Move a damaged run's folder to `runs/.corrupt/`: the run can be made again, and nothing is lost."""
-        shelf = self.root / "runs" / ".corrupt"
+        shelf = self.root / "runs" / SHELF
         shelf.mkdir(exist_ok=True)
         number = next(n for n in itertools.count(1) if not (shelf / f"{run_id}.{n}").exists())
         return self.folder(run_id).rename(shelf / f"{run_id}.{number}")
@@ -167,6 +230,16 @@ class Store:
             yield from (self.state(run_id) for run_id in self.run_ids())
         else:
             yield from (self.state(spec.id, spec) for spec in specs)
+
+
+def _is_no_folder(path: Path) -> bool:
+    """Whether something else stands in its place."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
+        return path.is_symlink()
+    except OSError as error:
+        return error.errno in (errno.ELOOP, errno.ENOTDIR)
 
 
 def _check_spec(table: dict[str, Any], run_id: str, where: str) -> None:
@@ -192,11 +265,42 @@ _SPEC: dict[str, Any] = {
 """What is read of a spec that is not decoded."""
 
 
-def check_updates(folder: Path, record: RunRecord, run: str) -> None:
-    """InputError, which begins with `run`, where what the run has learned is not what it was when it ended."""
+def check_updates(folder: Path, record: RunRecord, run: str, part: str = "updates") -> None:
+    """InputError, which begins with `run`, where what the run has learned is not what it was when it ended.
+
+    Of `part`, what was learned or one snapshot, the files that readers look into.
+    """
+    files = {path: digest for path, digest in record.files.items() if path.startswith(f"{part}/")}
     try:
-        check_whole(folder, record.updates)
-        if not record.updates:
+        if not files:
             raise InputError("it has none")
+        check_listing(folder, files)
+        check_files(folder, {path: digest for path, digest in files.items() if path.endswith(READ_SUFFIXES)})
+    except Unreadable as error:  # it may be whole
+        raise InputError(f"{run}: {error}") from None
     except InputError as error:
-        raise InputError(f"{run}: its files are not those that its record describes: {error}") from None
+        raise InputError(f"{run}: its files are not those that its record describes: {error}; {WAY_OUT}") from None
+
+
+def check_run(source: str | Path) -> None:
+    """InputError where a path is what a run of some store has learned, and not what it was when the run ended.
+
+    Of a run that has not, and so has no digests, nothing is known.
+    """
+    path = Path(os.path.realpath(os.path.expanduser(source)))  # Path.resolve raises where a link leads to itself
+    folder = next((each for each in (path, *path.parents[:3]) if _is_run(each)), None)
+    if folder is None:
+        return
+    state = Store(folder.parents[1]).state(folder.name)
+    if state.status == Status.CORRUPT:
+        raise InputError(f"{source}: {state.error}; {WAY_OUT}")
+    top, *inner = path.relative_to(folder).parts or ("updates",)
+    part = {"updates": "updates", "snapshots": "/".join(("snapshots", *inner[:1]))}.get(top)
+    if part is None or state.status != Status.DONE or state.record is None:
+        return
+    if (folder / part).exists() or any(name.startswith(f"{part}/") for name in state.record.files):
+        check_updates(folder, state.record, str(source), part)
+
+
+def _is_run(folder: Path) -> bool:
+    return folder.parent.name == "runs" and any((folder / name).is_file() for name in ("spec.json", "record.json"))

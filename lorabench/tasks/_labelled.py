@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.config.decode import InputError, later
-from lorabench.data.rows_file import Row
+from lorabench.config.quote import show
+from lorabench.data.rows_file import Row, place, source_of
 from lorabench.data.values import check_column, in_order, labels, shown, texts
 from lorabench.spec.task import Example, Task
 
@@ -52,12 +53,12 @@ class Labelled(Task):
         """What is predicted. KeyError or ValueError where the label is none of the training rows' kind."""
 
     @abstractmethod
-    def check_labels(self, split: str, found: dict[int, str], options: dict[str, Any]) -> None:
-        """InputError where labels are not of the task's kind: row -> what stands there, for those that have one."""
+    def check_labels(self, split: str, found: list[tuple[str, Row]], options: dict[str, Any]) -> None:
+        """InputError where labels are not of the task's kind: what stands there, and where, of rows that have one."""
 
     def problems(self, spec: RunSpec) -> Iterator[str]:
         if self.columns and self.label not in self.columns.split(","):
-            yield f'task.label = "{self.label}": is not among task.columns = "{self.columns}"'
+            yield f"task.label = {show(self.label)}: is not among task.columns = {show(self.columns)}"
 
     def usable(self, split: str, rows: list[Row], options: dict[str, Any]) -> list[Row]:
         if split == "test" and self._says_nothing(rows, options):
@@ -77,7 +78,8 @@ class Labelled(Task):
             return []
         encoded = tokenizer(*self._texts(rows), truncation=True, max_length=seq_len)
         if [] in encoded["input_ids"]:
-            raise InputError(f'task.text = "{self.text}": row {encoded["input_ids"].index([]) + 1} has no tokens')
+            empty = encoded["input_ids"].index([])
+            raise InputError(f"task.text = {show(self.text)}: {place(rows[empty], empty + 1)} has no tokens")
         segments = encoded.get("token_type_ids", [[]] * len(rows))
         targets = [self.target(label, options) for label in self._labels(rows) if label is not None]
         return [
@@ -115,18 +117,18 @@ class Labelled(Task):
         return set(self._labels(rows)) <= ({None} if is_class else {None, NO_LABEL})
 
     def _checked(self, split: str, rows: list[Row], options: dict[str, Any]) -> None:
-        where = f'task.label = "{self.label}"'
+        where = f"task.label = {show(self.label)}"
         check_column(rows, "task.label", self.label)
         found = self._labels(rows)
         if set(found) == {None}:
-            raise InputError(f"{where}: no row has a label")
+            raise InputError(f"{where}: no row{f' of {source}' if (source := source_of(rows)) else ''} has a label")
         if None in found and self.unlabelled is None:
-            raise InputError(f"{where}: row {found.index(None) + 1} has no label; {self._way_out('')}")
+            raise InputError(f"{where}: {_first(rows, found, None)} has no label; {self._way_out('')}")
         if NO_LABEL in found and self.unlabelled is None and self._is_in_doubt(found, options):
             doubt = f'may stand for itself, or mean "no label" as in SNLI; {self._way_out(NO_LABEL)}'
-            raise InputError(f"{where}: row {found.index(NO_LABEL) + 1} has -1, which {doubt}")
-        both = zip(labels(rows, "task.label", self.label), found, strict=True)
-        self.check_labels(split, {row: raw for row, (raw, label) in enumerate(both, 1) if raw and label}, options)
+            raise InputError(f"{where}: {_first(rows, found, NO_LABEL)} has -1, which {doubt}")
+        three = zip(labels(rows, "task.label", self.label), found, rows, strict=True)
+        self.check_labels(split, [(raw, row) for raw, label, row in three if raw and label], options)
 
     def _is_in_doubt(self, found: list[str | None], options: dict[str, Any]) -> bool:
         """Whether -1 stands beside the classes 0, 1, …: of these rows, or else of the training split."""
@@ -137,3 +139,9 @@ class Labelled(Task):
     def _way_out(self, none: str) -> str:
         also = ', task.unlabelled = "" takes them as they are' if none else ""
         return f"task.unlabelled = {shown(none)} leaves such rows out{also}"
+
+
+def _first(rows: list[Row], found: list[str | None], label: str | None) -> str:
+    """Where the first row with this label stands."""
+    number = found.index(label)
+    return place(rows[number], number + 1)

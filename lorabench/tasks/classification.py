@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.config.decode import InputError
-from lorabench.data.rows_file import Row
+from lorabench.config.quote import clip, show
+from lorabench.data.rows_file import Row, place
 from lorabench.data.values import are_scores, as_class, in_order, number, shown
 from lorabench.tasks._labelled import Labelled
 
@@ -34,22 +35,26 @@ class Classification(Labelled):
     def target(self, label: str, options: dict[str, Any]) -> int:
         return options["label2id"][label]
 
-    def check_labels(self, split: str, found: dict[int, str], options: dict[str, Any]) -> None:
-        where = f'task.label = "{self.label}"'
-        if split == "train" and are_scores(found.values()):
-            example = next(
-                (label for label in found.values() if not (number(label) or 0.0).is_integer()), found[min(found)]
-            )
+    def check_labels(self, split: str, found: list[tuple[str, Row]], options: dict[str, Any]) -> None:
+        where = f"task.label = {show(self.label)}"
+        written = [label for label, _ in found]
+        if split == "train" and are_scores(written):
+            example = next((label for label in written if not (number(label) or 0.0).is_integer()), written[0])
             hint = 'task.name = "regression" predicts scores; classes are written without a decimal point'
-            raise InputError(f"{where}: holds scores, such as {example}, and no classes; {hint}")
-        rows = {as_class(label): row for row, label in reversed(found.items())}
+            raise InputError(f"{where}: holds scores, such as {clip(example)}, and no classes; {hint}")
+        rows: dict[str, list[Row]] = {}
+        for label, row in found:
+            rows.setdefault(as_class(label), []).append(row)
         if split == "train" and len(rows) < 2:
             raise InputError(f"{where}: needs at least two classes, found {shown(in_order(rows))}")
+        first = {as_class(label) for label in written[: self.max_train]}
+        if split == "train" and len(first) < 2:  # as of a file that is sorted by its labels
+            says = f"so many rows of train are all of the class {shown(*first)}: take more, or shuffle the file"
+            raise InputError(f"task.max_train = {self.max_train}: {says}")
         known = options.get("label2id", rows)
         strange = [label for label in in_order(rows) if label not in known]
         if strange:
-            reason = f"{shown(strange[0])} (row {rows[strange[0]]}) is no label of the training split"
-            raise InputError(f"{where}: {reason}: {shown(list(known))}")
+            raise InputError(f"{where}: {_unknown(strange[0], rows[strange[0]], list(known))}")
 
     def model_options(self, rows: list[Row]) -> dict[str, Any]:
         classes = self.classes(rows)
@@ -77,6 +82,16 @@ class Classification(Labelled):
             "matthews": _matthews(confusion),
             "majority": max(map(sum, confusion)) / total,
         }
+
+
+def _unknown(label: str, rows: list[Row], known: list[str]) -> str:
+    """That a class of some other split is not in train, how often it is there, and what can be done."""
+    first, name = place(rows[0], 1), shown(label)
+    count = (
+        f"{first} has the class {name}" if len(rows) == 1 else f"{len(rows)} rows have the class {name} ({first}, …)"
+    )
+    way = "add some there, or leave it out by task.unlabelled"
+    return f"{count}, which no row of the training split has: {way}. Its classes: {shown(known)}"
 
 
 def _confusion(scores: list[Any]) -> list[list[int]]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
-from lorabench.config.decode import InputError
+import numpy as np
+
+from lorabench.config.decode import InputError, later
 from lorabench.config.quote import show
-from lorabench.data.rows_file import Row
+from lorabench.data.rows_file import Row, place
 from lorabench.data.tokens import opening, prompt_and_response
 from lorabench.data.values import Template
-from lorabench.spec.task import IGNORE, Example, LanguageModeling
+from lorabench.spec.generate import Generate
+from lorabench.spec.task import IGNORE, Example, LanguageModeling, Prompt
+
+PARTS = ("prompt", "response")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +31,52 @@ class Completion(LanguageModeling):
     response: str = "{response}"
     columns: str | None = None
     """Column names of a csv or tsv without a header line, separated by commas."""
-    retain: str | None = None
-    """Running text (column `text`) on which forgetting is measured: its loss before and after."""
+    retain: str | dict[str, Any] | None = None
+    """Running text (column `text`) on which forgetting is measured, its loss before and after; or several sets: name ->
+    running text, or a table with the fields of another task."""
+    generate: Generate | None = later(None)  # noqa: RUF009
+    """What the model is to write to the prompts, and how that is scored (None: only losses are measured)."""
+
+    @property
+    def generation(self) -> Generate | None:
+        return self.generate
 
     def usable(self, split: str, rows: list[Row], options: dict[str, Any]) -> list[Row]:
-        self._filled(rows)
+        same = [p for key in PARTS for p in Template(f"task.{key}", getattr(self, key)).problems(rows)]
+        if same and split == "train":  # and so in every other
+            raise InputError(same)
+        _, responses = self._filled(rows)
+        if self.generate and split in self.generate.measured_splits:
+            self._check_references(self.generate, rows, responses)
         return rows
+
+    def _check_references(self, generate: Generate, rows: list[Row], responses: list[str]) -> None:
+        """InputError where there is nothing to write to, or a reference has no answer in it."""
+        if not rows:
+            raise InputError(f'task.generate.splits = "{generate.splits}": there is no such split; use "validation"')
+        for number, (row, response) in enumerate(zip(rows, responses, strict=True), 1):
+            if generate.answer is not None and not re.search(generate.answer, response):
+                where = f"{place(row, number)}, whose response is {show(response)}"
+                raise InputError(f"task.generate.answer = {show(generate.answer)}: finds nothing in {where}")
+
+    def prompts(self, rows: list[Row], tokenizer: Any, seq_len: int) -> list[Prompt]:
+        """Each as its example begins, cut from the left to `seq_len` tokens; an answer's room comes on top."""
+        start = opening(tokenizer)
+        return [
+            self._prompt(prompt, response, tokenizer, seq_len, start)
+            for prompt, response in zip(*self._filled(rows), strict=True)
+        ]
+
+    def _prompt(self, prompt: str, response: str, tokenizer: Any, seq_len: int, start: list[int]) -> Prompt:
+        before, answer = prompt_and_response(tokenizer, prompt, response)
+        if start and before[: len(start)] == start:
+            before = before[len(start) :]
+        before = [*start, *before[max(0, len(before) - (seq_len - len(start))) :]]
+        if not before:
+            raise InputError(f"task.prompt = {show(self.prompt)}: is empty, and leaves nothing to write to")
+        written = tokenizer.decode(answer)
+        tail = written.removesuffix(response) if written.endswith(response) else ""
+        return Prompt(ids=np.array(before, np.int32), text=prompt, reference=response, tail=tail)
 
     def examples(self, rows: list[Row], tokenizer: Any, seq_len: int, options: dict[str, Any]) -> list[Example]:
         start = opening(tokenizer)
@@ -38,15 +84,16 @@ class Completion(LanguageModeling):
             raise InputError(f"seq_len = {seq_len}: leaves no room behind the tokens that the tokenizer puts in front")
         pairs = zip(*self._filled(rows), strict=True)
         found = [self._example(prompt, response, tokenizer, seq_len, start) for prompt, response in pairs]
-        for number, example in enumerate(found, 1):
+        for number, (row, example) in enumerate(zip(rows, found, strict=True), 1):
             if len(example["input_ids"]) < 2 or set(example["labels"][1:]) == {IGNORE}:
-                raise InputError(f"task.response = {show(self.response)}: row {number} leaves nothing to predict")
+                nothing = f"{place(row, number)} leaves nothing to predict"
+                raise InputError(f"task.response = {show(self.response)}: {nothing}")
         return found
 
     def _filled(self, rows: list[Row]) -> tuple[list[str], list[str]]:
         """Prompts and responses. InputError with what is wrong of either."""
         found, problems = [], []
-        for key in ("prompt", "response"):
+        for key in PARTS:
             try:
                 found.append(Template(f"task.{key}", getattr(self, key)).fill(rows))
             except InputError as error:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.config.decode import InputError
-from lorabench.data.rows_file import Row
+from lorabench.config.quote import clip, show
+from lorabench.data.rows_file import Row, place
 from lorabench.data.values import number, shown
 from lorabench.tasks._labelled import Labelled
 
@@ -26,12 +27,13 @@ class Regression(Labelled):
     def target(self, label: str, options: dict[str, Any]) -> float:
         return float(label)
 
-    def check_labels(self, split: str, found: dict[int, str], options: dict[str, Any]) -> None:
-        for row, label in found.items():
+    def check_labels(self, split: str, found: list[tuple[str, Row]], options: dict[str, Any]) -> None:
+        where = f"task.label = {show(self.label)}"
+        for count, (label, row) in enumerate(found, 1):
             if number(label) is None:
-                raise InputError(f'task.label = "{self.label}": row {row} is no finite number: {shown(label)}')
-        if split == "train" and len(set(map(float, found.values()))) < 2:
-            raise InputError(f'task.label = "{self.label}": every row has the same score, {found[min(found)]}')
+                raise InputError(f"{where}: {place(row, count)} is no finite number: {shown(label)}")
+        if split == "train" and len({float(label) for label, _ in found}) < 2:
+            raise InputError(f"{where}: every row has the same score, {clip(found[0][0])}")
 
     def model_options(self, rows: list[Row]) -> dict[str, Any]:
         return {"num_labels": 1, "problem_type": "regression"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lorabench.config.decode import InputError
 from lorabench.data.rows_file import Row
@@ -22,8 +22,11 @@ class Text(LanguageModeling):
 
     text: str = "text"
     """Column that holds the text."""
-    retain: str | None = None
-    """A data set of the same kind on which forgetting is measured: its loss before and after."""
+    retain: str | dict[str, Any] | None = None
+    """Running text on which forgetting is measured, its loss before and after; or several sets: name -> running text,
+    or a table with the fields of another task."""
+
+    is_running_text: ClassVar[bool] = True
 
     def usable(self, split: str, rows: list[Row], options: dict[str, Any]) -> list[Row]:
         texts(rows, "task.text", self.text)

@@ -32,19 +32,21 @@ class Base:
     """The ranks that hold it together."""
 
     @classmethod
-    def read(cls, spec: RunSpec, device: torch.device, world: World = ALONE) -> Base:
-        """With its data; no model yet. InputError with what is wrong of the data."""
-        return cls(spec=spec, stages=prepare_stages(spec), device=device, world=world)
+    def read(cls, spec: RunSpec, device: torch.device, world: World = ALONE, asked: Sharding = "auto") -> Base:
+        """With its data; no model yet. InputError with what is wrong of the data.
 
-    def spread(self, asked: Sharding) -> None:
-        """Decide how several ranks hold it: each the whole of it, or a share of its weights."""
-        if self.world.size > 1:
-            how = sharding.choose(self.spec, asked, self.device, self.stages[0].model_options)
-            self.world = self.world.spread(how, self.device)
+        Several ranks decide how they will hold it: each the whole of it, or a share of its weights.
+        """
+        stages = prepare_stages(spec)
+        if world.size > 1:
+            world = world.spread(sharding.choose(spec, asked, device, stages[0].model_options), device)
+        return cls(spec=spec, stages=stages, device=device, world=world)
 
     def load(self) -> nn.Module:
         """The untouched model, whole, where a method is attached to it: every call gives the same."""
-        return seeded_base(self.spec, self.stages[0], sharding.loads_on(self.world, self.device))
+        model = seeded_base(self.spec, self.stages[0], sharding.loads_on(self.world, self.device))
+        base_model.check_length(self.spec, base_model.max_length(model))
+        return model
 
     def untouched(self) -> nn.Module:
         """The untouched model as it computes beside a tuned one: shared out over the ranks where that is."""
@@ -75,10 +77,3 @@ def seeded_base(spec: RunSpec, examples: Examples, device: torch.device) -> nn.M
     """The untouched base: every call gives the same, the random head included."""
     torch.manual_seed(spec.seed)
     return base_model.load_base(spec, device, examples.model_options)
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)

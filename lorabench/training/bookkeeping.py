@@ -7,17 +7,21 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from lorabench.config.decode import encode
-from lorabench.models import weights
 from lorabench.spec.run_spec import task_names
 from lorabench.store.record import RunRecord
 from lorabench.training import flops, ranks, sequence
 from lorabench.training import meter as meters
-from lorabench.training.examples import Examples
 from lorabench.training.peak import peak_flops
 from lorabench.training.state import Training
+
+
+def begin(record: RunRecord, training: Training) -> None:
+    """Put what is known before the first step into the record."""
+    record.measures |= training.counts
+    record.provenance |= training.remarks
+    record.environment |= training.world.describe() | training.base.fingerprints
 
 
 def fill(record: RunRecord, training: Training, folder: Path) -> None:
@@ -42,15 +46,6 @@ def fill(record: RunRecord, training: Training, folder: Path) -> None:
         measures, notes = _utilization(training)
         record.measures |= measures
         record.provenance |= notes
-
-
-def skeleton_of(tuned: nn.Module) -> nn.Module | None:
-    """A copy for counting FLOPs; None where the model cannot be copied, which fails no run."""
-    try:
-        return flops.without_numbers(tuned)
-    except Exception:  # whatever a model cannot have copied, it can be trained
-        traceback.print_exc()
-        return None
 
 
 def _utilization(training: Training) -> tuple[dict[str, float], dict[str, str]]:
@@ -82,17 +77,6 @@ def _utilization(training: Training) -> tuple[dict[str, float], dict[str, str]]:
         of = f"{rate / 1e12:.3g} TFLOP/s are more than the peak {notes['model_flops_utilization']}"
         return measures, notes | {"model_flops_utilization": f"not measured: {of}"}
     return measures | {"model_flops_utilization": rate / peak}, notes
-
-
-def counts_of(tuned: nn.Module, num_base: int, stages: list[Examples]) -> dict[str, float]:
-    trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-    return {
-        "num_parameters": weights.count(tuned),
-        "num_trainable": trainable,
-        "trainable_share": trainable / num_base,
-        "num_train_examples": sum(len(examples.splits["train"]) for examples in stages),
-        "model_gib": weights.held_bytes(tuned) / meters.GIB,
-    }
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -7,7 +7,9 @@ from functools import cache, lru_cache
 from typing import Any
 
 from lorabench.config.decode import InputError
+from lorabench.config.quote import show_path
 from lorabench.data.fingerprints import named
+from lorabench.data.rows_file import place
 from lorabench.models.base_model import load_tokenizer, sequence_end
 from lorabench.spec.run_spec import RunSpec, in_stage
 from lorabench.spec.task import Example, Task
@@ -77,31 +79,33 @@ def _token_problems(model: str, revision: str | None, task: Task, seq_len: int) 
         tokenizer = load_tokenizer(model, revision)
         splits = tokenized(task, usable, tokenizer, seq_len, CHECKED_CHARACTERS)
         if task.auto_class.endswith("ForSequenceClassification"):
-            _check_ends(model, sequence_end(model, revision), tokenizer, splits)
+            _check_ends(model, sequence_end(model, revision), tokenizer, splits, usable)
     except InputError as error:
         return tuple(error.problems)
     return ()
 
 
-def _check_ends(model: str, end: int | None, tokenizer: Any, splits: dict[str, list[Example]]) -> None:
+def _check_ends(model: str, end: int | None, tokenizer: Any, splits: dict[str, list[Example]], usable: Usable) -> None:
     """InputError where an encoder-decoder, whose head reads its state at the last `end`, could not find that.
 
     transformers wants as many of them in each row of a batch, padding included.
     """
     if end is None:
         return
-    why = f'model = "{model}": an encoder-decoder classifies by the end-of-sequence token, number {end}'
+    why = f'model = "{show_path(model)}": an encoder-decoder classifies by the end-of-sequence token, number {end}'
     if tokenizer.pad_token_id == end:
         raise InputError(f"{why}, and its tokenizer pads with that")
     usual = None
     for split, examples in splits.items():
-        for row, example in enumerate(examples, 1):
+        for number, (row, example) in enumerate(zip(usable.rows[split], examples, strict=False), 1):
             found = example["input_ids"].count(end)
             usual = found if usual is None else usual
             if not found:
-                raise InputError(f"{why}, and its tokenizer puts none at the end of a text ({split} split: row {row})")
+                where = f"{split} split: {place(row, number)}"
+                raise InputError(f"{why}, and its tokenizer puts none at the end of a text ({where})")
             if found != usual:
-                raise InputError(f"{why}: {split} split: row {row} has {found} of them, rows before it {usual}")
+                where = f"{split} split: {place(row, number)}"
+                raise InputError(f"{why}: {where} has {found} of them, rows before it {usual}")
 
 
 @lru_cache(maxsize=2)

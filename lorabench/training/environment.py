@@ -8,7 +8,6 @@ import platform
 import re
 import subprocess
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +42,8 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _packages() -> dict[str, str | None]:
+    from importlib.metadata import PackageNotFoundError, version
+
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:

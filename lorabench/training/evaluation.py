@@ -1,63 +1,188 @@
-"""Forward passes, and what a model is worth on a split: of a run, of its untouched base, of any other model."""
+"""What a model is worth on a split: of a run, of its untouched base, of any other model."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
+import hashlib
 import math
+from collections.abc import Callable
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lorabench.config.decode import encode
 from lorabench.processes.distributed import ALONE, World
+from lorabench.spec.generate import ENDS
 from lorabench.spec.run_spec import RunSpec
-from lorabench.training.examples import RETAIN, Batch, Examples, collate
+from lorabench.store.base_results import BaseResult, read_result, result_file, write_result
+from lorabench.store.generations import Generation
+from lorabench.training import ranks
+from lorabench.training.environment import source_digest
+from lorabench.training.examples import Examples, collate, reader
+from lorabench.training.generation import answers
+from lorabench.training.passes import autocast, forward
+from lorabench.training.scoring import scores
 from lorabench.training.state import Training
 from lorabench.training.stop import Diverged, Stop
 
+PREFIX = {"validation": "valid"}
+"""Of the measures of a split, where it is not the split's own name."""
+FIRST = 2
+"""Examples on which a base shows that it is the same."""
+Tell = Callable[..., None]
+"""Is told what is being done, and how far it is: `Attempt.phase`."""
 
-def evaluate_base(training: Training, stop: Stop) -> None:
-    """What the untouched base does on the tasks; a random prompt in front of it would be another model."""
+
+def evaluate_base(training: Training, stop: Stop, tell: Tell, runs: Path) -> bool:
+    """What the untouched base does on the tasks; a random prompt in front of it would be another model.
+
+    True where it is what an earlier run of the store, whose folder of runs is given, has measured: of a base that
+    computes the very same bits on the first examples, whatever the run's method.
+    """
+    tell("evaluate")
     with training.meter.clock("evaluate"):
         model = training.model if training.spec.method.starts_at_base else training.base.untouched()
-        found = evaluate_splits(training, ["validation", "retain"], stop, model)
-    training.rows.append(found["validation"])
-    training.metrics["base_valid_loss"] = found["validation"][-1]["valid_loss"]
-    for retained in found["retain"]:
-        training.metrics["retain_loss_before"] = retained["retain_loss"]
+        file = result_file(runs, _content(training, model)) if training.world.size == 1 else None
+        known = read_result(file) if file else None
+        result = known or _of_base(training, _Evaluation(training, stop, tell, model))
+        if file and not known:
+            with contextlib.suppress(OSError):  # what is kept for others is no reason for this run to fail
+                write_result(file, result)
+    training.rows.append(result.row)
+    training.metrics |= result.metrics
+    ranks.seed(training)
+    return known is not None
 
 
-def evaluate_task(training: Training, stop: Stop) -> None:
+def _of_base(training: Training, on: _Evaluation) -> BaseResult:
+    row = [on.losses(examples, "validation") for examples in training.base.stages]
+    metrics, last = {"base_valid_loss": row[-1]["valid_loss"]}, training.base.stages[-1]
+    for split in last.task.generation.measured_splits if last.task.generation else ():
+        metrics |= {f"base_{name}": value for name, value in on.answers(last, split).items()}
+    for split, examples in _others(training.base.stages, "retain"):
+        metrics |= {f"{name}_before": value for name, value in _retained(split, on.all(examples, split)).items()}
+    return BaseResult(row=row, metrics=metrics)
+
+
+@torch.no_grad()
+def _content(training: Training, model: nn.Module) -> dict[str, Any]:
+    """All that an evaluation of the base depends on; the model by what it computes of the first examples."""
+    spec, examples = training.spec, training.base.stages[-1]
+    batch = collate(examples.splits["validation"][:FIRST], examples.padding, next(model.parameters()).device)
+    model.eval()
+    with autocast(spec, training.meter.device):
+        logits = forward(model, batch).float().cpu().contiguous()
+    own = {key: getattr(spec, key) for key in ("seq_len", "dtype", "quantization", "threads")}
+    return own | training.base.content | {
+        "tasks": [encode(task) for task in spec.stages],
+        "size": spec.micro_batch_size or spec.batch_size,
+        "logits": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
+        "code": source_digest(),
+    }  # fmt: skip
+
+
+def evaluate_task(training: Training, stop: Stop, tell: Tell) -> None:
     """What the model does on every task after training on one; after the last, on the other splits too."""
-    is_last = training.stage == len(training.base.stages) - 1
-    found = evaluate_splits(training, ["validation", *(["test", "retain"] if is_last else [])], stop)
-    training.rows.append(found["validation"])
-    if not is_last:
-        return
-    training.metrics |= found["validation"][-1]
-    for tested in found["test"]:
-        training.metrics |= tested
-    for retained in found["retain"]:
-        training.metrics["retain_loss_after"] = retained["retain_loss"]
-        training.metrics["forgetting"] = retained["retain_loss"] - training.metrics["retain_loss_before"]
-    last = training.losses[-max(1, training.spec.steps // 10) :]
-    training.metrics["train_loss"] = sum(last) / len(last)
+    tell("evaluate")
+    with training.meter.clock("evaluate"):
+        on = _Evaluation(training, stop, tell, training.model)
+        row = [on.losses(examples, "validation") for examples in training.base.stages]
+        is_last = training.stage == len(training.base.stages) - 1
+        found = row[-1] | _at_the_end(training, on) if is_last else {}
+    training.rows.append(row)
+    if is_last:
+        training.metrics |= found
+        training.generations = on.written
+        last = training.losses[-max(1, training.spec.steps // 10) :]
+        training.metrics["train_loss"] = sum(last) / len(last)
 
 
-def evaluate_splits(
-    training: Training, splits: list[str], stop: Stop, model: nn.Module | None = None
-) -> dict[str, list[dict[str, float]]]:
-    """Split -> its metrics on every task for `validation`, on the last task that has the split for the others."""
-    found = {}
-    for split in splits:
-        having = [examples for examples in training.base.stages if examples.splits.get(split)]
-        found[split] = [
-            evaluate(training, examples, split, stop, model)
-            for examples in (having if split == "validation" else having[-1:])
+def _at_the_end(training: Training, on: _Evaluation) -> dict[str, float]:
+    """What is measured once, by its names: answers, the test splits and sets, and what is retained."""
+    last = training.base.stages[-1]
+    found: dict[str, float] = {}
+    having = [examples for examples in training.base.stages if examples.splits.get("test")]
+    for examples in having[-1:]:
+        found |= on.losses(examples, "test")
+    for split in last.task.generation.measured_splits if last.task.generation else ():
+        found |= on.answers(last, split)
+    tested = {split: on.all(examples, split) for split, examples in _others(training.base.stages, "test_")}
+    found |= {name: value for each in tested.values() for name, value in each.items()} | _means(tested)
+    changes = []
+    for split, examples in _others(training.base.stages, "retain"):
+        for name, value in _retained(split, on.all(examples, split)).items():
+            found[f"{name}_after"] = value
+        changes.append(found[f"{split}_loss_after"] - training.metrics[f"{split}_loss_before"])
+        if split != "retain":
+            found[split.replace("retain", "forgetting", 1)] = changes[-1]
+    return found | ({"forgetting": sum(changes) / len(changes)} if changes else {})
+
+
+def _others(stages: list[Examples], kind: str) -> list[tuple[str, Examples]]:
+    """The sets of that kind beside the tasks' own splits, each with the last task that has it."""
+    found = {
+        split: examples
+        for examples in stages
+        for split in examples.task.others
+        if split.startswith(kind) and examples.splits.get(split)
+    }
+    return list(found.items())
+
+
+def retention_of(model: nn.Module, spec: RunSpec, stages: list[Examples]) -> dict[str, float]:
+    """The metrics of a run's retention set, `retain_loss` and its like; of several sets the mean of their losses."""
+    found = {split: metrics_of(model, spec, examples, split) for split, examples in _others(stages, "retain")}
+    if "retain" in found or not found:
+        return found.get("retain", {})
+    return {"retain_loss": sum(each[f"{split}_loss"] for split, each in found.items()) / len(found)}
+
+
+def _retained(split: str, found: dict[str, float]) -> dict[str, float]:
+    """All that is kept of a named set; of a single one its loss."""
+    return {"retain_loss": found["retain_loss"]} if split == "retain" else found
+
+
+def _means(tested: dict[str, dict[str, float]]) -> dict[str, float]:
+    """`test_mean_accuracy` and its like, of what is measured on each of the sets."""
+    bare = [{name.removeprefix(f"{split}_"): value for name, value in each.items()} for split, each in tested.items()]
+    names = [name for name in (bare[0] if bare else ()) if all(name in each for each in bare)]
+    names = [name for name in names if not name.endswith(ENDS[1:]) and not name.startswith("num_")]
+    return {f"test_mean_{name}": sum(each[name] for each in bare) / len(bare) for name in names}
+
+
+class _Evaluation:
+    """Of one model, the run's own or another; keeps what it has written."""
+
+    def __init__(self, training: Training, stop: Stop, tell: Tell, model: nn.Module):
+        self.training, self.stop, self.tell, self.model = training, stop, tell, model
+        self.written: list[Generation] = []
+
+    def all(self, examples: Examples, split: str) -> dict[str, float]:
+        return self.losses(examples, split) | self.answers(examples, split)
+
+    def losses(self, examples: Examples, split: str) -> dict[str, float]:
+        return evaluate(self.training, examples, split, self.stop, self.model)
+
+    def answers(self, examples: Examples, split: str) -> dict[str, float]:
+        """How good are the answers to a split's prompts, where it has any."""
+        prompts, generate = examples.prompts.get(split, []), reader(examples.task, split).generation
+        if generate is None or not prompts:
+            return {}
+        with self.training.meter.clock("generate"):
+            texts = answers(
+                self.model, self.training.spec, generate, prompts, world=self.training.world, check=self.stop.check,
+                tell=lambda done, of: self.tell("generate", done=done, of=of),
+            )  # fmt: skip
+            found, own = scores(texts, generate)
+        self.tell("evaluate")
+        self.written += [
+            Generation(split=split, number=number, scores=score, **vars(text))
+            for number, (text, score) in enumerate(zip(texts, own, strict=True), 1)
         ]
-    return found
+        return {f"{PREFIX.get(split, split)}_{name}": value for name, value in found.items()}
 
 
 def evaluate(
@@ -85,7 +210,7 @@ def metrics_of(
 ) -> dict[str, float]:
     """`evaluate` of any model, as `spec` has it; the loss may be infinite. Ranks take the batches in turn."""
     device = next(model.parameters()).device
-    task = RETAIN if split == "retain" else examples.task
+    task = reader(examples.task, split)
     rows, size = examples.splits.get(split, []), spec.micro_batch_size or -(-spec.batch_size // world.size)
     if not rows:
         return {}
@@ -109,29 +234,6 @@ def metrics_of(
     for each in (each for turn in turns for each in turn if each is not None):
         total, count = total + each[0], count + each[1]
         scores.append(each[2])
-    prefix = {"validation": "valid"}.get(split, split)
+    prefix = PREFIX.get(split, split)
     metrics = task.metrics(total / count, scores)
     return {f"{prefix}_{key}": value for key, value in metrics.items() if value is not None}
-
-
-def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Logits (n, classes), or (n, t, vocabulary) of the batch's own positions: virtual tokens in front have none."""
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
-    if "token_type_ids" in batch and _takes_segments(model):
-        inputs["token_type_ids"] = batch["token_type_ids"]
-    logits = model(**inputs).logits
-    length = batch["input_ids"].shape[1]
-    return logits[:, -length:] if logits.ndim == 3 and logits.shape[1] > length else logits
-
-
-def _takes_segments(model: Any) -> bool:
-    """Whether the base tells the texts of a pair apart by segments, of which a RoBERTa has a single one."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    is_argument = "token_type_ids" in inspect.signature(base.forward).parameters
-    return is_argument and getattr(base.config, "type_vocab_size", 2) > 1
-
-
-def autocast(spec: RunSpec, device: torch.device, world: World = ALONE) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 where the spec says so. Of shared-out weights its cache would keep all, cast, until it ends."""
-    enabled = spec.dtype == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=not world.is_sharded)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,27 +17,32 @@ from lorabench.data.dataset import SPLITS, Data, read_data
 from lorabench.data.rows_file import Row
 from lorabench.models.base_model import load_tokenizer
 from lorabench.spec.run_spec import in_stage
-from lorabench.spec.task import IGNORE, Example, Task
-from lorabench.tasks.text import Text
+from lorabench.spec.task import IGNORE, Example, Prompt, Task
 
 if TYPE_CHECKING:
     from lorabench.spec.run_spec import RunSpec
 
 Batch = dict[str, torch.Tensor]
-RETAIN = Text()
-"""How a retention set is read and scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Tokenized splits of one task (`train`, `validation`, `test`, `retain`) and where they come from."""
+    """Tokenized splits of one task (`train`, `validation`, `test`, and those of `Task.others`) and where they come
+    from."""
 
     task: Task
     splits: dict[str, list[Example]]
     model_options: dict[str, Any]
     padding: int
+    prompts: dict[str, list[Prompt]] = field(default_factory=dict)
+    """Of the splits on which a model is to write."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+
+
+def reader(task: Task, split: str) -> Task:
+    """What reads and scores a split: the task itself, or another."""
+    return task.others.get(split, task)
 
 
 def prepare(spec: RunSpec) -> Examples:
@@ -76,6 +81,7 @@ def _prepare(model: str, revision: str | None, task: Task, seq_len: int) -> Exam
         splits={name: [_compact(example) for example in examples] for name, examples in splits.items()},
         model_options=usable.options,
         padding=tokenizer.pad_token_id,
+        prompts=_prompts(task, usable, tokenizer, seq_len),
         fingerprints=usable.fingerprints,
         notes=usable.notes,
     )
@@ -89,30 +95,37 @@ class Usable:
     options: dict[str, Any]
     fingerprints: dict[str, str]
     notes: dict[str, str]
+    held_out: tuple[str, ...] = ()
+    """The splits that are of the same files as `train`."""
 
 
 def read_usable(task: Task) -> Usable:
     """Read a task's data and check every row. InputError with the problems of all splits, each with its split."""
-    sources = {role: _read(role, source, task) for role, source in task.sources().items()}
-    main, rows, problems = sources["task"].splits, {}, []
-    options: dict[str, Any] = {}
-    for split in SPLITS:
+    problems: list[str] = []
+    sources: dict[str, Data] = {}
+    for role in task.sources():
         try:
-            with _named(split):
-                rows[split] = task.usable(split, main[split], options)
-                options = task.model_options(rows[split]) if split == "train" else options
-        except InputError as error:
-            problems += error.problems
-    if "retain" in sources:  # running text whatever the task is, read as `text` reads it
-        rows["retain"] = sources["retain"].splits["validation"]
-        try:
-            with _named("retain"):
-                RETAIN.usable("validation", rows["retain"], {})
+            sources[role] = _read(role, reader(task, role))
         except InputError as error:
             problems += error.problems
     if problems:
         raise InputError(problems)
-    notes = {role: [data.note] if data.note else [] for role, data in sources.items()}
+    main, rows = sources["task"].splits, {}
+    options: dict[str, Any] = {}
+    held_out = sources["task"].held_out
+    for split in SPLITS:
+        if problems and split in held_out:  # of a file of which it is told what is wrong
+            continue
+        with _collected(split, problems):
+            rows[split] = task.usable(split, main[split], options)
+            options = task.model_options(rows[split]) if split == "train" else options
+    for split, other in task.others.items():
+        own, its_split = _evaluated(split, sources[split])
+        with _collected(split, problems):
+            rows[split] = other.usable(its_split, own, options)
+    if problems:
+        raise InputError(problems)
+    notes = {role: [data.note] if data.note and not _is_whole(role, data) else [] for role, data in sources.items()}
     for split in SPLITS:
         left_out = len(main[split]) - len(rows[split])
         notes["task"] += (
@@ -123,6 +136,7 @@ def read_usable(task: Task) -> Usable:
         options=options,
         fingerprints={role: data.fingerprint for role, data in sources.items()},
         notes={role: "; ".join(texts) for role, texts in notes.items() if texts},
+        held_out=held_out,
     )
 
 
@@ -134,22 +148,33 @@ def tokenized(
 
     InputError with the problems of all splits, each with its split.
     """
-    splits, problems = {}, []
+    splits: dict[str, list[Example]] = {}
+    problems: list[str] = []
     for split, rows in usable.rows.items():
-        reader = RETAIN if split == "retain" else task
-        limit = task.max_train if split == "train" else task.max_eval
-        try:
-            with _named(split):
-                found = reader.examples(_first(rows, most), tokenizer, seq_len, usable.options) if rows else []
-                splits[split] = list(islice(found, limit))
-        except InputError as error:
-            problems += error.problems
-    for split in ("train", "validation"):
-        if splits.get(split) == []:
-            problems.append(f"{split} split: gives no examples")
+        if problems and split in usable.held_out:
+            continue
+        reads = reader(task, split)
+        with _collected(split, problems):
+            given = _first(rows, most), tokenizer, seq_len, usable.options
+            if split == "train":
+                splits[split] = list(islice(reads.examples(*given), task.max_train)) if rows else []
+            else:
+                splits[split] = list(chain.from_iterable(islice(reads.scored(*given), reads.max_eval))) if rows else []
+    needed = ("train", "validation", *task.others)
+    problems += [f"{_where(split)}: gives no examples" for split in needed if splits.get(split) == []]
     if problems:
         raise InputError(problems)
     return splits
+
+
+def _prompts(task: Task, usable: Usable, tokenizer: Any, seq_len: int) -> dict[str, list[Prompt]]:
+    """What there is to write to: of the task's own splits those that it asks for, of others all."""
+    own = task.generation.measured_splits if task.generation else ()
+    readers = dict.fromkeys(own, task) | {split: other for split, other in task.others.items() if other.generation}
+    return {
+        split: reads.prompts(usable.rows[split][: reads.max_eval], tokenizer, seq_len)
+        for split, reads in readers.items()
+    }
 
 
 def _first(rows: list[Row], most: int | None) -> list[Row]:
@@ -164,13 +189,20 @@ def _first(rows: list[Row], most: int | None) -> list[Row]:
 
 
 @contextmanager
-def _named(split: str) -> Iterator[None]:
-    """Says in InputErrors of what split they are."""
+def _collected(split: str, problems: list[str]) -> Iterator[None]:
+    """An InputError goes to the problems, and says of what split they are."""
     try:
         yield
     except InputError as error:
-        where = "task.retain" if split == "retain" else f"{split} split"
-        raise InputError([f"{where}: {problem}" for problem in error.problems]) from error
+        problems += [f"{_where(split)}: {problem}" for problem in error.problems]
+
+
+def _where(split: str) -> str:
+    """`test split`, `task.retain`, `task.tests.boolq`."""
+    kind, _, name = split.partition("_")
+    if kind == "retain":
+        return f"task.retain.{name}" if name else "task.retain"
+    return f"task.tests.{name}" if name else f"{split} split"
 
 
 def _compact(example: Example) -> Example:
@@ -178,15 +210,32 @@ def _compact(example: Example) -> Example:
     return {key: np.array(v, dtype=np.int32) if isinstance(v, list) else v for key, v in example.items()}
 
 
-def _read(role: str, source: str, task: Task) -> Data:
-    if role == "task":
-        label = task.stratified_by()
-        return read_data(source, task.data_revision, getattr(task, "columns", None), label)
+def _read(role: str, task: Task) -> Data:
+    """The data of a task. `role` is what it is of the run's: `task`, or a key of `Task.others`."""
+    columns, text = getattr(task, "columns", None), getattr(task, "text", "text")
     try:
-        return read_data(source)
+        return read_data(task.data, task.data_revision, columns, task.stratified_by(), task.is_running_text, text)
     except InputError as error:
-        problems = [problem.replace("task.data", f"task.{role}", 1) for problem in error.problems]
+        where = "task.data" if role == "task" else _where(role)
+        problems = [problem.replace("task.data", where, 1) for problem in error.problems]
         raise InputError(problems) from error
+
+
+def _is_whole(role: str, data: Data) -> bool:
+    """Whether all rows of it are evaluated, however they were cut."""
+    return role.startswith("test_") and {"validation", "test"} <= set(data.held_out)
+
+
+def _evaluated(split: str, data: Data) -> tuple[list[Row], str]:
+    """The rows of a set that is evaluated alone, and what split they are: of retention validation, of tests the test
+    split, else validation; all rows of what has no splits."""
+    if split.startswith("retain"):
+        return data.splits["validation"], "validation"
+    if data.splits["test"] and "test" not in data.held_out:
+        return data.splits["test"], "test"
+    if "validation" not in data.held_out:
+        return data.splits["validation"], "validation"
+    return [row for rows in data.splits.values() for row in rows], "validation"
 
 
 def collate(examples: list[Example], padding: int, device: torch.device) -> Batch:
@@ -202,6 +251,7 @@ def collate(examples: list[Example], padding: int, device: torch.device) -> Batc
         arrays["labels"] = np.array([example["labels"] for example in examples], kind)
     if any("token_type_ids" in example for example in examples):
         arrays["token_type_ids"] = np.zeros((len(examples), longest), np.int64)
+    arrays |= {key: np.array([example[key] for example in examples]) for key in _numbers(examples[0]) - arrays.keys()}
     for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
         arrays["input_ids"][row, :length] = example["input_ids"]
         if per_token:
@@ -211,6 +261,10 @@ def collate(examples: list[Example], padding: int, device: torch.device) -> Batc
     if min(lengths) < longest:
         arrays["attention_mask"] = (np.arange(longest) < np.array(lengths)[:, None]).astype(np.int64)
     return {key: torch.from_numpy(array).to(device, non_blocking=True) for key, array in arrays.items()}
+
+
+def _numbers(example: Example) -> set[str]:
+    return {key for key, value in example.items() if isinstance(value, int)}
 
 
 class Order:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lorabench.config.decode import InputError
+from lorabench.config.quote import message
 from lorabench.processes.distributed import (
     Place,
     RankFailed,
@@ -25,15 +26,13 @@ from lorabench.processes.distributed import (
     is_peer_loss,
     joined,
     log_name,
-    own_device,
     rendezvous,
+    use_device,
 )
 from lorabench.spec.run_spec import RunSpec
-from lorabench.store import claim
 from lorabench.store.claim import Followed, Hold, Lost
-from lorabench.store.record import RunRecord, Status, now
+from lorabench.store.record import Status, now
 from lorabench.store.store import Store
-from lorabench.training.base import pick_device
 from lorabench.training.run import Attempt, run
 from lorabench.training.stop import Diverged, Stop, Stopped, stop_on_signals
 
@@ -62,57 +61,39 @@ def execute(spec: RunSpec, store: Store, options: Options) -> Status:
     Of several ranks the first one claims the run and writes its record. RankFailed on each of them where one has
     failed: whoever has started them knows of all, and says in the record what it was.
     """
-    place, meeting = options.place, rendezvous(options.place)
-    hold = _take(spec, store, options) if place.rank == 0 else Followed()
+    place, log, meeting = options.place, log_name(options.place.rank), rendezvous(options.place)
+    log_file = store.folder(spec.id) / log
+    hold = store.claim(spec, {"job": options.job} if options.job else {}) if place.rank == 0 else Followed()
     word = broadcast(place, meeting, lambda: str(Status.MISSING if isinstance(hold, Hold) else hold))
     if not isinstance(hold, Hold) or word != Status.MISSING:
         return Status(word)
-    with hold, _log(store.folder(spec.id) / log_name(place.rank), options.log_to_file), _only_new_garbage():
+    with hold, _log(log_file, options.log_to_file), _only_new_garbage():
         return _attempt(spec, store, options, hold, meeting)
-
-
-def _take(spec: RunSpec, store: Store, options: Options) -> Hold | Status:
-    """The claim on the run, or how it stands where there is nothing to do: done, or running elsewhere."""
-    store.write_spec(spec)
-    if store.state(spec.id).status == Status.DONE:
-        return Status.DONE
-    hold = claim.take(store.folder(spec.id), {"job": options.job} if options.job else None)
-    if hold is None:
-        return Status.RUNNING
-    state = store.state(spec.id)
-    if state.status == Status.DONE or state.unread:  # finished between the look and the claim
-        with hold:
-            if state.unread:
-                raise InputError(state.error or "")
-            return Status.DONE
-    return hold
 
 
 def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold, meeting: Any) -> Status:
     """Carry the run out, and write its record with what became of it."""
     place = options.place
-    record = RunRecord(
-        run_id=spec.id, spec=spec.to_json(), status=Status.RUNNING, started=now(), attempts=hold.number
-    )  # fmt: skip
-    if place.rank == 0:
-        store.write(record)
+    record = store.begin(spec, hold)
     deadline = time.monotonic() + options.timeout_seconds if options.timeout_seconds else None
     stop = Stop(deadline=deadline, marker=store.cancel_marker(spec.id))
     try:
-        device = _use_device(options)
-        with stop_on_signals(stop), joined(place, meeting, device) as stop.world:
-            run(
-                Attempt(
-                    spec=spec,
-                    store=store,
-                    hold=hold,
-                    stop=stop,
-                    record=record,
-                    device=device,
-                    checkpoint_seconds=options.checkpoint_seconds,
-                    sharding=options.sharding,
+        with stop_on_signals(stop):
+            device = use_device(options.device, place)
+            with joined(place, meeting, device) as stop.world:
+                run(
+                    Attempt(
+                        spec=spec,
+                        store=store,
+                        hold=hold,
+                        stop=stop,
+                        record=record,
+                        device=device,
+                        place=place,
+                        checkpoint_seconds=options.checkpoint_seconds,
+                        sharding=options.sharding,
+                    )
                 )
-            )
         record.status = Status.DONE
     except Lost:
         raise  # the run is another worker's now: leave its record alone
@@ -122,9 +103,7 @@ def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold, meeting:
             raise RankFailed(record.status, record.error, is_peer_loss(error)) from error
     if place.rank:
         return record.status
-    record.finished = now()
-    hold.check()
-    store.write(record)
+    store.end(record, record.status, hold)
     if record.status == Status.DONE:
         shutil.rmtree(store.folder(spec.id) / "checkpoint", ignore_errors=True)
     return record.status
@@ -149,20 +128,9 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, InputError):
-        return "; ".join(error.problems)
+        return message("; ".join(error.problems))
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _use_device(options: Options) -> torch.device:
-    """This process's device, made the current one."""
-    device = pick_device(options.device)
-    if device.index is not None and options.place.size > 1:
-        raise InputError(f"device = {options.device}: {options.place.size} processes take a GPU each; use cuda")
-    device = own_device(options.place, device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
+    return message(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -11,8 +11,11 @@ Shapes: n examples of t positions in a pass.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+import itertools
+import traceback
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +36,15 @@ what no token changes, such as ΔW formed from factors."""
 
 
 def without_numbers(model: nn.Module) -> nn.Module:
-    """A copy on the meta device in float32, quantized layers as the linear ones whose products they compute."""
+    """A copy on the meta device in float32, quantized layers as the linear ones whose products they compute.
+
+    A model that has no numbers is itself made ready.
+    """
+    if all(
+        t.is_meta and (t.dtype == torch.float32 or not t.is_floating_point())
+        for t in itertools.chain(model.parameters(), model.buffers())
+    ):
+        return _countable(model)
     memo: dict[int, Any] = {id(p): nn.Parameter(_empty(p), requires_grad=p.requires_grad) for p in model.parameters()}
     memo |= {id(buffer): _empty(buffer) for buffer in model.buffers()}
     for module in model.modules():
@@ -41,11 +52,23 @@ def without_numbers(model: nn.Module) -> nn.Module:
             size: Any = module
             linear = nn.Linear(size.in_features, size.out_features, size.bias is not None, device="meta")
             memo[id(module)] = linear.requires_grad_(False)
-    copied: Any = copy.deepcopy(model, memo)
-    copied.set_attn_implementation("eager")  # fused kernels have no formula on every device
-    if hasattr(copied, "set_experts_implementation"):
-        copied.set_experts_implementation("batched_mm")  # others ask for the numbers of tokens
-    return copied.train()
+    return _countable(copy.deepcopy(model, memo))
+
+
+def _countable(model: Any) -> nn.Module:
+    model.set_attn_implementation("eager")  # fused kernels have no formula on every device
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")  # others ask for the numbers of tokens
+    return model.train()
+
+
+def skeleton_of(tuned: nn.Module) -> nn.Module | None:
+    """A copy for counting FLOPs; None where the model cannot be copied, which fails no run."""
+    try:
+        return without_numbers(tuned)
+    except Exception:  # whatever a model cannot have copied, it can be trained
+        traceback.print_exc()
+        return None
 
 
 def of_step(copied: nn.Module, shapes: Mapping[Shape, int], method: Method, num_steps: int = 1) -> float:
@@ -74,10 +97,22 @@ def _terms(n: int, t: int) -> np.ndarray:
 def of_pass(copied: nn.Module, shape: Shape) -> int:
     """Of one forward and backward pass."""
     ids = torch.zeros(shape, dtype=torch.long, device="meta")
-    with torch.random.fork_rng(devices=[]), _Counter() as counter:  # some tuners draw numbers for their dropout
+    fork = torch.random.fork_rng(devices=[])  # some tuners draw numbers for their dropout
+    with fork, _no_autocast(), _Counter() as counter:
         copied(input_ids=ids).logits.sum().backward()
     copied.zero_grad()
     return counter.total
+
+
+@contextlib.contextmanager
+def _no_autocast() -> Iterator[None]:
+    """The meta device has none, not even to be turned off, as PEFT does around its product with stacked experts."""
+    autocast = torch.autocast
+    torch.autocast = lambda *_, **__: contextlib.nullcontext()  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        torch.autocast = autocast  # type: ignore[misc]
 
 
 def _of_penalty(copied: nn.Module, method: Method) -> int:

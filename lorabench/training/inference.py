@@ -22,8 +22,8 @@ from transformers.generation.streamers import BaseStreamer
 from lorabench.models.base_model import max_length
 from lorabench.spec.measures import BATCH_SIZES
 from lorabench.spec.run_spec import RunSpec
-from lorabench.training.evaluation import forward
 from lorabench.training.examples import Batch, Examples, collate
+from lorabench.training.passes import forward
 
 NEW_TOKENS = 5
 """Generated in one call; the first of them is prefill's."""

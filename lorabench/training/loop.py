@@ -15,9 +15,10 @@ from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.task import Example
 from lorabench.store.claim import Hold
 from lorabench.store.steps import StepLog
-from lorabench.training.evaluation import autocast, evaluate, forward
+from lorabench.training.evaluation import evaluate
 from lorabench.training.examples import Batch, Order, collate
 from lorabench.training.meter import Shapes
+from lorabench.training.passes import autocast, forward
 from lorabench.training.state import Training
 from lorabench.training.stop import Diverged, Stop, Stopped
 
@@ -37,6 +38,11 @@ class Saves:
 
 def train(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hold) -> None:
     """Take the remaining steps of the task being trained. Raises Stopped (with a checkpoint written) or Diverged."""
+    with training.meter.training():
+        _steps(training, log, stop, saves, hold)
+
+
+def _steps(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hold) -> None:
     spec, model, meter = training.spec, training.model, training.meter
     batches, steps = Batches(training), Losses(training, log, hold)
     gradients = Gradients(batches.parameters, training.world)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from lorabench.spec.run_spec import RunSpec
+
 GIB = 2**30
 WARM_UP_STEPS = 5
 """Steps left out of throughput after each start (a tenth of the steps where that is less)."""
@@ -50,10 +52,35 @@ class Meter:
         self.baseline_gib = 0.0
         self.set_baseline()
 
+    @classmethod
+    def of_run(cls, spec: RunSpec, device: torch.device) -> Meter:
+        return cls(device, spec.total_steps)
+
     def set_baseline(self) -> None:
         """Count CPU memory from here: what the process and its data hold is not the method's."""
         release_memory()
         self.baseline_gib = self._process.resident() / GIB
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around what is read before the base: on the clock `load`, and of no count in the memory of what follows."""
+        with self.clock("load"):
+            yield
+            self.set_baseline()
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Around the base's loading: its time, and its peak memory."""
+        with self.clock("load"), self.phase("load"):
+            yield
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Around the steps of a task: their time and energy. Of one that is stopped `state` tells."""
+        self.start_training()
+        with self.clock("train"):
+            yield
+        self.end_training()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

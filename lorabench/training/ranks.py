@@ -4,12 +4,47 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lorabench.processes.distributed import World, is_sharded
+from lorabench.processes.distributed import World, is_sharded, local_part
+from lorabench.spec.run_spec import method_seed
 from lorabench.training.meter import Meter
+from lorabench.training.stop import Diverged
+
+if TYPE_CHECKING:
+    from lorabench.training.state import Training
+
+
+def compare(training: Training) -> None:
+    """Raises RuntimeError where ranks begin with other data or weights, which each has read or made by itself."""
+    world = training.world
+    if world.size > 1:
+        if strange := strangers(world, training.base.content):
+            raise RuntimeError(f"the ranks differ: {strange} have other data or another base than rank 0")
+        trained = digest(training.spec.method.trained_state(training.model).values())
+        if strange := strangers(world, trained, frozen_sums(training.model)):
+            raise RuntimeError(f"the ranks differ: {strange} start from other weights than rank 0")
+
+
+def seed(training: Training) -> None:
+    """Dropout of its own for each rank but the first, which goes on as one process would."""
+    if not training.world.is_first:
+        import torch
+
+        torch.manual_seed(method_seed(training.spec, process=training.world.rank))
+
+
+def check_weights(training: Training) -> None:
+    """Raises Diverged where trained weights are not finite, and RuntimeError where ranks differ in what all hold."""
+    world, trained = training.world, training.spec.method.trained_state(training.model)
+    if world.any(not all(local_part(tensor).isfinite().all() for tensor in trained.values())):
+        raise Diverged(f"step {training.step}: trained weights are not finite")
+    if world.size > 1:
+        strange = strangers(world, digest(trained.values()))
+        if strange:
+            raise RuntimeError(f"the ranks have drifted apart: {strange} hold other trained weights than rank 0")
 
 
 def memory(meter: Meter, world: World) -> tuple[dict[str, float], str]:

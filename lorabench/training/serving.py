@@ -36,6 +36,7 @@ from lorabench.training.inference import (
     workload,
 )
 from lorabench.training.meter import GIB
+from lorabench.training.state import Training
 from lorabench.training.stop import Stopped
 from lorabench.updates.update import DELTA_FILE
 
@@ -56,11 +57,30 @@ class Subject:
     device: torch.device
 
 
-def measure(subject: Subject, check: Callable[[], None]) -> tuple[dict[str, float], dict[str, str]]:
+def measure(training: Training, folder: Path, check: Callable[[], None]) -> tuple[dict[str, float], dict[str, str]]:
     """Measures by their names in MEASURES, and provenance, where `serving` says what was left out and why.
 
+    The run's wall time is among them, what is done here included. `folder` is that of what the run has learned, and
     `check` may raise Stopped between two parts.
     """
+    with training.meter.clock("serve"):
+        training.model.zero_grad(set_to_none=True)
+        del training.optimizer
+        bench = _measured(
+            Subject(
+                spec=training.spec,
+                model=training.model,
+                load_base=training.base.untouched,
+                examples=training.base.stages[-1],
+                folder=folder,
+                device=training.base.device,
+            ),
+            check,
+        )
+    return bench.measures | training.meter.wall_time(), bench.notes
+
+
+def _measured(subject: Subject, check: Callable[[], None]) -> _Bench:
     bench = _Bench(subject)
     parts = (bench.prepare, bench.merging, bench.inference, bench.loading, bench.swapping, bench.mixing)
     for part in parts:
@@ -78,7 +98,7 @@ def measure(subject: Subject, check: Callable[[], None]) -> tuple[dict[str, floa
                 break
     if bench.left_out:
         bench.notes["serving"] = "not measured: " + "; ".join(bench.left_out)
-    return bench.measures, bench.notes
+    return bench
 
 
 class _Bench:

@@ -17,10 +17,13 @@ from lorabench.config.decode import InputError
 from lorabench.config.digests import check_files
 from lorabench.config.durable import make_folder, remove, sync
 from lorabench.config.json_file import fit
+from lorabench.models import weights
+from lorabench.models.remarks import remarks
 from lorabench.processes.distributed import World, is_sharded
-from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.run_spec import RunSpec, method_seed
+from lorabench.store.generations import Generation
+from lorabench.training import flops, ranks, sharding
 from lorabench.training import meter as meters
-from lorabench.training import ranks, sharding
 from lorabench.training.base import Base
 from lorabench.training.examples import Examples
 
@@ -52,8 +55,44 @@ class Training:
     log: list[str] = field(default_factory=list)
     """The lines of `steps.jsonl` so far."""
 
+    generations: list[Generation] = field(default_factory=list)
+    """What it wrote at the end, a row an answer; in no checkpoint, for whoever goes on writes anew."""
+
     sizes: set[int] = field(default_factory=set)
     """Numbers of ranks that took the steps before it was stopped."""
+
+    counts: dict[str, float] = field(default_factory=dict)
+    """Parameters, bytes and examples, by their names in MEASURES."""
+    remarks: dict[str, str] = field(default_factory=dict)
+    """What there is to say of the base; see `lorabench.models.remarks`."""
+
+    @classmethod
+    def attach(cls, spec: RunSpec, base: Base, meter: meters.Meter) -> Training:
+        """Load the base, attach the run's method to it, and count; with an optimizer, ready for the first step."""
+        return sharding.in_turn(base.world, lambda: cls._attach(spec, base, meter))
+
+    @classmethod
+    def _attach(cls, spec: RunSpec, base: Base, meter: meters.Meter) -> Training:
+        with meter.loading():
+            model = base.load()
+        about, num_base = remarks(spec, model), weights.count(model)
+        torch.manual_seed(method_seed(spec))
+        model = spec.method.attach(model, spec)
+        skeleton = flops.skeleton_of(model)
+        if spec.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        counts = counts_of(model, num_base, base.stages)
+        model = sharding.shard(model, base.world, base.device, spec.method.trains_base)
+        return cls(
+            spec=spec,
+            base=base,
+            model=model,
+            optimizer=make_optimizer(spec, model),
+            meter=meter,
+            skeleton=skeleton,
+            counts=counts,
+            remarks=about,
+        )
 
     @property
     def world(self) -> World:
@@ -123,6 +162,20 @@ class Training:
         sync(file.parent)
         sharding.drop_shares(file.parent, tensors.get("shares"))
 
+    def resume(self, file: Path) -> bool:
+        """Go on from the checkpoint, if there is one; one that is of no use is set aside, and the run begins anew."""
+        if not self.world.from_first(file.exists):
+            return False
+        try:
+            self.load(file)
+        except ValueError as error:
+            if self.world.is_first:
+                remove(file.with_suffix(".unusable"))
+                os.replace(file, file.with_suffix(".unusable"))
+            print(f"checkpoint {error}; it is set aside, and the run begins anew")
+            return False
+        return True
+
     def load(self, file: Path) -> None:
         """Go on where the checkpoint was written, on as many ranks or on others.
 
@@ -187,6 +240,18 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         struct.error,
     ) as error:
         raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+def counts_of(tuned: nn.Module, num_base: int, stages: list[Examples]) -> dict[str, float]:
+    """Of a model with its method attached, the base of which has so many parameters."""
+    trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    return {
+        "num_parameters": weights.count(tuned),
+        "num_trainable": trainable,
+        "trainable_share": trainable / num_base,
+        "num_train_examples": sum(len(examples.splits["train"]) for examples in stages),
+        "model_gib": weights.held_bytes(tuned) / meters.GIB,
+    }
 
 
 def make_optimizer(spec: RunSpec, model: nn.Module) -> torch.optim.Optimizer:

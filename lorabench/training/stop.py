@@ -13,6 +13,9 @@ from pathlib import Path
 
 from lorabench.processes.distributed import ALONE, World
 
+CAUSES = {signal.SIGHUP: "the end of its launcher"}
+"""Signals that a launcher's process hands on before the SIGTERM by which it asks a run to stop: the run has them
+blocked, so that they wait in it, and tell why."""
 MARKER_SECONDS = 3.0
 """Between two looks for a file: a shared file system is asked over the network."""
 
@@ -58,13 +61,18 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_on_signals(stop: Stop) -> Iterator[None]:
-    """SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 (SLURM's warning) end the run at its next step."""
+    """SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 (SLURM's warning) end the run at its next step.
+
+    In a process of a launcher's SIGTERM alone is heard; the signal that the launcher was given waits behind it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handler(number: int, _frame: object) -> None:
-        stop.reason = stop.reason or signal.Signals(number).name
+        waiting = signal.sigpending() - {signal.SIGTERM}
+        cause = next((kind for kind in (signal.SIGHUP, *kinds) if kind in waiting), signal.Signals(number))
+        stop.reason = stop.reason or CAUSES.get(cause, cause.name)
 
     kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
     before = {kind: signal.signal(kind, handler) for kind in kinds}

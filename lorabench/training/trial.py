@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lorabench.config.decode import InputError, encode
-from lorabench.config.quote import clip
+from lorabench.config.quote import clip, show_path
 from lorabench.models import base_model as models
 from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.task import LanguageModeling
@@ -42,6 +42,10 @@ LENGTH, CHANGED = 12, 8
 SEEN = 1e-5
 """Share of what a changed token changes at its own place: as much before it is no rounding. (Causal models: below 1e-6;
 a BERT of random weights: 1e-3.)"""
+
+
+class NotComputed(InputError):
+    """A model has no output with what a method has put on it."""
 
 
 def try_out(spec: RunSpec, options: dict[str, Any]) -> str:
@@ -91,13 +95,19 @@ def _try_out(key: str, options: str, sizes: int | None = None) -> InputError | s
 
 def _try_sizes(spec: RunSpec, bases: Iterable[nn.Module]) -> str:
     """On the first of the models that the method can be attached to."""
-    reason = ""
+    reason, refused = "", None
     for base in bases:
-        if not reason:
+        if not reason and not refused:
             check_causal(spec, base)
-        reason = check_saving(spec, base)
+        try:
+            reason = check_saving(spec, base)
+        except NotComputed as error:  # a wider one may be
+            refused = error
+            continue
         if not reason:
             return ""
+    if refused:
+        raise refused
     if reason:
         return f"whether what {spec.method.name} learns can be saved was not tried: no small model takes it: {reason}"
     return "neither whether it sees what it predicts nor whether what it learns can be saved was tried: " + NO_MODEL
@@ -145,7 +155,7 @@ def _divisors(config: Any) -> list[int]:
     table = config.to_dict()
     widths = [value for key, value in table.items() if _is_width(key, value)]
     heads, hidden = table.get("num_attention_heads"), table.get("hidden_size")
-    if "head_dim" not in table and isinstance(hidden, int) and isinstance(heads, int) and hidden % heads == 0:
+    if table.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int) and hidden % heads == 0:
         widths.append(hidden // heads)
     common = math.gcd(*widths)
     fit = [n for n in (2**k for k in range(10, 0, -1)) if common % n == 0 and min(widths) // n >= NARROWEST]
@@ -189,20 +199,27 @@ def check_causal(spec: RunSpec, base: nn.Module) -> None:
     moved = (_logits(base, changed) - _logits(base, tokens)).abs()[0]
     if moved[:CHANGED].max() > SEEN * moved[CHANGED].max():
         raise InputError(
-            f'model = "{spec.model}": {type(base).__name__} is no causal language model: what it says of a token '
-            f'depends on later ones, so that task.name = "{spec.task.name}" would give it the answers. Use a causal '
-            'model, or task.name = "classification"'
+            f'model = "{show_path(spec.model)}": {type(base).__name__} is no causal language model: what it says of a '
+            f'token depends on later ones, so that task.name = "{spec.task.name}" would give it the answers. Use a '
+            'causal model, or task.name = "classification"'
         )
 
 
 def check_saving(spec: RunSpec, base: nn.Module) -> str:
-    """InputError where what the method learns cannot be saved and read; why it cannot be attached, if so."""
+    """InputError where what the method learns cannot be computed, saved and read; why it cannot be attached, if so."""
     method, untouched = spec.method, copy.deepcopy(base)
     try:
         torch.manual_seed(0)
         tuned = method.attach(base, spec)
     except Exception as error:  # at these widths: at its own, `lorabench.launch.plan` tries it
         return _reason(error)
+    try:
+        _logits(tuned, _tokens(untouched))
+    except Exception as error:
+        kind = type(untouched).__name__
+        raise NotComputed(
+            f'method.name = "{spec.method.name}": {kind} cannot be computed with it: {_reason(error)}'
+        ) from error
     try:
         with tempfile.TemporaryDirectory(prefix="lorabench-") as folder:
             method.save(tuned, lambda: untouched, Path(folder), "updates")

@@ -28,7 +28,7 @@ from lorabench.updates.readers._entry import CONFIG_FILE, Entry, Found, Other, S
 from lorabench.updates.readers._factors import counted
 from lorabench.updates.readers._gguf_file import GGUF_SUFFIX
 from lorabench.updates.tensorfile import SUFFIXES, open_tensors
-from lorabench.updates.update import Update
+from lorabench.updates.update import DORA_PART, Update
 from lorabench.updates.weightfile import some
 
 VERSION = 3
@@ -73,6 +73,11 @@ class Adapter:
     left_out: tuple[str, ...] = ()
     """Tensors of the file that are in none of these, by their names there, and fields of a configuration that is not
     PEFT's and that change nothing here (`adapter_config.json: FIELD`). `notes` speak of them."""
+
+    @property
+    def num_layers(self) -> int:
+        """How many modules `entries` are of; a part of a ΔW (`MODULE[sBA]`) is no further one."""
+        return len({parameter.replace(f"[{DORA_PART}]", "") for parameter in self.entries})
 
 
 def version_of(method: dict[str, Any]) -> int:

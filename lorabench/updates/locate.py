@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from lorabench.config.decode import InputError
+from lorabench.config.quote import clip, show_path
 from lorabench.data.dataset import BUILTIN
 
 ADAPTER_PATTERNS = [
@@ -24,12 +26,12 @@ def adapter_path(source: str | Path) -> Path:
     Of a run (`results/runs/<id>`), its `updates`. `OWNER/NAME/FOLDER` is a folder of a repository. InputError where
     there is nothing, or the Hub cannot be reached.
     """
-    path = Path(source).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(source))
+    if os.path.exists(path):  # False also of a name that no file system takes
         is_run = (path / "spec.json").is_file() and (path / "updates").is_dir()
         return path / "updates" if is_run else path
     if not _is_hub_id(source):
-        raise InputError(f"{source}: no such file or folder{_beside(path)}")
+        raise InputError(f"{show_path(source)}: no such file or folder{_beside(path)}")
     owner, name, *folders = str(source).split("/")
     root = _download(f"{owner}/{name}", None, ADAPTER_PATTERNS)
     path = root.joinpath(*folders)
@@ -41,18 +43,18 @@ def adapter_path(source: str | Path) -> Path:
 def weights_path(source: str | Path, revision: str | None = None) -> Path:
     """The file or folder of a base's weights; from the Hub, its safetensors (or, where it has none, its `.bin`)."""
     text = str(source)
-    path = BUILTIN / text.removeprefix("builtin:") if text.startswith("builtin:") else Path(source).expanduser()
-    if path.exists():
+    path = BUILTIN / text.removeprefix("builtin:") if text.startswith("builtin:") else Path(os.path.expanduser(source))
+    if os.path.exists(path):
         return path
     if text.startswith("builtin:") or not _is_hub_id(source) or text.count("/") > 1:
-        raise InputError(f"{source}: no such file or folder of weights")
+        raise InputError(f"{show_path(source)}: no such file or folder of weights")
     folder = _download(text, revision, WEIGHT_PATTERNS)
     return folder if list(folder.glob("*.safetensors")) else _download(text, revision, OLD_WEIGHT_PATTERNS)
 
 
 def adapter_folders(path: Path) -> list[str]:
     """Names of the sub-folders that hold an adapter each, as PEFT saves several."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return []
     return sorted(folder.name for folder in path.iterdir() if (folder / "adapter_config.json").is_file())
 
@@ -63,7 +65,7 @@ def _beside(path: Path) -> str:
 
 
 def _is_hub_id(source: str | Path) -> bool:
-    return bool(_HUB_ID.fullmatch(str(source))) and not Path(str(source).partition("/")[0]).exists()
+    return bool(_HUB_ID.fullmatch(str(source))) and not os.path.exists(str(source).partition("/")[0])
 
 
 def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
@@ -75,5 +77,6 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> Pat
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"{repository}: no such file or folder, and not to be had from the Hugging Face Hub: {reason}"
+            f"{show_path(repository)}: no such file or folder, and not to be had from the Hugging Face Hub: "
+            f"{clip(reason, 160)}"
         ) from None

@@ -39,12 +39,14 @@ RESOLVED = (
 )  # fmt: skip
 """Fields of PEFT's LoRA that stand in other words in what is written: each module by its own name, s = 1."""
 OF_ADALORA = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
-OF_ANY = ("auto_mapping", "base_model_name_or_path", "revision", "task_type", "layer_replication")
-"""Fields that mean the same whatever the tuner."""
+OF_TUNERS = ("alpha", "rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d", "init_weights",
+             "decompose_both", "decompose_factor", "projection_prng_key", "save_projection", "vera_dropout",
+             "d_initial", "feedforward_modules", "init_ia3_weights", "oft_block_size", "coft", "eps", "block_share",
+             "use_cayley_neumann", "num_cayley_neumann_terms")  # fmt: skip
+"""Fields of those of PEFT's other tuners that are read (`_peft_forms`): how ΔW was trained, or its form."""
 NOT_EXACT = {"torchtune": "it permutes the rows of queries and keys for its rotary embedding, and the model that PEFT "
              "loads does not"}  # fmt: skip
 """Formats of which the names or rows are not those of the model that PEFT would attach to."""
-_COMPONENT = re.compile(r"(unet|transformer|text_encoder(?:_\d)?|prior|decoder)\.(?=.)")
 _LORA_BIAS = ".lora_B.bias"
 
 
@@ -100,11 +102,11 @@ class Beside:
 
 
 def beside(adapter: Adapter, renamed: Callable[[str], str] = lambda name: name) -> Beside:
-    """Of an adapter, by the names that `renamed` gives a parameter.
+    """Of an adapter, by the names that `renamed` gives a parameter. InputError where a lost configuration is missed.
 
     PEFT takes each module whose name ends with one of `modules_to_save`: all that were saved stand there in full.
     """
-    saved = tuple(name for name in adapter.config.get("modules_to_save") or () if isinstance(name, str))
+    saved = _told_saved(adapter)
     tensors: dict[str, Tensor] = {}
     modules: dict[str, None] = {}
     for name, other in adapter.others.items():
@@ -116,7 +118,28 @@ def beside(adapter: Adapter, renamed: Callable[[str], str] = lambda name: name) 
         module = _saved_module(name, saved)
         if module is not None:
             modules[now.removesuffix(name.removeprefix(module))] = None
-    return Beside(tensors=tensors, modules=tuple(modules), config=carried(adapter.config))
+    return Beside(tensors=tensors, modules=tuple(modules), config=carried(adapter.config) | _told_by_tensors(adapter))
+
+
+def _told_saved(adapter: Adapter) -> tuple[str, ...]:
+    """`modules_to_save`; where there is no configuration, the modules of which a weight was."""
+    told = adapter.config.get("modules_to_save") or ()
+    if not adapter.config:
+        told = [name.removesuffix(".weight") for name in adapter.others if name.endswith(".weight")]
+    return tuple(name for name in told if isinstance(name, str))
+
+
+def _told_by_tensors(adapter: Adapter) -> dict[str, Any]:
+    """Fields of a lost configuration without which PEFT would leave out tensors that it has saved."""
+    if adapter.config:
+        return {}
+    if rows := [name for name in adapter.others if ".token_adapter." in name]:
+        raise InputError(
+            f"{adapter.source}: {rows[0]}: of which tokens these are the rows, only {CONFIG_FILE} can tell"
+        )
+    biases = [name for name in adapter.others if name.endswith(".bias")]
+    of_factors = any(name.endswith(_LORA_BIAS) for name in biases)
+    return {"lora_bias": of_factors, "bias": "none" if of_factors or not biases else "all"}
 
 
 def check_whole(adapter: Adapter) -> None:
@@ -126,21 +149,6 @@ def check_whole(adapter: Adapter) -> None:
         raise InputError(f"{adapter.source}: {clip(method)} adds computation that no ΔW stands for")
     if reason := NOT_EXACT.get(adapter.format):
         raise InputError(f"{adapter.source}: {adapter.format} cannot be written as PEFT exactly: {reason}")
-
-
-def models_of(adapter: Adapter) -> dict[str, str]:
-    """The models that a file is of, and what diffusers puts before the names of each: `unet.`."""
-    if adapter.format not in ("diffusers", "xlabs"):
-        return {"": ""}
-    found = {match[0] if (match := _COMPONENT.match(name)) else "" for name in adapter.entries}
-    if "" in found:
-        return {"": ""}
-    return {prefix.removesuffix("."): prefix for prefix in sorted(found)}
-
-
-def whole_names(adapter: Adapter) -> set[str]:
-    """Parameters that were saved whole: their ΔW, where it is known, is no matter of factors."""
-    return {name for name, other in adapter.others.items() if not other.name.endswith(".base_layer.weight")}
 
 
 def _scale(adapter: Adapter, module: str) -> float:
@@ -162,10 +170,8 @@ def _saved_module(name: str, saved: tuple[str, ...]) -> str | None:
 def carried(config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a source's configuration that hold for what is written of it too, unknown ones included."""
     kind = config.get("peft_type")
-    if kind in ("LORA", "ADALORA"):
-        left = (*RESOLVED, *(OF_ADALORA if kind == "ADALORA" else ()))
-        return {key: value for key, value in config.items() if key not in left}
-    return {key: config[key] for key in OF_ANY if key in config}
+    left = (*RESOLVED, *(OF_ADALORA if kind == "ADALORA" else OF_TUNERS if kind != "LORA" else ()))
+    return {key: value for key, value in config.items() if key not in left}
 
 
 def configuration(targets: Collection[Target], beside: Beside, usual: int | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Shapes: (out, in), as in `lorabench.updates.update`.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import clip
+from lorabench.updates.other_names import diffusers_name
 from lorabench.updates.tensorfile import SUFFIXES, TORCH_SUFFIXES, Tensors, check_regular, open_tensors, read_json
 
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
@@ -73,14 +75,15 @@ class WeightFiles:
         `base_model.model.`): the name itself, else the only one that ends as it does or as which it ends. What the
         two differ by must be a wrapper, not a block (`layers.0.`). Of a name of kohya's (`lora_unet_…`), which has `_`
         for `.`, the one that is so written, else the only one that ends so. An output matrix that is tied to the input
-        embedding, and so is not stored, is found by its own name.
+        embedding, and so is not stored, is found by its own name. Last, what diffusers calls it where that is another.
         """
         if parameter in self._files:
             return parameter
-        ways = (self._longer, self._shorter, self._moved, self._alike, self._flat)
-        for candidates in (way(parameter) for way in ways):
-            if candidates:
-                return candidates[0] if len(candidates) == 1 else None
+        if candidates := self._candidates(parameter):
+            return candidates[0] if len(candidates) == 1 else None
+        other = diffusers_name(parameter)
+        if other is not None:
+            return self.find(other)
         return parameter if _OUTPUT.search(parameter) and self._tied_embedding else None
 
     def shape(self, parameter: str) -> tuple[int, int]:
@@ -166,6 +169,11 @@ class WeightFiles:
             raise InputError(f"{self.path}: {parameter}: no such weight; it has {some(self.names)}")
         return name
 
+    def _candidates(self, parameter: str) -> list[str]:
+        """By the first of the ways in which names differ that finds any."""
+        ways = (self._longer, self._shorter, self._moved, self._alike, self._flat)
+        return next((found for way in ways if (found := way(parameter))), [])
+
     def _longer(self, parameter: str) -> list[str]:
         return [name for name in self._by_end[_end(parameter)] if _is_wrapped(name, parameter)]
 
@@ -237,12 +245,12 @@ def _shards(index: Path) -> list[Path]:
     table = read_json(index, limit_bytes=INDEX_BYTES).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
         raise InputError(f"{index}: weight_map: must say the file of each weight")
-    folder = index.parent.resolve()
+    folder = Path(os.path.realpath(index.parent))
     hub = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder  # the Hub's cache links there
     files = []
     for name in sorted(set(table.values())):
         file = index.parent / name
-        if not is_file_name(name) or file.resolve().parent not in (folder, hub):
+        if not is_file_name(name) or Path(os.path.realpath(file)).parent not in (folder, hub):
             raise InputError(f"{index}: weight_map: {clip(name)}: leads outside the folder, or is no name of a file")
         check_regular(file)
         files.append(file)

@@ -8,15 +8,16 @@ import re
 import pytest
 import torch
 from peft import PeftModel, PeftType
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorabench.cli import main
 from lorabench.config import plugins
 from lorabench.config.decode import InputError
 from lorabench.methods.peft import UNFIT
-from lorabench.training.evaluation import forward
 from lorabench.training.examples import collate, prepare
+from lorabench.training.passes import forward
 from lorabench.updates import formats
 from lorabench.updates.formats import read_updates
 from lorabench.updates.weightfile import is_embedding
@@ -30,8 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 WRITTEN = None
 MATRICES = "the matrices alone"
 """Are written: biases and norms, which two factors cannot hold, are told as left out."""
-DENSE, CONV = "two factors would not be exact", "is a convolution; only linear layers"
-FLAT, MODELS = "`_` may stand for `.`", "names its modules by the model that they are in"
+DENSE = "two factors would not be exact"
+FLAT, MODELS = "`_` may stand for `.`", "holds adapters of several models"
 NO_UPDATE, COMPUTATION = "changes no weight, so that there is no ΔW", "adds computation that no ΔW stands for"
 NOT_PEFTS, ROTARY = "its DoRA is not PEFT's", "it permutes the rows of queries and keys"
 FIXTURES = {
@@ -43,38 +44,38 @@ FIXTURES = {
     "adapterhub_prefix": ("not applicable", "not applicable"),
     "diffusers_linear_layer": (WRITTEN, MODELS),
     "diffusers_metadata": (WRITTEN, MODELS),
-    "diffusers_model": (WRITTEN, CONV),
+    "diffusers_model": (WRITTEN, WRITTEN),
     "diffusers_plain": (WRITTEN, MODELS),
     "diffusers_processor": (WRITTEN, MODELS),
     "kohya_flux": (FLAT, FLAT),
-    "kohya_unet": (FLAT, FLAT),
+    "kohya_unet": (FLAT, MODELS),
     "kohya_zimage": (FLAT, FLAT),
     "loralib_lora": (WRITTEN, WRITTEN),
-    "loralib_weights": (DENSE, CONV),
-    "lycoris_dora": (WRITTEN, FLAT),
-    "lycoris_dora_input": (WRITTEN, FLAT),
-    "lycoris_full": (DENSE, FLAT),
-    "lycoris_locon": (WRITTEN, FLAT),
-    "lycoris_loha": (WRITTEN, FLAT),
-    "lycoris_loha_tucker": (DENSE, FLAT),
-    "lycoris_lokr": (WRITTEN, FLAT),
-    "lycoris_lokr_both": (WRITTEN, FLAT),
-    "lycoris_lokr_tucker": (WRITTEN, FLAT),
-    "lycoris_lokr_whole": (DENSE, FLAT),
-    "lycoris_lora": (WRITTEN, FLAT),
-    "lycoris_lora_zero": (WRITTEN, FLAT),
+    "loralib_weights": (DENSE, WRITTEN),
+    "lycoris_dora": (WRITTEN, WRITTEN),
+    "lycoris_dora_input": (WRITTEN, WRITTEN),
+    "lycoris_full": (DENSE, WRITTEN),
+    "lycoris_locon": (WRITTEN, WRITTEN),
+    "lycoris_loha": (WRITTEN, WRITTEN),
+    "lycoris_loha_tucker": (DENSE, WRITTEN),
+    "lycoris_lokr": (WRITTEN, WRITTEN),
+    "lycoris_lokr_both": (WRITTEN, WRITTEN),
+    "lycoris_lokr_tucker": (WRITTEN, WRITTEN),
+    "lycoris_lokr_whole": (DENSE, WRITTEN),
+    "lycoris_lora": (WRITTEN, WRITTEN),
+    "lycoris_lora_zero": (WRITTEN, WRITTEN),
     "mlx_dora": (NOT_PEFTS, WRITTEN),
     "mlx_experts": ("one of stacked experts", "one of stacked experts"),
     "mlx_lora": (WRITTEN, WRITTEN),
     "peft_adalora": (WRITTEN, WRITTEN),
-    "peft_base": (DENSE, CONV),
+    "peft_base": (DENSE, "every ΔW is 0"),
     "peft_bin": (WRITTEN, WRITTEN),
     "peft_conv1d": (WRITTEN, WRITTEN),
-    "peft_dora": (WRITTEN, CONV),
-    "peft_embedding_conv": (WRITTEN, CONV),
+    "peft_dora": (WRITTEN, WRITTEN),
+    "peft_embedding_conv": (WRITTEN, WRITTEN),
     "peft_ia3": (DENSE, WRITTEN),
-    "peft_loha": (WRITTEN, CONV),
-    "peft_lokr": (WRITTEN, CONV),
+    "peft_loha": (WRITTEN, WRITTEN),
+    "peft_lokr": (WRITTEN, WRITTEN),
     "peft_lora": (WRITTEN, WRITTEN),
     "peft_patterns": (WRITTEN, WRITTEN),
     "peft_pissa": (WRITTEN, WRITTEN),
@@ -84,7 +85,7 @@ FIXTURES = {
     "torchtune_alone": (ROTARY, ROTARY),
     "torchtune_dora": (ROTARY, ROTARY),
     "torchtune_lora": (ROTARY, ROTARY),
-    "xlabs_flux": (WRITTEN, MODELS),
+    "xlabs_flux": (WRITTEN, WRITTEN),
 }
 """What `convert` and `compress` do: written, or refused with these words."""
 FURTHER = {
@@ -134,6 +135,9 @@ METHODS = {
     "peft BEFT": ({"type": "BEFT", "config": {}}, DENSE, MATRICES),
     "peft CARTRIDGE": ({"type": "CARTRIDGE", "config": {"num_virtual_tokens": 4}}, NO_UPDATE, NO_UPDATE),
     "peft LORA": ({"type": "LORA", "config": {"r": 2}}, WRITTEN, WRITTEN),
+    "peft LORA bias of B": ({"type": "LORA", "config": {"r": 2, "lora_bias": True}}, WRITTEN, WRITTEN),
+    "peft LORA tokens": ({"type": "LORA", "config": {"r": 2, "bias": "all", "trainable_token_indices": [1, 5]}},
+                         WRITTEN, WRITTEN),
     "peft LOHA": ({"type": "LOHA", "config": {"r": 2}}, DENSE, WRITTEN),
 } | {
     f"peft {kind}": ({"type": kind, "config": config}, *([NO_UPDATE] * 2 if kind == "CPT" else [DENSE, WRITTEN]))
@@ -258,6 +262,108 @@ def test_fixture(name, command, tmp_path):
     assert checked == len(want)
 
 
+FLUX = {
+    **{f"double_blocks_0_img_attn_qkv[{x}]": f"transformer_blocks.0.attn.to_{x}" for x in "qkv"},
+    **{f"double_blocks_0_txt_attn_qkv[{x}]": f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"},
+    **{f"single_blocks_0_linear1[{x}]": f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"},
+    "double_blocks_0_img_attn_proj": "transformer_blocks.0.attn.to_out.0",
+    "single_blocks_0_linear1[mlp]": "single_transformer_blocks.0.proj_mlp",
+}  # fmt: skip
+ZIMAGE = {f"layers_0_attention_qkv[{x}]": f"layers.0.attention.to_{x}" for x in "qkv"} | {
+    "context_refiner_1_feed_forward_w1": "context_refiner.1.feed_forward.w1"
+}
+UNET = {
+    name.replace(".", "_"): name
+    for name in ("attentions.0.proj_in", "attentions.0.transformer_blocks.0.attn1.to_q",
+                 "attentions.0.transformer_blocks.0.attn2.to_out.0", "resnets.0.conv1", "resnets.0.time_emb_proj")
+}  # fmt: skip
+FUSED = {
+    "kohya_flux": {"double_blocks.0.img_attn.qkv": "qkv", "double_blocks.0.txt_attn.qkv": "qkv",
+                   "single_blocks.0.linear1": ("q", "k", "v", "mlp"), "double_blocks.0.img_attn.proj": ""},
+    "kohya_zimage": {"layers.0.attention.qkv": "qkv", "context_refiner.1.feed_forward.w1": ""},
+}  # fmt: skip
+KOHYA = {
+    "flux of diffusers": ("kohya_flux", {module: [f"lora_unet_{name}"] for name, module in FLUX.items()}),
+    "zimage of diffusers": ("kohya_zimage", {module: [f"lora_unet_{name}"] for name, module in ZIMAGE.items()}),
+    "unet": ("kohya_unet", {f"down_blocks.0.{m}": [f"lora_unet_down_blocks_0_{name}"] for name, m in UNET.items()}),
+    "text encoder": ("kohya_unet", {f"text_model.encoder.layers.0.self_attn.{x}":
+                                    [f"lora_te1_encoder_layers_0_self_attn_{x}"] for x in ("q_proj", "out_proj")}),
+} | {
+    f"{name} as it was": (name, {
+        module: [f"lora_unet_{module.replace('.', '_')}" + (f"[{part}]" if part else "") for part in parts or ("",)]
+        for module, parts in modules.items()
+    })
+    for name, modules in FUSED.items()
+}  # fmt: skip
+"""Fixture, and the modules of a base: which of the library's ΔW are its rows."""
+
+
+@pytest.mark.parametrize("command", ["convert", "compress"])
+@pytest.mark.parametrize("case", KOHYA)
+def test_kohyas_names_on_a_base(case, command, tmp_path):
+    """As diffusers has its modules, or with fused ones as the first code of the model; of one of several models."""
+    name, modules = KOHYA[case]
+    expected = expected_of(name)
+    deltas = {m: torch.cat([expected.pop(f"{part}.weight") for part in parts]) for m, parts in modules.items()}
+    torch.manual_seed(0)
+    weights = {f"{m}.weight": torch.randn(len(d), 4, 3, 3) if "conv1" in m else torch.randn(d.shape)
+               for m, d in deltas.items()}  # fmt: skip
+    save_file(weights, tmp_path / "base.safetensors")
+    folder = write(command, path_of(name), tmp_path / "out", tmp_path / "base.safetensors")
+    tuned = {f"{m}.weight": weights[f"{m}.weight"] + d.reshape(weights[f"{m}.weight"].shape) for m, d in deltas.items()}
+    loaded = PeftModel.from_pretrained(Leaves(weights), folder).eval().get_base_model()
+    found, want = outputs(loaded, modules), outputs(Leaves(tuned), modules)
+    for module in modules:
+        torch.testing.assert_close(found[module], want[module], atol=1e-4, rtol=1e-4, msg=module)
+    assert bool(expected) == (name == "kohya_unet")  # whose other model is told
+
+
+@pytest.mark.parametrize("by_input", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("command", ["convert", "compress"])
+def test_dora_of_a_fused_layer(command, fused, by_input, tmp_path):
+    """m of each row goes with its row; of each input it is a norm over all rows, which one of three does not tell."""
+    torch.manual_seed(0)
+    B, A, W0 = torch.randn(24, 2), torch.randn(2, 8), torch.randn(24, 8)
+    m = torch.rand((1, 8) if by_input else (24, 1)) + 1
+    stem = "lora_unet_layers_0_attention_qkv"
+    tensors = {f"{stem}.lora_up.weight": B, f"{stem}.lora_down.weight": A, f"{stem}.alpha": torch.tensor(4.0)}
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors | {f"{stem}.dora_scale": m}, tmp_path / "adapter" / "lora.safetensors")
+    V = W0 + 2 * B @ A
+    tuned = m * V / V.norm(dim=0 if by_input else 1, keepdim=True)
+    names = ["layers.0.attention.qkv"] if fused else [f"layers.0.attention.to_{x}" for x in "qkv"]
+    weights = {f"{name}.weight": W for name, W in zip(names, W0.chunk(len(names)), strict=True)}
+    save_file({name: W.contiguous() for name, W in weights.items()}, tmp_path / "base.safetensors")
+    if by_input and (command == "convert" or not fused):
+        with pytest.raises(InputError, match=f"{NOT_PEFTS}|only a part of ΔW"):
+            write(command, tmp_path / "adapter", tmp_path / "out", tmp_path / "base.safetensors")
+        return
+    folder = write(command, tmp_path / "adapter", tmp_path / "out", tmp_path / "base.safetensors")
+    loaded = PeftModel.from_pretrained(Leaves(weights), folder).eval().get_base_model()
+    expected = {f"{name}.weight": W for name, W in zip(names, tuned.chunk(len(names)), strict=True)}
+    for name, output in outputs(Leaves(expected), names).items():
+        torch.testing.assert_close(outputs(loaded, [name])[name], output, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("command", ["convert", "compress"])
+def test_of_several_models_the_base_is_one(command, tmp_path, capsys):
+    weights = {f"down_blocks.0.{m}.weight": torch.zeros(4, 16 if "time" in m else 4) for m in UNET.values()}
+    weights["down_blocks.0.resnets.0.conv1.weight"] = torch.zeros(4, 4, 3, 3)
+    save_file(weights, tmp_path / "unet.safetensors")
+    save_file({"another.weight": torch.zeros(2, 2)}, tmp_path / "none.safetensors")
+    arguments = ["convert", str(path_of("kohya_unet")), str(tmp_path / "out")]
+    if command == "compress":
+        arguments = ["compress", arguments[1], "--output", arguments[2], "--results", str(tmp_path / "results")]
+    assert main([*arguments, "--base", str(tmp_path / "unet.safetensors")]) == 0
+    told = "2 layers of lora_te1 left out, such as lora_te1_encoder_layers_0_self_attn_out_proj.weight: not the base's"
+    output = capsys.readouterr()
+    assert told in output.out + output.err
+    arguments[2 + (command == "compress")] = str(tmp_path / "other")
+    assert main([*arguments, "--base", str(tmp_path / "none.safetensors")]) == 2
+    assert "holds adapters of several models (lora_te1, lora_unet), and the base" in capsys.readouterr().err
+
+
 def changes(name):
     """The library's own ΔW: with the untouched base's part, of DoRA."""
     whole = ADAPTERS / name / "whole.safetensors"
@@ -300,6 +406,34 @@ def test_method(case, tiny_bases, labelled, tmp_path):
     assert (want - untouched).abs().max() > 1e-3
 
 
+def in_transformers(tensors):
+    """torchtune's layers by the names that transformers has, with the rows of q and k in its rotary order."""
+    leaves = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    found = {}
+    for name, tensor in tensors.items():
+        block, _, leaf = (
+            name.replace("[sBA]", "").removesuffix(".weight").replace(".attn.", ".self_attn.").rpartition(".")
+        )
+        heads = {"q_proj": 2, "k_proj": 1}.get(leaf)
+        rows = tensor.view(heads, -1, 2, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape) if heads else tensor
+        found[f"model.{block}.{leaves.get(leaf, leaf)}.weight"] = rows
+    return found
+
+
+@pytest.mark.parametrize("command", ["convert", "compress"])
+def test_torchtunes_export_in_peft_form(command, tmp_path):
+    deltas = in_transformers(expected_of("torchtune_lora"))
+    torch.manual_seed(0)
+    weights = {name: torch.randn(delta.shape) for name, delta in deltas.items()}
+    save_file(weights, tmp_path / "base.safetensors")
+    folder = write(command, ADAPTERS / "torchtune_lora" / "adapter", tmp_path / "out", tmp_path / "base.safetensors")
+    names = [name.removesuffix(".weight") for name in weights]
+    loaded = PeftModel.from_pretrained(Leaves(weights), folder).eval().get_base_model()
+    tuned = {name: weight + deltas[name].float() for name, weight in weights.items()}
+    for name, output in outputs(Leaves(tuned), names).items():
+        torch.testing.assert_close(outputs(loaded, [name])[name], output, atol=1e-4, rtol=1e-4, msg=name)
+
+
 def matrices_of(folder, base):
     """The base with each ΔW but those of biases and norms."""
     return add(base, [update for update in read_updates(folder) if update.shape[1] > 1])
@@ -307,7 +441,7 @@ def matrices_of(folder, base):
 
 def test_every_peft_type_stands_here():
     """With a row of its own, or of the method that is it; or lorabench refuses to train it, and says why."""
-    rows = {kind for case in METHODS for name, _, kind in [case.partition(" ")] if name == "peft"}
+    rows = {case.split()[1] for case in METHODS if case.startswith("peft ")}
     assert not rows & UNFIT.keys() and {*OF_A_METHOD.values()} <= METHODS.keys()
     assert rows | UNFIT.keys() | OF_A_METHOD.keys() == {kind.value for kind in PeftType}
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import tomllib
 from dataclasses import dataclass
@@ -27,11 +28,13 @@ from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store
 from lorabench.updates import formats
 from lorabench.updates.update import Update, save_svds, save_updates
+from tests.conftest import BASE
 
 TEXT = """
 [base]
 model = "{base}"
 task.name = "text"
+task.data = "builtin:python-code"
 seed = [0, 1]
 [[grid]]
 method.name = "lora"
@@ -354,6 +357,7 @@ def test_a_run_that_cannot_be_read_is_told_each_time_and_stands_on_the_page(stor
         assert cli.main(command) == 1
         told = capsys.readouterr()
         assert f"not analyzed (corrupt): {bad.id}: " in told.err
+        assert told.err.count(bad.id + ": ") == 1 and told.err.count("has changed since it was written") == 1
         assert f"{store.root}/tiny/report.html" in told.out
     page = (store.root / "tiny" / "report.html").read_text()
     assert "Not everything was analyzed" in page and "has changed since it was written" in page
@@ -372,7 +376,7 @@ def test_a_damaged_cache_is_made_again(store, sweep):
 
 
 def test_zero_updates_have_norms_but_no_directions(tmp_path):
-    text = '[base]\ntask.name = "text"\nmethod.name = "full"\nseed = [0, 1]\n'
+    text = f'{BASE}method.name = "full"\nseed = [0, 1]\n'
     sweep, store = parse_sweep(tomllib.loads(text), text), Store(tmp_path)
     for spec in sweep.runs:
         folder = store.folder(spec.id) / "updates"
@@ -406,6 +410,22 @@ def test_a_folder_that_cannot_be_written(store, sweep):
     (store.root / "pairs").write_text("in the way")
     with pytest.raises(InputError, match=r"parquet: cannot be written"):
         analyze(store, sweep)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_stands_in_the_way_of_one_run_takes_no_other_with_it(store, sweep, workers):
+    """A file for the folder of its analyses, and a pipe, which would be waited for, in the place of one of them."""
+    whole = analyze(store, sweep)
+    blocked, piped = (store.folder(spec.id) for spec in sweep.runs[:2])
+    shutil.rmtree(blocked / "analyses")
+    (blocked / "analyses").write_text("in the way")
+    (piped / "analyses" / "spectrum.parquet").unlink()
+    os.mkfifo(piped / "analyses" / "spectrum.parquet")
+    told = {}
+    found = analyze(store, sweep, workers=workers, broken=told.update)
+    assert blocked.name in told["spectrum"] and "cannot be written" in told["spectrum"]
+    assert {*found["spectrum"]["run_id"]} == {*whole["spectrum"]["run_id"]} - {blocked.name}
+    assert (piped / "analyses" / "spectrum.parquet").is_file()
 
 
 def contents(store):

@@ -4,6 +4,7 @@ from lorabench.analysis import pairs as module
 from lorabench.analysis.pairs import PAIR_AXES, find_pairs
 from lorabench.spec.run_spec import flatten
 from lorabench.spec.sweep import parse_sweep
+from tests.conftest import BASE
 
 AXES = ("method.rank", "seed")
 
@@ -22,7 +23,9 @@ def named(sweep, pairs, *keys):
 
 GRID = """
 [base]
+model = "builtin:tiny-llama"
 task.name = "text"
+task.data = "builtin:python-code"
 seed = [0, 1, 2]
 [[grid]]
 method.name = "lora"
@@ -67,7 +70,9 @@ def test_selected_runs_are_compared_across_the_selected_key():
 def test_zipped_keys_are_one_axis():
     text = """
     [base]
+    model = "builtin:tiny-llama"
     task.name = "text"
+    task.data = "builtin:python-code"
     [[grid]]
     method.name = "lora"
     method.rank = [2, 8]
@@ -81,7 +86,7 @@ def test_zipped_keys_are_one_axis():
 
 def seeds(count, ranks="[1, 2]"):
     numbers = ", ".join(map(str, range(count)))
-    return sweep(f'[base]\ntask.name = "text"\nmethod.name = "lora"\nmethod.rank = {ranks}\nseed = [{numbers}]')
+    return sweep(f'{BASE}method.name = "lora"\nmethod.rank = {ranks}\nseed = [{numbers}]')
 
 
 def test_of_many_pairs_that_say_the_same_a_sample_is_compared():
@@ -109,7 +114,9 @@ def test_another_run_changes_few_of_a_sample_and_none_of_a_whole():
 
 METHODS = """
 [base]
+model = "builtin:tiny-llama"
 task.name = "text"
+task.data = "builtin:python-code"
 seed = [0, 1]
 [[grid]]
 method.name = "lora"
@@ -157,6 +164,7 @@ def test_labels_are_what_methods_are_called():
 def test_tasks_and_quantization():
     text = """
     [base]
+    model = "builtin:tiny-llama"
     method.name = "lora"
     quantization = ["none", "nf4"]
     [[grid]]
@@ -178,7 +186,7 @@ def test_tasks_and_quantization():
 
 
 def test_runs_that_differ_in_two_zipped_axes_are_one_pair():
-    text = '[base]\ntask.name = "text"\nmethod.name = "lora"\n[[grid]]\nmethod.rank = [2, 4]\nlr = [1e-3, 2e-3]\n'
+    text = f'{BASE}method.name = "lora"\n[[grid]]\nmethod.rank = [2, 4]\nlr = [1e-3, 2e-3]\n'
     s = sweep(text + 'zip = ["method.rank", "lr"]\n')
     (pair,) = find_pairs(s, [spec.id for spec in s.runs], PAIR_AXES)
     assert (pair.axis, pair.value_a, pair.value_b) == ("method.rank", 2, 4)
@@ -187,7 +195,9 @@ def test_runs_that_differ_in_two_zipped_axes_are_one_pair():
 def test_methods_are_compared_each_at_its_only_learning_rate():
     text = """
     [base]
+    model = "builtin:tiny-llama"
     task.name = "text"
+    task.data = "builtin:python-code"
     seed = [0, 1]
     [[grid]]
     method.name = "lora"

@@ -27,7 +27,9 @@ from lorabench.store.store import Store
 
 SWEEP = """
 [base]
+model = "builtin:tiny-llama"
 task.name = "text"
+task.data = "builtin:python-code"
 task.retain = "builtin:english-docs"
 task.max_train = 64
 task.max_eval = 8

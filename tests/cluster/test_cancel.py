@@ -28,8 +28,10 @@ OURS = f"lorabench:{NAME}"
 SPECS = list(fake_runs.sweep(*range(12)).runs)
 SWEEP = """
 [base]
+model = "builtin:tiny-llama"
 method.name = "lora"
 task.name = "text"
+task.data = "builtin:python-code"
 seed = [0, 1, 2, 3, 4, 5]
 """
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from lorabench.cluster import slurm, verdict
-from lorabench.cluster.queue import COMMENT, note_cancelled, read_submission, user_name
+from lorabench.cluster.queue import COMMENT, note_cancelled, read_submission, submission_folders, user_name
 from lorabench.cluster.run_states import Standing, standings
 from lorabench.config.decode import InputError
 from lorabench.config.durable import write_bytes
@@ -442,3 +442,9 @@ def test_a_damaged_plan_is_named(content: bytes, store: Store) -> None:
 def test_a_folder_without_a_plan_is_no_submission(store: Store) -> None:
     (store.root / "queue" / "20261124T1-a-0000" / "submitit").mkdir(parents=True)
     assert standings(store) == []
+
+
+def test_what_links_to_itself_in_the_queue_is_no_submission(tmp_path):
+    (tmp_path / "queue" / "one").mkdir(parents=True)
+    (tmp_path / "queue" / "two").symlink_to("two")
+    assert submission_folders(tmp_path) == [tmp_path / "queue" / "one"]

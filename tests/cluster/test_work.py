@@ -177,7 +177,7 @@ def test_a_profile_without_requeue_leaves_the_job_ended(tmp_path: Path, slurm_co
 SWEEP = """
 [base]
 model = "builtin:tiny-llama"
-task = {name = "text", max_train = 16, max_eval = 4}
+task = {name = "text", data = "builtin:python-code", max_train = 16, max_eval = 4}
 method = {name = "lora", rank = 2}
 seq_len = 32
 batch_size = 2

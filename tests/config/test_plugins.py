@@ -47,6 +47,13 @@ def test_an_unknown_name_gets_the_choices_and_the_closest(folder: str) -> None:
     assert all(name in error.value.args[0] for name in names)
 
 
+def test_of_many_choices_the_nearest_are_listed_and_the_others_counted() -> None:
+    choices = [f"measure_{number}" for number in range(200)] + ["valid_loss", "valid_token_accuracy"]
+    text = plugins.unknown("measure", "valid_los", choices)
+    assert "Did you mean 'valid_loss'? Choices: valid_loss, valid_token_accuracy, " in text
+    assert text.endswith(", … and 182 more") and len(text) < 500
+
+
 def test_plugins_are_imported_without_torch_or_pandas() -> None:
     program = f"""
 import sys

@@ -68,6 +68,12 @@ def test_columns_name_a_file_without_header(tmp_path):
     assert rows[0] == {"sentence": "a fine film", "label": "1"}
 
 
+def test_columns_of_one_name_are_refused(tmp_path):
+    (tmp_path / "train.tsv").write_text("a fine film\t1\t0\n" * 30)
+    with pytest.raises(InputError, match=r'task\.columns has the column "label" twice'):
+        read_data(str(tmp_path), columns="text,label,label")
+
+
 def test_the_fingerprint_is_of_the_content(tmp_path):
     file = write(tmp_path, "jsonl")
     before = read_data(str(tmp_path)).fingerprint
@@ -117,6 +123,8 @@ def test_a_class_of_one_row_stays_in_train(tmp_path):
         (["train.jsonl", "train.part1.jsonl"], "which is the train split"),
         (["train.en.jsonl", "train.de.jsonl"], "which is the train split"),
         (["train.jsonl", "train.jsonl.gz"], "which is the train split"),
+        (["train.part1.jsonl", "train.part3.jsonl"], "train has parts 1 to 3, and part 2 is not there"),
+        (["train-00001-of-00002.jsonl", "train-00005-of-00002.jsonl"], "part 2 is not there"),
     ],
 )
 def test_parts_of_a_split_are_read_whole_or_refused(names, words, tmp_path):
@@ -130,6 +138,47 @@ def test_parts_of_a_split_are_read_whole_or_refused(names, words, tmp_path):
     assert sum(map(len, data.splits.values())) == 60
     order = sorted(range(2), key=lambda n: [int(part) for part in re.findall(r"\d+", names[n])])
     assert data.splits["train"][0]["text"].startswith(str(order[0]))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["validation.jsonl.zst", "validation.xlsx", "Validation.jsonl", "dev.JSONL", "val/part.jsonl", "valid-1.arrow"],
+)
+def test_no_rows_are_held_out_in_the_place_of_a_split_that_is_there(name, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n' * 60)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"text": "b"}\n')
+    (first, *_) = name.split("/")
+    with pytest.raises(InputError, match=rf"{re.escape(first)} is (a folder|of no kind).*a split is validation\.\*"):
+        read_data(str(tmp_path))
+
+
+def test_what_is_no_data_may_have_the_name_of_a_split(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n' * 60)
+    for name in ("test.py", "train.log", "validation.md", "testament.csv", "devices", "test.jsonl"):
+        (tmp_path / name).write_text('{"text": "b"}\n')
+    data = read_data(str(tmp_path))
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 57, "validation": 3, "test": 1}
+
+
+def test_columns_by_row_are_put_together_by_the_names_of_the_rows(tmp_path):
+    """As pandas writes them, whatever their order."""
+    file = tmp_path / "a.json"
+    texts, labels = {str(i): f"text {i}" for i in range(60)}, {str(i): i % 2 for i in reversed(range(60))}
+    file.write_text(json.dumps({"text": texts, "label": labels}))
+    rows = [row for split in read_data(str(file)).splits.values() for row in split]
+    assert {(row["text"], row["label"]) for row in rows} == {(f"text {i}", i % 2) for i in range(60)}
+    file.write_text(json.dumps({"text": texts, "label": {str(i + 1): 0 for i in range(60)}}))
+    with pytest.raises(InputError, match=r'row "(0|60)" is in one of the columns "text" and "label" alone'):
+        read_data(str(file))
+
+
+def test_a_single_text_is_cut_where_it_stands_and_keeps_its_row(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"meta": "x" * 9000, "body": "0123456789" * 100}))
+    splits = read_data(str(file), text="body").splits
+    assert {split: len(row["body"]) for split, (row,) in splits.items()} == {"train": 900, "validation": 50, "test": 50}
+    assert all(row["meta"] == "x" * 9000 for (row,) in splits.values())
 
 
 def test_two_names_for_one_split_are_refused(tmp_path):

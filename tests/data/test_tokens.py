@@ -19,8 +19,8 @@ from lorabench.tasks.classification import Classification
 from lorabench.tasks.completion import Completion
 from lorabench.tasks.text import Text
 from lorabench.training.data_check import token_problems
-from lorabench.training.evaluation import forward
 from lorabench.training.examples import collate
+from lorabench.training.passes import forward
 from tests import families
 from tests.conftest import make_spec
 
@@ -173,9 +173,19 @@ def t5(tmp_path_factory):
     ("template", "pad", "texts", "problem"),
     [
         ("$A <|eos|>", None, ["one", "two words"], None),
-        ("$A", None, ["one", "two words"], r"number 1, and its tokenizer puts none at .* \(train split: row 1\)"),
+        (
+            "$A",
+            None,
+            ["one", "two words"],
+            r"number 1, and its tokenizer puts none at .* \(train split: .*/train\.jsonl, line 1\)",
+        ),
         ("$A <|eos|>", "<|eos|>", ["one", "two words"], "and its tokenizer pads with that"),
-        ("$A <|eos|>", None, ["one", "two<|eos|>words"], "train split: row 2 has 2 of them, rows before it 1"),
+        (
+            "$A <|eos|>",
+            None,
+            ["one", "two<|eos|>words"],
+            r"train split: .*\.jsonl, line 2 has 2 of them, rows before it 1",
+        ),
     ],
 )
 def test_an_encoder_decoder_without_an_end_to_classify_by_is_refused(t5, tmp_path, template, pad, texts, problem):

@@ -51,7 +51,7 @@ def test_a_missing_text_is_refused_in_every_split_and_task(missing, name, split,
     found = rows()
     found[3] = {"q": "ask", "label": 1} | ({} if missing == "absent" else {"text": missing})
     problem = refusal(tmp_path, TASKS[name], **{split: found})
-    assert problem.startswith(f"{split} split: task.") and "row 4 has no value" in problem and "text" in problem
+    assert problem.startswith(f"{split} split: task.") and f"{split}.jsonl, line 4 has no value" in problem
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
@@ -62,7 +62,7 @@ def test_a_missing_label_is_refused_or_left_out(missing, name, split, tmp_path):
     del found[4]["label"]
     found[4] |= {} if missing == "absent" else {"label": missing}
     problem = refusal(tmp_path, TASKS[name], **{split: found})
-    assert problem.startswith(f'{split} split: task.label = "label": row 5 has no label')
+    assert problem.startswith(f'{split} split: task.label = "label": {tmp_path}/{split}.jsonl, line 5 has no label')
     assert 'task.unlabelled = ""' in problem
     task = type(TASKS[name])(data="", unlabelled="")
     got = usable(tmp_path, task, **{split: found})
@@ -75,7 +75,7 @@ def test_minus_one_beside_the_classes_needs_a_word(split, tmp_path):
     """SNLI's -1 is no label, that of a sentiment of -1, 0, 1 is a class: nobody can tell by the data."""
     found = rows(lambda i: (0, 1, 2, -1, 2, 1)[i])
     problem = refusal(tmp_path, TASKS["classification"], **{split: found})
-    assert f"{split} split" in problem and "row 4 has -1" in problem and 'task.unlabelled = "-1"' in problem
+    assert f"{split} split" in problem and "line 4 has -1" in problem and 'task.unlabelled = "-1"' in problem
     out = usable(tmp_path, Classification(data="", unlabelled="-1"), **{split: found})
     assert out.options["label2id"] == {"0": 0, "1": 1, "2": 2} and len(out.rows[split]) == 5
 
@@ -124,7 +124,7 @@ def test_lists_and_objects_are_no_text(wrong, name, column, tmp_path):
     found = rows()
     found[1][column] = wrong
     problem = refusal(tmp_path, TASKS[name], validation=found)
-    assert problem.startswith("validation split: task.") and "row 2" in problem and "no text" in problem
+    assert problem.startswith("validation split: task.") and ".jsonl, line 2" in problem and "no text" in problem
 
 
 def test_the_problems_of_all_splits_are_told_at_once(tmp_path):
@@ -162,7 +162,8 @@ def test_what_are_scores():
 
 def test_a_score_that_is_no_number_is_refused(tmp_path):
     problem = refusal(tmp_path, TASKS["regression"], test=rows(lambda i: "good" if i == 2 else i))
-    assert problem == 'test split: task.label = "label": row 3 is no finite number: "good"'
+    where = f'test split: task.label = "label": {tmp_path}/test.jsonl, line 3'
+    assert problem == f'{where} is no finite number: "good"'
 
 
 def test_a_dotted_name_is_a_column_or_leads_into_a_value():
@@ -201,6 +202,7 @@ def test_templates_are_filled(template, row, wanted):
         ("{a}", {"a": b"bytes"}, "a bytes is no text"),
         ("{a:d}", {"a": "7"}, "row 1: Unknown format code 'd'"),
         ("{a", {"a": 1}, "row 1: expected '}'"),
+        ("{a:999999999999999999}", {"a": 1}, "row 1: MemoryError"),
         ("{}", {"a": 1}, "no such column"),
         ("{a[5]}", {"a": [1]}, "no such column"),
         ("{a}", {"a": "\ud800"}, "no valid Unicode"),

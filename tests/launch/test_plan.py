@@ -15,6 +15,7 @@ from lorabench.spec.sweep import Sweep, parse_sweep
 from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store
 from lorabench.training.meter import GIB
+from tests.conftest import TOY
 
 CPU = torch.device("cpu")
 MODEL = Path(plans.models.BUILTIN) / "tiny-llama"
@@ -27,7 +28,7 @@ def known_rate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sweep(**base: object) -> Sweep:
-    table = {"model": "builtin:tiny-llama", "task": {"name": "text"}, "method": {"name": "lora"}, "seq_len": 64} | base
+    table = TOY | {"method": {"name": "lora"}, "seq_len": 64} | base
     return parse_sweep({"base": table})
 
 
@@ -123,8 +124,7 @@ def test_runs_on_another_kind_of_device_or_model_teach_nothing(tmp_path: Path) -
 
 
 def test_what_shows_only_at_the_model_is_reported_all_at_once() -> None:
-    wrong = parse_sweep({"base": {
-        "task": {"name": "text"},
+    wrong = parse_sweep({"base": TOY | {
         "method": {"name": "lora", "targets": ["zap", "mlp", "zip("]},
         "seq_len": [16, 100_000],
     }})  # fmt: skip

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from lorabench.config.decode import InputError
 from lorabench.launch.exit_status import crash_line
 from lorabench.launch.pool import Pool, check_writable, launch
+from lorabench.processes.forks import Server, start_server
 from lorabench.store.claim import take
 from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store
@@ -140,6 +142,21 @@ def test_a_corrupt_run_is_reported_and_repeated_only_when_asked(tmp_path: Path) 
     assert (tmp_path / "runs" / ".corrupt" / f"{spec.id}.1" / "record.json").read_text() == '{"run_id": "lo'
 
 
+def test_attempts_go_on_where_a_damaged_run_was_set_aside(tmp_path: Path) -> None:
+    """Else the first claim of the run that is made anew could be taken for the damaged one's."""
+    store, retry = Store(tmp_path), frozenset([Status.CORRUPT])
+    for seed, wanted in ((DONE, 1), (DONE, 2), (DONE, 3), (EXITS, 1), (EXITS, 2)):
+        (spec,) = fake_runs.sweep(seed).runs
+        state = run(tmp_path, seed, retry=retry)[seed]
+        claims = sorted(file.name for file in (store.folder(spec.id) / "claims").iterdir())
+        if seed == DONE:
+            assert store.read(spec.id).attempts == wanted and claims == [f"{wanted:04d}.json"]
+        else:  # the launcher writes the record, by a claim of its own
+            assert state.error == "ended with exit code 3: about to leave"
+            assert claims == [f"{2 * wanted - 1:04d}.json", f"{2 * wanted:04d}.json"]
+        (store.folder(spec.id) / "record.json").write_text('{"run_id": "lo')
+
+
 def test_each_worker_gets_its_own_gpu(tmp_path: Path) -> None:
     run(tmp_path, DONE, 10, 11, 12, gpus=("GPU-a", "GPU-b"))
     seen = [line.split()[2] for line in (tmp_path / "starts.txt").read_text().splitlines()]
@@ -183,8 +200,30 @@ def test_ctrl_c_lets_running_runs_write_their_checkpoint_and_starts_no_new_ones(
     _, talk = process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGINT
     assert statuses(tmp_path, WAITS, WAITS + 100, WAITS + 200) == ["cancelled", "cancelled", "missing"]
-    assert "stopped by SIGTERM" in talk and "Traceback" not in talk
+    assert talk.count("stopped by SIGINT") == 2 and "Traceback" not in talk
     assert sorted(starts(tmp_path)) == [WAITS, WAITS + 100]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+def test_a_run_says_what_stopped_it(number: signal.Signals, tmp_path: Path) -> None:
+    """Where the launcher alone was told to stop, what it was told; and where that was killed, that it was."""
+    process = start(tmp_path, WAITS)
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    (spec,) = fake_runs.sweep(WAITS).runs
+    assert Store(tmp_path).read(spec.id).error == f"stopped by {number.name}"
+
+
+def test_a_run_says_that_its_launcher_is_gone(tmp_path: Path) -> None:
+    process = start(tmp_path, WAITS)
+    process.kill()
+    process.communicate(timeout=20)
+    (spec,) = fake_runs.sweep(WAITS).runs
+    deadline = time.monotonic() + 20
+    while (state := Store(tmp_path).state(spec.id)).status == Status.RUNNING:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert (state.status, state.error) == (Status.CANCELLED, "stopped by the end of its launcher")
 
 
 def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
@@ -218,25 +257,47 @@ def test_results_that_cannot_be_written_are_one_clear_message(tmp_path: Path) ->
         check_writable(tmp_path / "file")
 
 
-def test_the_fork_server_has_one_thread_and_no_cuda_context(tmp_path: Path) -> None:
+def test_the_fork_server_has_one_thread_no_cuda_context_and_shares_no_lock_with_a_killed_run(tmp_path: Path) -> None:
+    """Also after it has loaded a base for the runs to come, with the progress bar of transformers."""
     program = """
-import json, os
+import json, os, signal
 from pathlib import Path
 from multiprocessing import forkserver
 from lorabench.launch.worker import start_server
+from tests.conftest import make_spec
+
+def die_in_a_bar():
+    from tqdm import tqdm
+    tqdm.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def draw_a_bar():
+    from tqdm import tqdm
+    with tqdm.get_lock():
+        pass
+
 if __name__ == "__main__":
-    start_server(Path('server.log')).start(print, ("ready",)).join()
+    server = start_server(Path('server.log'), specs=[make_spec()])
+    endings = []
+    for target in die_in_a_bar, draw_a_bar:
+        process = server.start(target, ())
+        process.join(60)
+        endings.append(process.exitcode)
+        process.kill()
     pid = forkserver._forkserver._forkserver_pid
     maps = open(f"/proc/{pid}/maps").read()
     print(json.dumps({"threads": len(os.listdir(f"/proc/{pid}/task")), "torch": "libtorch" in maps,
+                      "semaphores": "/dev/shm/sem." in maps, "endings": endings,
                       "cuda": "libcuda.so" in maps and "/dev/nvidia" in str(os.listdir(f"/proc/{pid}/fd"))}))
 """
     (tmp_path / "program.py").write_text(program)
-    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    environment = os.environ | {"PYTHONPATH": os.getcwd(), "HF_HUB_DISABLE_PROGRESS_BARS": "0"}
     command = [sys.executable, tmp_path / "program.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=tmp_path)
-    printed = done.stdout
-    assert json.loads(printed.splitlines()[-1]) == {"threads": 1, "torch": True, "cuda": False}
+    assert "Loading weights" in (tmp_path / "server.log").read_text()
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "threads": 1, "torch": True, "semaphores": False, "endings": [-signal.SIGKILL, 0], "cuda": False,
+    }  # fmt: skip
 
 
 def test_crash_line_prefers_the_place_of_the_crash(tmp_path: Path) -> None:
@@ -305,16 +366,34 @@ def test_an_exit_code_of_255_is_one_where_the_server_lives(tmp_path: Path) -> No
 
 
 def test_a_kill_that_hit_the_server_for_memory_is_no_run_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = iter([7, 8, 8, 8, 8])
-    monkeypatch.setattr("lorabench.launch.pool.count_oom_kills", lambda: next(counts))
+    servers: list[Server] = []  # each kill of one is the kernel's, and no other
+    count_killed = Server.count_killed
+    monkeypatch.setattr(Server, "count_killed", lambda server: servers.append(server) or count_killed(server))
+    kernel = "lorabench.launch.pool.count_oom_kills"
+    monkeypatch.setattr(kernel, lambda: 7 + max((count_killed(server) for server in servers), default=0))
     states = run(tmp_path, ORPHAN, KILLED)
     assert {seed: str(state.status) for seed, state in states.items()} == {ORPHAN: "done", KILLED: "cancelled"}
+
+
+@pytest.mark.parametrize("seen", ["by this server", "by multiprocessing"])
+def test_a_killed_server_is_counted_though_the_next_is_up_before_anyone_has_looked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: str
+) -> None:
+    server = start_server(tmp_path / "server.log", PRELOAD, {})
+    assert server.count_killed() == 0
+    running = forkserver._forkserver
+    os.kill(running._forkserver_pid, signal.SIGKILL)
+    os.waitid(os.P_PID, running._forkserver_pid, os.WEXITED | os.WNOWAIT)
+    if seen == "by multiprocessing":  # as where it dies between our look and the start of a process
+        monkeypatch.setattr(Server, "ensure_running", lambda _: None)
+    server.start(time.sleep, (0,)).join()
+    assert server.count_killed() == server.count_killed() == 1
 
 
 def test_an_orphan_that_the_kernel_killed_for_memory_is_oom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = iter([7, 8])
     monkeypatch.setattr("lorabench.launch.pool.count_oom_kills", lambda: next(counts))
-    monkeypatch.setattr("lorabench.launch.pool.killed_server", lambda: None)  # that one by somebody else
+    monkeypatch.setattr(Server, "count_killed", lambda _: 0)  # that one by somebody else
     state = run(tmp_path, LOST)[LOST]
     assert (str(state.status), state.error) == ("oom", "killed by the kernel: out of memory")
 

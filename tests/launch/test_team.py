@@ -89,7 +89,7 @@ def test_the_tasks_of_a_job_go_through_its_runs_together(tmp_path):
     together = tasks.store.read(lives.id)
     assert_same(tmp_path / "alone", alone, tmp_path / "together", together)
     assert together.environment["ranks"] == 2 and together.attempts == 1
-    assert tasks.store.read(lasts.id).error == "stopped by SIGTERM; run again to resume"
+    assert tasks.store.read(lasts.id).error == "stopped by SIGUSR2; run again to resume"
     assert (tasks.store.folder(lasts.id) / "checkpoint" / "state.pt").exists()
 
 

@@ -15,8 +15,8 @@ from lorabench.config.decode import InputError
 from lorabench.launch import plan
 from lorabench.models import base_model as models
 from lorabench.models.base_model import BUILTIN
-from lorabench.training.evaluation import forward
 from lorabench.training.examples import collate, prepare
+from lorabench.training.passes import forward
 from lorabench.training.state import make_optimizer
 from lorabench.updates.formats import read_updates
 from tests.conftest import make_spec

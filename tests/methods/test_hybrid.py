@@ -8,8 +8,8 @@ import torch
 from lorabench.config.decode import InputError, encode
 from lorabench.models import weights
 from lorabench.spec.run_spec import RunSpec
-from lorabench.training.evaluation import forward
 from lorabench.training.examples import collate, prepare
+from lorabench.training.passes import forward
 from lorabench.updates.formats import read_updates
 from tests.conftest import make_spec
 from tests.methods.test_methods import CPU, add, attach, load_base, method_spec, take_steps, tuned

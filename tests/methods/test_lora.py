@@ -11,8 +11,8 @@ from lorabench.config.decode import InputError, encode
 from lorabench.models import base_model as models
 from lorabench.models import weights
 from lorabench.spec.run_spec import flatten, unflatten
-from lorabench.training.evaluation import forward
 from lorabench.training.examples import collate, prepare
+from lorabench.training.passes import forward
 from lorabench.updates.formats import open_layers, read_updates
 from tests.conftest import make_spec
 from tests.methods.test_methods import CPU, add, attach, load_base, method_spec, take_steps, tuned

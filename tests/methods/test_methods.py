@@ -13,8 +13,8 @@ from lorabench.config import plugins
 from lorabench.config.decode import InputError, encode
 from lorabench.models import base_model as models
 from lorabench.models import weights
-from lorabench.training.evaluation import autocast, forward
 from lorabench.training.examples import collate, prepare
+from lorabench.training.passes import autocast, forward
 from lorabench.training.state import make_optimizer
 from lorabench.updates.formats import read_updates
 from tests.conftest import make_spec

@@ -6,11 +6,14 @@ from lorabench.report.results import load_results
 from lorabench.report.tables import build_tables
 from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store
+from tests.conftest import BASE
 from tests.spec.test_sweep import parse
 
 SWEEP = """
 [base]
+model = "builtin:tiny-llama"
 task.name = "text"
+task.data = "builtin:python-code"
 [[grid]]
 label = "soft prompt"
 method.name = "prompt"
@@ -42,7 +45,7 @@ def test_a_table_tells_what_cannot_be_from_what_is_missing(tmp_path):
 
 
 def test_a_record_says_which_weights_the_change_counts_from():
-    text = '[base]\ntask.name = "text"\nmethod.name = "lora"\n'
+    text = f'{BASE}method.name = "lora"\n'
     about = {}
     for key, more in {"plain": "", "qlora": 'quantization = "nf4"\n',
                       "loftq": 'quantization = "nf4"\nmethod.init = "loftq"\n'}.items():  # fmt: skip

@@ -10,10 +10,13 @@ from peft import PeftModel, get_peft_model
 
 from lorabench.config.decode import InputError
 from lorabench.methods._peft import tuner_layers
-from lorabench.training.evaluation import forward
+from lorabench.models.base_model import skeleton
+from lorabench.models.remarks import remarks
 from lorabench.training.examples import prepare
+from lorabench.training.passes import forward
 from lorabench.updates.advice import exact_key
 from lorabench.updates.formats import open_adapter, read_updates
+from tests.conftest import make_spec
 from tests.methods.test_lora import peft_config
 from tests.methods.test_methods import CPU, attach, collate, load_base, method_spec, take_steps
 
@@ -114,3 +117,26 @@ def test_a_run_of_before_is_read_by_the_order_of_its_spec(case, tiny_bases, labe
     reloaded = spec.method.load(load_base(spec, prepare(spec)), folder, spec)
     for name, layer in tuner_layers(reloaded):
         torch.testing.assert_close(layer.get_delta_weight("default"), want[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "vain"),
+    [
+        ({FIRST: 8, LATER: 3}, [LATER]),
+        ({LATER: 3, FIRST: 8}, []),
+        ({"q_proj": 1, "k_proj": 2, "(q|k)_proj": 3, "v_proj": 4}, ["(q|k)_proj"]),
+    ],
+)
+def test_a_pattern_that_never_counts_is_told(patterns, vain):
+    spec = make_spec(method={"name": "lora", "rank": 2, "targets": "attention", "rank_pattern": patterns})
+    told = remarks(spec, skeleton(spec, {})).get("patterns", "")
+    names = ", ".join(f'method.rank_pattern: "{pattern}"' for pattern in vain)
+    assert told == (
+        f"{names}: without effect, for of each layer's patterns the first counts, as in PEFT" if vain else ""
+    )
+
+
+def test_a_pattern_of_a_hybrid_s_lora_is_told_by_its_own_key():
+    lora = {"rank": 2, "targets": "attention", "alpha_pattern": {FIRST: 8.0, LATER: 3.0}}
+    spec = make_spec(method={"name": "hybrid", "lora": lora, "prefix": {}})
+    assert remarks(spec, skeleton(spec, {}))["patterns"].startswith(f'method.lora.alpha_pattern: "{LATER}": without')

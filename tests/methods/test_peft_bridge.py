@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorabench.config.decode import InputError
-from lorabench.training.evaluation import forward
+from lorabench.training.passes import forward
 from lorabench.updates.formats import read_updates
 from tests.conftest import make_spec
 from tests.methods.test_methods import MATRICES, add, load_base, method_spec, tuned

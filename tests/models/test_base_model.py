@@ -32,7 +32,8 @@ def test_a_hub_model_is_loaded_and_its_commit_recorded(tmp_path):
     (repository / "refs" / "main").write_text(OTHER)
     sweep = tmp_path / "hub.toml"
     sweep.write_text(
-        'base = { model = "acme/tiny", revision = "v2", task.name = "text", task.max_train = 8, task.max_eval = 2, '
+        'base = { model = "acme/tiny", revision = "v2", task.name = "text", task.data = "builtin:python-code", '
+        "task.max_train = 8, task.max_eval = 2, "
         "seq_len = 32, steps = 2, serving = false }\n"
         'grid = [{ method.name = "lora" }]\n'
     )

@@ -14,7 +14,7 @@ from lorabench.updates.formats import read_updates
 from tests import families
 from tests.conftest import make_spec
 
-FAMILIES = ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v3", "qwen3-next", "gpt-oss"]
+FAMILIES = ["mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v3", "qwen3-next", "gpt-oss", "llama4"]
 TOKENS = torch.arange(24).reshape(2, 12)
 
 
@@ -53,7 +53,8 @@ def test_lora_on_every_expert_is_what_its_updates_say_and_peft_loads_it(family, 
     assert (want - logits(base(family))).abs().max() > 0.1
     torch.testing.assert_close(logits(add(base(family), updates)), want, atol=1e-5, rtol=1e-4)
     names = {update.parameter for update in updates}
-    assert {f"model.layers.1.mlp.experts.down_proj[{e}].weight" for e in range(4)} <= names
+    experts = "feed_forward.experts" if family == "llama4" else "mlp.experts"
+    assert {f"model.layers.1.{experts}.down_proj[{e}].weight" for e in range(4)} <= names
     assert len(names) == len(updates)
     assert sum(sum(u.B.shape[0:1] + u.A.shape[1:]) * 2 for u in updates) == sum(
         p.numel() for p in model.parameters() if p.requires_grad

@@ -75,6 +75,8 @@ FAMILIES: dict[str, tuple[list[str], list[str]]] = {  # the attention's and the 
     **dict.fromkeys(["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral"], LLAMA),
     "phi3": (["self_attn.qkv_proj", "self_attn.o_proj"], ["mlp.gate_up_proj", "mlp.down_proj"]),
     "gpt2": (["attn.c_attn", "attn.c_proj"], ["mlp.c_fc", "mlp.c_proj"]),
+    "gptj": ([f"attn.{kind}" for kind in [*QKV, "out_proj"]], ["mlp.fc_in", "mlp.fc_out"]),
+    "codegen": (["attn.qkv_proj", "attn.out_proj"], ["mlp.fc_in", "mlp.fc_out"]),
     "gpt_neox": ([f"attention.{kind}" for kind in FUSED], WIDENED),
     **dict.fromkeys(["falcon", "bloom"], ([f"self_attention.{kind}" for kind in FUSED], WIDENED)),
     "opt": (OPT, ["fc1", "fc2"]),
@@ -87,6 +89,7 @@ FAMILIES: dict[str, tuple[list[str], list[str]]] = {  # the attention's and the 
     "t5-gated": (T5, [f"layer.2.DenseReluDense.{kind}" for kind in ("wi_0", "wi_1", "wo")]),
     **dict.fromkeys(["mixtral", "qwen3-moe", "olmoe"], (LLAMA[0], STACKS)),
     "gpt-oss": (LLAMA[0], [*STACKS[:2], "mlp.router"]),
+    "llama4": (LLAMA[0], [name.replace("mlp.", "feed_forward.") for name in [*STACKS[:2], "mlp.router", *SHARED[:3]]]),
     "qwen2-moe": (LLAMA[0], [*STACKS, *SHARED]),
     "qwen3-next": (LLAMA[0], [*STACKS, *SHARED]),
     "deepseek-v3": (
@@ -149,6 +152,38 @@ def test_what_peft_refuses_of_a_model_type_is_left_out(model_type):
     except ValueError:
         refused = True
     assert refused != any(name.endswith("out_proj") for name in find(model, "all-linear").layers)
+
+
+@pytest.mark.parametrize("model_type", ["bamba", "granitemoehybrid", "zamba2"])
+def test_what_a_kernel_uses_by_its_weight_alone_is_left_out(model_type):
+    """Mamba 2's mixer in other models; PEFT does not refuse it there, and it would not be computed."""
+    model = families.make("mamba2")
+    model.config.model_type = model_type
+    assert {name.rpartition(".")[2] for name in find(model, "all-linear").layers} == {"in_proj"}
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("gptj", ["attn.k_proj", "attn.v_proj", "mlp.fc_out"]),
+        ("codegen", ["attn.qkv_proj", "mlp.fc_out"]),
+        ("gpt2", ["attn.c_attn", "mlp.c_proj"]),
+        ("llama", ["self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"]),
+        ("deepseek-v3", ["self_attn.kv_b_proj", "mlp.shared_experts.down_proj", "mlp.experts.down_proj"]),
+    ],
+)
+def test_keys_values_and_the_last_matrix_of_the_feed_forward_are_taken_together(family, layers):
+    assert last_block(find(families.make(family), "key-value-down")) == sorted(layers)
+
+
+def test_some_of_what_a_preset_names_are_no_preset():
+    from torch import nn
+
+    model = families.make("llama")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = nn.Identity()
+    with pytest.raises(InputError, match='"key-value-down": fits no linear layer'):
+        find(model, "key-value-down")
 
 
 def test_stacked_experts_are_no_linear_layers():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 
@@ -27,10 +28,21 @@ def light(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(light, tmp_path_factory):
+def bare(light):
+    """With one that has nothing to draw: quicker still."""
+    return dataclasses.replace(light, sweep=dataclasses.replace(light.sweep, figures=(SurvivalCurves(),)))
+
+
+@pytest.fixture(scope="module")
+def report(light, tmp_path_factory):
+    """A folder with the report of `light`, and the files of it; not to be changed."""
     folder = tmp_path_factory.mktemp("report")
-    write_report(light, folder)
-    return (folder / "report.html").read_text("utf-8")
+    return folder, {file.relative_to(folder) for file in write_report(light, folder).files}
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return (report[0] / "report.html").read_text("utf-8")
 
 
 def test_everything_is_written(light, tmp_path):
@@ -135,8 +147,9 @@ PLACES = {
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_what_raises_stands_on_the_page_and_the_rest_is_made(light, tmp_path, monkeypatch, name):
-    whole = {file.relative_to(tmp_path) for file in write_report(light, tmp_path).files}
+def test_what_raises_stands_on_the_page_and_the_rest_is_made(light, report, tmp_path, monkeypatch, name):
+    folder, whole = report
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(*PLACES[name], fails)
     (tmp_path / MANIFEST).write_text("{}")
     found = write_report(light, tmp_path)
@@ -161,18 +174,18 @@ def test_an_analysis_that_raised_is_told_and_made_again(light, tmp_path):
 @pytest.mark.parametrize(
     "name", ["../kept.txt", "/tmp/../{kept}", "link", "folder/kept.txt", "tables", "a\0b", "x" * 300]
 )
-def test_only_files_below_the_folder_are_ever_deleted(light, tmp_path, name):
+def test_only_files_below_the_folder_are_ever_deleted(bare, tmp_path, name):
     """Not what a manifest names elsewhere, nor by way of a link."""
     kept, folder = tmp_path / "kept.txt", tmp_path / "report"
     kept.write_text("mine")
-    write_report(light, folder)
+    write_report(bare, folder)
     (folder / "link").symlink_to(kept)
     (folder / "folder").symlink_to(tmp_path)
     manifest = json.loads((folder / MANIFEST).read_text())
     for inputs in (None, manifest["inputs"]):
         names = [name.format(kept=str(kept)[1:]), *manifest["files"]]
         (folder / MANIFEST).write_text(json.dumps({"inputs": inputs, "files": names}))
-        assert not write_report(light, folder).errors
+        assert not write_report(bare, folder).errors
         assert kept.read_text() == "mine" and (folder / "link").is_symlink() and (folder / "tables").is_dir()
 
 
@@ -181,8 +194,8 @@ def test_only_files_below_the_folder_are_ever_deleted(light, tmp_path, name):
     ["[]", "7", '{"files": 3}', '{"inputs": [], "files": []}', '{"files": [1]}', '{"files": ["\\ud800"]}', "[" * 10000,
      '{"inputs": 1' + "0" * 5000 + "}", '{"inputs"', "", "\0"],
 )  # fmt: skip
-def test_a_damaged_manifest_ends_nothing(light, tmp_path, text):
+def test_a_damaged_manifest_ends_nothing(bare, tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
     (tmp_path / STAMP_FILE).write_text(text)
-    assert not write_report(light, tmp_path).errors and (tmp_path / "report.html").is_file()
+    assert not write_report(bare, tmp_path).errors and (tmp_path / "report.html").is_file()
     assert SweepFile(file=tmp_path / "sweep.toml").up_to_date(Store(tmp_path.parent)) is None

@@ -3,14 +3,17 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from lorabench.report.results import kept_rows, load_results, ordered, selected, shared, with_analyses
+from lorabench.report.results import grouped, kept_rows, load_results, ordered, selected, shared, with_analyses
 from lorabench.store.record import Status
 from lorabench.store.store import Store
 from tests import synthetic
+from tests.conftest import BASE
 
 GRID = """
 [base]
+model = "builtin:tiny-llama"
 task.name = "text"
+task.data = "builtin:python-code"
 seed = [0, 1]
 [[grid]]
 method.name = "lora"
@@ -52,6 +55,19 @@ def test_runs_keep_the_sweeps_order_and_every_run(results):
 def test_swept_keys_are_those_with_two_values_among_the_runs_that_have_them(results):
     assert results.keys == ["method.name", "method.rank", "quantization", "lr", "seed"]  # not alpha, dropout, …
     assert results.settings == ["method.name", "method.rank", "quantization"]
+
+
+@pytest.mark.parametrize("field", ["layers = '0'", "rank_pattern = {q_proj = 2}", "alpha_pattern = {'0.q_proj' = 2.0}"])
+def test_what_one_of_two_like_settings_lacks_tells_them_apart(tmp_path, field):
+    like = '[[grid]]\nmethod.name = "lora"\nmethod.rank = 4\nlr = [1e-3, 1e-2]\n'
+    text = f"{BASE}seed = [0, 1]\n{like}{like}method.{field}\n" + SELECT
+    results = load(
+        tmp_path, text, lambda spec: spec.lr + 10 * ("pattern" in str(spec.flat) or bool(spec.method.layers))
+    )
+    _, key = results.settings
+    assert key.split(".")[1] == field.partition(" ")[0]
+    assert set(results.keys) == {key, "lr", "seed"}
+    assert [len(runs) for _, runs in grouped(selected(results).done, results.settings)] == [2, 2]
 
 
 def test_best_is_the_lowest_mean_over_seeds(tmp_path):

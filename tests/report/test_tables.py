@@ -23,6 +23,7 @@ from lorabench.spec.sweep import parse_sweep
 from lorabench.store.record import Status
 from lorabench.store.store import Store
 from tests import synthetic
+from tests.conftest import TOY
 from tests.report.test_results import GRID, SELECT, load
 
 
@@ -249,7 +250,7 @@ def test_latex_is_accepted_by_latex(tmp_path, results):
         {"rows": ["seed"], "columns": "label", "value": "valid_loss", "name": "é_中, +"},
     ]
     grid = [{"label": label, "method": {"rank": rank}, "seed": [0, 1]} for rank, label in enumerate(HOSTILE_LABELS, 1)]
-    base = {"method": {"name": "lora"}, "task": {"name": "text"}}
+    base = TOY | {"method": {"name": "lora"}}
     sweep = parse_sweep({"base": base, "grid": grid, "table": tables})
     hostile = load_results(Store(tmp_path), synthetic.fill(Store(tmp_path), sweep))
     body = "\\clearpage".join(map(typeset.latex, [*build_tables(results), *build_tables(hostile), odd_sheet()]))

@@ -81,6 +81,8 @@ def test_where_even_the_largest_ranks_are_too_many_the_best_are_shown(results):
         (["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
          ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
         (["value", "query", "key"], ["query", "key", "value"]),
+        (["up_proj[sBA]", "gate_proj", "q_proj[sBA]", "up_proj", "gate_proj[sBA]", "q_proj"],
+         ["q_proj", "q_proj[sBA]", "up_proj", "up_proj[sBA]", "gate_proj", "gate_proj[sBA]"]),
         (["mlp.c_proj", "c_fc", "attn.c_proj", "c_attn"], ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]),
     ],
 )  # fmt: skip

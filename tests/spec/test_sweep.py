@@ -9,16 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorabench.config import plugins
 from lorabench.config.decode import InputError
 from lorabench.spec.run_spec import RunSpec, canonical_json, flatten, spec_id, swept_keys, unflatten
 from lorabench.spec.sweep import Sweep, parse_sweep, read_sweep
+from tests.conftest import BASE as TOY
 
-BASE = """
-[base]
-model = "builtin:tiny-llama"
-task.name = "text"
-method.name = "lora"
-"""
+BASE = f'{TOY}method.name = "lora"\n'
 
 
 def parse(text: str) -> Sweep:
@@ -136,11 +133,11 @@ ONE_PROBLEM = {
     BASE + "method.rnk = 3\n": "method.rnk = 3: unknown key 'rnk'. Did you mean 'rank'?",
     BASE + "method.rank = 0\n": "method.rank = 0: must be at least 1",
     BASE + "micro_batch_size = 3\n": "micro_batch_size = 3: must divide batch_size = 8",
-    '[base]\nmethod.name = "lorra"\ntask.name = "text"\n': (
+    TOY + 'method.name = "lorra"\n': (
         "method.name = \"lorra\": unknown method 'lorra'. Did you mean 'lora'? Choices: adalora, adapter"
     ),
-    '[base]\nmethod = "lora"\ntask.name = "text"\n': "method.name: is missing. Choices: adalora, adapter",
-    '[base]\ntask.name = "text"\n': "method: is missing",
+    TOY + 'method = "lora"\n': "method.name: is missing. Choices: adalora, adapter",
+    TOY: "method: is missing",
     BASE + '[[grid]]\nzip = ["lr", "steps"]\nlr = [1, 2]\n': (
         'zip = ["lr", "steps"]: each of these keys must be a list in this grid'
     ),
@@ -177,7 +174,9 @@ def test_all_problems_of_a_file_are_reported_at_once() -> None:
     text = """
 nmae = "x"
 [base]
+model = "builtin:tiny-llama"
 task.name = "text"
+task.data = "builtin:python-code"
 steps = 0
 [[grid]]
 method.name = "lora"
@@ -231,6 +230,14 @@ def test_axes_are_the_keys_in_which_runs_differ() -> None:
     sweep = parse(BASE + "[[grid]]\nlr = [1, 2]\nsteps = 5\nseed = [0, 1]\n" + other)
     assert {"lr", "seed", "method.name"} <= set(sweep.axes) and "steps" not in sweep.axes
     assert swept_keys([flatten(run.to_json()) for run in sweep.runs]) == ["lr", "seed"]
+
+
+def test_a_key_that_like_runs_lack_tells_them_apart() -> None:
+    block = "[[grid]]\n"
+    for field, key in [('layers = "0"', "layers"), ("rank_pattern = {q_proj = 2}", "rank_pattern.q_proj")]:
+        other = '[[grid]]\nmethod.name = "full"\n'  # has no such key either, and is told apart by its name
+        sweep = parse(f"{BASE}{block}seed = [0, 1]\n{block}seed = [0, 1]\nmethod.{field}\n{other}")
+        assert {*swept_keys([run.flat for run in sweep.runs])} == {f"method.{key}", "seed"}
 
 
 # ---------------------------------------------------------------- specs and their ids
@@ -333,6 +340,8 @@ def test_what_is_wrong_in_the_base_is_said_once() -> None:
     ("text", "words"),
     [
         ('[select]\nby = "valid_accuracy"\n', ["select.by", "valid_accuracy", "valid_loss"]),
+        ('[select]\nby = "test_accuracy"\n', ["select.by", "on the test set", "valid_accuracy"]),
+        ('[select]\nby = "test_loss"\n', ["select.by", "on the test set", "valid_loss"]),
         ('[select]\nover = "seed"\n', ["select.over", "seed", "lr"]),
         ('[[table]]\nrows = []\nvalue = "valid_loss"\n', ["rows = []"]),
         ('[[table]]\nrows = ["lr"]\ncolumns = "lr"\nvalue = "valid_loss"\n', ["columns", "among rows"]),
@@ -343,8 +352,69 @@ def test_what_is_wrong_in_the_base_is_said_once() -> None:
     ],
 )  # fmt: skip
 def test_what_would_go_wrong_later_is_said_when_the_sweep_is_read(text: str, words: list[str]) -> None:
-    (problem,) = problems('[base]\ntask.name = "text"\nmethod.name = "lora"\n' + text)
+    (problem,) = problems(BASE + text)
     assert all(word in problem for word in words), problem
+
+
+def test_no_test_measure_is_among_the_choices() -> None:
+    (problem,) = problems(BASE + '[select]\nby = "tset_loss"\n')
+    assert "valid_loss" in problem and "test_" not in problem
+
+
+@pytest.mark.parametrize("by", ["test_loss", "base_valid_loss"])
+def test_a_stored_sweep_may_select_as_it_was_allowed_to(by: str) -> None:
+    """So that what was run before is analyzed as it was."""
+    text = BASE + f'[select]\nby = "{by}"\n'
+    assert len(problems(text)) == 1
+    select = parse_sweep(tomllib.loads(text), stored=True).select
+    assert select is not None and select.by == by
+
+
+MODEL, DATA = 'model = "builtin:tiny-llama"\n', 'task.data = "builtin:python-code"\n'
+NO_MODEL = "model: is missing: a Hub id, a local folder or builtin:tiny-llama"
+NO_DATA = (
+    "task.data: is missing: a file, a folder, a Hub data set, builtin:arithmetic, builtin:english-docs or "
+    "builtin:python-code"
+)
+TEXT, TWO = 'task.name = "text"\n', 'tasks = [{name = "text", data = "x"}, {name = "text"}]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (TEXT, [NO_MODEL, NO_DATA]),
+        (TEXT + "lr = [1, 2]\n", [NO_MODEL, NO_DATA]),
+        (TEXT + "[[grid]]\nlr = [1, 2]\n[[grid]]\nlr = 3\n", [NO_MODEL, NO_DATA]),
+        (MODEL + TEXT, [NO_DATA]),
+        (TEXT + DATA, [NO_MODEL]),
+        (MODEL + TWO, [f"tasks 2: {NO_DATA}"]),
+        (MODEL + DATA, [f"task.name: is missing. Choices: {', '.join(plugins.names('tasks'))}"]),
+        (TEXT + DATA + f"[[grid]]\n{MODEL}[[grid]]\nlr = [1, 2]\n", [f"grid 2: {NO_MODEL}"]),
+        (MODEL + TEXT + DATA + '[[grid]]\nlr = 1\n[[grid]]\ntask.name = "completion"\n', [f"grid 2: {NO_DATA}"]),
+        (MODEL + TEXT + f"[[grid]]\nlr = 1\n[[grid]]\n{DATA}lr = [2, 3]\n", [f"grid 1: {NO_DATA}"]),
+        (TEXT + "steps = 0\n", [NO_MODEL, NO_DATA, "steps = 0: must be at least 1"]),
+    ],
+)
+def test_a_model_and_data_that_are_not_named_are_asked_for(text: str, expected: list[str]) -> None:
+    assert problems(f'[base]\nmethod.name = "lora"\n{text}') == expected
+
+
+def test_each_block_may_name_its_own() -> None:
+    blocks = f"[[grid]]\n{MODEL}{DATA}[[grid]]\nmodel = 'a'\ntask.data = ['b', 'c']\n"
+    runs = parse(f'[base]\nmethod.name = "lora"\n{TEXT}{blocks}').runs
+    names = [(run.model, run.task.data) for run in runs]
+    assert names == [("builtin:tiny-llama", "builtin:python-code"), ("a", "b"), ("a", "c")]
+
+
+def test_a_spec_of_old_without_them_means_what_it_meant_and_naming_them_changes_no_id() -> None:
+    old = {"method": {"name": "lora"}, "task": {"name": "text"}}
+    (run,) = parse(BASE).runs
+    assert run.id == RunSpec.from_json(old).id == "lora-f1a84b758b94"  # as commit 947c60c has it
+    assert parse_sweep({"base": old}, stored=True).runs == (run,)
+    docs = {"name": "text", "data": "builtin:english-docs"}
+    unnamed = {"method": {"name": "lora"}, "tasks": [{"name": "text"}, docs]}
+    named = unnamed | {"model": run.model, "tasks": [{"name": "text", "data": run.task.data}, docs]}
+    assert parse_sweep({"base": named}).runs[0].id == RunSpec.from_json(unnamed).id
 
 
 LABELLED = """
@@ -359,7 +429,7 @@ method.name = "full"
 
 
 def test_settings_can_be_named():
-    base = "[base]\ntask.name = 'text'\nseed = [0, 1]\n"
+    base = f"{TOY}seed = [0, 1]\n"
     sweep = parse(base + LABELLED)
     assert [sweep.labels[run.id] for run in sweep.runs] == ["LoRA, rank 1", "LoRA, rank 2"] * 2 + ["full"] * 2
     bare = parse(base + re.sub("label.*", "", LABELLED))
@@ -377,5 +447,5 @@ def test_settings_can_be_named():
 )
 def test_a_wrong_label_is_an_error(old, new, problem):
     with pytest.raises(InputError) as error:
-        parse("[base]\ntask.name = 'text'\n" + LABELLED.replace(old, new))
+        parse(TOY + LABELLED.replace(old, new))
     assert problem in str(error.value)

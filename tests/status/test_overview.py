@@ -16,6 +16,7 @@ from lorabench.store.claim import take
 from lorabench.store.record import Status
 from lorabench.store.store import Store
 from tests import fake_runs
+from tests.conftest import BASE, TOY
 from tests.fake_slurm import FakeSlurm, record, submitted
 from tests.fake_slurm import slurm_commands as slurm_commands
 
@@ -87,7 +88,7 @@ def test_many_runs_are_counted_by_setting(store: Store, capsys: pytest.CaptureFi
     """Rank, learning rate and seed are swept: 200 settings would be too many, so learning rates are put together."""
     from lorabench.spec.sweep import parse_sweep
 
-    table = {"method": {"name": "lora", "rank": [16, 2]}, "task": {"name": "text"}, "seed": [0, 1]}
+    table = TOY | {"method": {"name": "lora", "rank": [16, 2]}, "seed": [0, 1]}
     sweep = parse_sweep({"base": table | {"lr": [1e-5 * n for n in range(1, 31)]}}, default_name="grid")
     for spec in sweep.runs:
         record(store, spec, Status.DONE if spec.method.rank == 2 or spec.seed else Status.DIVERGED)
@@ -96,10 +97,22 @@ def test_many_runs_are_counted_by_setting(store: Store, capsys: pytest.CaptureFi
     assert head == [["method.rank", "done", "diverged"], ["2", "60", "-"], ["16", "30", "30"]]
 
 
+def test_a_line_of_a_setting_names_its_method(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels leave the name out, as an id begins with it; and it is never left out for having the most values."""
+    from lorabench.spec.sweep import parse_sweep
+
+    names = ["lora", "loha", "oft", "full", "head", "prompt", "prefix"]
+    base = TOY | {"seq_len": [32, 64, 128], "warmup": [0.0, 0.1, 0.2]}
+    for spec in parse_sweep({"base": base, "grid": [{"method": {"name": name}} for name in names]}, "grid").runs:
+        record(store, spec, Status.DONE)
+    head, *lines = [line.split() for line in status(store, capsys).splitlines()[:-1] if line]
+    assert head[0] == "method.name" and {line[0] for line in lines} == {*names}
+
+
 def test_a_sweep_is_shown_with_what_is_missing_of_it(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = '[base]\nmethod.name = "lora"\ntask.name = "text"\nseed = [0, 1, 2]\n'
+    text = f'{BASE}method.name = "lora"\nseed = [0, 1, 2]\n'
     (tmp_path / "small.toml").write_text(text)
     record(store, SPECS[0], Status.DONE)
     record(store, SPECS[50], Status.DONE)

@@ -12,28 +12,19 @@ import pytest
 
 from lorabench.store import claim
 from lorabench.store.claim import STALE_SECONDS, Claim, Lost, current_claim, take
+from tests.store import other_processes
 from tests.store.test_record import refuse
 
 ROUNDS = 60
-
-
-def _race(root: str, barrier: object, results: object) -> None:
-    """Try for the claim of every round at the same moment as the other process; keep what was got."""
-    got, holds = [], []
-    for number in range(ROUNDS):
-        barrier.wait()
-        hold = take(Path(root) / str(number))
-        got.append(hold is not None)
-        holds.append(hold)
-    barrier.wait()  # nobody exits, and so nobody is dead, before all have tried
-    results.put(got)
 
 
 def race(root: Path) -> list[int]:
     """Winners of each round between three processes."""
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(3), context.Queue()
-    processes = [context.Process(target=_race, args=(str(root), barrier, results)) for _ in range(3)]
+    processes = [
+        context.Process(target=other_processes.race, args=(str(root), ROUNDS, barrier, results)) for _ in range(3)
+    ]
     for process in processes:
         process.start()
     outcomes = [results.get(timeout=60) for _ in processes]
@@ -160,14 +151,16 @@ def test_a_clock_that_is_set_neither_kills_nor_revives_an_owner(
 
 def test_many_dead_owners_are_looked_at_twice_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `status` does after a node's end: it first reads all claims, and then takes what was on it."""
+    slept: list[float] = []
+    clock = SimpleNamespace(time=time.time, monotonic=lambda: sum(slept), sleep=slept.append)
+    monkeypatch.setattr(claim, "time", clock)
     monkeypatch.setattr(claim, "LOOK_AGAIN_SECONDS", 0.5)
     folders = [tmp_path / str(number) for number in range(20)]
     for folder in folders:
         write_claim(folder, machine="elsewhere", time=time.time() - STALE_SECONDS - 5)
         assert not current_claim(folder).is_alive()
-    began = time.monotonic()
     assert all(take(folder) for folder in folders)
-    assert time.monotonic() - began < 3
+    assert sum(slept) == 0.5
 
 
 def test_a_later_process_with_the_same_pid_is_not_the_owner(tmp_path: Path) -> None:

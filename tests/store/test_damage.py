@@ -35,8 +35,10 @@ from lorabench.store.store import Store
 TEXT = """
 name = "small"
 [base]
+model = "builtin:tiny-llama"
 method.name = "lora"
 task.name = "text"
+task.data = "builtin:python-code"
 method.rank = [1, 2, 4]
 [[table]]
 rows = ["method.rank"]
@@ -300,6 +302,65 @@ def test_a_record_whose_spec_is_gone_is_held_against_its_folder(whole: Small, tm
     file.write_text(json.dumps(json.loads(file.read_text()) | {"spec": two.to_json()}))
     state = store.state(one.id)
     assert state.status == Status.CORRUPT and "its spec is not the run's" in state.error
+
+
+def file_for_the_run(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("junk")
+
+
+def file_for_the_claims(folder: Path) -> None:
+    (folder / "record.json").unlink()
+    shutil.rmtree(folder / "claims", ignore_errors=True)
+    (folder / "claims").write_text("junk")
+
+
+def run_that_links_to_itself(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.symlink_to(folder.name)
+
+
+def record_that_links_to_itself(folder: Path) -> None:
+    (folder / "record.json").unlink()
+    (folder / "record.json").symlink_to(folder / "record.json")
+
+
+def loss_that_is_none(folder: Path) -> None:
+    table = json.loads((folder / "record.json").read_text())
+    (folder / "record.json").write_text(json.dumps(table | {"measures": {"valid_loss": float("nan")}}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (file_for_the_run, "is no folder"),
+        (run_that_links_to_itself, "is no folder"),
+        (file_for_the_claims, "claims: is no folder"),
+        (record_that_links_to_itself, "record.json: cannot be read"),
+        (loss_that_is_none, "measures.valid_loss = nan: must be finite in a run that is done"),
+    ],
+)
+def test_what_stands_in_the_place_of_something_else_is_one_run_s_damage(
+    damage: Callable[[Path], object], reason: str, whole: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case, damaged = Case(whole, tmp_path / "results", capsys), whole.sweep.runs[1].id
+    damage(case.store.folder(damaged))
+    found = case.statuses(codes=(0, 1))
+    assert found == {spec.id: "corrupt" if spec.id == damaged else "done" for spec in whole.sweep.runs}
+    assert reason in case.store.state(damaged).error
+    sweep = str(case.root / "small" / "sweep.toml")
+    case.call("run", sweep, "--results", str(case.root), codes=(1,))
+    case.call("run", sweep, "--results", str(case.root), "--retry", "corrupt", codes=(1,))
+    assert case.store.state(damaged).status == Status.MISSING
+    assert [found.name for found in (case.root / "runs" / ".corrupt").iterdir()] == [f"{damaged}.1"]
+
+
+def test_a_spec_that_is_gone_is_found_when_asked(whole: Small, tmp_path: Path) -> None:
+    shutil.copytree(whole.root, tmp_path / "results")
+    store, (one, two, _) = Store(tmp_path / "results"), whole.sweep.runs
+    (store.folder(one.id) / "spec.json").unlink()
+    found = [store.verified(store.state(spec.id)) for spec in (one, two)]
+    assert [state.status for state in found] == [Status.CORRUPT, Status.DONE] and "is gone" in found[0].error
 
 
 def test_measures_that_are_not_finite_are_nan(whole: Small, tmp_path: Path) -> None:

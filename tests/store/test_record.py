@@ -20,6 +20,7 @@ from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store
 from lorabench.training.execute import Options, execute
 from lorabench.updates.tensorfile import disk_errors
+from tests.store import other_processes
 
 SPEC = RunSpec.from_json({"method": {"name": "lora"}, "task": {"name": "text"}})
 
@@ -127,7 +128,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     file = tmp_path / "f"
     write_bytes(file, b"0" * 200_000)
     context = multiprocessing.get_context("spawn")
-    writer = context.Process(target=_write_often, args=(str(file),))
+    writer = context.Process(target=other_processes.write_often, args=(str(file),))
     writer.start()
     seen = set()
     while writer.is_alive():
@@ -136,11 +137,6 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
         seen.add(content[0])
     assert writer.exitcode == 0 and len(seen) > 1
     assert os.listdir(tmp_path) == ["f"]
-
-
-def _write_often(file: str) -> None:
-    for i in range(150):
-        write_bytes(Path(file), str(i % 10).encode() * 200_000)
 
 
 def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

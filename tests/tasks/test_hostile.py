@@ -20,22 +20,25 @@ from lorabench.models.base_model import load_tokenizer
 from lorabench.spec.task import Task
 from lorabench.training.examples import read_usable, tokenized
 
-CASES = 800
+CASES = 300
+"""Of each task."""
 VALUES = [
     None, "", " ", "a text of some words", "x" * 300, "\ud800", "\x00\x1b[31m", "naïve", "-1", -1, -1.0, 0, "0", 0.0,
     1, 1.0, 2, 3.25, "4.50", 10**30, 1e300, float("nan"), float("inf"), True, [], ["a", "b"], {}, {"q": "deep"},
     {"q": None}, "yes", "no", "01000", "1_000", "nan", "<|eos|>", "\n", "\u2028", "{text}",
 ]  # fmt: skip
+TALK = [{"role": role, "content": f"what the {role} says"} for role in ("system", "user", "assistant", "user")]
 NAMES = ["text", "label", "meta.q", "meta", "", "a b", "\x1b[0m", "{", "text[0]", "index"]
 TEMPLATES = [
     "{text}", "{meta.q}", "{text", "{}", "{text[0]}", "{text!r:>9}", "{label:d}", "", "}", "{text:{label}}", "x",
+    "{text} {text}", "{text}!",
 ]  # fmt: skip
 KINDS = ["jsonl", "jsonl", "jsonl", "json", "csv", "tsv", "parquet", "txt", "jsonl.gz"]
 
 
 def cells(draw: random.Random, names: list[str], tame: bool) -> list[dict]:
     """Rows that may lack a column; of `tame` ones the columns are of one type each, but for a few cells."""
-    kinds = {"label": [["yes", "no"], [0, 1], [0.0, 1.0, 2.5], [1, 3, 4]]}
+    kinds = {"label": [["yes", "no"], [0, 1], [0.0, 1.0, 2.5], [1, 3, 4]], "messages": [[TALK], [TALK, TALK[1:]]]}
     usual = {name: draw.choice(kinds.get(name, [["a text of some words", "another"]])) for name in names}
     return [
         {
@@ -76,9 +79,10 @@ def written(draw: random.Random, kind: str, rows: list[dict]) -> bytes:
     return gzip.compress(content) if kind.endswith("gz") else content
 
 
-def fill(draw: random.Random, folder: Path) -> str:
-    """A data set in `folder`: what `task.data` names."""
-    names = draw.sample(NAMES, draw.randint(0, 3)) + draw.choice([["text", "label"], ["text", "label"], []])
+def fill(draw: random.Random, folder: Path, name: str) -> str:
+    """A data set in `folder` for a task: what `task.data` names."""
+    names = draw.sample(NAMES, draw.randint(0, 3)) + (["messages"] if name == "chat" else [])
+    names += draw.choice([["text", "label"], ["text", "label"], []])
     kind, tame = draw.choice(KINDS), draw.random() < 0.8
     splits = draw.choice([["train"], ["train", "validation"], ["train", "dev", "test"], ["train.part1", "train.part2"]])
     for split in splits:
@@ -93,6 +97,10 @@ def any_task(draw: random.Random, name: str, data: str) -> Task:
     choices = {
         "text": ["text", "text", "meta.q", "gone"], "label": ["label", "label", "text"], "retain": [None, data],
         "text_pair": [None, None, "meta.q"], "columns": [None, None, None, "text,label", "label,label"],
+        "question": ["{text}"] * 20 + TEMPLATES, "choices": ["text, label"] * 9 + ["meta", "text,gone"],
+        "answer": ["label"], "answer_is": ["text"] * 9 + ["index", "letter"], "labels": [None] * 9 + ["meta.q"],
+        "messages": ["messages"] * 9 + ["text"], "train_on": ["assistant", "last"],
+        "template": [plugins.example("tasks", "chat").template] * 5 + [None, "{{", "{{ messages }}", "{{ 1 / 0 }}"],
         "prompt": TEMPLATES, "response": TEMPLATES, "unlabelled": [None, None, "", "-1", "no"],
     }  # fmt: skip
     return decode(kind, {"data": data} | {key: draw.choice(found) for key, found in choices.items() if key in known})
@@ -101,13 +109,13 @@ def any_task(draw: random.Random, name: str, data: str) -> Task:
 @pytest.mark.parametrize("name", plugins.names("tasks"))
 def test_any_file_gives_examples_or_one_clear_error(name, tmp_path):
     tokenizer, outcomes = load_tokenizer("builtin:tiny-llama"), []
-    for seed in range(CASES // len(plugins.names("tasks"))):
+    for seed in range(CASES):
         draw = random.Random(f"{name} {seed}")
         folder = tmp_path / str(seed)
         folder.mkdir()
-        task = any_task(draw, name, fill(draw, folder))
+        task = any_task(draw, name, fill(draw, folder, name))
         try:
-            splits = tokenized(task, read_usable(task), tokenizer, draw.choice([2, 8, 64]))
+            splits = tokenized(task, read_usable(task), tokenizer, draw.choice([2, 16, 64]))
         except InputError as error:
             outcomes.append("refused")
             for problem in error.problems:

@@ -35,10 +35,12 @@ def tokenizer():
 def test_every_task_has_a_loss_that_falls_on_the_right_answer(name, tokenizer, labelled):
     task = plugins.example("tasks", name)
     rows = [{"source": "a", "text": f"text number {i} " * 9, "label": i % 2} for i in range(8)]
+    talk = [{"role": "user", "content": "yes or no?"}, {"role": "assistant", "content": "yes"}]
+    rows = [row | {"messages": talk} for row in rows]
     if name in ("classification", "regression"):
         task = dataclasses.replace(task, data=labelled)
     options = task.model_options(task.usable("train", rows, {}))
-    batch = collate(list(task.examples(rows, tokenizer, 16, options)), 2, CPU)
+    batch = collate([each for item in task.scored(rows, tokenizer, 16, options) for each in item], 2, CPU)
     if name == "regression":
         right = batch["labels"][:, None]
         assert float(task.loss(right + 2, batch)) / task.count(batch) == pytest.approx(4)  # mean squared error

@@ -15,9 +15,10 @@ from lorabench.models import weights
 from lorabench.store.record import Status
 from lorabench.store.store import Store
 from lorabench.training import bookkeeping, flops
-from lorabench.training.evaluation import forward
 from lorabench.training.examples import collate, prepare
 from lorabench.training.execute import Options, execute
+from lorabench.training.passes import forward
+from tests import families
 from tests.conftest import make_spec
 from tests.methods.test_methods import CPU, IMPOSSIBLE, VARIANTS, attach, load_base, method_spec
 
@@ -74,6 +75,18 @@ def test_flops_are_those_that_torch_counts(case, tiny_bases, labelled):
     found = flops.of_step(flops.without_numbers(model), shapes_of(batches), spec.method)
     assert torch.equal(torch.get_rng_state(), state)
     assert found == pytest.approx(counted(spec, model, batches), rel=0.03)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "olmoe", "deepseek-v3", "gpt-oss"])
+def test_lora_on_stacked_experts_counts_as_torch_counts_it(family):
+    """Of the experts that a token is given to; ΔW of each expert is made once a pass."""
+    spec = make_spec(method={"name": "lora", "rank": 4, "targets": "all-linear"})
+    torch.manual_seed(0)
+    model = spec.method.attach(families.make(family, "cpu"), spec).train()
+    batch = {"input_ids": torch.arange(24).reshape(2, 12), "labels": torch.arange(24).reshape(2, 12)}
+    found = flops.of_step(flops.without_numbers(model), {(2, 12): 1}, spec.method)
+    model.set_experts_implementation("batched_mm")
+    assert found == pytest.approx(counted(spec, model, [batch]), rel=0.03)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

@@ -11,7 +11,6 @@ from lorabench.config import plugins
 from lorabench.models.base_model import max_length
 from lorabench.spec.measures import MEASURES
 from lorabench.training import inference
-from lorabench.training.evaluation import autocast, forward
 from lorabench.training.examples import collate
 from lorabench.training.inference import (
     Workload,
@@ -24,6 +23,7 @@ from lorabench.training.inference import (
     twin,
     workload,
 )
+from lorabench.training.passes import autocast, forward
 from tests.methods.test_methods import CPU, IMPOSSIBLE, attach, load_base, method_spec, prepare, take_steps
 
 METHODS = plugins.names("methods")

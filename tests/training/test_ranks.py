@@ -21,12 +21,12 @@ from lorabench.config.decode import InputError
 from lorabench.launch.pool import Pool, launch
 from lorabench.launch.worker import Settings, Target, execute_run
 from lorabench.processes import distributed
-from lorabench.processes.distributed import Gradients, Place, World, local_part
+from lorabench.processes.distributed import Gradients, Place, World, local_part, use_device
 from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.sweep import Sweep
 from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store
-from lorabench.training import evaluation, execute, loop, sharding
+from lorabench.training import evaluation, loop, passes, sharding, state
 from lorabench.training import meter as meters
 from lorabench.training import run as journey
 from lorabench.training.base import Base
@@ -294,7 +294,7 @@ def test_buckets_hold_every_gradient_once(monkeypatch):
 
 def test_shared_out_weights_are_not_kept_by_autocast():
     for world, cached in ((World(), True), (World(sharding="fsdp"), False)):
-        with evaluation.autocast(make_spec(dtype="bfloat16"), torch.device("cpu"), world):
+        with passes.autocast(make_spec(dtype="bfloat16"), torch.device("cpu"), world):
             assert torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled() == cached
 
 
@@ -315,7 +315,7 @@ def test_joules_of_ranks_that_are_gone_are_kept():
 
 def test_several_processes_choose_their_gpus_themselves():
     with pytest.raises(InputError, match="device = cuda:1: 2 processes"):
-        execute._use_device(execute.Options(device="cuda:1", place=Place(size=2)))
+        use_device("cuda:1", Place(size=2))
 
 
 def test_shares_hold_the_moments_that_there_are(tmp_path):
@@ -364,7 +364,9 @@ def test_from_the_command_line_and_what_using_the_result_takes(tmp_path):
     sweep = tmp_path / "sweep.toml"
     sweep.write_text("""
 [base]
+model = "builtin:tiny-llama"
 task.name = "text"
+task.data = "builtin:python-code"
 task.max_train = 16
 task.max_eval = 4
 seq_len = 32
@@ -405,7 +407,7 @@ def differing(spec: RunSpec, store: Store, settings: Settings) -> None:
             case 0:
                 Base.content = property(lambda base: {"data": {"task": "another"}})
             case 1:
-                journey.method_seed = lambda spec: 0
+                state.method_seed = lambda spec: 0
             case 2:
                 at_step(3, 1, lambda: setattr(torch.optim.AdamW, "step", lambda self: None))
     execute_run(spec, store, settings)

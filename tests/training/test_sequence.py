@@ -88,10 +88,12 @@ def test_a_sequence_goes_through_json_and_back_and_holds_no_task_beside() -> Non
 
 BASE = """
 [base]
+model = "builtin:tiny-llama"
 method.name = "lora"
 method.rank = [1, 2]
 """
-TWO = 'tasks = [{name = "text"}, {name = "text", data = "builtin:english-docs"}]\n'
+TEXT = '{name = "text", data = "builtin:python-code"}'
+TWO = f'tasks = [{TEXT}, {{name = "text", data = "builtin:english-docs"}}]\n'
 
 
 def parse(text: str) -> list[RunSpec]:
@@ -101,23 +103,24 @@ def parse(text: str) -> list[RunSpec]:
 def test_a_list_of_tables_is_one_value_and_a_list_of_such_lists_an_axis() -> None:
     runs = parse(BASE + TWO)
     assert [(run.method.rank, len(run.tasks)) for run in runs] == [(1, 2), (2, 2)]
-    blocks = BASE + '[[base.tasks]]\nname = "text"\n[[base.tasks]]\nname = "text"\ndata = "builtin:english-docs"\n'
+    block = '[[base.tasks]]\nname = "text"\ndata = "builtin:{}"\n'
+    blocks = BASE + block.format("python-code") + block.format("english-docs")
     assert [run.id for run in parse(blocks)] == [run.id for run in runs]
-    axis = BASE + 'tasks = [[{name = "text"}], [{name = "text"}, {name = "completion"}]]\nlr = [1, 2]\n'
+    axis = BASE + f"tasks = [[{TEXT}], [{TEXT}, {TEXT.replace('text', 'completion')}]]\nlr = [1, 2]\n"
     assert [(run.method.rank, len(run.tasks), run.lr) for run in parse(axis)][:4] == [
         (1, 1, 1.0), (1, 1, 2.0), (1, 2, 1.0), (1, 2, 2.0),
     ]  # fmt: skip
 
 
 def test_a_block_puts_a_sequence_in_the_place_of_the_bases_task_and_back() -> None:
-    runs = parse(BASE + 'task.name = "text"\n[[grid]]\nseed = 1\n[[grid]]\n' + TWO)
+    runs = parse(BASE + 'task.name = "text"\ntask.data = "x"\n[[grid]]\nseed = 1\n[[grid]]\n' + TWO)
     assert [len(run.tasks) for run in runs] == [0, 0, 2, 2]
-    runs = parse(BASE + TWO + '[[grid]]\nseed = 1\n[[grid]]\ntask.name = "text"\n')
+    runs = parse(BASE + TWO + '[[grid]]\nseed = 1\n[[grid]]\ntask.name = "text"\ntask.data = "x"\n')
     assert [len(run.tasks) for run in runs] == [2, 2, 0, 0]
 
 
 def test_exclude_and_zip_take_a_sequence_for_one_value() -> None:
-    one, other = '[{name = "text"}]', '[{name = "completion"}, {name = "text"}]'
+    one, other = f"[{TEXT}]", f"[{TEXT.replace('text', 'completion')}, {TEXT}]"
     runs = parse(BASE + f"[[grid]]\ntasks = [{one}, {other}]\nexclude = [{{tasks = {one}}}]\n")
     assert [len(run.tasks) for run in runs] == [2, 2]
     zipped = f'[[grid]]\ntasks = [{one}, {other}]\nlr = [1, 2]\nzip = ["tasks", "lr"]\n'
@@ -127,15 +130,21 @@ def test_exclude_and_zip_take_a_sequence_for_one_value() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('tasks = [{name = "txt"}]\n', "tasks 1: task.name = \"txt\": unknown task 'txt'. Did you mean 'text'?"),
-        ('tasks = [{name = "text"}, {}]\n', "tasks 2: task.name: is missing"),
-        ('tasks = [{name = "text", max_eval = 0}]\n', "tasks 1: task.max_eval = 0: must be at least 1"),
-        ('tasks = [{name = "text", max_eval = [1, 2]}]\n', "tasks 1: task.max_eval = [1, 2]: must be a valid integer"),
+        (
+            'tasks = [{name = "txt", data = "x"}]\n',
+            "tasks 1: task.name = \"txt\": unknown task 'txt'. Did you",
+        ),
+        ('tasks = [{name = "text", data = "x"}, {data = "x"}]\n', "tasks 2: task.name: is missing"),
+        ('tasks = [{name = "text", data = "x", max_eval = 0}]\n', "tasks 1: task.max_eval = 0: must be at least 1"),
+        (
+            'tasks = [{name = "text", data = "x", max_eval = [1, 2]}]\n',
+            "tasks 1: task.max_eval = [1, 2]: must be a valid",
+        ),
         ('tasks = "text"\n', 'tasks = "text": must be a list of tables'),
-        ('task.name = "completion"\n' + TWO, "tasks: stand instead of task"),
+        ('task.name = "completion"\ntask.data = "x"\n' + TWO, "tasks: stand instead of task"),
         ("", "task: is missing"),
         (
-            'tasks = [{name = "text"}, {name = "classification", data = "x"}]\n',
+            'tasks = [{name = "text", data = "x"}, {name = "classification", data = "x"}]\n',
             "tasks = text, classification: one model",
         ),
         (
@@ -144,7 +153,7 @@ def test_exclude_and_zip_take_a_sequence_for_one_value() -> None:
         ),
         (TWO + '[[table]]\nrows = ["tasks"]\nvalue = "valid_accuracy"\n', 'table 1: value = "valid_accuracy"'),
         (
-            'task.name = "text"\n[[table]]\nrows = ["lr"]\nvalue = "backward_transfer"\n',
+            'task.name = "text"\ntask.data = "x"\n[[table]]\nrows = ["lr"]\nvalue = "backward_transfer"\n',
             'table 1: value = "backward_transfer": unknown measure',
         ),
     ],
@@ -363,7 +372,7 @@ def test_plan_status_and_tables_count_all_tasks(reference, tmp_path, monkeypatch
     assert row["progress"]["steps"] == 8
     line = next(line for line in status_text(reference, standings(reference)).splitlines() if line.startswith(spec.id))
     assert "8/8" in line and "tasks=python-code > english-docs" in line
-    code, docs = '{name = "text"}', '{name = "text", data = "builtin:english-docs"}'
+    code, docs = TEXT, '{name = "text", data = "builtin:english-docs"}'
     text = BASE + f"tasks = [[{code}, {docs}], [{docs}, {code}]]\n"
     sweep = parse_sweep(tomllib.loads(text), text)
     assert "python-code > english-docs" in plan_text(sweep, make_plan(sweep, Store(tmp_path), "cpu"))
@@ -400,7 +409,8 @@ def test_the_figure_shows_each_settings_matrix(tmp_path) -> None:
 
 
 def test_sequences_that_differ_have_names_that_differ(tmp_path) -> None:
-    one, other = (f'[{{name = "text", max_train = {n}}}, {{name = "text", max_train = 9}}]' for n in (7, 8))
+    first, *others = (TEXT.replace("}", f", max_train = {n}}}") for n in (9, 7, 8))
+    one, other = (f"[{text}, {first}]" for text in others)
     text = BASE + f"tasks = [{one}, {other}]\n"
     names = load_results(Store(tmp_path), parse_sweep(tomllib.loads(text), text)).runs["tasks"]
     assert set(names) == {

@@ -20,7 +20,7 @@ from lorabench.training.inference import as_served, checked_batch, logits
 from lorabench.training.meter import GIB
 from lorabench.training.serving import RESIDENT, held_bytes, mixed, stored_files, swapped
 from lorabench.training.stop import Stop, Stopped
-from tests.conftest import make_spec
+from tests.conftest import BASE, make_spec
 from tests.methods.test_methods import IMPOSSIBLE, load_base, method_spec, tuned
 
 QUIET = Options(log_to_file=False, device="cpu")
@@ -284,7 +284,7 @@ def test_a_sweep_without_serving_has_no_such_column(tmp_path):
     from lorabench.spec.sweep import read_sweep
 
     file = tmp_path / "sweep.toml"
-    text = '[base]\ntask.name = "text"\nmethod.name = "full"\nserving = {}\n\n[[table]]\nrows = ["seed"]\n'
+    text = BASE + 'method.name = "full"\nserving = {}\n\n[[table]]\nrows = ["seed"]\n'
     text += 'value = "merge_error"\n'
     file.write_text(text.format("true"))
     assert read_sweep(file).tables[0].values == ["merge_error"]

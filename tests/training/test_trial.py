@@ -93,6 +93,33 @@ def test_what_could_not_be_saved_is_refused_before_anything_starts(monkeypatch, 
     trial._try_out.cache_clear()
 
 
+def test_a_model_that_cannot_be_computed_with_the_method_is_refused_before_the_first_step(spec_of, monkeypatch):
+    """As Llama 4's router, a Linear of two outputs, was in its first step."""
+    spec = spec_of(families.CONFIGS["gpt2"](), method={"name": "lora", "targets": "mlp"})
+    trial._try_out.cache_clear()
+    monkeypatch.setattr("transformers.models.gpt2.modeling_gpt2.GPT2MLP.forward", _no_tensor)
+    with pytest.raises(InputError, match=r'"lora": GPT2LMHeadModel cannot be computed with it: AttributeError: .tuple'):
+        trial.check_saving(spec, trial.models.skeleton(spec, {}, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "ptuning"])
+def test_soft_prompts_are_refused_where_a_classifier_takes_none(method, spec_of, untried):
+    task = {"name": "classification", "data": "builtin:english-docs"}
+    spec = spec_of(families.CONFIGS["bart"](), method={"name": method}, task=task)
+    with pytest.raises(InputError, match=rf'"{method}": BartForSequenceClassification cannot be computed with it'):
+        trial.try_out(spec, {})
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama", "gpt2", "qwen3-moe", "gemma3", "phi3", "opt"])
+def test_soft_prompts_are_taken_by_language_models(family, spec_of, untried):
+    for method in ("prompt", "prefix", "ptuning"):
+        assert trial.try_out(spec_of(families.CONFIGS[family](), method={"name": method}), {}) == ""
+
+
+def _no_tensor(self, states):
+    return self.c_fc((states, states))
+
+
 @pytest.fixture
 def untried():
     """Nothing is kept of what other tests have tried, or made of it."""

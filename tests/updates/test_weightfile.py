@@ -151,6 +151,13 @@ def test_an_index_cannot_lead_outside_the_folder(target, tmp_path):
         WeightFiles(folder)
 
 
+def test_a_shard_that_links_to_itself_is_no_file(tmp_path):
+    (tmp_path / "model-2.safetensors").symlink_to("model-2.safetensors")
+    shard_to(tmp_path, "model-2.safetensors")
+    with pytest.raises(InputError, match=r"model-2\.safetensors"):
+        WeightFiles(tmp_path)
+
+
 def test_the_hubs_cache_may_link_to_its_blobs(tmp_path):
     folder, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
     folder.mkdir(parents=True)

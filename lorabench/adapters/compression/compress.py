@@ -20,11 +20,11 @@ from lorabench.config.decode import InputError
 from lorabench.config.digests import file_digests
 from lorabench.config.durable import write_json
 from lorabench.config.json_file import read_json
+from lorabench.processes.distributed import pick_device
 from lorabench.spec.run_spec import canonical_json
 from lorabench.store.store import Store
-from lorabench.training.base import pick_device
 
-VERSION = 2
+VERSION = 3
 """Part of every id: raise it when a compression or its evaluation changes."""
 BASE, FULL, ENERGY = "base", "full", "energy"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from lorabench.adapters.compression.truncation import Carried
 from lorabench.adapters.merging.adapters import find_run
 from lorabench.config.decode import InputError
+from lorabench.config.quote import clip, show_path
 from lorabench.spec.run_spec import RunSpec, canonical_json
-from lorabench.store.record import RunRecord, Status
-from lorabench.store.store import Store, check_updates
+from lorabench.store.record import RunRecord
+from lorabench.store.store import Store, check_run, check_updates
 from lorabench.training.serving import stored_files
 from lorabench.updates import formats
 from lorabench.updates.layer import LayerSVD
 from lorabench.updates.locate import adapter_path, weights_path
-from lorabench.updates.peftfile import Beside, beside, check_whole, models_of, whole_names
+from lorabench.updates.modules import Modules, models_in, whole_name
+from lorabench.updates.peftfile import Beside, beside, check_whole
 from lorabench.updates.readers._entry import Entry, Source, read_json
 from lorabench.updates.readers.peft_lora import CONFIG_FILE
 from lorabench.updates.update import INITIAL_FILE, Update
@@ -35,7 +37,7 @@ class Subject:
     """An adapter, and the run whose base, task and settings it is evaluated with: None where there is none.
 
     `own` says that it is that run's adapter. `folder` holds its files: None where they are not on this machine.
-    `content` is a SHA-256 of all that was learned.
+    `content` is a SHA-256 of all that was learned, and of the names that a given base has for it.
     """
 
     name: str
@@ -75,23 +77,25 @@ def open_subject(
     path = Path(given)
     if path.parent.name == "runs" and (path / "spec.json").is_file():
         store, given = Store(path.parent.parent), path.resolve().name
-    elif path.exists() or "/" in given:
+    elif os.path.exists(path) or "/" in given:
         return _foreign(store, given, like, base, alpha)
     flags = {"--like": like, "--base": base, "--alpha": alpha}
     problems = [f"{flag} {value}: {given} is a run, which knows it" for flag, value in flags.items() if value]
     if problems:
         raise InputError(problems)
     if not given or not any(run_id.startswith(given) for run_id in store.run_ids()):
-        raise InputError(f"ADAPTER = {given}: no such file or folder, and no run of {store.root} begins so")
+        raise InputError(
+            f"ADAPTER = {clip(given)}: no such file or folder, and no run of {show_path(store.root)} begins so"
+        )
     return _of_run(store, find_run(store, given))
 
 
 def _of_run(store: Store, run_id: str) -> Subject:
-    record, folder = _done(store, run_id, "ADAPTER"), store.folder(run_id) / "updates"
+    record, folder = store.done(run_id, "ADAPTER"), store.folder(run_id) / "updates"
     spec = RunSpec.from_json(record.spec)
     if spec.method.adds_computation:
         raise InputError(f"ADAPTER = {run_id}: {spec.method.name} adds computation that no ΔW stands for")
-    if not folder.is_dir() or spec.keep != "updates":
+    if spec.keep != "updates":
         raise InputError(f'ADAPTER = {run_id}: has not kept its ΔW (keep = "{spec.keep}")')
     if (folder / INITIAL_FILE).exists():
         raise InputError(
@@ -110,6 +114,7 @@ def _of_run(store: Store, run_id: str) -> Subject:
 
 
 def _foreign(store: Store, given: str, like: str | None, base: str | None, alpha: float | None) -> Subject:
+    check_run(given)
     adapter = formats.open_adapter(given, base=base, alpha=alpha)
     source = Source(path=adapter_path(given))
     subject = Subject(
@@ -118,7 +123,7 @@ def _foreign(store: Store, given: str, like: str | None, base: str | None, alpha
         folder=source.folder,
         content="",
         num_bytes=sum(file.stat().st_size for file in source.files(*WEIGHTS)),
-        record=_done(store, find_run(store, like), "--like") if like else None,
+        record=store.done(find_run(store, like), "--like") if like else None,
         weights=WeightFiles(weights_path(base)) if base else None,
     )
     digest = hashlib.sha256(canonical_json(subject.config))
@@ -128,6 +133,8 @@ def _foreign(store: Store, given: str, like: str | None, base: str | None, alpha
             _add(digest, f"{parameter}:{name}", tensor)
     for name, other in adapter.others.items():
         _add(digest, name, other.load())
+    if weights := subject.weights:  # which say what the modules are called and are
+        digest.update("".join(f"\0{name} {weights.stored_shape(name)}" for name in weights.names).encode())
     return Subject(**{**vars(subject), "content": digest.hexdigest()})
 
 
@@ -136,19 +143,11 @@ def _add(digest: Any, name: str, tensor: Tensor | None) -> None:
         digest.update(f"\0{name} {tuple(tensor.shape)}\0".encode() + tensor.float().contiguous().numpy().tobytes())
 
 
-def _done(store: Store, run_id: str, what: str) -> RunRecord:
-    state = store.state(run_id)
-    if state.status != Status.DONE or state.record is None:
-        raise InputError(f"{what} = {run_id}: is {state.status}, not done")
-    return state.record
-
-
-def saved_whole(adapter: formats.Adapter) -> Carried:
+def saved_whole(modules: Modules) -> Carried:
     """What a file has beside the factors; the ΔW of it that is known."""
-    names = whole_names(adapter)
-    entries = adapter.entries | adapter.vectors
+    names, entries = modules.whole, modules.entries
     changes = load_updates({name: entries[name] for name in sorted(names) if name in entries})
-    return Carried(beside=beside(adapter), names=frozenset(names), updates=tuple(changes))
+    return Carried(beside=beside(modules.adapter, modules.named), names=names, updates=tuple(changes))
 
 
 def trained_head(subject: Subject, tuned: nn.Module, heads: list[str]) -> Carried:
@@ -162,19 +161,24 @@ def trained_head(subject: Subject, tuned: nn.Module, heads: list[str]) -> Carrie
     )
 
 
-def matrices(subject: Subject, carried: frozenset[str]) -> dict[str, Entry]:
-    """What is compressed: each matrix ΔW, less what is carried over, and less parts of one that is there as a whole."""
+def modules_of(subject: Subject) -> Modules:
+    """Names in the one model that the adapter is of. InputError where it is of several, or has no whole ΔW."""
     check_whole(subject.adapter)
-    if (models := models_of(subject.adapter)) != {"": ""}:
+    one, *others = models_in(subject.adapter, subject.weights)
+    if others:
+        names = ", ".join(modules.model for modules in (one, *others))
         raise InputError(
-            f"{subject.name}: names its modules by the model that they are in ({', '.join(models)}): convert it first, "
-            "and compress what that writes"
+            f"{subject.name}: holds adapters of several models ({names}): --base tells which to compress; or convert "
+            "it first, into a folder a model"
         )
-    entries = {p: entry for p, entry in subject.adapter.entries.items() if p not in carried}
-    if experts := [p for p in entries if re.search(r"\[\d+\]", p)]:
-        raise InputError(f"{subject.name}: {experts[0]}: is one of stacked experts, which PEFT gives one rank all")
+    return one
+
+
+def matrices(subject: Subject, modules: Modules, carried: frozenset[str]) -> dict[str, Entry]:
+    """What is compressed: each matrix ΔW, less what is carried over, and less parts of one that is there as a whole."""
+    entries = {p: e for p, e in modules.entries.items() if p in subject.adapter.entries and p not in carried}
     whole = {p: entry for p, entry in entries.items() if getattr(entry, "part", None) is None}
-    alone = [p for p in entries if p not in whole and re.sub(r"\[\w+\]", "", p) not in whole]
+    alone = [p for p in entries if p not in whole and whole_name(p) not in whole]
     if alone:
         raise InputError(f"{subject.name}: {alone[0]}: is only a part of ΔW, and the whole is not known (--base)")
     if not whole:

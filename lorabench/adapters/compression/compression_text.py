@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.config.decode import InputError
+from lorabench.config.quote import show_path
 from lorabench.report.aggregate import number, plain
 from lorabench.store.store import Store
 from lorabench.terminal.text import text_table
@@ -58,6 +59,7 @@ def _remarks(records: Sequence[dict[str, Any]]) -> list[str]:
         lines.append(f"left out: {left_out['num_unchanged']} layers whose ΔW is 0")
     if names := left_out.get("tensors"):
         lines.append(f"left out: {some(names)}: not understood")
+    lines += left_out.get("models", [])
     lines += [
         f"{layer} and {twin} share one weight and have factors each: untie them before merging, or ΔW counts twice"
         for layer, twin in made["tied"].items()
@@ -75,7 +77,7 @@ def copy_adapters(store: Store, records: Sequence[dict[str, Any]], output: Path)
     targets = [output / record["body"].replace(" ", "-") if len(made) > 1 else output for record in made]
     full = [target for target in targets if target.exists() and (not target.is_dir() or any(target.iterdir()))]
     if full:
-        raise InputError([f"--output {target}: is there already, and not empty" for target in full])
+        raise InputError([f"--output {show_path(target)}: is there already, and not empty" for target in full])
     for record, target in zip(made, targets, strict=True):
         try:
             shutil.copytree(adapter_folder(store, record), target, dirs_exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorabench.adapters.compression.compressible import Subject, load_updates, matrices, saved_whole, trained_head
+from lorabench.adapters.compression.compressible import (
+    Subject,
+    load_updates,
+    matrices,
+    modules_of,
+    saved_whole,
+    trained_head,
+)
 from lorabench.adapters.compression.truncation import Carried, Cut, Place, cut, places, write_adapter
 from lorabench.config.decode import InputError
 from lorabench.config.digests import file_digests
@@ -22,8 +30,9 @@ from lorabench.models import base_model
 from lorabench.models.weights import add_update, is_conv1d
 from lorabench.training import environment
 from lorabench.training.base import seeded_base
-from lorabench.training.evaluation import metrics_of
+from lorabench.training.evaluation import metrics_of, retention_of
 from lorabench.training.examples import Examples, prepare_stages
+from lorabench.updates.modules import Modules, of_other_models
 from lorabench.updates.peftfile import carried as carried_fields
 from lorabench.updates.peftfile import whole_folder
 from lorabench.updates.readers._entry import Entry, TensorFile
@@ -51,16 +60,26 @@ class Compressor:
     @cached_property
     def carried(self) -> Carried:
         """What was trained in full beside the factors."""
-        found = saved_whole(self.subject.adapter)
+        found = saved_whole(self.modules)
         heads = base_model.new_heads(self.skeleton) if self.skeleton is not None else []
         if self.subject.own and heads and not found.beside.modules:
             return trained_head(self.subject, self.full(), heads)
         return found
 
     @cached_property
+    def modules(self) -> Modules:
+        """Their names in the model."""
+        return modules_of(self.subject)
+
+    @cached_property
     def entries(self) -> dict[str, Entry]:
         """What is compressed."""
-        return matrices(self.subject, self.carried.names)
+        return matrices(self.subject, self.modules, self.carried.names)
+
+    @cached_property
+    def where(self) -> dict[str, Place]:
+        """By layer."""
+        return places(self.skeleton, self.entries, self.modules)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -82,10 +101,7 @@ class Compressor:
         """Write the adapter of each energy to its folder; what is known of each. Memory holds them, and one ΔW."""
         if not folders:
             return {}
-        where, dtype = (
-            places(self.subject.name, self.skeleton, self.entries, self.subject.weights),
-            stored_dtype(self.entries),
-        )
+        where, dtype = self.where, stored_dtype(self.entries)
         layers = [cuts for update in load_updates(self.entries) if (cuts := cut(update, list(folders), dtype))]
         if not layers:
             raise InputError(f"{self.subject.name}: every ΔW is 0: there is nothing to compress")
@@ -94,7 +110,7 @@ class Compressor:
         for number, (energy, folder) in enumerate(folders.items()):
             cuts = [layer[number] for layer in layers]
             with whole_folder(folder) as temporary:
-                write_adapter(temporary, cuts, where, self.carried, self._options(where))
+                write_adapter(temporary, cuts, where, self.carried, self._options())
             made[energy] = self._summary(cuts, folder) | {"tied": tied}
         return made
 
@@ -115,22 +131,24 @@ class Compressor:
 
     def _left_out(self, energy: float, num_layers: int) -> dict[str, Any]:
         """What two factors cannot hold, or need not, and what was read from no file."""
-        entries = {p: e for p, e in self.subject.adapter.vectors.items() if p not in self.carried.names}
+        vectors = self.subject.adapter.vectors.keys() & self.modules.entries.keys() - self.carried.names
+        entries = {p: self.modules.entries[p] for p in sorted(vectors)}
         squares = [float(update.dense().double().square().sum()) for update in load_updates(entries)]
         return {
             "num_vectors": len(squares),
             "energy_of_vectors": sum(squares) / (energy + sum(squares)),
             "num_unchanged": len(self.entries) - num_layers,
             "tensors": list(self.subject.adapter.left_out),
+            "models": list(of_other_models(self.subject.adapter, [self.modules])),
         }
 
-    def _options(self, where: dict[str, Place]) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         """What PEFT's configuration says beside the ranks."""
         options = carried_fields(self.subject.config)
         if self.spec is None or self.skeleton is None:
             return options
         task = "SEQ_CLS" if base_model.new_heads(self.skeleton) else "CAUSAL_LM"
-        transposed = any(is_conv1d(self.skeleton.get_submodule(layer)) for layer in where)
+        transposed = any(is_conv1d(self.skeleton.get_submodule(place.module)) for place in self.where.values())
         source = {"base_model_name_or_path": self.spec.model, "revision": self.spec.revision}
         named = options | source if self.subject.own else source | options
         return named | {"task_type": task, "fan_in_fan_out": transposed}
@@ -152,8 +170,10 @@ class Compressor:
                 f"--like {self.spec.id}: is quantized, and {subject.adapter.format} cannot be added to that"
             )
         tuned = self.base()
-        for update in load_updates(matrices(subject, frozenset()) | subject.adapter.vectors):
-            add_update(tuned, update)
+        vectors = {p: entry for p, entry in self.modules.entries.items() if p in subject.adapter.vectors}
+        for update in load_updates(matrices(subject, self.modules, frozenset()) | vectors):
+            place = self.where.get(update.layer)
+            add_update(tuned, replace(update, parameter=f"{place.module}.weight") if place else update)
         return tuned
 
     def with_adapter(self, folder: Path) -> nn.Module:
@@ -165,10 +185,8 @@ class Compressor:
     def metrics(self, tuned: nn.Module) -> dict[str, float]:
         """Validation of the run's last task, and retention where there is any."""
         assert self.spec is not None
-        found = metrics_of(tuned, self.spec, self.stages[-1], "validation")
-        for examples in [examples for examples in self.stages if examples.splits.get("retain")][-1:]:
-            found |= metrics_of(tuned, self.spec, examples, "retain")
-        return found
+        valid = metrics_of(tuned, self.spec, self.stages[-1], "validation")
+        return valid | retention_of(tuned, self.spec, self.stages)
 
 
 def stored_dtype(entries: dict[str, Entry]) -> torch.dtype:

@@ -78,7 +78,7 @@ def _about(adapter: Adapter) -> dict[str, Any]:
         "format": adapter.format,
         "scale_source": adapter.scale_source,
         "notes": list(adapter.notes),
-        "num_layers": len(adapter.entries),
+        "num_layers": adapter.num_layers,
     }
 
 

@@ -28,20 +28,24 @@ from lorabench.analysis.bases import FOLDER, Bases
 from lorabench.config.decode import InputError
 from lorabench.config.durable import write_json
 from lorabench.config.json_file import read_json
+from lorabench.config.quote import clip
 from lorabench.models import base_model, weights
+from lorabench.processes.distributed import pick_device
 from lorabench.spec.run_spec import RunSpec, canonical_json
-from lorabench.store.record import RunRecord, Status
+from lorabench.store.record import RunRecord
 from lorabench.store.store import Store, check_updates
 from lorabench.training import environment
-from lorabench.training.base import pick_device
-from lorabench.training.evaluation import metrics_of
+from lorabench.training.evaluation import metrics_of, retention_of
 from lorabench.training.examples import prepare_stages
 from lorabench.updates import formats
 from lorabench.updates.base import TUNED_VECTORS
+from lorabench.updates.readers._entry import CONFIG_FILE
 from lorabench.updates.update import INITIAL_FILE, Update
 
 VERSION = 1
 """Part of every id: raise it when an intervention or its evaluation changes."""
+BEYOND_UPDATES = ("trainable_token_indices", "alora_invocation_tokens", "layer_replication")
+"""Fields of PEFT's configuration of what a tuned model computes beyond W0 + ΔW."""
 LAMBDAS = (0.0, 0.3, 0.5, 0.7, 1.0, 1.5)
 BASE, TUNED = "base", "tuned"
 """The points beside those of KINDS: the untouched base, and λ = 1, which is the same for all kinds."""
@@ -87,20 +91,21 @@ class Run:
 def read_run(store: Store, given: str) -> Run:
     """The run whose id begins so. InputError where there is none, or none that W0 + ΔW stands for."""
     run_id = find_run(store, given)
-    state, folder = store.state(run_id), store.folder(run_id) / "updates"
-    if state.status != Status.DONE or state.record is None:
-        raise InputError(f"RUN = {run_id}: is {state.status}, not done")
-    spec = RunSpec.from_json(state.spec)
+    record, folder = store.done(run_id, "RUN"), store.folder(run_id) / "updates"
+    spec = RunSpec.from_json(record.spec)
     if spec.method.adds_computation:
         raise InputError(
             f"RUN = {run_id}: method {spec.method.name} computes what no ΔW stands for; none can be scaled"
         )
     if spec.keep != "updates":
         raise InputError(f'RUN = {run_id}: has not kept its ΔW as a whole (keep = "{spec.keep}")')
+    config = (read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None) or {}
+    if beyond := next((key for key in BEYOND_UPDATES if config.get(key)), None):
+        raise InputError(f"RUN = {run_id}: has {beyond} = {clip(config[beyond])}, which no ΔW stands for")
     if (folder / INITIAL_FILE).exists():
         raise InputError(f"RUN = {run_id}: is LoftQ, whose ΔW counts from the base with its initial factors on top")
-    check_updates(folder.parent, state.record, f"RUN = {run_id}")
-    return Run(record=state.record, spec=spec, folder=folder)
+    check_updates(folder.parent, record, f"RUN = {run_id}")
+    return Run(record=record, spec=spec, folder=folder)
 
 
 def read_runs(store: Store, given: Sequence[str]) -> list[Run]:
@@ -153,10 +158,8 @@ class Bench:
 
     def _metrics(self, evaluated: nn.Module) -> dict[str, float]:
         spec = replace(self.run.spec, dtype="float32")  # without autocast
-        found = metrics_of(evaluated, spec, self.stages[-1], "validation")
-        for examples in [each for each in self.stages if each.splits.get("retain")][-1:]:
-            found |= metrics_of(evaluated, spec, examples, "retain")
-        return found
+        valid = metrics_of(evaluated, spec, self.stages[-1], "validation")
+        return valid | retention_of(evaluated, spec, self.stages)
 
 
 @contextmanager

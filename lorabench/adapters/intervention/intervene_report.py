@@ -11,8 +11,9 @@ from typing import Any
 from lorabench.adapters.intervention.directions import INTRUDERS, KINDS
 from lorabench.adapters.intervention.intervene import BASE, TUNED, Intervention
 from lorabench.config.decode import InputError
+from lorabench.config.quote import show_path
 from lorabench.report.aggregate import Cell, interval, number, plain, value_text
-from lorabench.report.labels import capitalized, key_label, measure, measure_label, value_label
+from lorabench.report.labels import capitalized, key_label, measure, measure_label, shown_factor, value_label
 from lorabench.spec.run_spec import brief, canonical_json, flatten, swept_keys
 from lorabench.terminal.text import text_table
 
@@ -76,7 +77,7 @@ def _row(setting: str, group: list[Record], scaled: str, scale: float | None) ->
     numbers = [record[f"num_{scaled}"] for record in having] if scaled in KINDS else []
     cells = {}
     for name in (name for name in SHOWN if all(name in point for pair in pairs for point in pair)):
-        factor = 100 if measure(name).unit == "%" else 1
+        factor = shown_factor(name)
         cells[name] = _cell([factor * point[name] for point, _ in pairs])
         if name in CHANGES and scaled in KINDS:
             cells[CHANGES[name]] = _cell([_change(point[name], tuned[name]) for point, tuned in pairs])
@@ -174,7 +175,7 @@ def _remarks(records: Sequence[Record]) -> list[str]:
 def check_figure(file: Path) -> None:
     """InputError where a figure cannot be written by that name."""
     if file.suffix not in FIGURE_SUFFIXES:
-        raise InputError(f"--figure {file}: must end in {' or '.join(FIGURE_SUFFIXES)}")
+        raise InputError(f"--figure {show_path(file)}: must end in {' or '.join(FIGURE_SUFFIXES)}")
 
 
 def draw(rows: Sequence[Row], file: Path) -> list[Path]:
@@ -185,44 +186,50 @@ def draw(rows: Sequence[Row], file: Path) -> list[Path]:
     names = [name for name in ("valid_loss", "forgetting") if any(CHANGES[name] in row.cells for row in rows)]
     if not settings or not names:
         return []
-    with drawing.style():
-        figure, grid = drawing.new_figure(len(settings), len(names), height=2.0, sharex=True)
-        looks = drawing.looks(KINDS)
-        handles: dict[str, Any] = {}
-        for panels, setting in zip(grid, settings, strict=True):
-            for axes, name in zip(panels, names, strict=True):
-                own = [row for row in rows if row.setting == setting and row.cells.get(CHANGES[name])]
-                handles |= _panel(axes, own, CHANGES[name], looks)
-                axes.set_ylabel(f"{capitalized(measure_label(name))}\nchange (%)")
-            panels[0].set_title(setting, loc="left")
-        for axes in grid[-1]:
-            axes.set_xlabel("λ")
-        drawing.legend_below(figure, handles)
-    return drawing.save(figure, file.with_suffix(""))
+    looks, drawn = drawing.looks(KINDS), set()
+    panels = {f"{setting} {name}": (setting, name) for setting in settings for name in names}
+    width = "column" if len(names) == 1 else "page"
+    with drawing.facets(panels, width, height=2.0, columns=len(names), sharey=False) as grid:
+        for (setting, name), axes in zip(panels.values(), grid.axes.flat, strict=True):
+            own = [row for row in rows if row.setting == setting and row.cells.get(CHANGES[name])]
+            drawn |= _draw_panel(axes, own, CHANGES[name], looks)
+            axes.set_ylabel(f"{capitalized(measure_label(name))}\nchange (%)")
+            axes.set_title(setting if name == names[0] else "", loc="left")
+            axes.set_title("")
+        grid.set_xlabels("λ")
+        drawing.legend_below(grid.figure, {kind: look for kind, look in looks.items() if kind in drawn})
+    return drawing.save(grid.figure, file.with_suffix(""))
 
 
-def _panel(axes: Any, rows: Sequence[Row], name: str, looks: dict[str, Any]) -> dict[str, Any]:
-    """One setting's kinds, each through 0 at λ = 1; hollow where there is no interval. Label -> handle."""
+def _draw_panel(axes: Any, rows: Sequence[Row], name: str, looks: dict[str, Any]) -> set[str]:
+    """One setting's kinds, each through 0 at λ = 1; hollow where there is no interval. The kinds that are there."""
+    import pandas as pd
+    import seaborn as sns
+
     from lorabench.report import drawing
+    from lorabench.report.figures._curves import draw_points
 
-    handles: dict[str, Any] = {}
-    axes.axhline(0, color=drawing.REFERENCE, linewidth=0.7, zorder=1)
-    axes.axvline(1, color=drawing.REFERENCE, linewidth=0.7, zorder=1)
+    kinds = set()
     for position, kind in enumerate(KINDS):
         found = {row.scale: row.cells[name] for row in rows if row.scaled == kind and row.scale is not None}
         found = {scale: cell for scale, cell in found.items() if _drawable(cell)}
         if not found:
             continue
-        line = sorted((found | {1.0: UNCHANGED}).items(), key=lambda at: at[0])
-        items, look = [item for _, item in line], looks[kind]
-        hollow = all(item.drawn_half is None for scale, item in line if scale != 1)
-        handles[kind] = axes.errorbar(
-            [scale + 0.008 * (position - 1) for scale, _ in line], [item.center for item in items],
-            yerr=[item.drawn_half or 0.0 for item in items], color=look.color, linestyle=look.dashes,
-            marker=look.marker, markerfacecolor="white" if hollow else look.color, capsize=2, elinewidth=0.9, zorder=3,
-        )  # fmt: skip
+        kinds.add(kind)
+        look, seeds = looks[kind], max(cell.num_seeds for cell in found.values())
+        points = pd.DataFrame([
+            {"x": scale + 0.008 * (position - 1), "y": cell.center, "half": cell.drawn_half or 0.0,
+             "seeds": seeds if scale == 1 else cell.num_seeds, "color": look.color, "marker": look.marker}
+            for scale, cell in (found | {1.0: UNCHANGED}).items()
+        ])  # fmt: skip
+        ends = {"x_low": points["x"], "x_high": points["x"]}
+        ends |= {"y_low": points["y"] - points["half"], "y_high": points["y"] + points["half"]}
+        sns.lineplot(points, x="x", y="y", ax=axes, color=look.color, linestyle=look.dashes, errorbar=None)
+        draw_points(axes, points.assign(**ends))
     drawing.limit([axes], logs=False)
-    return handles
+    axes.axhline(0, color=drawing.REFERENCE, linewidth=0.7, zorder=1)
+    axes.axvline(1, color=drawing.REFERENCE, linewidth=0.7, zorder=1)
+    return kinds
 
 
 def _drawable(cell: Cell) -> bool:

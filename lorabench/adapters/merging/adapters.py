@@ -11,12 +11,17 @@ from torch import Tensor
 
 from lorabench.config.decode import InputError
 from lorabench.config.plugins import unknown
+from lorabench.config.quote import clip
 from lorabench.methods._patterns import config_as_trained
 from lorabench.spec.run_spec import RunSpec
-from lorabench.store.record import RunRecord, Status
+from lorabench.store.record import RunRecord
 from lorabench.store.store import Store, check_updates
 from lorabench.updates.readers.peft_lora import PREFIX
 from lorabench.updates.update import INITIAL_FILE
+
+BESIDE_FACTORS = ("bias", "lora_bias", "trainable_token_indices", "layer_replication", "target_parameters",
+                  "alora_invocation_tokens")  # fmt: skip
+"""Fields of PEFT's configuration that train or mean more than factors of modules, which is all that PEFT merges."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,22 +66,23 @@ class Adapter:
 def read_adapter(store: Store, given: str) -> Adapter:
     """The adapter of the run whose id begins so. InputError where there is none, or none that can be merged."""
     run_id = find_run(store, given)
-    state, folder = store.state(run_id), store.folder(run_id) / "updates"
-    if state.status != Status.DONE or state.record is None:
-        raise InputError(f"RUN = {run_id}: is {state.status}, not done")
+    record, folder = store.done(run_id, "RUN"), store.folder(run_id) / "updates"
     if not (folder / "adapter_config.json").is_file():
         raise InputError(f"RUN = {run_id}: has kept no adapter")
-    check_updates(folder.parent, state.record, f"RUN = {run_id}")
+    check_updates(folder.parent, record, f"RUN = {run_id}")
     config = config_as_trained(folder)
     if config.peft_type != "LORA":
         raise InputError(f"RUN = {run_id}: is {config.peft_type.value}; PEFT merges LoRA adapters alone")
     if config.use_dora:
         raise InputError(f"RUN = {run_id}: is DoRA, whose learned norms no combination merges")
+    for key in BESIDE_FACTORS:
+        if (value := getattr(config, key, None)) not in (None, False, "none", [], {}):
+            raise InputError(f"RUN = {run_id}: has {key} = {clip(value)}; PEFT merges factors of modules alone")
     if (folder / INITIAL_FILE).exists():
         raise InputError(
             f"RUN = {run_id}: is LoftQ, whose factors also make up for quantization: each would do it anew"
         )
-    return Adapter(record=state.record, spec=RunSpec.from_json(state.spec), folder=folder, config=config)
+    return Adapter(record=record, spec=RunSpec.from_json(record.spec), folder=folder, config=config)
 
 
 def find_run(store: Store, given: str) -> str:
@@ -85,5 +91,5 @@ def find_run(store: Store, given: str) -> str:
     found = [given] if given in ids else [run_id for run_id in ids if run_id.startswith(given)]
     if not given or len(found) != 1:
         which = f"{len(found)} runs begin so: {', '.join(found[:4])}" if found else unknown("run", given, ids)
-        raise InputError(f"RUN = {given}: {which}")
+        raise InputError(f"RUN = {clip(given)}: {which}")
     return found[0]

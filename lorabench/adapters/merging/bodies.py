@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lorabench.config.decode import InputError
 from lorabench.config.plugins import unknown
+from lorabench.config.quote import clip
 
 FACTOR_WISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Combinations of A and of B apart."""
@@ -44,12 +45,12 @@ def bodies(
     seeds: Sequence[int],
 ) -> list[Body]:  # fmt: skip
     """The base, each adapter, and each merge (DARE: one a seed). InputError for what no merge can be made of."""
-    problems = [f"--by {name}: {unknown('combination', name, list(COMBINATIONS))}"
+    problems = [f"--by {clip(name)}: {unknown('combination', name, list(COMBINATIONS))}"
                 for name in by if name not in COMBINATIONS]  # fmt: skip
     if len(set(run_ids)) < 2 or len(set(run_ids)) < len(run_ids):
-        problems.append(f"RUN = {' '.join(run_ids)}: needs at least two runs, each once")
+        problems.append(f"RUN = {clip(' '.join(run_ids))}: needs at least two runs, each once")
     if len(weights) != len(run_ids):
-        problems.append(f"--weights {','.join(map(str, weights))}: must be {len(run_ids)}, one a run")
+        problems.append(f"--weights {clip(','.join(map(str, weights)))}: must be {len(run_ids)}, one a run")
     if not 0 < density <= 1:
         problems.append(f"--density {density:g}: must be above 0 and at most 1")
     if problems:

@@ -9,7 +9,8 @@ A classification run trains a head of its own: each task is evaluated with the h
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,16 +24,16 @@ from lorabench.adapters.merging.bodies import ADAPTER, BASE, FACTOR_WISE, MERGED
 from lorabench.config.decode import InputError, encode
 from lorabench.config.durable import write_json
 from lorabench.config.json_file import read_json
-from lorabench.methods._peft import PeftMethod
+from lorabench.methods._peft import PeftMethod, tuner_layers
 from lorabench.models import base_model
+from lorabench.processes.distributed import pick_device
 from lorabench.spec.run_spec import canonical_json, task_names
 from lorabench.store.store import Store
 from lorabench.training import environment
-from lorabench.training.base import pick_device
 from lorabench.training.evaluation import metrics_of
 from lorabench.training.examples import Examples, prepare_stages
 
-VERSION = 1
+VERSION = 2
 """Part of every id: raise it when a merge or its evaluation changes."""
 
 
@@ -125,7 +126,7 @@ class Bench:
             spec.method.prepare(base)
         tuned: Any = None
         for index, adapter in enumerate(self.adapters):
-            name = _name(index)
+            name = run_name(index)
             # Not as SEQ_CLS: PEFT refuses to merge adapters of which more than one has the head in modules_to_save.
             config = replace(adapter.config, task_type=None, modules_to_save=None, inference_mode=True)
             if tuned is None:
@@ -141,18 +142,24 @@ class Bench:
 
     def evaluate(self, body: Body) -> list[dict[str, float]]:
         """Validation metrics on each column."""
-        names = [_name(number) for number in range(len(self.adapters))]
         if body.by == BASE:
             with self.model.disable_adapter():
                 return self._on_all_tasks()
         if body.by == ADAPTER:
             (number,) = [i for i, adapter in enumerate(self.adapters) if adapter.record.run_id == body.run_id]
-            self.model.set_adapter(names[number])
+            self.model.set_adapter(run_name(number))
             return self._on_all_tasks()
+        with self.merged(body):
+            return self._on_all_tasks()
+
+    @contextmanager
+    def merged(self, body: Body) -> Iterator[Any]:
+        """The model with the merge active inside, under the name `merged`."""
+        names = [run_name(number) for number in range(len(self.adapters))]
         merge(self.model, names, body)
         try:
             self.model.set_adapter(MERGED)
-            return self._on_all_tasks()
+            yield self.model
         finally:
             self.model.set_adapter(names[0])
             self.model.delete_adapter(MERGED)
@@ -175,6 +182,25 @@ def merge(tuned: Any, names: list[str], body: Body) -> None:
         )  # fmt: skip
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"--by {body.by}: PEFT refuses it: {error}") from error
+    if body.by == "cat":
+        _concatenate(tuned, names, body.weights or ())
+
+
+def _concatenate(tuned: Any, names: Sequence[str], weights: Sequence[float]) -> None:
+    """Again in the factors' own float32: PEFT has rounded them to the base's dtype."""
+    for _, layer in tuner_layers(tuned):
+        pairs = [factors_of(layer, name) for name in names]
+        scales = [weight * layer.scaling[name] for weight, name in zip(weights, names, strict=True)]
+        B, A = factors_of(layer, MERGED)
+        B.data = torch.cat([pair[0].data for pair in pairs], 1)
+        A.data = torch.cat([scale * pair[1].data for scale, pair in zip(scales, pairs, strict=True)])
+
+
+def factors_of(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """B and A of one of a layer's adapters, as PEFT has them, without the scale."""
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
+    return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
 
 
 def put_head(base: nn.Module, head: dict[str, Tensor]) -> None:
@@ -191,7 +217,8 @@ def _to_float32(tuned: nn.Module, name: str) -> None:
             parameter.data = parameter.data.float()
 
 
-def _name(number: int) -> str:
+def run_name(number: int) -> str:
+    """PEFT's name of a run's adapter in the bench."""
     return f"run_{number}"
 
 

@@ -164,7 +164,7 @@ def split(documents: Iterable[Document]) -> dict[str, list[Document]]:
     return {name: sorted(part) for name, part in parts.items()}
 
 
-def jsonl_gz(documents: Iterable[Document]) -> bytes:
+def jsonl_gz(documents: Iterable[NamedTuple]) -> bytes:
     """The same documents give the same bytes: the header bears neither a time nor a name."""
     lines = (json.dumps(document._asdict(), ensure_ascii=False) for document in documents)
     return gzip.compress("".join(line + "\n" for line in lines).encode(), compresslevel=9, mtime=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +14,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 
 from lorabench.report.aggregate import number
-from lorabench.report.drawing import LOG_FACTOR, POINTS, plain_logarithmic
+from lorabench.report.drawing import LOG_FACTOR, POINTS, facets, plain_logarithmic
 from lorabench.report.labels import value_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colorbar import Colorbar
+    from matplotlib.figure import Figure
 
 MAP = "viridis"
 ROUND = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
@@ -27,23 +27,48 @@ BAR_INCHES = 1.4
 """Of a figure's width, what its colour bar and the labels at its left take."""
 
 
-def draw_table(axes: Axes, table: pd.DataFrame, colors: ScalarMappable, texts: pd.DataFrame | None = None) -> None:
-    """A cell a number, its colour that of `colors` and in it its text; the columns' names below, the index at the left.
+def draw_similarities(
+    tables: Mapping[str, pd.DataFrame], columns: int, labels: tuple[str, str], bar: str, width: str | None = None
+) -> Figure:
+    """φ(i, j), a panel a table, on one scale from 0 to the largest shown; `labels` are those of i and j."""
+    marks = [sorted({mark for table in tables.values() for mark in table.axes[axis]}) for axis in (0, 1)]
+    whole = [table.reindex(index=marks[0], columns=marks[1]) for table in tables.values()]
+    largest = max((np.nanmax(table) for table in whole if table.notna().any(axis=None)), default=1.0)
+    colors = ScalarMappable(Normalize(0, min(1.0, rounded_up(largest))), MAP)
+    with facets(tables, width, height=1.75, columns=columns, theme="white") as grid:
+        draw_tables(grid.axes.flat, whole, colors, bar, aspect=18 * -(-len(tables) // columns))
+        grid.set_axis_labels(labels[1], labels[0])
+    return grid.figure
 
-    What is missing stays empty, over hatching.
+
+def draw_tables(
+    panels: Iterable[Axes], tables: Sequence[pd.DataFrame], colors: ScalarMappable, label: str,
+    texts: Sequence[pd.DataFrame] | None = None, **bar: Any,
+) -> None:  # fmt: skip
+    """A table a panel, with the scale beside them: a cell a number, in it its text, or the number where it fits.
+
+    What is missing stays empty, over hatching. A scale from 0 is marked at both its ends.
     """
-    size = table.shape[::-1]
-    axes.add_patch(_hatched(size))
-    sns.heatmap(
-        table.astype(float), ax=axes, cmap=colors.cmap, norm=colors.norm, cbar=False, rasterized=True, zorder=2,
-        annot=None if texts is None else texts.to_numpy(), fmt="", annot_kws={"size": POINTS, "zorder": 3},
-        xticklabels=False, yticklabels=False,
-    )  # fmt: skip
-    for axis, names in ((axes.xaxis, table.columns), (axes.yaxis, table.index)):
-        places = _marked(list(names))
-        axis.set_ticks([place + 0.5 for place in places], [str(names[place]) for place in places])
-        axis.label.set_text("")
-    axes.tick_params(length=0, labelrotation=0)
+    panels = list(panels)
+    for axes, table, text in zip(panels, tables, texts or _fitting(tables, panels[0].get_gridspec()), strict=True):
+        axes.patch.set(hatch="/////", edgecolor="#C4C4C4")
+        sns.heatmap(
+            table.astype(float), ax=axes, cmap=colors.cmap, norm=colors.norm, cbar=False, rasterized=True, zorder=2,
+            annot=None if text is None else text.to_numpy(), fmt="", annot_kws={"size": POINTS, "zorder": 3},
+            xticklabels=False, yticklabels=False,
+        )  # fmt: skip
+        for axis, names in ((axes.xaxis, table.columns), (axes.yaxis, table.index)):
+            places = _marked(list(names))
+            axis.set_ticks([place + 0.5 for place in places], [str(names[place]) for place in places])
+            axis.label.set_text("")
+        axes.tick_params(length=0, labelrotation=0)
+    scale = panels[0].figure.colorbar(colors, ax=panels, label=label, **{"pad": 0.01, "aspect": 16, **bar})
+    scale.outline.set_visible(False)
+    if isinstance(colors.norm, LogNorm):
+        plain_logarithmic(scale.ax.yaxis)
+    elif colors.norm.vmin == 0:
+        marks = np.linspace(0, colors.get_clim()[1] or 1.0, 5)
+        scale.set_ticks(marks.tolist(), labels=[f"{mark:.3g}" for mark in marks])
 
 
 def _marked(names: Sequence[Any], most: int = 6) -> list[int]:
@@ -54,23 +79,15 @@ def _marked(names: Sequence[Any], most: int = 6) -> list[int]:
     return next(places for places in found if len(places) <= most)
 
 
-def draw_bar(axes: Iterable[Axes], colors: ScalarMappable, label: str, **options: Any) -> Colorbar:
-    """The scale beside these panels, marked at both its ends where it begins at 0."""
-    panels = list(axes)
-    bar = panels[0].figure.colorbar(colors, ax=panels, label=label, **{"pad": 0.01, "aspect": 16, **options})
-    bar.outline.set_visible(False)
-    if isinstance(colors.norm, LogNorm):
-        plain_logarithmic(bar.ax.yaxis)
-    elif colors.norm.vmin == 0:
-        marks = np.linspace(0, colors.get_clim()[1] or 1.0, 5)
-        bar.set_ticks(marks.tolist(), labels=[f"{mark:.3g}" for mark in marks])
-    return bar
-
-
-def from_zero(tables: Iterable[Any], most: float = math.inf) -> ScalarMappable:
-    """From 0 to the largest number in the tables, rounded up, but no further than `most`."""
-    largest = max((float(np.nanmax(np.asarray(table, float))) for table in tables if np.size(table)), default=1.0)
-    return ScalarMappable(Normalize(0, min(most, rounded_up(largest))), MAP)
+def _fitting(tables: Sequence[pd.DataFrame], grid: Any) -> list[Any]:
+    """The numbers of the tables' cells, where the widest fits into a cell of the grid's panels; else None for each."""
+    texts = [table.map(lambda value: "" if value != value else short(float(value))) for table in tables]
+    widest = max((len(text) for table in texts for text in table.to_numpy().flat), default=0)
+    rows, columns = (max(len(table.axes[axis]) for table in tables) for axis in (0, 1))
+    width, height = grid.figure.get_size_inches()  # less labels, titles and the bar, about
+    across, down = (width - BAR_INCHES) / grid.ncols - 0.1, height / grid.nrows - 0.4
+    has_room = widest * 0.62 * POINTS + 3 <= 72 * across / columns and 72 * down / rows >= POINTS + 3
+    return texts if has_room else [None] * len(texts)
 
 
 def rounded_up(value: float) -> float:
@@ -81,32 +98,18 @@ def rounded_up(value: float) -> float:
     return float(f"{next(step for step in ROUND if step * unit >= value * (1 - 1e-9)) * unit:.2g}")
 
 
-def spanning(tables: Sequence[np.ndarray]) -> ScalarMappable:
+def spanning(tables: Sequence[pd.DataFrame]) -> ScalarMappable:
     """Diverging around 0 where values have both signs; else sequential, logarithmic where they span far."""
     low, high = min(map(np.nanmin, tables)), max(map(np.nanmax, tables))
     if low < 0 < high:
-        return around_zero(max(-low, high), "RdBu_r")
+        return around_zero(tables, "RdBu_r")
     norm = LogNorm if low > 0 and high > LOG_FACTOR * low else Normalize
     return ScalarMappable(norm(low, high if high > low else low + (abs(low) or 1.0)), MAP)
 
 
-def around_zero(most: float, name: str) -> ScalarMappable:
+def around_zero(tables: Sequence[pd.DataFrame], name: str) -> ScalarMappable:
+    most = max(np.nanmax(np.abs(table)) for table in tables) or 1.0
     return ScalarMappable(Normalize(-most, most), name)
-
-
-def fitting(tables: Sequence[pd.DataFrame], inches: tuple[float, float], show: Any = None) -> list[Any]:
-    """The texts of the tables' cells, where the widest fits into a cell of panels of that size; else None for each."""
-    texts = [table.map(lambda value: "" if value != value else (show or short)(float(value))) for table in tables]
-    widest = max((len(text) for table in texts for text in table.to_numpy().flat), default=0)
-    rows, columns = (max(len(table.axes[axis]) for table in tables) for axis in (0, 1))
-    has_room = widest * 0.62 * POINTS + 3 <= 72 * inches[0] / columns and 72 * inches[1] / rows >= POINTS + 3
-    return texts if has_room else [None] * len(texts)
-
-
-def cell_room(grid: Any, height: float) -> tuple[float, float]:
-    """Inches across and down that a panel has for its cells, about: beside labels, titles and the bar."""
-    columns = len(grid._bottom_axes)
-    return (grid.figure.get_figwidth() - BAR_INCHES) / columns - 0.1, height - 0.4
 
 
 def short(value: float) -> str:
@@ -115,9 +118,3 @@ def short(value: float) -> str:
         return value_label(float(f"{value:.1e}")).replace("-", "−")
     digits = 1 - math.floor(math.log10(abs(value))) if value else 0
     return number(value, digits).replace(",", "")
-
-
-def _hatched(size: tuple[int, ...]) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((0, 0), *size, fill=False, hatch="/////", edgecolor="#C4C4C4", linewidth=0)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from lorabench.spec.figure import Figure
+from lorabench.report.labels import measure, series_label, value_label
+from lorabench.report.update_metrics import RANK, axis_label
+from lorabench.spec.figure import Canvas, Figure, Frame
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure as MatplotlibFigure
-
-RANK = "method.rank"
 FEW = 8
 """Settings that colours and markers alone tell apart."""
 
@@ -30,24 +27,15 @@ class CostQuality(Figure):
     value: str | None = None
     """The measure of the y axis (None: validation loss or accuracy, whichever the sweep selects by)."""
 
-    @property
-    def measures(self) -> list[str]:
-        return [*self.costs, *([self.value] if self.value else [])]
-
-    def draw(self, results: Any) -> MatplotlibFigure | None:
+    def draw(self, results: Any) -> Canvas | None:
         from lorabench.report import drawing
         from lorabench.report.figures._curves import draw_points
-        from lorabench.report.labels import capitalized, measure, with_unit
-        from lorabench.report.results import selected
-        from lorabench.report.tables import quality
 
-        value = self.value or f"valid_{quality(results)}"
-        runs = drawing.finite(selected(results).done, value)
-        points = _points(results, runs, [cost for cost in self.costs if len(drawing.finite(runs, cost))], value)
+        value = self._value(results)
+        points = _points(results, drawing.finite(results.selection.done, value), self.costs, value)
         if points.empty:
             return None
-        with drawing.style():
-            grid = drawing.facets(points["cost"].unique(), self.width, height=2.6, sharex=False)
+        with drawing.facets(points["cost"].unique(), self.width, height=2.6, sharex=False) as grid:
             for cost, axes in grid.axes_dict.items():
                 draw_points(axes, points[points["cost"] == cost])
                 drawing.limit([axes], "x")
@@ -55,49 +43,63 @@ class CostQuality(Figure):
                     axes.locator_params(axis="x", nbins=5)
                 more = measure(cost).higher_is_better
                 better = "" if more is None else f"\n({'more' if more else 'less'} is better)"
-                axes.set(xlabel=capitalized(with_unit(cost)) + better, title="")
+                axes.set(xlabel=axis_label(cost) + better, title="")
             drawing.limit(list(grid.axes.flat), logs=False)
-            grid.set_ylabels(capitalized(with_unit(value)))
+            grid.set_ylabels(axis_label(value))
             for cost, axes in grid.axes_dict.items():
                 drawing.place_labels(axes, points[points["cost"] == cost].assign(color=points["ink"]))
-            drawing.legend_below(grid.figure, {item.label: item.look.handle_alone for item in points.itertuples()})
+            drawing.legend_below(grid.figure, dict(zip(points["label"], points["look"], strict=True)), lines=False)
         return grid.figure
 
+    def _value(self, results: Any) -> str:
+        return self.value or f"valid_{results.quality}"
+
     def caption(self) -> str:
-        return (
-            "Quality against memory and throughput, one point a setting, the mean over seeds in both directions. The "
-            "number beside a point is its rank, or its number in the legend."
-        )
+        return "Quality against memory and throughput, one point a setting, the mean over seeds in both directions."
+
+    def notes(self, results: Any) -> list[str]:
+        from lorabench.report import drawing
+
+        if len(_families(results, drawing.finite(results.selection.done, self._value(results)))) > FEW:
+            return ["The number beside a point is that of its setting in the legend."]
+        return ["The number beside a point is its rank."] if RANK in results.settings else []
 
 
 EXAMPLE = CostQuality()
 
 
-def _points(results: Any, runs: pd.DataFrame, costs: list[str], value: str) -> pd.DataFrame:
+def _families(results: Any, runs: Frame) -> list[Any]:
+    """The settings, whatever their rank."""
+    from lorabench.report.results import grouped
+
+    return list(grouped(runs, [key for key in results.settings if key != RANK]))
+
+
+def _points(results: Any, runs: Frame, costs: tuple[str, ...], value: str) -> Frame:
     """A row a cost and setting."""
     import pandas as pd
 
     from lorabench.report import drawing
-    from lorabench.report.aggregate import bounds
     from lorabench.report.figures._curves import measured
-    from lorabench.report.labels import series_label, value_label
     from lorabench.report.results import grouped
 
-    look = drawing.setting_looks(results)
+    look, rows = drawing.setting_looks(results), []
     keys = [key for key in results.settings if key != RANK]
-    is_numbered = len(grouped(runs, keys)) > FEW
-    rows = []
+    is_numbered = len(_families(results, runs)) > FEW
     for number, (values, chunk) in enumerate(grouped(runs, results.settings), 1):
-        setting = dict(zip(results.settings, values, strict=True))
-        label, rank = series_label(keys, [setting[key] for key in keys]), setting.get(RANK)
-        own = look(setting)
-        row: dict[str, Any] = {"label": f"{number}  {series_label(results.settings, values)}" if is_numbered else label}
-        row |= {"text": f"{number}" if is_numbered else "" if rank is None else value_label(rank)}
-        family = look({key: setting[key] for key in keys})
-        row |= {"color": own.color, "marker": own.marker, "ink": family.color, "look": own if is_numbered else family}
-        for cost in costs:
-            both = drawing.finite(chunk, cost)
-            if len(both):
-                at = measured(both, cost, bounds(cost), "x") | measured(both, value, bounds(value))
-                rows.append({"cost": cost} | row | at)
+        own = dict(zip(results.settings, values, strict=True))
+        family, rank = {key: own[key] for key in keys}, own.get(RANK)
+        row: dict[str, Any] = {"color": look(own).color, "marker": look(own).marker, "ink": look(family).color}
+        if is_numbered:
+            name = series_label(results.settings, values)
+            row |= {"label": f"{number}  {name}", "text": f"{number}", "look": look(own)}
+        else:
+            row |= {"label": series_label(keys, [*family.values()]), "look": look(family)}
+            row |= {"text": "" if rank is None else value_label(rank)}
+        both = {cost: drawing.finite(chunk, cost) for cost in costs}
+        rows += [
+            {"cost": cost} | row | measured(found, cost, "x") | measured(found, value)
+            for cost, found in both.items()
+            if len(found)
+        ]
     return pd.DataFrame(sorted(rows, key=lambda row: costs.index(row["cost"])))

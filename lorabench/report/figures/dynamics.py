@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from lorabench.spec.figure import Figure
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure as MatplotlibFigure
+from lorabench.report.update_metrics import per_run, rows_of
+from lorabench.spec.figure import Canvas, Figure
 
 PANELS = {
     "effective_rank_entropy": "Effective rank (entropy)",
@@ -31,28 +28,29 @@ class Dynamics(Figure):
     kinds: tuple[str, ...] = ()
     """Kinds of layers to average over, such as `q_proj` (empty: every layer that all these runs have)."""
 
-    def draw(self, results: Any) -> MatplotlibFigure | None:
+    def draw(self, results: Any) -> Canvas | None:
         from lorabench.report import drawing
-        from lorabench.report.figures._curves import draw_lines, handles, settings
+        from lorabench.report.figures._curves import draw_lines, settings
+        from lorabench.report.results import shared
 
-        values = _values(results, self.kinds)
-        if values.empty:
+        rows = rows_of(results, "dynamics", kinds=self.kinds)
+        if rows.empty:
             return None
-        found, looks = settings(results, values)
+        rows = shared(rows[rows["metric"].isin(list(PANELS)) & rows["step"].notna() & rows["value"].notna()])
+        rows = rows.astype({"run_id": str, "metric": str, "value": float, "null": float})
+        found, looks = settings(results, per_run(results, rows, ["metric", "step"]))
         metrics = [metric for metric in PANELS if (found["metric"] == metric).any()]
-        with drawing.style():
-            grid = drawing.facets(metrics, self.width, sharey=False)
+        with drawing.facets(metrics, self.width, sharey=False) as grid:
             for metric, axes in grid.axes_dict.items():
-                chunk = found[found["metric"] == metric]
                 within = (0, 1) if "phi" in metric else (-1, 1) if "cosine" in metric else (0, float("inf"))
-                draw_lines(axes, chunk, looks, "step", within=within)
+                draw_lines(axes, found[found["metric"] == metric], looks, "step", within=within)
                 axes.set(title="", ylabel=PANELS[metric])
                 if "phi" in metric:
                     axes.set_ylim(0, 1.04)
                 elif "rank" in metric:
                     drawing.limit([axes])
             grid.set_xlabels("Step")
-            drawing.legend_below(grid.figure, handles(looks) | drawing.null_handle("random"))
+            drawing.legend_below(grid.figure, looks, "random")
         return grid.figure
 
     def caption(self) -> str:
@@ -64,18 +62,3 @@ class Dynamics(Figure):
 
 
 EXAMPLE = Dynamics()
-
-
-def _values(results: Any, kinds: tuple[str, ...]) -> pd.DataFrame:
-    """One row a selected run, metric and step: means over the layers that all runs have."""
-    import pandas as pd
-
-    from lorabench.report.results import selected, shared
-    from lorabench.report.update_metrics import chosen, per_run
-
-    frame = chosen(results.analyses.get("dynamics", pd.DataFrame()), selected(results).done, kinds)
-    if frame.empty:
-        return frame
-    frame = shared(frame[frame["metric"].isin(list(PANELS)) & frame["step"].notna() & frame["value"].notna()])
-    frame = frame.astype({"run_id": str, "metric": str, "value": float, "null": float})
-    return per_run(results, frame, ["metric", "step"])

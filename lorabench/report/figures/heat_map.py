@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from lorabench.spec.figure import Figure
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure as MatplotlibFigure
+from lorabench.report.update_metrics import axis_label, metric_rows, ordered_kinds, per_run
+from lorabench.spec.figure import Canvas, Figure, Frame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +22,9 @@ class HeatMap(Figure):
     kinds: tuple[str, ...] = ()
     """Kinds of layers, such as `q_proj` (empty: all)."""
 
-    @property
-    def measures(self) -> list[str]:
-        return [self.value] if isinstance(self.value, str) else list(self.value)
-
-    def draw(self, results: Any) -> MatplotlibFigure | None:
+    def draw(self, results: Any) -> Canvas | None:
         from lorabench.report import drawing
-        from lorabench.report.figures._heat import cell_room, draw_bar, draw_table, fitting, spanning
-        from lorabench.report.labels import capitalized
-        from lorabench.report.update_metrics import axis_label, ordered_kinds
+        from lorabench.report.figures._heat import draw_tables, spanning
 
         maps = {value: found for value in self.measures if (found := self._tables(results, value))}
         if not maps:
@@ -43,36 +34,30 @@ class HeatMap(Figure):
         kinds = ordered_kinds(kind for table in drawn for kind in table.index)
         depths = sorted({depth for table in drawn for depth in table.columns})
         height = 0.5 + 0.17 * len(kinds)
-        with drawing.style("white"):
-            names = [(value, title) for value in maps for title in titles]
-            grid = drawing.facets(map(" ".join, names), self.width, height=height, columns=len(titles))
-            panels = dict(zip(names, grid.axes.flat, strict=True))
-            for (value, title), axes in panels.items():
-                first = value == names[0][0] or grid.figure.get_figwidth() == drawing.COLUMN_INCHES
-                axes.set_title(drawing.wrapped(title, 88 // len(titles)) if first else "")
-            for value, found in maps.items():
-                whole = [found[title].reindex(index=kinds, columns=depths) for title in titles if title in found]
-                colors = spanning([table.to_numpy(dtype=float) for table in whole])
-                texts = dict(zip(found, fitting(whole, cell_room(grid, height)), strict=True))
-                for title in titles:
-                    table = found.get(title, whole[0].iloc[:0]).reindex(index=kinds, columns=depths)
-                    draw_table(panels[value, title], table, colors, texts.get(title))
-                label = drawing.wrapped(capitalized(axis_label(value)), int(14 * height))
-                draw_bar([panels[value, title] for title in titles], colors, label, aspect=14)
+        names = [f"{value} {title}" for value in maps for title in titles]
+        with drawing.facets(names, self.width, height=height, columns=len(titles), theme="white") as grid:
+            is_narrow = grid.figure.get_figwidth() == drawing.COLUMN_INCHES
+            for row, (value, found) in enumerate(maps.items()):
+                panels = grid.axes.flat[row * len(titles) : (row + 1) * len(titles)]
+                whole = [found.get(title, drawn[0][:0]).reindex(index=kinds, columns=depths) for title in titles]
+                label = drawing.wrapped(axis_label(value), int(14 * height))
+                draw_tables(panels, whole, spanning(list(found.values())), label, aspect=14)
+                for title, axes in zip(titles, panels, strict=True):
+                    axes.set_title(title if row == 0 or is_narrow else "")
             grid.set_axis_labels("Block", "Module")
         return grid.figure
 
-    def _tables(self, results: Any, value: str) -> dict[str, pd.DataFrame]:
+    def _tables(self, results: Any, value: str) -> dict[str, Frame]:
         """Title -> the mean over seeds, kinds by depths, of the settings that are shown."""
         from lorabench.report.figures._curves import SERIES, settings
-        from lorabench.report.results import selected
-        from lorabench.report.update_metrics import metric_rows, per_run
 
-        rows = metric_rows(results, value, selected(results).done, self.kinds)
+        rows = metric_rows(results, value, kinds=self.kinds)
         if rows.empty:
             return {}
         found, _ = settings(results, per_run(results, rows, ["kind", "depth"]), self.most)
-        return {str(label): seed_means(chunk) for label, chunk in found.groupby(SERIES, sort=False)}
+        by_seed = found.groupby([SERIES, "kind", "depth", "seed"], sort=False)["value"].mean()
+        means = by_seed.groupby([SERIES, "kind", "depth"], sort=False).mean().unstack("depth")
+        return {str(title): means.loc[title] for title in found[SERIES].unique()}
 
     def caption(self) -> str:
         return (
@@ -82,9 +67,3 @@ class HeatMap(Figure):
 
 
 EXAMPLE = HeatMap()
-
-
-def seed_means(rows: pd.DataFrame) -> pd.DataFrame:
-    """Kinds by depths: runs of one seed are averaged first."""
-    by_seed = rows.groupby(["kind", "depth", "seed"])["value"].mean()
-    return by_seed.groupby(["kind", "depth"]).mean().unstack("depth")

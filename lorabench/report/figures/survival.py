@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from lorabench.spec.figure import Figure
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure as MatplotlibFigure
+from lorabench.report.update_metrics import common_layers, metric_rows, per_run
+from lorabench.spec.figure import Canvas, Figure
 
 TITLES = {"input": "input side (right)", "output": "output side (left)"}
+LABELS = {"survival_at": ("Number of top directions k", "φ(k, k)"), "direction_cosine": ("Direction k", "|cos|")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,42 +24,33 @@ class SurvivalCurves(Figure):
     kinds: tuple[str, ...] = ()
     """Kinds of layers to average over, such as `q_proj` (empty: every layer that all these runs have)."""
 
-    def draw(self, results: Any) -> MatplotlibFigure | None:
+    def draw(self, results: Any) -> Canvas | None:
         from lorabench.report import drawing
-        from lorabench.report.figures._curves import draw_lines, handles, settings
-        from lorabench.report.results import selected
-        from lorabench.report.update_metrics import common_layers, metric_rows, per_run
+        from lorabench.report.figures._curves import draw_lines, settings
 
-        rows = metric_rows(results, f"survival.{self.metric}", selected(results).done, self.kinds)
+        rows = metric_rows(results, f"survival.{self.metric}", kinds=self.kinds)
         if rows.empty:
             return None
         found, looks = settings(results, per_run(results, common_layers(rows, "k"), ["side", "k"]), self.most)
-        found["panel"] = found["side"].map(TITLES)
-        with drawing.style():
-            grid = drawing.facets(sorted(found["panel"].unique()), self.width)
-            for title, axes in grid.axes_dict.items():
-                draw_lines(axes, found[found["panel"] == title], looks, "k", within=(0, 1), null=drawing.REFERENCE)
-            drawing.powers_of_two(axes, [2**k for k in range(int(found["k"].max()).bit_length())])
-            what = "φ(k, k)" if self.metric == "survival_at" else "|cos|"
-            grid.set_axis_labels(
-                "Number of top directions k" if self.metric == "survival_at" else "Direction k",
-                f"{what}, W0 and W0 + ΔW",
-            )
-            axes.set_ylim(0, 1.03)
-            drawing.legend_below(grid.figure, handles(looks) | drawing.null_handle("chance"))
+        sides = sorted(found["side"].unique())
+        x, y = LABELS[self.metric]
+        with drawing.facets(map(TITLES.__getitem__, sides), self.width) as grid:
+            for side, axes in zip(sides, grid.axes.flat, strict=True):
+                draw_lines(axes, found[found["side"] == side], looks, "k", within=(0, 1), null=drawing.REFERENCE)
+            drawing.powers_of_two(axes, found["k"])
+            grid.set(ylim=(0, 1.03)).set_axis_labels(x, f"{y}, W0 and W0 + ΔW")
+            drawing.legend_below(grid.figure, looks, "chance")
         return grid.figure
 
     def caption(self) -> str:
-        from lorabench.report.update_metrics import UNSHARED
-
         what = (
             "How much of the span of the k top singular directions of W0 lies in that of W0 + ΔW, φ(k, k)"
             if self.metric == "survival_at"
             else "|cos| between the k-th singular direction of W0 and the k-th of W0 + ΔW"
         )
         return (
-            f"{what} (1: untouched): means over the layers{self.of_kinds} that all runs have {UNSHARED} and over "
-            "seeds. Dashed: random directions."
+            f"{what} (1: untouched): means over the layers{self.of_kinds} that all runs have (where there is none: "
+            "each run's own) and over seeds. Dashed: random directions."
         )
 
 

@@ -34,11 +34,14 @@ class Dora:
     """Of W0, where it is not `parameter` (blocks that are replicated)."""
     by_input: bool = False
     """Whether m has one number an input instead: of MLX's embeddings (a token), and where LyCORIS is told so."""
+    rows: range | None = None
+    """Those of a fused linear that these are, of m too."""
 
     @property
     def shape(self) -> tuple[int, int]:
         shape, base = self.sBA.shape, self.weights.shape(self.base_name or self.parameter)
         m = math.prod(self.tensors.shape(self.magnitude))
+        m = m if self.rows is None else len(range(m)[self.rows.start : self.rows.stop])
         fits = m > 0 and shape[1] % m == 0 if self.by_input else m == shape[0]
         if not (shape == base and fits):
             raise InputError(
@@ -57,7 +60,8 @@ class Dora:
         update = self.sBA.load()
         assert isinstance(update, Update)  # of singular vectors alone there is no DoRA
         part = update.dense()
-        ratio = self._ratio(W0 + part, m.double().flatten())
+        m = m.double().flatten() if self.rows is None else m.double().flatten()[self.rows.start : self.rows.stop]
+        ratio = self._ratio(W0 + part, m)
         delta = (ratio - 1) * W0 + ratio * part  # so that ΔW = 0 is 0, to the last digit of m
         return Update(
             parameter=self.parameter,

@@ -116,11 +116,18 @@ def _in_order(
             return [each[0] for each in fitting]
     if len(names) == len(wrapped) and {*names} <= {*_DECLARED}:
         names = sorted(names, key=_DECLARED.index)
-        (_, outputs), (inner, _) = sizes[0], sizes[-1]
-        if names != ["gate_up_proj", "down_proj"] or outputs == tuple(2 * size for size in inner):
+        if names != ["gate_up_proj", "down_proj"] or _are_gate_up_and_down(*sizes):
             return names
     which = f"which of its {len(wrapped)} LoRAs is that of {some(names)} is not known: give --base"
     raise InputError(f"{tensors.file}: {module}: {which}")
+
+
+def _are_gate_up_and_down(first: tuple[Any, Any], last: tuple[Any, Any]) -> bool:
+    """Whether the first puts out twice the width that the last takes, by (in, out) of their factors; Llama 4's are
+    stored the other way round, and nothing in the file says so."""
+    (inputs, outputs), (inner, inner_as_stored) = first, last
+    doubled, doubled_as_stored = (tuple(2 * size for size in each) for each in (inner, inner_as_stored))
+    return outputs == doubled or inputs == doubled_as_stored
 
 
 def _stored(source: Source, parameter: str) -> tuple[int, ...]:

@@ -49,6 +49,11 @@ def rank_of(tensors: Tensors, name: str, axis: int = 0) -> int:
     return shape[axis]
 
 
+def stems(tensors: Tensors, end: str) -> list[str]:
+    """Of the names that end so, what stands before."""
+    return [name.removesuffix(end) for name in tensors.names if name.endswith(end)]
+
+
 def number(tensors: Tensors, name: str) -> float:
     """A tensor of one number."""
     value = tensors.read(name)
@@ -136,15 +141,17 @@ def as_part(layer: Layer) -> Layer:
 def as_dora(layer: Layer, source: Source, magnitude: str, *, by_input: bool = False) -> Iterator[Layer | Dora]:
     """The part s B A of DoRA's ΔW; and ΔW itself, where the source has a base with that weight.
 
-    `magnitude` is the name of the tensor of m, one number an output, or `by_input` one an input.
+    `magnitude` is the name of the tensor of m, one number an output, or `by_input` one an input: that is a norm over
+    all rows of a fused linear, which some of them do not tell.
     """
     part = replace(as_part(layer), magnitude=None if by_input else magnitude)
     yield part
-    if source.weights is not None and source.weights.find(layer.parameter):
-        yield Dora(
-            sBA=part, tensors=layer.tensors, magnitude=magnitude, weights=source.weights, parameter=layer.parameter,
-            by_input=by_input,
-        )  # fmt: skip
+    if source.weights is None or not source.weights.find(layer.parameter) or (by_input and layer.rows is not None):
+        return
+    yield Dora(
+        sBA=part, tensors=layer.tensors, magnitude=magnitude, weights=source.weights, parameter=layer.parameter,
+        by_input=by_input, rows=layer.rows,
+    )  # fmt: skip
 
 
 def adapter_file(source: Source, recognized: Callable[[Named], bool], *, named: str | None = None) -> Named | None:

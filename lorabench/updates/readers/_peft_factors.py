@@ -38,8 +38,10 @@ class Factors:
     def groups(self) -> int:
         """Of a grouped convolution, whose B (out, r / groups, 1, 1) is a block of a block-diagonal one."""
         B, A = self.tensors.shape(self.B), self.tensors.shape(self.A)
-        fits = len(A) > 2 and len(B) > 2 and B[1] and A[0] % B[1] == 0 and B[0] % (A[0] // B[1]) == 0
-        return A[0] // B[1] if fits else 1
+        if min(len(A), len(B)) < 3 or not B[1]:
+            return 1
+        number = A[0] // B[1]
+        return number if number and A[0] % B[1] == 0 == B[0] % number else 1
 
     @property
     def kernel(self) -> tuple[int, ...]:

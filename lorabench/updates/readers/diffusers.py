@@ -84,7 +84,7 @@ class _File:
             kernel=self.tensors.shape(A)[2:],
         )
         magnitude = next((stem + suffix for suffix in MAGNITUDES if stem + suffix in self._names), None)
-        for part in split_rows(layer, module):
+        for part in split_rows(layer, module, self.source.weights):
             yield from as_dora(part, self.source, magnitude) if magnitude else [part]
 
     def _scale(self, stem: str, module: str, rank: int) -> Scale:

@@ -24,7 +24,7 @@ from lorabench.config.decode import InputError
 from lorabench.config.quote import clip
 from lorabench.updates.readers._entry import Found, Source, read_json
 from lorabench.updates.readers._experts import Kept
-from lorabench.updates.readers._factors import Form, Layer, Scale, by_convention, counted, found, plain, rank_of
+from lorabench.updates.readers._factors import Form, Layer, Scale, by_convention, counted, found, plain, rank_of, stems
 from lorabench.updates.readers._gguf_file import GGUF_SUFFIX, GGUFFile
 from lorabench.updates.readers._peft_config import is_number
 from lorabench.updates.weightfile import some
@@ -60,13 +60,13 @@ def find(source: Source) -> Found | None:
 
 
 def _found(file: GGUFFile, source: Source) -> Found:
-    stems = [name.removesuffix(A_END) for name in file.names if name.endswith(A_END)]
+    modules = stems(file, A_END)
     architecture = str(file.settings.get("general.architecture", ""))
     heads = _heads(source, architecture) if architecture in PERMUTED else {}
     kept = Kept(file)
     layers: list[Layer] = []
     in_their_order: list[str] = []
-    for stem in stems:
+    for stem in modules:
         name = stem.removesuffix(".weight")
         rotated = _ROTATED.fullmatch(name) if architecture not in PLAIN else None
         count = heads.get(rotated["which"]) if rotated else None
@@ -75,7 +75,7 @@ def _found(file: GGUFFile, source: Source) -> Found:
         module = name if rotated and count is None else _module(name, architecture, source)
         layers += _layers(kept, stem, module, _scale(file, stem, source), count)
     notes = list(_notes(file, architecture, in_their_order))
-    used = {stem + end for stem in stems for end in (A_END, B_END)}
+    used = {stem + end for stem in modules for end in (A_END, B_END)}
     return found("gguf", layers, assumed=ASSUMED, notes=notes, left_out={*file.names} - used)
 
 

@@ -103,7 +103,7 @@ def _layers(tensors: Tensors, name: str, module: Module, source: Source) -> Iter
         scale=_scale(tensors, module, source),
         kernel=next((tensors.shape(module[role])[2:] for role in KERNELS if role in module), ()),
     )
-    for part in split_rows(layer, name):
+    for part in split_rows(layer, name, source.weights):
         if "dora_scale" in module:
             m = tensors.shape(module["dora_scale"])  # (out, 1, …), or (1, in, …) with wd_on_out = False
             by_input = len(m) > 1 and m[0] == 1 < part.shape[0]

@@ -33,6 +33,7 @@ from lorabench.updates.readers._factors import (
     grouped,
     plain,
     rank_of,
+    stems,
 )
 
 ASSUMED = "no alpha in the file: α = r is assumed, so that the scale is 1 (--alpha tells another)"
@@ -53,8 +54,7 @@ def find(source: Source) -> Found | None:
 
 def _modules(tensors: Tensors) -> list[str]:
     """AdapterHub's names end alike, but have `.loras.NAME` in them."""
-    names = [name.removesuffix(".lora_A") for name in tensors.names if name.endswith(".lora_A")]
-    return [name for name in names if ".loras." not in name]
+    return [name for name in stems(tensors, ".lora_A") if ".loras." not in name]
 
 
 def _fused_notes(modules: list[_Module]) -> list[str]:

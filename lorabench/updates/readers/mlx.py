@@ -30,6 +30,7 @@ from lorabench.updates.readers._factors import (
     found,
     is_other_file,
     rank_of,
+    stems,
 )
 from lorabench.updates.readers._peft_config import is_number
 from lorabench.updates.weightfile import is_embedding
@@ -47,10 +48,10 @@ def find(source: Source) -> Found | None:
     config = configuration(source, OWN_FILE)
     if not is_other_file(source, OWN_FILE):
         _refuse_tuned_weights(source, config)
-    tensors = adapter_file(source, lambda tensors: bool(_modules(tensors)), named=ADAPTER_FILE)
+    tensors = adapter_file(source, lambda tensors: bool(stems(tensors, A_LEAF)), named=ADAPTER_FILE)
     if tensors is None:
         return None
-    modules, names = _modules(tensors), set(tensors.names)
+    modules, names = stems(tensors, A_LEAF), set(tensors.names)
     scale = partial(_scale, config, source)
     layers: list[Layer | Dora] = []
     for module in modules:
@@ -66,10 +67,6 @@ def _unused_fields(config: dict[str, Any]) -> list[str]:
     parameters = config.get("lora_parameters")
     unused = parameters.keys() - _OF_LORA if isinstance(parameters, dict) else ()
     return [f"{CONFIG_FILE}: lora_parameters.{name}" for name in unused]
-
-
-def _modules(tensors: Tensors) -> list[str]:
-    return [name.removesuffix(A_LEAF) for name in tensors.names if name.endswith(A_LEAF)]
 
 
 def _refuse_tuned_weights(source: Source, config: dict[str, Any]) -> None:

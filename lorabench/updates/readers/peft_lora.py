@@ -11,7 +11,7 @@ the adapter; of others, ΔW needs the base.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def find(source: Source) -> Found | None:
     """The adapter of a folder with a PEFT configuration, or of a file without; None where there is none."""
     folder, config = source.folder, own_configuration(source)
     if not config:
-        return _without_config(source)
+        return _without_config(_one_file(source))
     if "peft_type" not in config or _is_torchtune(source):
         return None
     own, kind = (folder / DELTA_FILE).exists(), str(config["peft_type"])
@@ -219,6 +219,11 @@ def _notes(adapter: Adapter, entries: dict[str, Entry]) -> list[str]:
     notes = []
     if adapter.is_dora and not adapter.own and adapter.source.weights is None:
         notes.append("DoRA: ΔW needs W0; this is its s B A; give --base")
+    if adapter.is_dora and "use_dora" not in adapter.config:
+        notes.append(
+            "magnitudes, and no use_dora: torchtune's export, which has reordered the rows of q and k but not their "
+            "magnitudes, so that this is not the ΔW that was trained (adapter_model.pt is)"
+        )
     if adapter.initial_is_peft and adapter.initial:
         notes.append(f"initial factors from {adapter.initial.file.parent}: ΔW = s (B A - B0 A0)")
     if adapter.config.get("lora_bias"):
@@ -244,6 +249,14 @@ def _spans(layers: list[int]) -> str:
         f"{layers[i]} to {layers[j - 1]}" if j - i > 1 else f"{layers[i]}" for i, j in zip(starts, ends, strict=True)
     ]
     return some(names)
+
+
+def _one_file(source: Source) -> Source:
+    """Of a folder with one file of tensors, by another name than PEFT's, that file."""
+    if source.path.is_file() or has_adapter_file(source.folder):
+        return source
+    files = source.files(".safetensors")
+    return replace(source, path=files[0]) if len(files) == 1 else source
 
 
 def _without_config(source: Source) -> Found | None:

@@ -25,6 +25,7 @@ from lorabench.updates.readers._factors import (
     configuration,
     found,
     rank_of,
+    stems,
 )
 from lorabench.updates.readers._peft_config import ADAPTER_FILES, scale_of_factors
 
@@ -38,10 +39,10 @@ def find(source: Source) -> Found | None:
     """The adapter of a folder or file; None where there is none."""
     if source.path.is_dir() and any((source.path / name).exists() for name in ADAPTER_FILES):
         return None
-    tensors = adapter_file(source, lambda tensors: bool(_modules(tensors)), named=ADAPTER_FILE)
+    tensors = adapter_file(source, lambda tensors: bool(stems(tensors, A_LEAF)), named=ADAPTER_FILE)
     if tensors is None:
         return None
-    modules, names = _modules(tensors), set(tensors.names)
+    modules, names = stems(tensors, A_LEAF), set(tensors.names)
     dora = {module for module in modules if module + MAGNITUDE in names}
     config = configuration(source, ADAPTER_FILE)
     scale = partial(_scale, config, source)
@@ -52,10 +53,6 @@ def find(source: Source) -> Found | None:
     used = {module + leaf for module in modules for leaf in (A_LEAF, B_LEAF, MAGNITUDE)}
     notes = [ROTARY] if any(module.endswith(("q_proj", "k_proj")) for module in modules) else []
     return found("torchtune", layers, assumed=ASSUMED, notes=notes, left_out=names - used, config=config)
-
-
-def _modules(tensors: Tensors) -> list[str]:
-    return [name.removesuffix(A_LEAF) for name in tensors.names if name.endswith(A_LEAF)]
 
 
 def _layer(tensors: Tensors, module: str, scale_of: Callable[[str, int], Scale]) -> Layer:

@@ -72,7 +72,7 @@ def compressed(folder, energies, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("case", [case for case in CASES if case != "convolution"])
+@pytest.mark.parametrize("case", CASES)
 def test_peft_loads_the_truncated_adapter(case, tmp_path):
     model = tuned(case)
     model.save_pretrained(tmp_path / "adapter")
@@ -124,12 +124,6 @@ def test_an_untrained_layer_is_left_out(tmp_path):
     model.save_pretrained(tmp_path / "nothing")
     with pytest.raises(InputError, match="every ΔW is 0"):
         compressed(tmp_path / "nothing", [0.95], tmp_path)
-
-
-def test_a_convolution_is_refused(tmp_path):
-    tuned("convolution").save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match="conv: is a convolution; only linear layers and embeddings"):
-        compressed(tmp_path / "adapter", [0.95], tmp_path)
 
 
 def test_singular_values_alone_are_refused(tmp_path):

@@ -137,7 +137,7 @@ def test_each_of_several_models_gets_a_folder(tmp_path):
         model, module, _ = name.split(".")
         entry = formats.open_adapter(tmp_path / "output" / model).entries[f"{module}.weight"]
         assert torch.allclose(entry.load().dense(), adapter.entries[name].load().dense(), atol=1e-5)
-    with pytest.raises(InputError, match=r"several models \(text_encoder, unet\): without --base"):
+    with pytest.raises(InputError, match=r"several models \(text_encoder, unet\), and the base .* is none"):
         convert(adapter, tmp_path / "other", str(tmp_path))
 
 

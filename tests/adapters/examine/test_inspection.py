@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lorabench.adapters.examine import inspection_figures
 from lorabench.adapters.examine.inspection import inspect_adapter, scale_text, significant
 from lorabench.adapters.examine.inspection_page import inspection_page
 from lorabench.adapters.examine.inspection_text import inspection_text, pasted
@@ -31,6 +32,15 @@ def lora(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(lora):
     return inspect_adapter(formats.open_adapter(lora[0]))
+
+
+def test_profiles_draw_the_norm_that_all_layers_have(found):
+    rows = [row for row in found["layers"] if row["kind"] == found["layers"][0]["kind"]]
+    beside_base = [row | {"relative_norm": row["frobenius_norm"] / (7 + row["depth"])} for row in rows]
+    for layers, name, label in ((rows, "frobenius_norm", "‖ΔW‖"), (beside_base, "relative_norm", "‖ΔW‖ / ‖W0‖")):
+        axes = inspection_figures.profiles(layers).axes[2]
+        assert axes.get_ylabel() == label
+        assert axes.lines[-1].get_xydata().tolist() == [[row["depth"], row[name]] for row in layers]
 
 
 def run(capsys, *arguments):

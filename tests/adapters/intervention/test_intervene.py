@@ -280,6 +280,15 @@ def test_what_is_not_base_plus_update_is_refused(changes, file, message, tmp_pat
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("field", ["trainable_token_indices", "alora_invocation_tokens", "layer_replication"])
+def test_what_is_trained_beside_the_update_is_refused(field, tmp_path, capsys) -> None:
+    run_id = pretend(Store(tmp_path), make_spec(), [random_update(0, 1.0)])
+    file = Store(tmp_path).folder(run_id) / "updates" / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "LORA", field: [[0, 1]]}))
+    assert main(["intervene", run_id, "--results", str(tmp_path)]) == 2
+    assert f"has {field} = [[0, 1]], which no ΔW stands for" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import torch
 
 from lorabench.adapters.merging.adapters import find_run, read_adapter
 from lorabench.adapters.merging.bodies import COMBINATIONS, FACTOR_WISE, MERGED, Body, bodies
-from lorabench.adapters.merging.compose import Bench, check, compose
+from lorabench.adapters.merging.compose import Bench, check, compose, put_head
 from lorabench.adapters.merging.compose import merge as add_merge
 from lorabench.adapters.merging.interference import interference, merge_text, with_changes
+from lorabench.adapters.merging.merged_files import merge_folders, write_merges
 from lorabench.analyses.interference import Interference
 from lorabench.cli import main
 from lorabench.commands import merge
@@ -60,10 +62,15 @@ def runs(tiny_bases, tmp_path_factory):
         "nf4": make_spec(method=lora, task=CODE, quantization="nf4", **llama),
         "loftq": make_spec(method=lora | {"init": "loftq"}, task=CODE, quantization="nf4", **llama),
         "full": make_spec(method={"name": "full"}, task=CODE, **llama),
+        "tokens": make_spec(
+            method={"name": "peft", "type": "LORA", "config": {"trainable_token_indices": [1]}}, task=CODE, **llama
+        ),
         "loha": make_spec(method={"name": "loha"}, task=CODE, **llama),
         "not kept": make_spec(method=lora, task=CODE, keep="none", **llama),
         "bfloat16": make_spec(method=lora, task=CODE, dtype="bfloat16", **llama),
         "bfloat16 docs": make_spec(method=lora, task=DOCS, dtype="bfloat16", **llama),
+        "embedded code": make_spec(method=lora | {"embeddings": True}, task=CODE, **llama),
+        "embedded docs": make_spec(method=lora | {"embeddings": True}, task=DOCS, **llama),
         "films": make_spec(method=lora, task=films, **bert),
         "colours": make_spec(method=lora, task=colours, **bert),
         "three": make_spec(method=lora, task=three, **bert),
@@ -268,6 +275,68 @@ def test_each_classification_task_has_its_own_head(pair, runs) -> None:
         assert cell["valid_loss"] == pytest.approx(expected["valid_loss"], rel=1e-5)
 
 
+OUTPUTS = {
+    ("code", "docs"): ("linear", "ties", "svd", "cat", "dare_ties_svd"),
+    ("gpt2 code", "gpt2 docs"): ("linear", "svd"),
+    ("code", "rank 4"): ("cat", "ties_svd"),
+    ("pissa", "rank 4"): ("cat", "svd"),
+    ("embedded code", "embedded docs"): ("cat", "dare_ties"),
+    ("bfloat16", "bfloat16 docs"): ("cat",),
+    ("films", "three"): ("cat", "ties"),
+}
+
+
+@pytest.mark.parametrize("pair", OUTPUTS, ids=" + ".join)
+def test_peft_loads_what_is_written_with_the_logits_of_the_merge(pair, runs, tmp_path) -> None:
+    from peft import PeftModel
+
+    adapters = read(runs, *pair)
+    wanted = bodies([runs[1][name] for name in pair], OUTPUTS[pair], WEIGHTS, 0.5, None, [3])
+    folders = merge_folders(wanted, tmp_path / "out")
+    told = write_merges(adapters, folders, CPU)
+    bench, options = Bench(adapters, CPU), prepare(adapters[0].spec).model_options
+    (first, second), close = map(updates, adapters), {"atol": 2e-5, "rtol": 1e-4}
+    summed = {name: WEIGHTS[0] * first[name] + WEIGHTS[1] * second[name] for name in adapters[0].layers}
+    close = {"atol": 2e-2, "rtol": 2e-2} if "bfloat16" in pair else close
+    for (body, folder), written in zip(folders.items(), told, strict=True):
+        loaded = PeftModel.from_pretrained(load_base(adapters[0].spec, CPU, options), folder)
+        with bench.merged(body) as model:
+            for each in (model, loaded):
+                put_head(each.get_base_model(), adapters[0].head)
+            torch.testing.assert_close(logits(loaded), logits(model), **close)
+            with model.disable_adapter():
+                assert (logits(loaded) - logits(model)).abs().max() > 1e-4
+        found = updates(replace(adapters[0], folder=folder))
+        parts = [(np.square(found[name] - summed[name]).sum(), np.square(summed[name]).sum()) for name in found]
+        assert written.distance == pytest.approx(np.sqrt(np.divide(*np.sum(parts, 0))), rel=1e-2, abs=1e-4)
+        assert (written.distance < 1e-4) == (body.by == "cat") and written.folder == str(folder)
+        assert len(written.left_out) == (2 if "films" in pair else 0)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(6)[None]).logits
+
+
+def test_the_command_writes_its_merges(runs, tmp_path, capsys) -> None:
+    store, ids = runs
+    command = ["merge", ids["films"], ids["colours"], "--results", str(store.root), "--device", "cpu"]
+    command += ["--by", "cat,dare_ties", "--seed", "0,1", "--output", str(tmp_path / "out")]
+    assert main([*command, "--json"]) == 0
+    output = capsys.readouterr()
+    written = json.loads(output.out)["written"]
+    names = ["cat", "dare_ties-seed-0", "dare_ties-seed-1"]
+    assert [each["folder"] for each in written] == [str(tmp_path / "out" / name) for name in names]
+    assert written[0]["ranks"] == [4, 4] and written[1]["ranks"] == [2, 2]
+    assert (
+        f"left out: {ids['films']}: bert.pooler" in output.err or f"left out: {ids['films']}: classifier" in output.err
+    )
+    assert "cat: rank 4, " in output.err
+    assert all((tmp_path / "out" / name / "adapter_config.json").is_file() for name in names)
+    assert main(command) == 2
+    assert "is there already, and not empty" in capsys.readouterr().err
+
+
 def test_bfloat16_factors_are_merged_in_float32(runs) -> None:
     adapters = read(runs, "bfloat16", "bfloat16 docs")
     first, second = map(updates, adapters)
@@ -314,6 +383,7 @@ def refusal(call) -> str:
         ("loha", "is LOHA; PEFT merges LoRA adapters alone"),
         ("dora", "is DoRA"),
         ("loftq", "is LoftQ"),
+        ("tokens", "has trainable_token_indices = [1]; PEFT merges factors of modules alone"),
         ("not kept", "has kept no adapter"),
     ],
 )

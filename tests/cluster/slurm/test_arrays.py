@@ -18,7 +18,7 @@ def sandbox() -> Iterator[Sandbox]:
 
 def test_an_array_larger_than_its_parallelism(study, short):
     sweep = study.sweep("short", SHORT)
-    study.lorabench("submit", sweep, "--cluster", study.profile(parallel=2), "--dry-run")
+    study.submit(sweep, "--dry-run", parallel=2)
     assert not study.sandbox.queue()
     study.submit(sweep, parallel=2, gpus=1, device="cpu")
     assert len(study.sandbox.queue()) == 3

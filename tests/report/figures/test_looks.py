@@ -16,12 +16,14 @@ from lorabench.report import drawing
 from lorabench.report.aggregate import bounds, drawn_interval
 from lorabench.report.figures import _heat
 from lorabench.report.figures.cost_quality import CostQuality
+from lorabench.report.figures.heat_map import HeatMap
 from lorabench.report.figures.rank_quality import RankQuality
 from lorabench.report.figures.spectra import Spectra
 from lorabench.report.figures.subspace_grid import SubspaceGrid
 from lorabench.report.figures.survival import SurvivalCurves
 from lorabench.report.footnotes import figure_notes
 from tests import synthetic
+from tests.conftest import BASE
 from tests.report.test_results import GRID, load
 
 TWO_SEEDS = GRID.replace("lr = [1e-4, 1e-3, 1e-2]", "lr = 1e-3")
@@ -76,6 +78,21 @@ def test_text_is_seven_points_or_more_at_the_width_asked_for(name):
         assert figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1
 
 
+def test_long_titles_keep_apart_and_inside(tmp_path):
+    names = ["WWWWWW of a LoRA without any dropout", "LoRA with a dropout of ten percents", "i" * 60, "W" * 35]
+    blocks = [f"[[grid]]\nmethod.rank = {rank}\nlabel = '{name}'\n" for rank, name in enumerate(names, 1)]
+    results = synthetic.make(tmp_path, f"{BASE}method.name = 'lora'\n{''.join(blocks)}")
+    for width in ("page", "column"):
+        figure = HeatMap(width=width).draw(results)
+        drawing.wrap_titles(figure)
+        figure.canvas.draw()
+        titles = [axes.title for axes in figure.axes if axes.get_title()]
+        boxes = [title.get_window_extent() for title in titles]
+        assert {"".join(title.get_text().split()) for title in titles} == {"".join(name.split()) for name in names}
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
+
 @pytest.mark.parametrize(("value", "end"), [(0.083, 0.1), (0.41, 0.5), (0.2, 0.2), (0.97, 1), (1e-4, 1e-4), (130, 150)])
 def test_a_scale_ends_at_a_round_number_above(value, end):
     assert _heat.rounded_up(value) == pytest.approx(end)
@@ -121,6 +138,14 @@ def test_two_seeds_are_points_and_no_bars(tmp_path):
     assert {3.0, 4.0, 3.5} <= set(dots)
 
 
+def test_a_single_point_has_axes_that_can_be_read(tmp_path):
+    text = TWO_SEEDS.replace("method.rank = [2, 4]", "method.rank = 2")
+    figure = RankQuality().draw(load(tmp_path, TWO_SEEDS, lambda spec: 3.0))
+    assert figure.axes[0].get_ylim() == pytest.approx((2.85, 3.15))
+    panels = CostQuality(costs=("valid_loss",)).draw(load(tmp_path / "one", text, lambda spec: 3.0)).axes
+    assert [axes.get_xlim() for axes in panels] == [pytest.approx((2.85, 3.15))]
+
+
 def test_captions_tell_what_is_true_of_the_sweep(tmp_path):
     results = synthetic.shared()
     notes = figure_notes(results, SurvivalCurves())
@@ -128,3 +153,20 @@ def test_captions_tell_what_is_true_of_the_sweep(tmp_path):
     assert "some of the ranks are left out" in notes
     few = figure_notes(load(tmp_path, TWO_SEEDS, lambda spec: 1.0 + spec.seed), SurvivalCurves())
     assert "best" not in few and "95%" not in few and "left out" not in few and "one seed or two" in few
+
+
+@pytest.mark.parametrize(
+    ("grid", "note"),
+    [
+        (GRID, "its rank"),
+        (GRID.replace("method.rank = [2, 4]", "method.rank = 2"), ""),
+        (GRID.replace("method.rank = [2, 4]", f"method.dropout = {[n / 10 for n in range(9)]}"), "in the legend"),
+    ],
+)
+def test_numbers_beside_points_are_told_of_where_there_are_some(tmp_path, grid, note):
+    results = load(tmp_path, grid, lambda spec: 2.0 + spec.lr)
+    figure = CostQuality(costs=("valid_loss",))
+    drawn = figure.draw(results)
+    numbers = [text.get_text() for axes in drawn.axes for text in axes.texts if text.get_text().strip()]
+    told = [sentence for sentence in figure_notes(results, figure).split(". ") if "number beside a point" in sentence]
+    assert bool(numbers) == bool(told) == bool(note) and all(note in sentence for sentence in told)

@@ -276,8 +276,10 @@ def test_eight_bit_floats_are_read_and_whole_numbers_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shapes", [((2, 3), (4, 3)), ((2, 3), (2,)), ((2,), (4, 2)), ((3, 3), (4, 3)), ((0, 3), (4, 0)), ((2, 0), (4, 2))]
-)
+    "shapes",
+    [((2, 3), (4, 3)), ((2, 3), (2,)), ((2,), (4, 2)), ((3, 3), (4, 3)), ((0, 3), (4, 0)), ((2, 0), (4, 2)),
+     ((0, 3, 1, 1), (4, 2, 1, 1)), ((2, 3), ()), ((2, 3, 1, 1), (4,))],
+)  # fmt: skip
 def test_shapes_that_do_not_fit(shapes, tmp_path):
     adapter(tmp_path, {A: torch.ones(shapes[0]), B: torch.ones(shapes[1])})
     assert ("q.weight" in refusal(tmp_path) and "fit" in refusal(tmp_path)) or "no entries" in refusal(tmp_path)

@@ -11,6 +11,7 @@ from lorabench.config.decode import InputError
 from lorabench.updates import formats
 from lorabench.updates.readers import kohya, loralib
 from lorabench.updates.readers._entry import Source, TensorFile
+from lorabench.updates.readers.peft_lora import ADAPTER_FILE
 from tests.wild import ADAPTERS, CASES, FIXTURES, copy, distance, edit, expected_of, opened, path_of
 
 FACTORED = sorted(name for name in CASES if "full" not in name)
@@ -179,10 +180,16 @@ def test_torchtunes_folder_is_read_in_pefts_form_which_has_the_same_spectrum():
 
 
 def test_torchtunes_dora_is_one_in_pefts_form_too():
-    """Its configuration does not say so; the magnitudes are there."""
-    adapter = formats.open_adapter(ADAPTERS / "torchtune_dora" / "adapter")
+    """Its configuration does not say so; the magnitudes are there, those of q and k in another order than rows."""
+    folder = ADAPTERS / "torchtune_dora" / "adapter"
+    adapter = formats.open_adapter(folder)
     assert all(entry.load().part == "sBA" for entry in adapter.entries.values()) and len(adapter.entries) == 6
-    assert adapter.notes == ("DoRA: ΔW needs W0; this is its s B A; give --base",)
+    needs_base, export = adapter.notes
+    assert needs_base == "DoRA: ΔW needs W0; this is its s B A; give --base" and "torchtune's export, which" in export
+    own, exported = torch.load(folder / "adapter_model.pt", weights_only=True), load_file(folder / ADAPTER_FILE)
+    theirs, ours = "layers.0.attn.q_proj", "base_model.model.model.layers.0.self_attn.q_proj"
+    assert torch.equal(own[f"{theirs}.magnitude"], exported[f"{ours}.lora_magnitude_vector"])
+    assert not torch.equal(own[f"{theirs}.lora_b.weight"], exported[f"{ours}.lora_B.weight"])
 
 
 @pytest.mark.parametrize("name", ["lycoris_lora", "lycoris_loha", "lycoris_lokr_whole", "diffusers_metadata"])

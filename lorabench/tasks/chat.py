@@ -1,0 +1,175 @@
+"""Chat: conversations through the model's chat template, with the loss on the assistant's turns only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lorabench.config.decode import InputError
+from lorabench.config.quote import clip, show, show_path
+from lorabench.data.rows_file import Row, place
+from lorabench.data.tokens import opening
+from lorabench.data.values import check_column, find, shown
+from lorabench.spec.task import IGNORE, Example, LanguageModeling
+
+Message = dict[str, Any]
+Tokens = tuple[list[int], list[int]]
+"""Those of a conversation, and of each whether it is learned, 1 or 0."""
+MARKED = r"\{\%-?\s*generation\s*-?\%\}"
+"""What marks the assistant's turns in a template, as transformers looks for it."""
+ANSWER = "assistant"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat(LanguageModeling):
+    """A conversation is what the template makes of it: no other special tokens are put in.
+
+    Where the template marks the assistant's turns (`{% generation %}`), what it marks is learned, as transformers has
+    it (`return_assistant_tokens_mask`). Else a turn is what its messages add to the prompt for it, with the token that
+    ends it and without the spaces behind that: all that is rendered before must not change by it.
+
+    A conversation of more than seq_len tokens is cut from the left, behind what the tokenizer puts before a text; if
+    its last turn to be learned is too long by itself, that is cut from the right.
+    """
+
+    data: str
+    messages: str = "messages"
+    """Column that holds a list of objects, with a `role` and a `content` each."""
+    train_on: Literal["assistant", "last"] = "assistant"
+    """All of the assistant's turns, or the last of them."""
+    template: str | None = None
+    """A chat template (Jinja) to take in place of the tokenizer's."""
+    retain: str | dict[str, Any] | None = None
+    """Running text (column `text`) on which forgetting is measured, its loss before and after; or several sets: name ->
+    running text, or a table with the fields of another task."""
+
+    def usable(self, split: str, rows: list[Row], options: dict[str, Any]) -> list[Row]:
+        check_column(rows, "task.messages", self.messages)
+        for count, row in enumerate(rows, 1):
+            problem = _problem(find(row, self.messages))
+            if problem:
+                raise self._wrong(row, count, problem)
+        return rows
+
+    def examples(self, rows: list[Row], tokenizer: Any, seq_len: int, options: dict[str, Any]) -> Iterator[Example]:
+        template, start = self._template(tokenizer), opening(tokenizer)
+        if seq_len <= max(1, len(start)):
+            raise InputError(f"seq_len = {seq_len}: leaves no room behind the tokens that the tokenizer puts in front")
+        for count, row in enumerate(rows, 1):
+            try:
+                ids, learned = self._tokens(tokenizer, template, find(row, self.messages))
+            except InputError as error:
+                raise self._wrong(row, count, str(error)) from None
+            ids, learned = _cut(ids, learned, seq_len, start)
+            if not any(learned[1:]):
+                raise self._wrong(row, count, "leaves nothing to predict")
+            labels = [token if is_learned else IGNORE for token, is_learned in zip(ids, learned, strict=True)]
+            yield {"input_ids": ids, "labels": labels}
+
+    def _template(self, tokenizer: Any) -> str:
+        """InputError where there is none, or the tokenizer cannot say which token is of which text."""
+        model = f'model = "{show_path(tokenizer.name_or_path)}"'
+        if not tokenizer.is_fast:
+            raise InputError(f"{model}: its tokenizer is none of the fast ones, which tell where in a text a token is")
+        if self.template is None and not tokenizer.chat_template:
+            raise InputError(f"{model}: its tokenizer has no chat template; task.template gives one")
+        return self.template or tokenizer.get_chat_template()
+
+    def _tokens(self, tokenizer: Any, template: str, messages: list[Message]) -> Tokens:
+        if re.search(MARKED, template):
+            ids, learned = _marked(tokenizer, template, messages)
+        else:
+            ids, learned = _by_prefixes(tokenizer, template, messages)
+        if self.train_on == "last":
+            first, end = _last_turn(learned)
+            learned = [int(first <= position < end) for position in range(len(ids))]
+        return ids, learned
+
+    def _wrong(self, row: Row, count: int, problem: str) -> InputError:
+        return InputError(f"task.messages = {show(self.messages)}: {place(row, count)} {problem}")
+
+
+def _problem(messages: Any) -> str:
+    """What is wrong of a row's messages, nothing where they are well."""
+    if messages is None:
+        return "has no value"
+    if not isinstance(messages, list):
+        return f"is a {type(messages).__name__}, and no list of messages: {shown(messages)}"
+    for number, message in enumerate(messages, 1):
+        for key in ("role", "content"):
+            value = message.get(key) if isinstance(message, dict) else None
+            if not isinstance(value, str):
+                return f"has no text as the {key} of message {number}: {shown(message)}"
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                return f"is no valid Unicode in message {number}: {shown(value)}"
+    if not any(message["role"] == ANSWER for message in messages):
+        return f'has no message of the role "{ANSWER}"'
+    return ""
+
+
+def _rendered(tokenizer: Any, template: str, messages: list[Message], **options: Any) -> Any:
+    """InputError with what the template says of messages that it does not take."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, chat_template=template, **options)
+    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"is refused by the chat template: {clip(error) or type(error).__name__}") from None
+
+
+def _marked(tokenizer: Any, template: str, messages: list[Message]) -> Tokens:
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+    found = _rendered(tokenizer, template, messages, tokenize=True, **options)
+    return found["input_ids"], found["assistant_masks"]
+
+
+def _by_prefixes(tokenizer: Any, template: str, messages: list[Message]) -> Tokens:
+    """Of each turn, what it adds to the prompt for it. InputError where what is before it changes by what follows."""
+    whole = _rendered(tokenizer, template, messages, tokenize=False)
+    ends = tuple(token for token in tokenizer.get_added_vocab() if not token.isspace())
+    turns = []
+    for number, message in enumerate(messages):
+        if message["role"] != ANSWER:
+            continue
+        if number == 0:
+            raise InputError("begins with the assistant's turn, to which the chat template has no prompt")
+        before = _rendered(tokenizer, template, messages[:number], tokenize=False, add_generation_prompt=True)
+        turn = _rendered(tokenizer, template, messages[: number + 1], tokenize=False)
+        if not (turn.startswith(before) and whole.startswith(turn)):
+            why = "is rendered otherwise by the chat template when other messages follow, or when it is asked for"
+            raise InputError(
+                f"has a message {number + 1} that {why}; {{% generation %}} in task.template can mark turns"
+            )
+        turns.append((len(before), len(turn.rstrip() if turn.rstrip().endswith(ends) else turn)))
+    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    places = encoded["offset_mapping"]
+    return encoded["input_ids"], [int(any(a < end and first < b for first, end in turns)) for a, b in places]
+
+
+def _last_turn(learned: list[int]) -> tuple[int, int]:
+    """Where the last unbroken run of learned tokens begins and ends."""
+    end = max((place for place, is_learned in enumerate(learned, 1) if is_learned), default=0)
+    first = max((place for place in range(1, end) if not learned[place - 1]), default=0)
+    return first, end
+
+
+def _cut(ids: list[int], learned: list[int], seq_len: int, start: list[int]) -> Tokens:
+    """At most seq_len tokens, with `start` in front where it was there: the last learned ones, and what is before."""
+    if len(ids) <= seq_len:
+        return ids, learned
+    kept = len(start) if ids[: len(start)] == start else 0
+    first, end = _last_turn(learned)
+    end = min(end, first + seq_len - max(1, kept))
+    taken = [*range(kept), *range(max(kept, end - seq_len + kept), end)]
+    return [ids[place] for place in taken], [learned[place] for place in taken]
+
+
+EXAMPLE = Chat(
+    data="builtin:english-docs",
+    template="{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    max_train=8,
+    max_eval=4,
+)

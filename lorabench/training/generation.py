@@ -1,0 +1,124 @@
+"""What a model writes to prompts: batched, with a cache of keys and values, by transformers' `generate`.
+
+Prompts are padded on the left, so that every answer begins where its prompt ends; masks and positions leave the padding
+out, and a batch gives the tokens that each prompt alone gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lorabench.models.base_model import load_tokenizer
+from lorabench.processes.distributed import ALONE, World
+from lorabench.spec.generate import Generate
+from lorabench.training.passes import autocast
+from lorabench.training.scoring import Answer
+
+if TYPE_CHECKING:
+    from lorabench.spec.run_spec import RunSpec
+    from lorabench.spec.task import Prompt
+
+
+@torch.no_grad()
+def answers(
+    model: nn.Module,
+    spec: RunSpec,
+    generate: Generate,
+    prompts: list[Prompt],
+    *,
+    world: World = ALONE,
+    check: Callable[[], None] = lambda: None,
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> list[Answer]:
+    """What the model answers to each prompt, in their order; ranks take batches in turn, and each gets all answers.
+
+    `check` may raise between two batches, and `tell` is given how many prompts are done.
+    """
+    tokenizer = load_tokenizer(spec.model, spec.revision)
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))  # those of one length together
+    batches = [order[first : first + generate.batch_size] for first in range(0, len(order), generate.batch_size)]
+    device = next(model.parameters()).device
+    model.eval()
+    found: list[tuple[int, list[int]]] = []
+    with _settings(model, generate, tokenizer) as settings:
+        for number in range(world.rank, -(-len(batches) // world.size) * world.size, world.size):
+            check()
+            is_idle = number >= len(batches)
+            if is_idle and not world.is_sharded:
+                continue
+            batch = batches[number if not is_idle else -1]
+            ids, mask = padded([prompts[place].ids for place in batch], tokenizer.pad_token_id, device)
+            with _drawn(generate, number), autocast(spec, device, world):
+                written = _generate(model, ids, mask, settings, world)
+            if not is_idle:
+                found += [(place, row.tolist()) for place, row in zip(batch, written.cpu(), strict=True)]
+            tell(min((number + 1) * generate.batch_size, len(prompts)), len(prompts))
+    if world.is_sharded:
+        model.reshard()
+    texts = {
+        place: tokenizer.decode(until(row, tokenizer.eos_token_id), skip_special_tokens=True)
+        for place, row in (each for rank in world.gather(found) for each in rank)
+    }
+    return [
+        Answer(prompt=prompt.text, reference=prompt.reference, output=texts[place].removeprefix(prompt.tail))
+        for place, prompt in enumerate(prompts)
+    ]
+
+
+def padded(rows: list[Any], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask, (n, longest), padded on the left."""
+    longest = max(map(len, rows))
+    ids, mask = np.full((len(rows), longest), padding, np.int64), np.zeros((len(rows), longest), np.int64)
+    for place, row in enumerate(rows):
+        ids[place, longest - len(row) :] = row
+        mask[place, longest - len(row) :] = 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def until(row: list[int], end: int | None) -> list[int]:
+    """The tokens before the first `end`."""
+    return row[: row.index(end)] if end in row else row
+
+
+def _generate(model: Any, ids: Tensor, mask: Tensor, settings: dict[str, Any], world: World) -> Tensor:
+    """The new tokens, (n, at most max_new_tokens)."""
+    written = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=world.is_sharded, **settings)
+    return written[:, ids.shape[1] :]
+
+
+@contextlib.contextmanager
+def _settings(model: Any, generate: Generate, tokenizer: Any) -> Iterator[dict[str, Any]]:
+    """What `generate` is called with. What the base's own configuration asks for (a temperature, a penalty) is left
+    out meanwhile: it would be another decoding than the spec's."""
+    from transformers import GenerationConfig
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = base.generation_config
+    base.generation_config = GenerationConfig()
+    drawing = {"temperature": generate.temperature, "top_p": generate.top_p, "top_k": 0} if generate.temperature else {}
+    try:
+        yield {
+            "do_sample": bool(generate.temperature),
+            "num_beams": 1,
+            "use_cache": True,
+            "max_new_tokens": generate.max_new_tokens,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            **drawing,
+        }
+    finally:
+        base.generation_config = own
+
+
+@contextlib.contextmanager
+def _drawn(generate: Generate, number: int) -> Iterator[None]:
+    """The random numbers of one batch, and outside none less."""
+    with torch.random.fork_rng():
+        torch.manual_seed(generate.seed * 1_000_003 + number)
+        yield

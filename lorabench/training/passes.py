@@ -1,0 +1,37 @@
+"""A forward pass of any model, as a run's spec has it computed."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorabench.processes.distributed import ALONE, World
+from lorabench.spec.run_spec import RunSpec
+from lorabench.training.examples import Batch
+
+
+def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Logits (n, classes), or (n, t, vocabulary) of the batch's own positions: virtual tokens in front have none."""
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
+    if "token_type_ids" in batch and _takes_segments(model):
+        inputs["token_type_ids"] = batch["token_type_ids"]
+    logits = model(**inputs).logits
+    length = batch["input_ids"].shape[1]
+    return logits[:, -length:] if logits.ndim == 3 and logits.shape[1] > length else logits
+
+
+def _takes_segments(model: Any) -> bool:
+    """Whether the base tells the texts of a pair apart by segments, of which a RoBERTa has a single one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    is_argument = "token_type_ids" in inspect.signature(base.forward).parameters
+    return is_argument and getattr(base.config, "type_vocab_size", 2) > 1
+
+
+def autocast(spec: RunSpec, device: torch.device, world: World = ALONE) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 where the spec says so. Of shared-out weights its cache would keep all, cast, until it ends."""
+    enabled = spec.dtype == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=not world.is_sharded)
