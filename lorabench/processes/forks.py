@@ -41,6 +41,8 @@ class ServerDied(Exception):
 
 _KINDS: dict[int, str] = {}
 """Of the servers of this process, by their process ids."""
+_LET_GO: dict[int, int] = {}
+"""Servers of this process that are there for what they have started alone: process id -> what keeps one going."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class Server:
         if pid is not None and _exit_code(pid) is None:
             if _KINDS.get(pid, "") in ("", self.kind):
                 return
-            vars(forkserver)["_forkserver"]._stop()  # there can be one only; what it has started goes on
+            _let_go()  # there can be one only
         self.count_killed()  # as long as it can be told what the last one died of
         self.context.set_forkserver_preload([*self.preload])
         with self._inherited():
@@ -180,6 +182,18 @@ class Forked:
 def _server_pid() -> int | None:
     """Of the server that was started last."""
     return vars(forkserver)["_forkserver"]._forkserver_pid  # which has no public name
+
+
+def _let_go() -> None:
+    """Leave the server that was started last to what it has started, and so be ready for another.
+
+    It stays as long as this process, for it alone can tell how they end, and does not where it is asked to stop.
+    multiprocessing's own way of stopping a server waits for all of them.
+    """
+    server = vars(forkserver)["_forkserver"]
+    with server._lock:
+        _LET_GO[server._forkserver_pid] = server._forkserver_alive_fd
+        server._forkserver_alive_fd = server._forkserver_address = server._forkserver_pid = None
 
 
 def _killed_server() -> int | None:
