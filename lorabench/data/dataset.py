@@ -66,19 +66,30 @@ def read_data(
 
     `columns` names the columns of files without a header line, separated by commas. `label` is the column whose values
     rows that are held out have in the same shares as the rest. Of running text a single row is cut up, by its column
-    `text`.
+    `text`. `SOURCE@SPLIT` is that split of it alone, whatever its name, as the validation split of what has no other.
     """
-    return _complete(*_read(source, revision, columns), label, text if is_running_text else None)
+    whole, split = _one_split(source)
+    if split:
+        found, fingerprint = _read(whole, revision, columns, {split: ALIASES.get(split, [split])})
+        return _data({"validation": found[split]}, fingerprint)
+    return _complete(*_read(source, revision, columns, ALIASES), label, text if is_running_text else None)
 
 
-def _read(source: str, revision: str | None, columns: str | None) -> Read:
+def _one_split(source: str) -> tuple[str, str]:
+    """What stands before and behind `@`; nothing behind where it is a part of a file's name."""
+    whole, _, split = source.rpartition("@")
+    return (whole, split) if whole and re.fullmatch(r"\w+", split) and not os.path.exists(source) else (source, "")
+
+
+def _read(source: str, revision: str | None, columns: str | None, names: dict[str, list[str]]) -> Read:
+    """`names`: the splits that are asked for -> what each may be called."""
     if source.startswith("builtin:"):
-        return _read_local(_builtin(source), columns, called=source)
+        return _read_local(_builtin(source), columns, names, called=source)
     if os.path.exists(source):  # False also of a name that no file system takes
-        return _read_local(Path(source), columns)
+        return _read_local(Path(source), columns, names)
     if source.startswith((".", "/", "~")) or Path(source).suffix in SUFFIXES:
         raise InputError(f'task.data = "{show_path(source)}": no such file or folder')
-    return _read_hub(source, revision)
+    return _read_hub(source, revision, names)
 
 
 def _builtin(source: str) -> Path:
@@ -94,9 +105,11 @@ def builtin_data() -> tuple[str, ...]:
     return tuple(sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/train.jsonl.gz")))
 
 
-def _read_local(path: Path, columns: str | None, called: str = "") -> Read:
+def _read_local(path: Path, columns: str | None, names: dict[str, list[str]], called: str = "") -> Read:
     """`called` is what messages say instead of the path, where that is none of the user's."""
-    files = _split_files(path) if path.is_dir() else {"train": [path]}
+    if names is not ALIASES and not path.is_dir():
+        raise InputError(f'task.data = "{show_path(path)}@{next(iter(names))}": a single file has no splits')
+    files = _split_files(path, names) if path.is_dir() else {"train": [path]}
     digest = hashlib.sha256()
     splits: dict[str, list[Row]] = {}
     for split, parts in files.items():
@@ -117,12 +130,12 @@ def _content(file: Path) -> bytes:
         raise InputError(f'task.data = "{show_path(file)}": cannot be read: {error.strerror}') from None
 
 
-def _split_files(folder: Path) -> dict[str, list[Path]]:
+def _split_files(folder: Path, names: dict[str, list[str]]) -> dict[str, list[Path]]:
     """`train.*`, `validation.*` (or valid, val, dev) and `test.*` of a folder, each one file or numbered parts."""
     known = [file for file in sorted(folder.iterdir()) if kind(file) in SUFFIXES and file.is_file()]
     files = {}
-    for split, names in ALIASES.items():
-        found = {name: [file for file in known if re.match(rf"{name}{NAMED}", file.name)] for name in names}
+    for split, called in names.items():
+        found = {name: [file for file in known if re.match(rf"{name}{NAMED}", file.name)] for name in called}
         found = {name: parts for name, parts in found.items() if parts}
         if len(found) > 1:
             raise _unclear(folder, split, [file for parts in found.values() for file in parts])
@@ -130,16 +143,18 @@ def _split_files(folder: Path) -> dict[str, list[Path]]:
             files[split] = parts if len(parts) == 1 else _in_order(folder, split, parts)
             _check_whole(folder, split, files[split])
         if split not in files:
-            _check_unread(folder, split)
-    if "train" not in files:
-        needs = f"needs a file train.* of a kind in {', '.join(SUFFIXES)}"
-        raise InputError(f'task.data = "{show_path(folder)}": {needs}')
+            _check_unread(folder, split, called)
+    needed = next(iter(names))
+    if needed not in files:
+        needs = f"needs a file {needed}.* of a kind in {', '.join(SUFFIXES)}"
+        there = "" if names is ALIASES else f". Choices: {clip(', '.join(file.name for file in known), 200)}"
+        raise InputError(f'task.data = "{show_path(folder)}": {needs}{there}')
     return files
 
 
-def _check_unread(folder: Path, split: str) -> None:
+def _check_unread(folder: Path, split: str, names: list[str]) -> None:
     """InputError where what is a split by its name cannot be read: none is held out in its place."""
-    named = re.compile(rf"({'|'.join(ALIASES[split])})({NAMED}|$)", re.IGNORECASE)
+    named = re.compile(rf"({'|'.join(names)})({NAMED}|$)", re.IGNORECASE)
     unread = [file for file in sorted(folder.iterdir()) if named.match(file.name) and file.suffix not in NO_DATA]
     if unread:
         what = "a folder" if unread[0].is_dir() else "of no kind and name that is read"
@@ -184,7 +199,7 @@ def _unclear(folder: Path, split: str, files: Iterable[Path]) -> InputError:
     return InputError(f'task.data = "{show_path(folder)}": {which}')
 
 
-def _read_hub(source: str, revision: str | None) -> Read:
+def _read_hub(source: str, revision: str | None, names: dict[str, list[str]]) -> Read:
     where = f"task.data = {show(source)}"
     try:
         import datasets
@@ -196,16 +211,17 @@ def _read_hub(source: str, revision: str | None) -> Read:
     except Exception as error:  # datasets raises a dozen kinds for "not there", "no network", "no such config"
         reason = f"{type(error).__name__}: {clip(str(error).partition(chr(10))[0], 300)}"
         raise InputError(f"{where}: neither a local path nor a Hub data set that could be loaded: {reason}") from error
+    found = {split: next((alias for alias in aliases if alias in loaded), None) for split, aliases in names.items()}
+    needed = next(iter(names))
+    if not found[needed]:
+        raise InputError(f'{where}: has no split "{needed}". Choices: {clip(", ".join(loaded))}')
     splits = {
         split: placed(enumerate(loaded[alias].to_list(), 1), Source(name=f"{show_path(source)}, {alias}"))
-        for split, aliases in ALIASES.items()
-        for alias in [next((a for a in aliases if a in loaded), None)]
+        for split, alias in found.items()
         if alias
     }
-    if "train" not in splits:
-        raise InputError(f'{where}: has no split "train" but {clip(", ".join(loaded))}')
-    fingerprint = ",".join(f"{split}:{loaded[split]._fingerprint}" for split in loaded)
-    return splits, fingerprint
+    counted = loaded if names is ALIASES else found.values()
+    return splits, ",".join(f"{alias}:{loaded[alias]._fingerprint}" for alias in counted if alias)
 
 
 def _complete(splits: dict[str, list[Row]], fingerprint: str, label: str | None, text: str | None) -> Data:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lorabench.config.decode import InputError
+from lorabench.config.quote import show
 from lorabench.data.dataset import SPLITS, Data, read_data
 from lorabench.data.rows_file import Row
 from lorabench.models.base_model import load_tokenizer
@@ -214,7 +215,11 @@ def _read(role: str, task: Task) -> Data:
     """The data of a task. `role` is what it is of the run's: `task`, or a key of `Task.others`."""
     columns, text = getattr(task, "columns", None), getattr(task, "text", "text")
     try:
-        return read_data(task.data, task.data_revision, columns, task.stratified_by(), task.is_running_text, text)
+        data = read_data(task.data, task.data_revision, columns, task.stratified_by(), task.is_running_text, text)
+        if role == "task" and not data.splits["train"]:
+            where = "a single split can be one of task.tests or task.retain; here it must be all of the data set"
+            raise InputError(f"task.data = {show(task.data)}: {where}")
+        return data
     except InputError as error:
         where = "task.data" if role == "task" else _where(role)
         problems = [problem.replace("task.data", where, 1) for problem in error.problems]

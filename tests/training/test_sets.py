@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
@@ -18,8 +19,9 @@ from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.sweep import known_measures, parse_sweep
 from lorabench.store.record import Status
 from lorabench.store.store import Store
+from lorabench.tasks.classification import Classification
 from lorabench.training.evaluation import metrics_of, retention_of
-from lorabench.training.examples import prepare
+from lorabench.training.examples import prepare, read_usable
 from lorabench.training.execute import Options, execute
 from tests.conftest import make_spec
 
@@ -142,3 +144,47 @@ def test_ids_stay_where_there_are_none():
         "task": "builtin:python-code",
         "retain": "builtin:english-docs",
     }
+
+
+SPLITS = {"train": 24, "validation_matched": 4, "validation_mismatched": 7, "test_mismatched": 3}
+
+
+def labelled_rows(count: int) -> list[dict[str, object]]:
+    return [{"text": f"{'good' if n % 2 else 'bad'} {n}", "label": n % 2} for n in range(count)]
+
+
+@pytest.fixture(params=["folder", "hub"])
+def mnli(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A data set with two validation sets, as MNLI has them."""
+    splits = {split: labelled_rows(count) for split, count in SPLITS.items()}
+    if request.param == "hub":
+        found = datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+        return "owner/glue:mnli"
+    for split, each in splits.items():
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
+    return str(tmp_path)
+
+
+def test_one_split_of_a_source_is_a_set(mnli: str) -> None:
+    sets = {"mismatched": f"{mnli}@validation_mismatched", "matched": f"{mnli}@validation"}
+    usable = read_usable(Classification(data=mnli, tests=sets))
+    assert {split: len(found) for split, found in usable.rows.items()} == {
+        "train": 24, "validation": 4, "test": 0, "test_mismatched": 7, "test_matched": 4,
+    }  # fmt: skip
+    assert len(set(usable.fingerprints.values())) == 3
+
+
+def test_a_split_that_is_not_there_and_a_single_one_to_train_on_are_refused(mnli: str, tmp_path: Path) -> None:
+    def refused(**fields: object) -> str:
+        with pytest.raises(InputError) as error:
+            read_usable(Classification(**fields))
+        return str(error.value)
+
+    said = refused(data=mnli, tests={"gone": f"{mnli}@validation_gone"})
+    assert said.startswith("task.tests.gone = ") and "validation_gone" in said and "Choices" in said
+    assert "must be all of the data set" in refused(data=f"{mnli}@validation_mismatched")
+    alone = rows(tmp_path / "alone.jsonl", 0, 3)
+    assert f'task.tests.gone = "{alone}@test": a single file has no splits' in refused(
+        data=mnli, tests={"gone": f"{alone}@test"}
+    )
