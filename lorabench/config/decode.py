@@ -197,7 +197,7 @@ def _decode_value(hint: Any, value: Any, where: str) -> Any:
     try:
         return _adapter(hint).validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
-        messages = list(dict.fromkeys(_message(item, value) for item in error.errors()))
+        messages = list(dict.fromkeys(map(_message, error.errors())))
         raise InputError(f"{where} = {show(value)}: {' or '.join(messages)}") from None
 
 
@@ -238,7 +238,7 @@ def _decode_plugins(base: type[plugins.Plugin], value: Any, where: str) -> tuple
     return tuple(found)
 
 
-def _message(error: Any, value: Any) -> str:
+def _message(error: Any) -> str:
     context = error.get("ctx", {})
     match error["type"]:
         case "greater_than_equal":
@@ -251,7 +251,11 @@ def _message(error: Any, value: Any) -> str:
             return f"must be less than {context['lt']:g}"
         case "literal_error":
             choices = context["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-            return plugins.unknown("value", value, choices)
+            return plugins.unknown("value", error["input"], choices)
+        case "tuple_type" | "list_type":
+            return "must be a list"
+        case "dict_type":
+            return "must be a table"
         case "missing" | "value_error" | _:
             text = error["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
             return text[:1].lower() + text[1:]

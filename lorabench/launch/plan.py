@@ -463,7 +463,9 @@ def _assumptions(sweep: Sweep, runs: list[dict[str, Any]], device: torch.device,
         kinds = dict.fromkeys((spec.dtype, spec.threads) for spec in sweep.runs)
         for rate, source in (flop_rate(device, *kind, gpu) for kind in kinds):
             lines.append(f"formula: training at {EFFICIENCY:.0%} of {rate / 1e12:.3g} TFLOP/s ({source})")
-        lines.append("formula: loading and evaluation are not in the time; memory from tensor sizes")
+        writing = any(task.generation for spec in sweep.runs for task in spec.stages)
+        left_out = "loading, evaluation and the writing of answers" if writing else "loading and evaluation"
+        lines.append(f"formula: {left_out} are not in the time; memory from tensor sizes")
     if "similar runs" in bases:
         lines.append("similar runs: the formula times the median ratio that finished runs of this model have shown")
     return lines

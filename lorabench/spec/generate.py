@@ -36,7 +36,7 @@ class Generate:
     """Drawn are those that hold this share of the probability together."""
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     batch_size: Annotated[int, Ge(1)] = 16
-    """Prompts at a time."""
+    """Prompts at a time. What is drawn depends on it: a batch has one generator."""
 
     def __post_init__(self) -> None:
         problems = [*self._problems()]

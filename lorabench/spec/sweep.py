@@ -18,7 +18,7 @@ from lorabench.data.dataset import builtin_data
 from lorabench.models.base_model import builtin_models
 from lorabench.spec.figure import Figure
 from lorabench.spec.generate import ENDS, METRICS
-from lorabench.spec.measures import MEASURES, Measure, find, of_sets
+from lorabench.spec.measures import MEASURES, OWN, Measure, find, of_sets
 from lorabench.spec.run_spec import RunSpec, flatten, is_tables, unflatten
 
 SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure"]
@@ -149,12 +149,13 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
 
 def _unfit_to_select(by: str, measures: Mapping[str, Measure], stored: bool) -> list[str]:
     """Why a measure cannot choose. What a stored sweep was allowed when it was run it still is."""
-    choices = {name: measures[name] for name in MEASURES if name in measures}
-    if not stored and by in MEASURES and by.startswith(TEST):
-        other = show("valid_" + by.removeprefix(TEST))
-        return [f"select.by = {show(by)}: would choose on the test set what is then reported of it; use {other}"]
+    choices = {name: measure for name, measure in measures.items() if find(name)}
+    if not stored and find(by) and by.startswith(TEST):
+        metric = next((name for name in sorted(OWN, key=len, reverse=True) if by.endswith(f"_{name}")), "loss")
+        says = "would choose on the test set what is then reported of it"
+        return [f'select.by = {show(by)}: {says}; use "valid_{metric}"']
     if not stored:
-        heads, ends = (TEST, "base_"), (*ENDS[1:], "num_generated")
+        heads, ends = (TEST, "base_"), (*ENDS[1:], "num_generated", "_before")
         choices = {name: choices[name] for name in choices if not (name.startswith(heads) or name.endswith(ends))}
     return _unknown_measures([by], choices, "select.by")
 

@@ -40,7 +40,7 @@ def problems(text: str, tmp_path: Path, **changes: object) -> list[str]:
         ('environment."A B" = "1"', 'environment.A B = "1": must be named by letters, digits and _'),
         ('partition = "a b"', 'partition = "a b": must be a text without spaces'),
         ('cells_per_job = "some"', "cells_per_job = \"some\": must be a valid integer or unknown value 'some'"),
-        ('setup = "module load cuda"', 'setup = "module load cuda": must be a valid array'),
+        ('setup = "module load cuda"', 'setup = "module load cuda": must be a list'),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_what_may_stand_there(text: str, message: str, tmp_path: Path) -> None:

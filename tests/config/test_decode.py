@@ -45,6 +45,7 @@ class Sample:
         ({"flag": 1}, "x.flag = 1: must be a valid boolean"),
         ({"name": "a1"}, 'x.name = "a1": must be lower-case letters'),
         ({"names": [1]}, "x.names = [1]: must be a valid string"),
+        ({"names": "a"}, 'x.names = "a": must be a list'),
         ({"cuont": 1}, "x.cuont = 1: unknown key 'cuont'. Did you mean 'count'?"),
         ({"flag": True, "count": 9}, "x.flag = true: not with count = 9"),
     ],

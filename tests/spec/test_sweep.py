@@ -342,6 +342,7 @@ def test_what_is_wrong_in_the_base_is_said_once() -> None:
         ('[select]\nby = "valid_accuracy"\n', ["select.by", "valid_accuracy", "valid_loss"]),
         ('[select]\nby = "test_accuracy"\n', ["select.by", "on the test set", "valid_accuracy"]),
         ('[select]\nby = "test_loss"\n', ["select.by", "on the test set", "valid_loss"]),
+        ('[select]\nby = "test_code_token_accuracy"\n', ["select.by", "on the test set", '"valid_token_accuracy"']),
         ('[select]\nover = "seed"\n', ["select.over", "seed", "lr"]),
         ('[[table]]\nrows = []\nvalue = "valid_loss"\n', ["rows = []"]),
         ('[[table]]\nrows = ["lr"]\ncolumns = "lr"\nvalue = "valid_loss"\n', ["columns", "among rows"]),
