@@ -20,7 +20,7 @@ FEWEST = 3
 """Seeds whose interval is drawn: of two it is nine times as wide as they are apart."""
 FREE = (-math.inf, math.inf)
 BOUNDED = {
-    r"(base_)?(valid|test)_((token_)?accuracy|accuracy_(norm|bytes|token)|macro_f1|majority)": (0.0, 100.0),
+    r"(base_)?(valid|test)_((token_)?accuracy|accuracy_(norm|byte|token)|macro_f1|majority)": (0.0, 100.0),
     r"average_final": (0.0, 100.0),
     rf"(base_)?(valid|test)_({'|'.join(METRICS)})(_low|_high)?": (0.0, 100.0),
     r"(back|for)ward_transfer": (-100.0, 100.0),

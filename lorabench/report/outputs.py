@@ -39,6 +39,7 @@ from lorabench.report.tables import build_tables, write_tables
 from lorabench.report.typeset import Sheet
 from lorabench.report.update_table import changes_sheet
 from lorabench.spec.figure import SECTIONS, Figure
+from lorabench.spec.generate import METRICS
 from lorabench.store.record import Status
 from lorabench.training.environment import source_digest
 
@@ -263,7 +264,8 @@ def _unread(results: Results) -> dict[str, list[str]]:
 def _run_rows(results: Results) -> dict[str, Any]:
     """The table of single runs: swept keys, status, a few measures, error."""
     stem = results.quality
-    names = [f"valid_{stem}", f"test_{stem}", "forgetting", "peak_gib", "tokens_per_second", "total_seconds"]
+    names = [f"{split}_{what}" for split in ("valid", "test") for what in dict.fromkeys([stem, *METRICS])]
+    names += ["forgetting", "peak_gib", "tokens_per_second", "total_seconds"]
     names = [name for name in names if name in results.runs]
     keys = list(dict.fromkeys(["method.name", *results.keys]))
     chosen = set(selected(results).run_ids)

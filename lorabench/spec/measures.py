@@ -29,6 +29,26 @@ def _measures(group: str, *rows: tuple[str, str, bool | None, str]) -> dict[str,
     return {name: Measure(unit, better, text, group) for name, unit, better, text in rows}
 
 
+def _scored(split: str, what: str) -> Iterator[tuple[str, str, bool | None, str]]:
+    """What tasks count of their predictions on a split; `what` it is in words."""
+    yield from (
+        (f"{split}_{metric}", unit, better, f"{text}, {what}")
+        for metric, unit, better, text in (
+            ("token_accuracy", "%", True, "tokens predicted right"),
+            ("accuracy", "%", True, "examples classified, or questions answered, right"),
+            ("accuracy_norm", "%", True, "questions answered right by log-likelihood per character"),
+            ("accuracy_byte", "%", True, "questions answered right by log-likelihood per byte"),
+            ("accuracy_token", "%", True, "questions answered right by log-likelihood per token"),
+            ("macro_f1", "%", True, "mean F1 of the classes that occur or are predicted, unweighted"),
+            ("matthews", "", True, "Matthews correlation coefficient"),
+            ("pearson", "", True, "Pearson correlation of predictions and scores"),
+            ("spearman", "", True, "Spearman rank correlation of predictions and scores"),
+            ("majority", "%", None, "accuracy of always answering the most frequent class"),
+        )
+        if (split, metric) != ("base_valid", "majority")  # which is no model's
+    )
+
+
 def _generated() -> Iterator[tuple[str, str, bool | None, str]]:
     """How near what a model writes is to the reference, with an interval over the examples; of the base too."""
     metrics = {
@@ -139,30 +159,13 @@ MEASURES: dict[str, Measure] = (
         "metrics",
         ("train_loss", "nats", False, "mean training loss of the last tenth of the steps"),
         ("base_valid_loss", "nats", False, "validation loss of the untouched base"),
+        *_scored("base_valid", "validation, the untouched base"),
         ("valid_loss", "nats", False, "validation loss after training; of regression the mean squared error, no nats"),
         ("valid_perplexity", "", False, "exp(valid_loss)"),
-        ("valid_token_accuracy", "%", True, "tokens predicted right, validation"),
-        ("valid_accuracy", "%", True, "examples classified, or questions answered, right, validation"),
-        ("valid_accuracy_norm", "%", True, "questions answered right by log-likelihood per character, validation"),
-        ("valid_accuracy_byte", "%", True, "questions answered right by log-likelihood per byte, validation"),
-        ("valid_accuracy_token", "%", True, "questions answered right by log-likelihood per token, validation"),
-        ("valid_macro_f1", "%", True, "mean F1 of the classes that occur or are predicted, unweighted, validation"),
-        ("valid_matthews", "", True, "Matthews correlation coefficient, validation"),
-        ("valid_pearson", "", True, "Pearson correlation of predictions and scores, validation"),
-        ("valid_spearman", "", True, "Spearman rank correlation of predictions and scores, validation"),
-        ("valid_majority", "%", None, "accuracy of always answering the most frequent class, validation"),
+        *_scored("valid", "validation"),
         ("test_loss", "nats", False, "test loss after training"),
         ("test_perplexity", "", False, "exp(test_loss)"),
-        ("test_token_accuracy", "%", True, "tokens predicted right, test"),
-        ("test_accuracy", "%", True, "examples classified, or questions answered, right, test"),
-        ("test_accuracy_norm", "%", True, "questions answered right by log-likelihood per character, test"),
-        ("test_accuracy_byte", "%", True, "questions answered right by log-likelihood per byte, test"),
-        ("test_accuracy_token", "%", True, "questions answered right by log-likelihood per token, test"),
-        ("test_macro_f1", "%", True, "mean F1 of the classes that occur or are predicted, unweighted, test"),
-        ("test_matthews", "", True, "Matthews correlation coefficient, test"),
-        ("test_pearson", "", True, "Pearson correlation of predictions and scores, test"),
-        ("test_spearman", "", True, "Spearman rank correlation of predictions and scores, test"),
-        ("test_majority", "%", None, "accuracy of always answering the most frequent class, test"),
+        *_scored("test", "test"),
         *_generated(),
         ("retain_loss_before", "nats", False, "loss of the untouched base on the retention set"),
         ("retain_loss_after", "nats", False, "loss on the retention set after training"),

@@ -16,6 +16,7 @@ from torch import nn
 from lorabench.config.decode import encode
 from lorabench.processes.distributed import ALONE, World
 from lorabench.spec.generate import ENDS
+from lorabench.spec.measures import MEASURES
 from lorabench.spec.run_spec import RunSpec
 from lorabench.store.base_results import BaseResult, read_result, result_file, write_result
 from lorabench.store.generations import Generation
@@ -59,7 +60,8 @@ def evaluate_base(training: Training, stop: Stop, tell: Tell, runs: Path) -> boo
 
 def _of_base(training: Training, on: _Evaluation) -> BaseResult:
     row = [on.losses(examples, "validation") for examples in training.base.stages]
-    metrics, last = {"base_valid_loss": row[-1]["valid_loss"]}, training.base.stages[-1]
+    metrics = {f"base_{name}": value for name, value in row[-1].items() if f"base_{name}" in MEASURES}
+    last = training.base.stages[-1]
     for split in last.task.generation.measured_splits if last.task.generation else ():
         metrics |= {f"base_{name}": value for name, value in on.answers(last, split).items()}
     for split, examples in _others(training.base.stages, "retain"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,8 +67,13 @@ def into_link(file: Path) -> None:
 
 
 def flip(file: Path) -> None:
+    """A bit in the middle, of a zip in that of its largest member: between two of them may be padding."""
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    place = len(content) // 2
+    if zipfile.is_zipfile(file):
+        largest = max(zipfile.ZipFile(file).infolist(), key=lambda member: member.compress_size)
+        place = largest.header_offset + largest.compress_size // 2
+    content[place] ^= 1
     file.write_bytes(content)
 
 
