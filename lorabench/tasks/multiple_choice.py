@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from lorabench.config.decode import InputError
+from lorabench.config.decode import InputError, later
 from lorabench.config.quote import clip, show
 from lorabench.data.rows_file import Row, place
 from lorabench.data.tokens import context_and_continuation, opening
@@ -74,6 +74,8 @@ class MultipleChoice(LanguageModeling):
     """How it says so: from 0, from 1, from A, or as the choice's own text."""
     labels: str | None = None
     """Column with a list of what the answer calls the choices; `answer_is` does not count then."""
+    choice_is: Literal["text", "letter"] = later("text")
+    """What of a choice is scored: its text, or its letter, from A, with the texts in the question, as MMLU has it."""
     before: str = " "
     """What stands between question and choice."""
     columns: str | None = None
@@ -168,7 +170,11 @@ class MultipleChoice(LanguageModeling):
                 problems += error.problems
         if problems:
             raise InputError(problems)
-        return [Question(*each) for each in zip(*found, self._right(rows, found[1]), strict=True)]
+        asked, choices = found
+        right = self._right(rows, choices)
+        if self.choice_is == "letter":
+            choices = [list(string.ascii_uppercase[: len(each)]) for each in choices]
+        return [Question(*each) for each in zip(asked, choices, right, strict=True)]
 
     def _choices(self, rows: list[Row]) -> list[list[str]]:
         names = [name.strip() for name in self.choices.split(",")]
@@ -180,6 +186,9 @@ class MultipleChoice(LanguageModeling):
             if len(choices) < 2 or "" in choices:
                 problem = "needs two choices or more" if len(choices) < 2 else "has a choice that is empty"
                 raise InputError(f"task.choices = {show(self.choices)}: {place(row, count)} {problem}")
+            if self.choice_is == "letter" and len(choices) > len(string.ascii_uppercase):
+                where = f"{place(row, count)} has {len(choices)} choices, more than there are letters"
+                raise InputError(f'task.choice_is = "letter": {where}')
         return found
 
     def _right(self, rows: list[Row], choices: list[list[str]]) -> list[int]:

@@ -80,22 +80,28 @@ def scores(task, model, tokenizer, rows, size=7) -> list[list[Scored]]:
         return [task.score(model(batch["input_ids"], batch.get("attention_mask")).logits, batch) for batch in batches]
 
 
-@pytest.mark.parametrize("before", [" ", ""])
-def test_scores_are_those_of_the_evaluation_harness(before, questions, model, tokenizer):
+LETTERED = "{question}\nA. {choices[0]}\nB. {choices[1]}\nC. {choices[2]}\nAnswer:"
+"""As MMLU asks."""
+
+
+@pytest.mark.parametrize(("before", "choice_is"), [(" ", "text"), ("", "text"), (" ", "letter")])
+def test_scores_are_those_of_the_evaluation_harness(before, choice_is, questions, model, tokenizer):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     file = f"{questions}/test.jsonl"
+    asked = LETTERED if choice_is == "letter" else "{question}"
     config = {
         "task": "questions", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": file}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": lambda row: row["question"],
-        "doc_to_choice": "choices", "doc_to_target": "answer", "target_delimiter": before,
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": lambda row: asked.format(**row),
+        "doc_to_choice": (lambda row: list("ABCD"[: len(row["choices"])])) if choice_is == "letter" else "choices",
+        "doc_to_target": "answer", "target_delimiter": before,
         "metric_list": [{"metric": name} for name in ("acc", "acc_norm", "acc_bytes")],
     }  # fmt: skip
     theirs = simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4), tasks=[config], bootstrap_iters=0, log_samples=True
     )
-    ours = task(question="{question}", choices="choices", answer="answer", before=before)
+    ours = task(question=asked, choices="choices", answer="answer", before=before, choice_is=choice_is)
     rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
     found = scores(ours, model, tokenizer, rows)
     samples = sorted(theirs["samples"]["questions"], key=lambda sample: sample["doc_id"])
@@ -198,6 +204,7 @@ def test_choices_may_have_labels_or_columns_of_their_own(tokenizer):
         ({}, {"choices": "q, d"}, 'task.choices = "d": no such column. Choices: q, c, a'),
         ({"l": ["x"]}, {"labels": "l"}, 'task.labels = "l": row 1 has 1 labels, and 3 choices'),
         ({"c": ["four", "word " * 99]}, {}, "for which seq_len = 32 has no room"),
+        ({"c": ["x"] * 27}, {"choice_is": "letter"}, 'task.choice_is = "letter": row 1 has 27 choices, more than'),
     ],
 )
 def test_what_is_wrong_of_a_row_is_told(row, fields, problem, tokenizer):
