@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from lorabench.commands._arguments import hush_libraries, open_store
+from lorabench.commands._arguments import FOLDER, NAMED, PROCESSES, argument, as_json, hush_libraries, open_store
 from lorabench.config.decode import InputError
 from lorabench.terminal.text import talk, tell
 
@@ -18,29 +19,55 @@ if TYPE_CHECKING:
     from lorabench.store.store import Store
 
 
+ARGUMENTS = [
+    FOLDER, NAMED, PROCESSES,
+    argument("--check", "exit code 1 where a claim of a sweep does not hold", action="store_true"),
+    argument("--json", "print the sweeps' files and the verdicts on their claims as JSON", action="store_true"),
+]  # fmt: skip
+
+
 def draw(arguments: argparse.Namespace, again: bool) -> int:
     """Everything that is drawn from the sweeps asked for: what is not up to date, or all of it `again`."""
     from lorabench.report.freshness import find_sweeps
 
     store = open_store(arguments.results)
     hush_libraries()
-    return max([_draw(store, found, arguments.workers, again) for found in find_sweeps(store, arguments.sweep)])
+    code, told = 0, []
+    for found in find_sweeps(store, arguments.sweep):
+        own, files = _draw(store, found, arguments.workers, again)
+        code = max(code, own)
+        for file in files if not arguments.json else ():
+            tell(file)
+        if files and (arguments.json or arguments.check):
+            told.append(_told(files))
+    if arguments.json:
+        tell(as_json(told))
+    fails = [claim["claim"] for sweep in told for claim in sweep["claims"] if claim["verdict"] == "does not hold"]
+    for claim in fails if arguments.check else ():
+        talk(f"does not hold: {claim}")
+    return max(code, 1 if arguments.check and fails else 0)
 
 
-def _draw(store: Store, found: SweepFile, workers: int | None, again: bool) -> int:
-    """Prints a sweep's files; the exit code. Whatever is wrong with one sweep, the others are drawn."""
+def _told(files: list[Path]) -> dict[str, Any]:
+    """A sweep's files and verdicts, as JSON has them."""
+    from lorabench.report.claims import read
+
+    folder = next(file.parent for file in files if file.name == "report.html")
+    return {"sweep": folder.name, "files": [str(file) for file in files], "claims": read(folder / "tables")}
+
+
+def _draw(store: Store, found: SweepFile, workers: int | None, again: bool) -> tuple[int, list[Path]]:
+    """The exit code, and a sweep's files. Whatever is wrong with one sweep, the others are drawn."""
     files = None if again else found.up_to_date(store)
     try:
         report, whole = _write(store, found.read(), workers) if files is None else (None, True)
     except InputError as error:
         for line in str(error).splitlines():
             talk(f"error: {line}")
-        return 2
+        return 2, []
     for name, text in report.errors.items() if report else ():
         talk(f"error: {name}: {text}")
-    for file in (files or []) if report is None else report.files:
-        tell(file)
-    return 0 if whole else 1
+    return 0 if whole else 1, (files or []) if report is None else report.files
 
 
 def _write(store: Store, sweep: Sweep, workers: int | None) -> tuple[Report, bool]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from lorabench.commands._arguments import FOLDER, NAMED, PROCESSES
-from lorabench.commands._draw import draw
+from lorabench.commands._draw import ARGUMENTS, draw
 
-ARGUMENTS = [FOLDER, NAMED, PROCESSES]
+__all__ = ["ARGUMENTS", "main"]
 
 
 def main(arguments: argparse.Namespace) -> int:

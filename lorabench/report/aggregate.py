@@ -97,8 +97,8 @@ def cell(runs: pd.DataFrame, name: str) -> Cell:
     Runs of one seed (of several settings) are averaged first, so that the interval is one over seeds.
     """
     factor = shown_factor(name)
-    values = _by_seed(runs, name)
-    nulls = _by_seed(runs, f"{name}:null")
+    values = by_seed(runs, name)
+    nulls = by_seed(runs, f"{name}:null")
     means = {seed: math.fsum(items) / len(items) for seed, items in values.items()}
     mean, half = interval(factor * value for value in means.values()) if means else (None, None)
     return Cell(
@@ -140,8 +140,8 @@ def _is_applicable(runs: pd.DataFrame, name: str) -> bool:
     return not marks or not all(mark is True for mark in marks)
 
 
-def _by_seed(runs: pd.DataFrame, name: str) -> dict[int, list[float]]:
-    """The values of the runs that are done and have one, by seed."""
+def by_seed(runs: pd.DataFrame, name: str) -> dict[int, list[float]]:
+    """The values of the runs that are done and have one, by seed; as the record has them."""
     found: dict[int, list[float]] = {}
     if name in runs:
         for seed, status, value in zip(runs["seed"], runs["status"], runs[name], strict=True):

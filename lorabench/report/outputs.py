@@ -23,6 +23,8 @@ from lorabench.config.durable import write_bytes, write_json
 from lorabench.report import drawing
 from lorabench.report.aggregate import FAILED, plain
 from lorabench.report.answers import Shown, read_answers
+from lorabench.report.claims import claims_sheet
+from lorabench.report.comparisons import Outcome, outcome
 from lorabench.report.footnotes import figure_notes
 from lorabench.report.labels import (
     capitalized,
@@ -62,6 +64,10 @@ class Content:
     """Names of the figures that had nothing to draw."""
     errors: dict[str, str]
     """All that raised, by name."""
+    outcome: list[str] = field(default_factory=list)
+    """What came out, in sentences."""
+    claims: Sheet | Broken | None = None
+    comparisons: Sheet | Broken | None = None
     answers: list[Shown] = field(default_factory=list)
 
 
@@ -114,7 +120,10 @@ def _write(results: Results, answers: list[Shown] | Broken, folder: Path, attemp
     summary, *tables = build_tables(results, attempt)
     name = distinct("changes", [sheet.name for sheet in tables])
     changes = attempt("table changes", lambda: changes_sheet(results, selected(results), name))
-    sheets = [sheet for sheet in (summary, changes, *tables) if isinstance(sheet, Sheet)]
+    claims = attempt("table claims", lambda: claims_sheet(results))
+    told = attempt("table comparisons", lambda: outcome(results, selected(results)))
+    compared = told.sheet if isinstance(told, Outcome) else told
+    sheets = [sheet for sheet in (claims, summary, compared, changes, *tables) if isinstance(sheet, Sheet)]
     files = write_tables(results, sheets, folder / "tables", attempt)
     shown: dict[str, list[Drawn | Broken]] = {section: [] for section in SECTIONS}
     empty = []
@@ -130,6 +139,7 @@ def _write(results: Results, answers: list[Shown] | Broken, folder: Path, attemp
     errors = _named(results.broken) | attempt.errors
     page = Content(
         summary=summary, changes=changes, tables=tables, figures=shown, empty=empty, errors=errors,
+        outcome=told.sentences if isinstance(told, Outcome) else [], claims=claims, comparisons=compared,
         answers=[] if isinstance(answers, Broken) else answers,
     )  # fmt: skip
     return [*files, folder / "sweep.toml", _write_page(results, folder, attempt, page)]

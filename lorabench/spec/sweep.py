@@ -16,12 +16,13 @@ from lorabench.config.decode import InputError, Pattern, decode, decode_plugin, 
 from lorabench.config.quote import clip, show_path
 from lorabench.data.dataset import builtin_data
 from lorabench.models.base_model import builtin_models
+from lorabench.spec.claim import Claim, matches
 from lorabench.spec.figure import Figure
 from lorabench.spec.generate import ENDS, METRICS
 from lorabench.spec.measures import MEASURES, OWN, Measure, find, of_sets
 from lorabench.spec.run_spec import RunSpec, flatten, is_tables, unflatten
 
-SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure"]
+SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure", "claim"]
 
 LIST = ".generate.metrics"
 """How a key ends whose value is a list."""
@@ -87,6 +88,7 @@ class Sweep:
     select: Select | None = None
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
+    claims: tuple[Claim, ...] = ()
 
     @cached_property
     def axes(self) -> list[str]:
@@ -132,6 +134,12 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
         _collect(problems, lambda f=f, i=i: decode_plugin(Figure, f, f"figure {i}: figure"))
         for i, f in enumerate(_blocks(table, "figure", problems), 1)
     ]
+    claims = [
+        _collect(problems, lambda c=c, i=i: decode(Claim, c, f"claim {i}: "))
+        for i, c in enumerate(_blocks(table, "claim", problems), 1)
+    ]
+    for number, claim in enumerate(claims if runs else (), 1):
+        problems += _untestable(claim, runs, labels, known, measures, f"claim {number}: ") if claim else []
     if select and runs:
         problems += _unknown_keys([select.over], [key for key in known if key not in ("seed", "label")], "select.over")
         problems += _unfit_to_select(select.by, measures, stored)
@@ -143,7 +151,7 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
         raise InputError(_once(problems))
     return Sweep(
         name=name, text=text, runs=tuple(runs), zips=tuple(zips), labels=labels, select=select,
-        tables=tuple(tables), figures=tuple(figures),
+        tables=tuple(tables), figures=tuple(figures), claims=tuple(claims),
     )  # fmt: skip
 
 
@@ -158,6 +166,21 @@ def _unfit_to_select(by: str, measures: Mapping[str, Measure], stored: bool) -> 
         heads, ends = (TEST, "base_"), (*ENDS[1:], "num_generated", "_before")
         choices = {name: choices[name] for name in choices if not (name.startswith(heads) or name.endswith(ends))}
     return _unknown_measures([by], choices, "select.by")
+
+
+def _untestable(
+    claim: Claim, runs: list[RunSpec], labels: dict[str, str], known: list[str], measures: Mapping[str, Measure],
+    where: str,
+) -> list[str]:  # fmt: skip
+    """Why no runs of the sweep could ever decide it."""
+    problems = _unknown_measures([claim.measure], measures, f"{where}measure")
+    for key, wanted in claim.sides.items():
+        unknown = _unknown_keys(list(wanted), known, f"{where}{key}")
+        problems += unknown
+        flats = [run.flat | {"label": labels.get(run.id)} for run in runs]
+        if not unknown and not any(matches(flat, wanted) for flat in flats):
+            problems.append(f"{where}{key} = {show(getattr(claim, key))}: is no run of this sweep")
+    return problems
 
 
 def _once(problems: list[str]) -> list[str]:

@@ -273,6 +273,25 @@ def test_the_whole_journey(sweep: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert call("analyze", str(root), "tiny") == drawn
 
 
+def test_verdicts_are_told_and_checked(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of a report that is up to date."""
+    text = sweep.read_text()
+    for at_most, code in (("1e9", 0), ("1", 1)):
+        claim = f'says = "few are trained"\nmeasure = "num_trainable"\nat_most = {at_most}\n'
+        sweep.write_text(f"{text}\n[[claim]]\n{claim}")
+        root = sweep.parent / f"results-{at_most}"
+        stored(root, sweep, measures={"num_trainable": 500.0})
+        for _ in range(2):
+            assert main(["analyze", str(root), str(sweep), "--check", "--json"]) == code
+            captured = capsys.readouterr()
+            (told,) = json.loads(captured.out)
+            (claim_told,) = told["claims"]
+            assert claim_told["verdict"] == ("does not hold" if code else "holds")
+            assert str(root / "tiny" / "report.html") in told["files"]
+            assert ("does not hold: few are trained" in captured.err) == bool(code)
+    assert main(["analyze", str(root), str(sweep)]) == 0
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

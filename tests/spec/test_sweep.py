@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lorabench.config import plugins
 from lorabench.config.decode import InputError
+from lorabench.spec.claim import matches
 from lorabench.spec.run_spec import RunSpec, canonical_json, flatten, spec_id, swept_keys, unflatten
 from lorabench.spec.sweep import Sweep, parse_sweep, read_sweep
 from tests.conftest import BASE as TOY
@@ -360,6 +361,41 @@ def test_what_would_go_wrong_later_is_said_when_the_sweep_is_read(text: str, wor
 def test_no_test_measure_is_among_the_choices() -> None:
     (problem,) = problems(BASE + '[select]\nby = "tset_loss"\n')
     assert "valid_loss" in problem and "test_" not in problem
+
+
+CLAIM = BASE + 'method.rank = [4, 8]\n[[claim]]\nsays = "so it is"\nmeasure = "valid_loss"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "claim 1: at_most: is missing: a claim needs at_least, at_most or both"),
+        ("at_most = 1\nat_least = 2\n", "claim 1: at_least = 2: is above at_most = 1"),
+        ("at_most = 1\nminus = {}\nratio_to = {}\n", "claim 1: minus = {}: not beside ratio_to"),
+        (
+            "at_most = 1\nwhere = { method.rnk = 4 }\n",
+            "claim 1: where = \"method.rnk\": unknown key 'method.rnk'. Did you",
+        ),
+        ("at_most = 1\nwhere = { method.rank = 5 }\n", 'claim 1: where = {"method": {"rank": 5}}: is no run of this'),
+        ("at_most = 1\nbound = 1\n", "claim 1: bound = 1: unknown key 'bound'"),
+        ('at_most = 1\n[[claim]]\nsays = ""\nmeasure = "x"\nat_most = 1\n', 'claim 2: says = "": needs the claim\'s'),
+        ('at_most = 1\n[[claim]]\nsays = "a"\nmeasure = "x"\nat_most = 1\n', 'claim 2: measure = "x": unknown meas'),
+    ],
+)
+def test_a_claim_that_could_never_be_decided_is_refused(text: str, problem: str) -> None:
+    (found,) = problems(CLAIM + text)
+    assert found.startswith(problem)
+
+
+def test_a_claim_names_runs_by_a_value_or_several() -> None:
+    (claim,) = parse_sweep(tomllib.loads(CLAIM + "at_most = 2.5\nwhere = { method.rank = [4, 9] }\n")).claims
+    assert claim.bound == "≤ 2.5"
+    assert [matches({"method.rank": rank}, claim.sides["where"]) for rank in (4, 8, 9, None)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("by", ["test_loss", "base_valid_loss"])

@@ -1,0 +1,239 @@
+"""What came out of a sweep: the best setting, how far the others are behind, and what it costs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+
+from lorabench.report.aggregate import CONFIDENCE, by_seed, number, places, plain
+from lorabench.report.differences import Estimate, Seeds, difference, holm, seeds_needed
+from lorabench.report.labels import key_label, measure, measure_label, series_label, shown_factor, value_label
+from lorabench.report.results import Results, Selection, grouped
+from lorabench.report.typeset import Column, Sheet
+
+LEVEL = 1 - CONFIDENCE
+MOST_SETTINGS = 100
+"""Of more no pairs are compared: their correction leaves nothing to find."""
+COSTS = ("peak_gib", "total_seconds", "storage_bytes", "updates_bytes", "num_trainable")
+NO_DIFFERENCE = "not enough runs to tell"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting that is compared, and its measure by seed, as it is shown."""
+
+    values: tuple[Any, ...]
+    name: str
+    seeds: Seeds
+    runs: pd.DataFrame
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.seeds.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A setting beside the best one: the best's measure less this one's."""
+
+    other: Setting
+    estimate: Estimate
+    p: float | None
+    """Corrected over all pairs of settings (Holm)."""
+    needed: int | None
+    """Seeds that would tell a difference as large as was seen."""
+
+    @property
+    def is_told(self) -> bool:
+        return self.p is not None and self.p < LEVEL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparisons:
+    """The settings by one measure, the best first, each of the others beside it."""
+
+    measure: str
+    best: Setting
+    others: list[Comparison]
+    """From the next to the last."""
+    num_pairs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came out, in sentences and as a table."""
+
+    sentences: list[str]
+    sheet: Sheet
+
+
+def outcome(results: Results, selection: Selection) -> Outcome | None:
+    """None where there is nothing to compare."""
+    found = compare(results, selection)
+    if found is None:
+        return None
+    return Outcome(sentences=sentences(results, selection, found), sheet=comparisons_sheet(found))
+
+
+def compare(results: Results, selection: Selection) -> Comparisons | None:
+    """None where fewer than two settings have the measure, or too many.
+
+    The best setting was chosen among all, so each comparison is corrected over all pairs, not over those shown alone.
+    """
+    name = best_by(results)
+    better = measure(name).higher_is_better
+    settings = [
+        Setting(values=values, name=series_label(results.settings, values) or "all runs", seeds=seeds, runs=runs)
+        for values, runs in grouped(selection.done, results.settings)
+        if (seeds := _seeds(runs, name))
+    ]
+    if not 2 <= len(settings) <= MOST_SETTINGS or better is None:
+        return None
+    settings.sort(key=lambda setting: -setting.mean if better else setting.mean)
+    pairs = list(itertools.combinations(range(len(settings)), 2))
+    estimates = [difference(settings[i].seeds, settings[j].seeds) for i, j in pairs]
+    adjusted = holm([1.0 if each.p is None else each.p for each in estimates])
+    others = [
+        Comparison(
+            other=settings[j], estimate=each, p=None if each.p is None else p,
+            needed=seeds_needed(each, abs(each.value), len(pairs)),
+        )
+        for (i, j), each, p in zip(pairs, estimates, adjusted, strict=True)
+        if i == 0
+    ]  # fmt: skip
+    return Comparisons(measure=name, best=settings[0], others=others, num_pairs=len(pairs))
+
+
+def best_by(results: Results) -> str:
+    """The measure that says which setting is best: on the test split where that was measured, for on the validation
+    split the learning rate was chosen."""
+    name = f"valid_{results.quality}"
+    if results.sweep.select and results.sweep.select.by in results.runs:
+        name = results.sweep.select.by
+    tested = "test_" + name.removeprefix("valid_")
+    return tested if tested in results.runs and results.runs[tested].notna().any() else name
+
+
+def _seeds(runs: pd.DataFrame, name: str) -> dict[int, float]:
+    found = {seed: shown_factor(name) * fmean(values) for seed, values in by_seed(runs, name).items()}
+    return {seed: value for seed, value in found.items() if math.isfinite(value)}
+
+
+def sentences(results: Results, selection: Selection, found: Comparisons) -> list[str]:
+    """What came out, for people."""
+    unit = measure(found.measure).unit
+    what = f"{measure_label(found.measure)} {_with_unit(plain(found.best.mean), unit)}"
+    lines = [f"Best is {found.best.name}: {what} (mean over {_count(len(found.best.seeds), 'seed')})."]
+    full = next((item for item in found.others if _is_full(results, item.other)), None)
+    lines += [_beside(found.others[0], "The next", unit)]
+    if full and full is not found.others[0]:
+        lines.append(_beside(full, "Full fine-tuning", unit))
+    lines += _cost(results, found, full)
+    return [*lines, *_edges(results, selection)]
+
+
+def _beside(item: Comparison, who: str, unit: str) -> str:
+    distance, text = abs(item.estimate.value), f"{who}, {item.other.name}, is "
+    text += _with_unit(plain(distance), unit) + " behind"
+    if item.estimate.low is None or item.p is None:
+        return f"{text}: {NO_DIFFERENCE} (an interval takes two seeds of each)."
+    sign = math.copysign(1, item.estimate.value)  # how far behind, whichever way is better
+    low, high = sorted(sign * (end or 0.0) for end in (item.estimate.low, item.estimate.high))
+    decimals = places((high - low) / 2) if item.estimate.error else 4
+    chance = f"p {'' if item.p < 0.001 else '= '}{_p(item.p)}"
+    span = f"{CONFIDENCE:.0%} interval {number(low, decimals)} to {number(high, decimals)}, {chance}"
+    if item.is_told:
+        return f"{text} ({span}): more than chance."
+    needed = f"; about {item.needed} seeds would tell such a difference" if item.needed else ""
+    return f"{text} ({span}): {NO_DIFFERENCE}{needed}."
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def _is_full(results: Results, setting: Setting) -> bool:
+    return bool((setting.runs["method.name"] == "full").all())
+
+
+def _cost(results: Results, found: Comparisons, full: Comparison | None) -> list[str]:
+    """What the best costs beside full fine-tuning, or alone."""
+    texts = []
+    for name in COSTS:
+        own = _seeds(found.best.runs, name)
+        if not own or (name == "updates_bytes" and "storage_bytes" in results.runs):
+            continue
+        text = f"{measure_label(name)} {_with_unit(plain(fmean(own.values())), measure(name).unit)}"
+        theirs = _seeds(full.other.runs, name) if full else {}
+        if theirs and fmean(theirs.values()) > 0:
+            text += f" ({100 * fmean(own.values()) / fmean(theirs.values()):.3g}% of full's)"
+        texts.append(text)
+    return [f"It costs: {', '.join(texts)}."] if texts else []
+
+
+def _edges(results: Results, selection: Selection) -> Iterator[str]:
+    """The settings whose best value lies at an end of those tried."""
+    key = results.over[0] if results.over else ""
+    ends: dict[str, list[str]] = {}
+    for row in selection.rows:
+        if row["edge"]:
+            names = [key for key in results.settings if key in row]
+            name = series_label(names, [row[name] for name in names]) or "the runs"
+            ends.setdefault(row["edge"], []).append(f"{name} ({value_label(row[key])})")
+    for edge, names in ends.items():
+        shown = list(dict.fromkeys(names))
+        more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
+        yield f"The best {key_label(key)} is the {edge} that was tried of {'; '.join(shown[:6])}{more}: try further."
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' if number > 1 else ''}"
+
+
+def _with_unit(text: str, unit: str) -> str:
+    return f"{text} {unit}" if unit else text
+
+
+def comparisons_sheet(found: Comparisons, name: str = "comparisons") -> Sheet:
+    """A row a setting: its mean, and its difference from the best one."""
+    unit = measure(found.measure).unit
+    columns = [
+        Column(label="setting", numeric=False), Column(label=measure_label(found.measure), unit=unit),
+        Column(label="best less this", unit=unit), Column(label="p (Holm)"), Column(label="seeds"),
+        Column(label="more than chance", numeric=False), Column(label="seeds needed"),
+    ]  # fmt: skip
+    rows = [[found.best.name, plain(found.best.mean), "–", "–", str(len(found.best.seeds)), "best", "–"]]
+    tidy: list[dict[str, Any]] = [{"setting": found.best.name, "mean": found.best.mean, "n": len(found.best.seeds)}]
+    for item in found.others:
+        estimate = item.estimate
+        told = "yes" if item.is_told else NO_DIFFERENCE
+        rows.append([
+            item.other.name, plain(item.other.mean), _interval(estimate), "–" if item.p is None else _p(item.p),
+            str(len(item.other.seeds)), told, str(item.needed) if item.needed and not item.is_told else "–",
+        ])  # fmt: skip
+        tidy.append({
+            "setting": item.other.name, "mean": item.other.mean, "n": len(item.other.seeds),
+            "difference": estimate.value, "low": estimate.low, "high": estimate.high, "paired": estimate.is_paired,
+            "p": estimate.p, "p_holm": item.p, "num_seeds_needed": item.needed,
+        })  # fmt: skip
+    notes = [
+        f"Student's t over seeds: of the pairs where two or more seeds are shared, else Welch's; intervals are of "
+        f"{CONFIDENCE:.0%} each. p is corrected over all {found.num_pairs} pairs of settings (Holm), for the best was "
+        "chosen among all. Seeds needed: for a difference as large as was seen, with its spread."
+    ]
+    caption = f"Each setting beside the best, by {measure_label(found.measure)}"
+    return Sheet(name=name, caption=caption, columns=columns, rows=rows, notes=notes, tidy=pd.DataFrame(tidy))
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None or not estimate.error:
+        return plain(estimate.value)
+    decimals = places((estimate.high - estimate.low) / 2)
+    value, low, high = (number(each, decimals) for each in (estimate.value, estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"

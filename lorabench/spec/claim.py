@@ -1,0 +1,69 @@
+"""A claim about a sweep's runs: a sentence, what is measured for it, and the bound that decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorabench.config.quote import show
+from lorabench.spec.run_spec import flatten
+
+SIDES = ("where", "ratio_to", "minus")
+"""The fields that say which runs count, and which these are held against."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """`measure` of the runs of `where`, or its ratio to, or difference from, that of other runs, lies in a range.
+
+    Runs are named by keys of the sweep, each with a value or a list of values: `{ method.name = "lora" }`.
+    """
+
+    says: str
+    """The sentence that is put to the test."""
+    measure: str
+    where: dict[str, Any] = field(default_factory=dict)
+    """The runs that count (empty: all)."""
+    ratio_to: dict[str, Any] | None = None
+    """Divide by the measure of these runs."""
+    minus: dict[str, Any] | None = None
+    """Subtract the measure of these runs."""
+    at_least: float | None = None
+    at_most: float | None = None
+    """As tables show the measure: percentages times 100."""
+
+    def __post_init__(self) -> None:
+        problems = [*self._problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    def _problems(self) -> Iterator[str]:
+        if not self.says.strip():
+            yield 'says = "": needs the claim\'s sentence'
+        if self.at_least is None and self.at_most is None:
+            yield "at_most: is missing: a claim needs at_least, at_most or both"
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            yield f"at_least = {self.at_least:g}: is above at_most = {self.at_most:g}"
+        if self.ratio_to is not None and self.minus is not None:
+            yield f"minus = {show(self.minus)}: not beside ratio_to"
+
+    @property
+    def sides(self) -> dict[str, dict[str, Any]]:
+        """Field -> flattened key -> value, of the runs that count and of those they are held against."""
+        return {key: flatten(value) for key in SIDES if (value := getattr(self, key)) is not None}
+
+    @property
+    def bound(self) -> str:
+        """`≤ 1.05`, `1 to 2`."""
+        if self.at_least is not None and self.at_most is not None:
+            return f"{self.at_least:g} to {self.at_most:g}"
+        return f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
+
+
+def matches(flat: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a run with these flattened keys is one of those that are named."""
+    return all(
+        any(flat.get(key) == item for item in (value if isinstance(value, list) else [value]))
+        for key, value in wanted.items()
+    )

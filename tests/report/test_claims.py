@@ -1,0 +1,227 @@
+"""Verdicts on claims: hand-made runs with known answers, and sweeps whose truth is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from lorabench.report.claims import FAILS, HOLDS, OPEN, Verdict, claims_sheet, judge, read
+from lorabench.report.comparisons import compare, outcome
+from lorabench.report.results import Results, load_results, selected
+from lorabench.report.tables import write_tables
+from lorabench.spec.claim import Claim
+from lorabench.spec.sweep import parse_sweep
+from lorabench.store.record import Status
+from lorabench.store.store import Store
+from tests.conftest import TOY
+
+LORA, FULL = {"method": {"name": "lora"}}, {"method": {"name": "full"}}
+
+
+def results_of(tmp_path: Any, measures: dict[tuple[Any, int], dict[str, float]], **more: Any) -> Results:
+    """Runs of LoRA, by rank, and of full fine-tuning (rank None), done where `measures` has them: (rank, seed)."""
+    seeds = sorted({seed for _, seed in measures})
+    ranks = sorted({rank for rank, _ in measures if rank is not None})
+    grid = [{"method": {"name": "lora", "rank": ranks}}] if ranks else []
+    grid += [{"method": {"name": "full"}}] if any(rank is None for rank, _ in measures) else []
+    sweep = parse_sweep({"base": TOY | {"seed": seeds}, "grid": grid} | more)
+    results = load_results(Store(tmp_path), sweep)
+    runs = results.runs.copy()
+    keys = [
+        (rank if rank == rank else None, seed)
+        for rank, seed in zip(runs.get("method.rank", [None] * len(runs)), runs["seed"], strict=True)
+    ]
+    for name in {name for each in measures.values() for name in each}:
+        runs[name] = [measures.get(key, {}).get(name, math.nan) for key in keys]
+    runs["status"] = [Status.DONE if key in measures else "missing" for key in keys]
+    return dataclasses.replace(results, runs=runs)
+
+
+def losses(**sides: list[float]) -> dict[tuple[Any, int], dict[str, float]]:
+    """`rank_4=[…]`, `full=[…]`: a value a seed."""
+    return {
+        (None if side == "full" else int(side.removeprefix("rank_")), seed): {"valid_loss": value}
+        for side, values in sides.items()
+        for seed, value in enumerate(values)
+    }
+
+
+def claim(**fields: Any) -> Claim:
+    return Claim(**({"says": "so it is", "measure": "valid_loss"} | fields))
+
+
+def verdict(found: Verdict) -> tuple[str, str]:
+    return found.verdict, found.why
+
+
+A, B = [2.31, 2.44, 2.28, 2.52], [2.20, 2.41, 2.19, 2.38]
+
+
+def test_a_mean_a_ratio_and_a_difference_have_the_intervals_of_scipy(tmp_path: Any) -> None:
+    results = results_of(tmp_path, losses(rank_4=A, full=B))
+    one = judge(claim(where=LORA, at_most=3), results).estimate
+    two = judge(claim(where=LORA, minus=FULL, at_most=1), results).estimate
+    three = judge(claim(where=LORA, ratio_to=FULL, at_most=2), results).estimate
+    assert one and two and three
+    wanted = stats.t.interval(0.95, 3, np.mean(A), stats.sem(A))
+    assert [one.low, one.high] == pytest.approx(wanted)
+    assert [two.low, two.high] == pytest.approx(stats.ttest_rel(A, B).confidence_interval(0.95))
+    assert [three.low, three.high] == pytest.approx(
+        np.exp(stats.ttest_rel(np.log(A), np.log(B)).confidence_interval(0.95))
+    )
+
+
+@pytest.mark.parametrize(
+    ("bounds", "wanted"),
+    [
+        ({"at_most": 2.9}, HOLDS), ({"at_least": 1.9}, HOLDS), ({"at_least": 1.9, "at_most": 2.9}, HOLDS),
+        ({"at_most": 2.0}, FAILS), ({"at_least": 2.8}, FAILS), ({"at_least": 3, "at_most": 4}, FAILS),
+        ({"at_most": 2.4}, OPEN), ({"at_least": 2.3}, OPEN), ({"at_least": 2.3, "at_most": 2.9}, OPEN),
+    ],
+)  # fmt: skip
+def test_the_whole_interval_decides(bounds: dict[str, float], wanted: str, tmp_path: Any) -> None:
+    found = judge(claim(where=LORA, **bounds), results_of(tmp_path, losses(rank_4=A)))
+    assert found.verdict == wanted
+    assert ("seeds would tell" in found.why) == (wanted == OPEN)
+
+
+def test_so_many_seeds_would_tell_and_with_the_same_spread_they_do(tmp_path: Any) -> None:
+    values = [2.0, 2.1, 2.2]
+    found = judge(claim(where=LORA, at_most=2.2), results_of(tmp_path / "few", losses(rank_4=values)))
+    needed = int("".join(filter(str.isdigit, found.why)))
+    spread = np.tile([-1.0, 1.0], needed)[:needed]
+    more = 2.1 + 0.1 * (spread - spread.mean()) / spread.std(ddof=1)
+    assert (
+        judge(claim(where=LORA, at_most=2.2), results_of(tmp_path / "more", losses(rank_4=list(more)))).verdict == HOLDS
+    )
+
+
+def test_one_seed_decides_only_what_is_counted(tmp_path: Any) -> None:
+    measures = {
+        (4, 0): {"valid_loss": 2.0, "num_trainable": 500.0},
+        (None, 0): {"valid_loss": 3.0, "num_trainable": 1000.0},
+    }
+    results = results_of(tmp_path, measures)
+    assert verdict(judge(claim(where=LORA, at_most=9), results)) == (OPEN, "1 seed has no interval; two or more do")
+    counted = claim(measure="num_trainable", where=LORA, ratio_to=FULL, at_most=0.5)
+    assert verdict(judge(counted, results)) == (HOLDS, "")
+    assert judge(dataclasses.replace(counted, at_most=0.49), results).verdict == FAILS
+
+
+def test_what_is_not_there_decides_nothing(tmp_path: Any) -> None:
+    measures = losses(rank_4=A, full=[-1.0, 2.0, 2.0, 2.0])
+    measures |= {(8, 0): {"peak_gib": 1.0}}
+    results = results_of(tmp_path, measures)
+    assert verdict(judge(claim(where={"method": {"rank": 8}}, at_most=9), results)) == (
+        OPEN, "no run of where is done and has the measure",
+    )  # fmt: skip
+    assert verdict(judge(claim(where=LORA, ratio_to=FULL, at_most=9), results)) == (
+        OPEN,
+        "a ratio is of positive values",
+    )
+
+
+def test_a_setting_that_lacks_a_seed_is_left_out_and_named(tmp_path: Any) -> None:
+    """Else the seeds' means would be over other settings: 1 and 9 for seed 0, 1 alone for seed 1."""
+    measures = losses(rank_4=[1.0, 1.0, 1.1]) | {(8, 0): {"valid_loss": 9.0}}
+    found = judge(claim(where=LORA, at_most=2), results_of(tmp_path, measures))
+    assert verdict(found) == (HOLDS, "without lora, rank 8, which lacks seeds")
+    assert found.estimate and found.estimate.value == pytest.approx(1.0333333)
+    assert len(found.run_ids) == 3
+
+
+def test_shares_are_percentages_and_lists_name_several_values(tmp_path: Any) -> None:
+    measures = {
+        (rank, seed): {"valid_accuracy": 0.5 + rank / 100 + seed / 1000} for rank in (1, 2, 9) for seed in range(3)
+    }
+    found = judge(
+        claim(measure="valid_accuracy", where={"method": {"rank": [1, 2]}}, at_most=60), results_of(tmp_path, measures)
+    )
+    assert found.verdict == HOLDS and found.estimate and found.estimate.value == pytest.approx(51.6)
+
+
+def test_table_and_file_say_the_same(tmp_path: Any) -> None:
+    claims = [
+        {"says": "LoRA is near full", "measure": "valid_loss", "where": LORA, "ratio_to": FULL, "at_most": 1.1},
+        {"says": "LoRA | is $better$", "measure": "valid_loss", "where": LORA, "minus": FULL, "at_most": 0},
+    ]  # fmt: skip
+    results = results_of(tmp_path, losses(rank_4=A, full=B), claim=claims)
+    sheet = claims_sheet(results)
+    assert sheet is not None
+    assert [row[3].partition(" (")[0] for row in sheet.rows] == [HOLDS, FAILS]
+    assert re.fullmatch(r"Validation loss, lora over full: 1\.04\d \[.*, .*\]", sheet.rows[0][1])
+    write_tables(results, [sheet], tmp_path / "tables")
+    found = read(tmp_path / "tables")
+    assert [(row["claim"], row["verdict"]) for row in found] == [
+        (c["says"], v) for c, v in zip(claims, (HOLDS, FAILS), strict=True)
+    ]
+    assert found[1]["low"] == pytest.approx(stats.ttest_rel(A, B).confidence_interval(0.95).low)
+    assert found[1]["runs"].split() == list(results.runs.index)
+    assert read(tmp_path) == []
+
+
+def simulated(results: Results, draw: np.random.Generator, effect: float) -> Results:
+    """Losses with a part of the seed's own, and noise; those of full are lower by `effect`."""
+    own = {seed: draw.normal(2, 0.2) for seed in sorted(set(results.runs["seed"]))}
+    noise = draw.normal(0, 0.05, len(results.runs))
+    values = [own[seed] for seed in results.runs["seed"]] + noise - effect * (results.runs["method.name"] == "full")
+    return dataclasses.replace(results, runs=results.runs.assign(valid_loss=values, status=Status.DONE))
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Four settings of four seeds."""
+    return results_of(tmp_path_factory.mktemp("store"), losses(rank_1=A, rank_4=A, rank_16=A, full=A))
+
+
+def test_of_a_thousand_sweeps_without_a_difference_one_in_twenty_seems_to_have_one(empty: Results) -> None:
+    """Though the best of four settings was chosen, and all that are behind it are looked at."""
+    draw, false = np.random.default_rng(0), 0
+    for _ in range(1000):
+        results = simulated(empty, draw, 0.0)
+        found = compare(results, selected(results))
+        assert found is not None
+        false += any(item.is_told for item in found.others)
+    assert false / 1000 <= 0.06
+
+
+def test_a_difference_that_is_there_is_found_and_told(empty: Results) -> None:
+    results = simulated(empty, np.random.default_rng(1), 0.6)
+    told = outcome(results, selected(results))
+    assert told is not None
+    assert told.sentences[0].startswith("Best is full: validation loss ")
+    assert told.sentences[1].endswith(": more than chance.")
+    assert set(told.sheet.tidy["p_holm"].dropna() < 0.05) == {True}
+    found = compare(results, selected(results))
+    assert found is not None and found.num_pairs == 6
+    by_hand = results.runs.pivot_table(
+        index="seed", columns=pd.Series(results.runs["method.rank"], dtype="object").fillna("full"), values="valid_loss"
+    )
+    for item in found.others:
+        rank = item.other.runs["method.rank"].iloc[0]
+        assert item.estimate.p == pytest.approx(stats.ttest_rel(by_hand["full"], by_hand[rank]).pvalue)
+
+
+def test_with_one_seed_it_says_that_these_are_too_few(tmp_path: Any) -> None:
+    results = results_of(tmp_path, losses(rank_1=[2.0], full=[1.0]))
+    told = outcome(results, selected(results))
+    assert told is not None
+    assert "not enough runs to tell (an interval takes two seeds of each)" in told.sentences[1]
+
+
+def test_the_pages_distance_to_full_is_there_where_full_is_neither_best_nor_next(tmp_path: Any) -> None:
+    results = results_of(tmp_path, losses(rank_1=[1.0, 1.1], rank_4=[1.2, 1.3], full=[2.0, 2.2]))
+    told = outcome(results, selected(results))
+    assert told is not None
+    assert [
+        line
+        for line in told.sentences
+        if line.startswith("Full fine-tuning, full, is 1.050 nats behind (95% interval 0.4 to 1.7, p = ")
+    ]
