@@ -149,9 +149,11 @@ def claims_sheet(results: Results, name: str = "claims") -> Sheet | None:
     found = verdicts(results)
     if not found:
         return None
-    columns = [Column(label=label, numeric=False) for label in ("Claim", "Measured", "Bound", "Verdict", "Seeds")]
+    columns = [
+        Column(label=label, numeric=False) for label in ("Claim", "Measured", "Bound", "Seeds", "Verdict", "Remark")
+    ]
     rows = [
-        [item.claim.says, _measured(item), item.claim.bound, _told(item), " and ".join(map(str, item.seeds))]
+        [item.claim.says, _measured(item), item.claim.bound, _seeds_text(item), item.verdict, item.why]
         for item in found
     ]
     notes = [
@@ -181,8 +183,8 @@ def _kind(claim: Claim) -> str:
     return "ratio" if claim.ratio_to is not None else "difference" if claim.minus is not None else "mean"
 
 
-def _told(item: Verdict) -> str:
-    return f"{item.verdict} ({item.why})" if item.why else item.verdict
+def _seeds_text(item: Verdict) -> str:
+    return " and ".join(map(str, item.seeds))
 
 
 def _measured(item: Verdict) -> str:
