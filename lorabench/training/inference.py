@@ -114,6 +114,9 @@ class _Clock(BaseStreamer):
     def __init__(self) -> None:
         self.times: list[float] = []
 
+    def __deepcopy__(self, memo: Any) -> _Clock:
+        return self  # PEFT copies all that a soft prompt before an encoder is given to generate with
+
     def put(self, value: Tensor) -> None:
         self.times.append(time.perf_counter())
 

@@ -197,7 +197,8 @@ def test_a_mixed_batch_gives_each_row_its_own_adapter(base, quantization, tiny_b
         method.load_another(several, folder, name)
     as_served(several, "float32")
     with torch.no_grad():
-        one_by_one, in_one_pass = swapped(method, several, ids, {}), mixed(several, ids, {})
+        work = Workload(ids=ids, generates=False, options={})
+        one_by_one, in_one_pass = swapped(method, several, work), mixed(several, work)
         plain = load_base(specs[0], examples)(input_ids=ids).logits
     torch.testing.assert_close(one_by_one, torch.cat(alone), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(in_one_pass, torch.cat(alone), atol=1e-5, rtol=1e-4)
