@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from lorabench.spec.run_spec import RunSpec
 
 Example = dict[str, Any]
-"""`input_ids` (t,) and `labels`: (t,) with IGNORE where nothing is predicted, or one class (int) or score (float). Of an
-encoder-decoder `labels` are (s,): what it is to write.
+"""`input_ids` (t,) and `labels`: (t,) with IGNORE where nothing is predicted, or one class (int) or score (float).
+Of an encoder-decoder `labels` are (s,), what it is to write.
 
 `token_type_ids` (t,) where the tokenizer tells the texts of a pair apart by them. Whole numbers by other names are the
 task's own: they are (n,) in a batch, and no input of the model.

@@ -16,7 +16,7 @@ from lorabench.store.store import Store
 from lorabench.training import inference, serving
 from lorabench.training import run as journey
 from lorabench.training.execute import Options, execute
-from lorabench.training.inference import as_served, checked_batch, logits
+from lorabench.training.inference import Workload, as_served, checked_batch, logits
 from lorabench.training.meter import GIB
 from lorabench.training.serving import RESIDENT, held_bytes, mixed, stored_files, swapped
 from lorabench.training.stop import Stop, Stopped
