@@ -189,9 +189,9 @@ def t5_parts(block, model, x, memory=None):
         "norm2": forward.layer_norm,
         "feed_forward": lambda v: forward.DenseReluDense.wo(F.relu(forward.DenseReluDense.wi(v))),
     }
-    for layer in other:
-        found["norm of others"] = layer.layer_norm
-        found["others"] = lambda v: layer.EncDecAttention(v, key_value_states=memory)[0]
+    if other:
+        found["norm of others"] = other[0].layer_norm
+        found["others"] = lambda v: other[0].EncDecAttention(v, key_value_states=memory)[0]
     return found
 
 

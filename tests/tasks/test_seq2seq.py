@@ -270,7 +270,7 @@ def test_a_model_that_cannot_do_it_is_refused(encoder_decoders, tmp_path):
 
 @pytest.mark.parametrize("sizes", [{"num_decoder_layers": 3}, {"num_decoder_layers": 1}, {"d_kv": 4}])
 def test_a_prefix_is_of_the_decoder_s_shape(sizes, encoder_decoders, tmp_path):
-    """A small Flan-T5's keys are narrower than it is; PEFT by itself takes the model's width, and the encoder's depth."""
+    """A small Flan-T5's keys are narrower than it is; PEFT alone takes the model's width and the encoder's depth."""
     config = families.CONFIGS["t5"](**sizes)
     t.AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
     load_tokenizer(encoder_decoders["t5"]).save_pretrained(tmp_path)
