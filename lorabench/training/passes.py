@@ -31,7 +31,7 @@ def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def decodes(model: nn.Module, batch: Batch) -> bool:
     """Whether the labels are what the decoder of an encoder-decoder is to write; it also classifies."""
-    return _base_of(model).config.is_encoder_decoder and batch["labels"].ndim == 2
+    return _base_of(model).config.is_encoder_decoder and "labels" in batch and batch["labels"].ndim == 2
 
 
 def decoder_inputs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
