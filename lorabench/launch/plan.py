@@ -308,7 +308,7 @@ def _weight_bytes(spec: RunSpec, base: torch.nn.Module) -> float:
     total = exact * sum(p.numel() for p in base.parameters())
     if spec.quantization == "none":
         return total
-    quantized = sum(next(module.parameters()).numel() for module in targets.linear_layers(base).values())
+    quantized = sum(next(module.parameters()).numel() for module in targets.quantized_layers(base).values())
     return total - (exact - BYTES[spec.quantization]) * quantized
 
 

@@ -70,6 +70,13 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Those of the linear layers that bitsandbytes quantizes: transformers keeps some in float32, of a T5 `wo`."""
+    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ()),
+            *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}  # fmt: skip
+    return {name: module for name, module in linear_layers(model).items() if kept.isdisjoint(name.split("."))}
+
+
 def stacked_matrices(model: nn.Module) -> dict[str, nn.Module]:
     """Parameter name and module of each matrix of the blocks that no linear layer has: stacked experts, and routers."""
     from torch import nn

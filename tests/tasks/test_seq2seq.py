@@ -17,8 +17,9 @@ from lorabench.config import plugins
 from lorabench.config.decode import InputError, encode
 from lorabench.launch.plan import refusals
 from lorabench.methods._peft import tuner_layers
-from lorabench.models.base_model import load_tokenizer
-from lorabench.models.targets import PRESETS, head_modules, linear_layers, match
+from lorabench.models.base_model import load_tokenizer, skeleton
+from lorabench.models.remarks import remarks
+from lorabench.models.targets import PRESETS, head_modules, linear_layers, match, quantized_layers
 from lorabench.spec.generate import Generate
 from lorabench.spec.measures import MEASURES
 from lorabench.spec.task import IGNORE
@@ -266,6 +267,18 @@ def test_a_model_that_cannot_do_it_is_refused(encoder_decoders, tmp_path):
     embeddings = {"name": "lora", "rank": 2, "embeddings": True}
     for base in BASES:
         assert "read one matrix" in refusals([spec_of(base, encoder_decoders, embeddings)])[0]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_what_is_quantized_is_known_before(base, encoder_decoders):
+    """Of a T5 transformers keeps `wo` as it is: ΔW and W0 of it are of exact weights."""
+    spec = spec_of(base, encoder_decoders, quantization="nf4")
+    loaded = load_base(spec, prepare(spec))
+    names = [name for name, module in loaded.named_modules() if type(module).__name__ == "Linear4bit"]
+    assert names == [*quantized_layers(skeleton(spec, {}))]
+    remark = remarks(spec, loaded)["quantization"]
+    assert remark == remarks(spec, skeleton(spec, {}))["quantization"]
+    assert ("layer.2.DenseReluDense.wo, which bitsandbytes leaves as it is" in remark) == (base == "t5")
 
 
 @pytest.mark.parametrize("sizes", [{"num_decoder_layers": 3}, {"num_decoder_layers": 1}, {"d_kv": 4}])
