@@ -235,7 +235,7 @@ def _others(task: Task) -> dict[str, Task]:
 
 
 class LanguageModeling(Task):
-    """Next-token prediction: what `text` and `completion` share."""
+    """Next-token prediction: what `text`, `completion` and `seq2seq` share."""
 
     reports: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
 
