@@ -130,8 +130,6 @@ def tiny_bases(tmp_path_factory) -> dict[str, str]:
     import torch
     import transformers as t
 
-    from lorabench.models.base_model import BUILTIN
-
     torch.manual_seed(0)
     common = {"vocab_size": 1024, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
     llama = t.LlamaConfig(
@@ -155,7 +153,37 @@ def tiny_bases(tmp_path_factory) -> dict[str, str]:
         "bert": t.BertModel(bert),
         "roberta": t.RobertaModel(roberta),
     }
-    tokenizer = t.AutoTokenizer.from_pretrained(BUILTIN / "tiny-llama")
+    return _saved(models, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def encoder_decoders(tmp_path_factory) -> dict[str, str]:
+    """The same of models that write by a decoder of their own, two layers on either side: t5, bart."""
+    import torch
+    import transformers as t
+
+    torch.manual_seed(0)
+    common = {"vocab_size": 1024, "d_model": 64, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+    t5 = t.T5Config(
+        d_ff=128, d_kv=16, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=2, **common,
+    )  # fmt: skip
+    sides = {f"{side}_{key}": value for side in ("encoder", "decoder")
+             for key, value in {"layers": 2, "ffn_dim": 128, "attention_heads": 4}.items()}  # fmt: skip
+    bart = t.BartConfig(
+        max_position_embeddings=128, dropout=0.0, decoder_start_token_id=1, init_std=0.2, **sides, **common
+    )
+    models = {"t5": t.T5ForConditionalGeneration(t5), "bart": t.BartForConditionalGeneration(bart)}
+    models["t5"].shared.weight.data *= 0.1  # else each token that it writes is the one before it
+    return _saved(models, tmp_path_factory)
+
+
+def _saved(models, tmp_path_factory) -> dict[str, str]:
+    """A folder of each, with the built-in tokenizer."""
+    from transformers import AutoTokenizer
+
+    from lorabench.models.base_model import BUILTIN
+
+    tokenizer = AutoTokenizer.from_pretrained(BUILTIN / "tiny-llama")
     folders = {}
     for name, model in models.items():
         folder = tmp_path_factory.mktemp(name)

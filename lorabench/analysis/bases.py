@@ -118,15 +118,15 @@ class Base:
 
     @cached_property
     def _quantized(self) -> frozenset[str]:
-        """The layers that bitsandbytes replaces: all linear ones but the heads."""
+        """The layers that bitsandbytes replaces."""
         import transformers
 
-        from lorabench.models.targets import linear_layers
+        from lorabench.models.targets import quantized_layers
 
         config = transformers.AutoConfig.from_pretrained(local_files(self.key.model, self.key.revision))
         with torch.device("meta"):
             model = getattr(transformers, self.key.auto_class).from_config(config)
-        return frozenset(linear_layers(model))
+        return frozenset(quantized_layers(model))
 
 
 def rounded(weight: Tensor, quantization: str) -> Tensor:

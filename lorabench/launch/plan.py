@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -233,7 +232,7 @@ def _know(key: str) -> _Known | InputError:
         layers=config.num_hidden_layers,
         width=width,
         inner=getattr(config, "intermediate_size", None) or 4 * width,
-        vocabulary=config.vocab_size if "CausalLM" in spec.task.auto_class else 0,
+        vocabulary=0 if "Classification" in spec.task.auto_class else config.vocab_size,
         step_flops=_step_flops(tuned, spec.method),
     )
     return _Known(
@@ -256,7 +255,7 @@ def _step_flops(tuned: torch.nn.Module, method: Method) -> Callable[[flops.Shape
             return flops.of_step(skeleton(), {shape: times}, method)
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:
             print(f"FLOPs of {type(tuned).__name__} are guessed: {error}", file=sys.stderr)
-            return 6.0 * weights.count(tuned) * times * math.prod(shape)
+            return 6.0 * weights.count(tuned) * times * flops.num_positions(shape)
 
     return of_step
 
@@ -309,7 +308,7 @@ def _weight_bytes(spec: RunSpec, base: torch.nn.Module) -> float:
     total = exact * sum(p.numel() for p in base.parameters())
     if spec.quantization == "none":
         return total
-    quantized = sum(next(module.parameters()).numel() for module in targets.linear_layers(base).values())
+    quantized = sum(next(module.parameters()).numel() for module in targets.quantized_layers(base).values())
     return total - (exact - BYTES[spec.quantization]) * quantized
 
 
@@ -321,11 +320,11 @@ def formula(spec: RunSpec, counts: Counts, device: torch.device, gpu: str | None
     with gradient checkpointing); logits, their log-softmax and gradient in float32. Time: model FLOPs at EFFICIENCY
     of the device's rate; loading and evaluation apart.
     """
-    tokens = (spec.micro_batch_size or spec.batch_size) * spec.seq_len
+    micro, lengths = spec.micro_batch_size or spec.batch_size, spec.task.longest(spec.seq_len)
     layer = 10 * counts.width + 4 * counts.inner
     kept = counts.layers * counts.width + layer if spec.gradient_checkpointing else counts.layers * layer
     memory = counts.weight_bytes + 12 * counts.num_trainable
-    memory += tokens * (kept * BYTES[spec.dtype] + 3 * 4 * counts.vocabulary)
+    memory += micro * (sum(lengths) * kept * BYTES[spec.dtype] + lengths[-1] * 3 * 4 * counts.vocabulary)
     memory += CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
     rate, _ = flop_rate(device, spec.dtype, spec.threads, gpu)
     seconds = flops_per_step(spec, counts) * spec.total_steps / (EFFICIENCY * rate)
@@ -335,7 +334,7 @@ def formula(spec: RunSpec, counts: Counts, device: torch.device, gpu: str | None
 def flops_per_step(spec: RunSpec, counts: Counts) -> float:
     """As a run's record has it, where every example is as long as `seq_len` allows."""
     micro = spec.micro_batch_size or spec.batch_size
-    return counts.step_flops((micro, spec.seq_len), spec.batch_size // micro)
+    return counts.step_flops((micro, *spec.task.longest(spec.seq_len)), spec.batch_size // micro)
 
 
 def updates_bytes(spec: RunSpec, counts: Counts) -> float:

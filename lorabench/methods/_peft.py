@@ -48,7 +48,7 @@ class PeftMethod(Method):
         heads, drawn = models.new_heads(model), models.drawn_modules(model)
         try:
             config = self.peft_config(model, spec)
-            config.task_type = "SEQ_CLS" if heads else "CAUSAL_LM"
+            config.task_type = models.task_type(model)
             if hasattr(config, "modules_to_save"):
                 config.modules_to_save = [*heads, *drawn] or None
             self._check_drawn(config, drawn, spec)

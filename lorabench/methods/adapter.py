@@ -18,11 +18,14 @@ That is AdapterHub's `adapters` (DoubleSeqBnConfig, SeqBnConfig, ParBnConfig), t
 - z is the feed-forward's own input also where a norm stands before it, as in He et al.'s code; AdapterHub takes the
   residual stream there.
 - The norms stay frozen, as in AdapterHub; Houlsby et al. train them as well.
+- Encoder and decoder have the same adapters, as in AdapterHub none after the attention on what was read.
+- BART has its dropouts in its blocks' own code: houlsby's A stands before them there.
 - Nonlinearity and reduction are the same for all three by default; AdapterHub's houlsby has SiLU, its parallel m = d/2.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -64,6 +67,11 @@ def _around_norm(module: nn.Module, args: Any, output: Tensor, scale: float) -> 
     return module.forward(_plus(args[0], module, output, scale))
 
 
+def _beside_normed(module: Any, args: Any, output: Tensor, scale: float) -> Tensor:
+    """Forward hook of a norm, a feed-forward and the sum with their input in one: output + A of what the norm gives."""
+    return _plus(output, module, module.layer_norm(args[0]), scale)
+
+
 def _into_residual(module: nn.Module, args: Any, scale: float) -> Any:
     """Forward pre-hook of a module that is given (its input, the residual x): x + A(x) in place of x."""
     inner, residual = args
@@ -85,7 +93,30 @@ def _extended(block: type, scale: float) -> type:
     return type(block.__name__, (block,), {"forward": forward})
 
 
-LAYOUTS: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
+def _extended_inside(block: type, scale: float) -> type:
+    """The class of a block that has no module around its feed-forward: LN(h + x + A(x)), x being the input of fc1."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        read: list[Tensor] = []
+        hooks = [
+            self.fc1.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])),
+            self.final_layer_norm.register_forward_pre_hook(
+                lambda _, inputs: _plus(inputs[0], self, read.pop(), scale)
+            ),
+        ]
+        try:
+            return block.forward(self, *args, **kwargs)  # type: ignore[attr-defined]
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    return type(block.__name__, (block,), {"forward": forward})
+
+
+Layout = dict[str, dict[str, Callable[..., Any]]]
+EXTENDING = (_extended, _extended_inside)
+"""What is no hook, but gives a class for the module."""
+LAYOUTS: dict[str, Layout] = {
     "Llama": {
         "houlsby": {"self_attn.o_proj": _after, "mlp.down_proj": _after},
         "pfeiffer": {"": _extended},
@@ -106,11 +137,26 @@ LAYOUTS: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
         "pfeiffer": {"output_layer_norm": _around_norm},
         "parallel": {"ffn": _beside},
     },
+    **{
+        f"T5's {side}": {
+            "houlsby": {"layer.0.dropout": _after, f"{last}.dropout": _after},
+            "pfeiffer": {last: _after},
+            "parallel": {last: _beside_normed},
+        }
+        for side, last in {"decoder": "layer.2", "encoder": "layer.1"}.items()
+    },
+    "BART": {
+        "houlsby": {"self_attn.out_proj": _after, "fc2": _after},
+        "pfeiffer": {"final_layer_norm": _around_norm},
+        "parallel": {"": _extended_inside},
+    },
 }
 """Where each placement hooks into a block, the block itself being "": by what the modules are called.
 
 A pre-norm block's own output is h + x, so pfeiffer's h + A(h + x), with x added, is that block's, extended.
 """
+ONLY = {"BART": r"(Bart|PLBart|Marian)(En|De)coderLayer"}
+"""The classes of blocks of a layout, where others name modules alike in another order: OPT's norms come first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +189,7 @@ class Adapter(OwnFile):
                 yield from error.problems
 
     def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
-        layout, blocks = _find_blocks(model)
+        blocks = _find_blocks(model)
         scale = self.scale or (4.0 if self.placement == "parallel" else 1.0)
         width = model.config.get_text_config().hidden_size
         model.requires_grad_(False)
@@ -151,11 +197,11 @@ class Adapter(OwnFile):
             model.get_submodule(head).float().requires_grad_(True)
         for block in targets.in_layers([f"{name}." for name in blocks], self.layers):
             device = next(model.get_submodule(block.rstrip(".")).parameters()).device
-            for path, hook in layout[self.placement].items():
+            for path, hook in blocks[block.rstrip(".")][self.placement].items():
                 module = model.get_submodule((block + path).rstrip("."))
                 module.bottleneck = self._bottleneck(width).to(device)
-                if hook is _extended:
-                    module.__class__ = _extended(type(module), scale)
+                if hook in EXTENDING:
+                    module.__class__ = hook(type(module), scale)
                 elif hook is _into_residual:
                     module.register_forward_pre_hook(partial(hook, scale=scale))
                 else:
@@ -186,21 +232,29 @@ class Adapter(OwnFile):
         return new_head_updates(model, load_base)
 
 
-def _find_blocks(model: nn.Module) -> tuple[dict[str, dict[str, Callable[..., Any]]], list[str]]:
-    """The layout of the model's blocks, and their names. InputError where they are of no known layout."""
+def _find_blocks(model: nn.Module) -> dict[str, Layout]:
+    """The names of the model's blocks, and the layout of each. InputError where they are of no known layout."""
     from torch import nn
 
+    found: dict[str, Layout] = {}
     for name, stack in model.named_modules():
         if not isinstance(stack, nn.ModuleList) or not len(stack):
             continue
-        for layout in LAYOUTS.values():
-            places = {path for hooks in layout.values() for path in hooks}
-            if all(places <= {path for path, _ in block.named_modules()} for block in stack):
-                return layout, [f"{name}.{index}" for index in range(len(stack))]
+        kind = next((kind for kind in LAYOUTS if all(_fits(kind, block) for block in stack)), None)
+        if kind is not None:
+            found |= {f"{name}.{index}": LAYOUTS[kind] for index in range(len(stack))}
+    if found:
+        return found
     raise InputError(
         f'method.name = "adapter": the blocks of {type(model).__name__} are built in no way that is known here. '
         f"Supported: models with blocks like those of {', '.join(LAYOUTS)}"
     )
+
+
+def _fits(kind: str, block: nn.Module) -> bool:
+    places = {path for hooks in LAYOUTS[kind].values() for path in hooks}
+    is_known = re.fullmatch(ONLY.get(kind, ".*"), type(block).__name__) is not None
+    return is_known and places <= {path for path, _ in block.named_modules()}
 
 
 EXAMPLE = Adapter(reduction=8)

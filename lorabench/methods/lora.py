@@ -145,7 +145,7 @@ class Lora(Tuner):
         names = [*as_modules]
         transposed = any(weights.is_conv1d(model.get_submodule(name)) for name in names)
         if self.embeddings:
-            names.append(_name_of(model, model.get_input_embeddings(), "embeddings"))
+            names.append(_embedding_of(model))
         if self.head:
             names.append(_name_of(model, model.get_output_embeddings(), "head"))
         self._check_patterns([*names, *as_parameters])
@@ -267,6 +267,19 @@ class Lora(Tuner):
             {"params": [p for name, p in trained.items() if not is_B[name]], "lr": lr},
             {"params": [p for name, p in trained.items() if is_B[name]], "lr": lr * self.lr_ratio},
         ]
+
+
+def _embedding_of(model: nn.Module) -> str:
+    """InputError for an encoder-decoder, whose two sides each read the one matrix through a module of their own."""
+    from torch import nn
+
+    wanted = model.get_input_embeddings()
+    others = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)
+              and module is not wanted and module.weight is wanted.weight]  # fmt: skip
+    if others:
+        what = f"of {type(model).__name__} {' and '.join(others)} read one matrix"
+        raise InputError(f"method.embeddings = true: {what}, and PEFT's factors can be put on a module alone")
+    return _name_of(model, wanted, "embeddings")
 
 
 def _name_of(model: nn.Module, wanted: nn.Module | None, what: str) -> str:

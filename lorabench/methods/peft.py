@@ -50,6 +50,12 @@ UNFIT = {
 ON_QUANTIZED = ("LORA", "ADALORA", "IA3", "OFT", "VERA", "FOURIERFT", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
 """Those that are known to compute what they should on 4-bit and 8-bit weights."""
 
+TASK_TYPES = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Peft(Tuner):
@@ -99,13 +105,13 @@ class Peft(Tuner):
         yield from (f"method.config.{key}: {plugins.unknown('field', key, names)}" for key in unknown)
         if not unknown:
             try:
-                self._class()(task_type="CAUSAL_LM" if "CausalLM" in spec.task.auto_class else "SEQ_CLS", **self.config)
+                self._class()(task_type=TASK_TYPES[spec.task.auto_class], **self.config)
             except (ValueError, TypeError) as error:
                 yield f"method.config = {show(self.config)}: {self._class().__name__} refuses it: {error}"
 
     def peft_config(self, model: nn.Module, spec: RunSpec) -> PeftConfig:
         names = {f.name for f in dataclasses.fields(self._class())}
-        chosen: dict[str, Any] = {"task_type": "SEQ_CLS" if models.new_heads(model) else "CAUSAL_LM"}
+        chosen: dict[str, Any] = {"task_type": models.task_type(model)}
         if "target_modules" in names:
             chosen["target_modules"] = self.match(model)
         return self._class()(**chosen, **self.config)

@@ -1,18 +1,20 @@
 """Prefix tuning: trained keys and values in front of every layer's own, the model itself frozen.
 
 Li and Liang 2021, arXiv 2101.00190; without re-parameterization also P-tuning v2: Liu et al. 2022, arXiv 2110.07602.
-By PEFT.
+By PEFT, which in an encoder-decoder puts a prefix before what the decoder has written, and there alone; the first paper
+also puts one before what is encoded, and before what the decoder reads of that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge
 
 from lorabench.methods._peft import SoftPrompt
+from lorabench.models import base_model as models
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -50,7 +52,18 @@ class Prefix(SoftPrompt):
             num_virtual_tokens=self.num_tokens,
             prefix_projection=self.projection,
             encoder_hidden_size=width if self.projection else None,  # type: ignore[arg-type]
+            **(_decoder_shape(model.config) if models.task_type(model) == "SEQ_2_SEQ_LM" else {}),
         )
+
+
+def _decoder_shape(config: Any) -> dict[str, Any]:
+    """Of an encoder-decoder, as T5 and as BART call it; PEFT would take the encoder's, and the model's width."""
+    heads = getattr(config, "decoder_attention_heads", None) or config.num_attention_heads
+    return {
+        "num_layers": getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None),
+        "num_attention_heads": heads,
+        "token_dim": heads * (getattr(config, "d_kv", None) or config.hidden_size // heads),
+    }
 
 
 EXAMPLE = Prefix(num_tokens=4)

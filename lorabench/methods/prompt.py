@@ -47,6 +47,7 @@ class Prompt(SoftPrompt):
         text = {"prompt_tuning_init_text": self.text, "tokenizer_name_or_path": models.resolve(spec.model)}
         return PromptTuningConfig(
             num_virtual_tokens=self.num_tokens,
+            num_transformer_submodules=1,  # of an encoder-decoder PEFT would train as many more that nothing reads
             prompt_tuning_init=start,
             **(text if self.start == "text" else {}),  # type: ignore[arg-type]
         )

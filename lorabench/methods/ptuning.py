@@ -42,6 +42,7 @@ class PTuning(SoftPrompt):
 
         return PromptEncoderConfig(
             num_virtual_tokens=self.num_tokens,
+            num_transformer_submodules=1,  # of an encoder-decoder PEFT would train as many more that nothing reads
             encoder_reparameterization_type=self.network.upper(),
             encoder_hidden_size=self.hidden_width or model.config.hidden_size,
             encoder_num_layers=self.network_layers,

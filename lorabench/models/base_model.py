@@ -99,12 +99,13 @@ def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any], exac
     if not quantized:
         model.to(device)
     for module in model.modules():
+        if hasattr(module, "config"):
+            module.config.use_cache = False  # a T5's encoder and decoder have copies of their own
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes 0.50 repacks 4-bit weights at the first evaluation, rounding their scales to bfloat16;
             # training on afterwards reads the repacked bytes as if they were not, and learns from noise.
             module.support_avx512bf16_for_cpu = False
     model.config.pad_token_id = padding(spec, model)  # a classifier looks for it
-    model.config.use_cache = False
     return model
 
 
@@ -140,7 +141,7 @@ def from_config(spec: RunSpec, config: Any, device: torch.device) -> nn.Module:
     auto = getattr(transformers, spec.task.auto_class)
     try:
         with device:
-            return auto.from_config(config)
+            model: nn.Module = auto.from_config(config)
     except ValueError as error:
         if type(config) in auto._model_mapping:
             raise
@@ -148,6 +149,18 @@ def from_config(spec: RunSpec, config: Any, device: torch.device) -> nn.Module:
             f'model = "{show_path(spec.model)}": a {config.model_type} cannot do task.name = "{spec.task.name}": '
             f"transformers has no {spec.task.auto_class} of it"
         ) from error
+    if "labels" in spec.task.sequences:
+        _check_decoder(spec, config)
+    return model
+
+
+def _check_decoder(spec: RunSpec, config: Any) -> None:
+    """InputError where a model cannot write to what it reads by a decoder of its own."""
+    what = f'model = "{show_path(spec.model)}"'
+    if not config.is_encoder_decoder:
+        raise InputError(f'{what}: a {config.model_type} has no encoder, as task.name = "{spec.task.name}" needs it')
+    if getattr(config, "decoder_start_token_id", None) is None:
+        raise InputError(f"{what}: its config.json has no decoder_start_token_id, by which a decoder begins")
 
 
 def from_files(spec: RunSpec, options: dict[str, Any]) -> nn.Module:
@@ -248,12 +261,17 @@ def check_length(spec: RunSpec, longest: int | None) -> None:
         also = f", with the method's {virtual} virtual tokens," if virtual else ""
         limit = f"at most {longest}, the longest that {spec.model} takes"
         raise InputError(f"seq_len = {spec.seq_len}: must{also} be {limit}")
-    tasks = [task for stage in spec.stages for task in (stage, *stage.others.values())]
-    new = max((task.generation.max_new_tokens for task in tasks if task.generation), default=0)
-    if longest is not None and spec.seq_len + virtual + new > longest:
-        whole = f"with seq_len = {spec.seq_len}" + (f" and {virtual} virtual tokens" if virtual else "")
-        limit = f"at most {longest}, the longest that {spec.model} takes"
-        raise InputError(f"task.generate.max_new_tokens = {new}: must, {whole}, be {limit}")
+    for task in (task for stage in spec.stages for task in (stage, *stage.others.values())):
+        read, *written = task.longest(spec.seq_len)
+        keys = {"max_target": max(written, default=0)}
+        keys |= {"generate.max_new_tokens": task.generation.max_new_tokens} if task.generation else {}
+        before = {} if written else {f"seq_len = {read}": read}
+        before |= {f"{virtual} virtual tokens": virtual} if virtual else {}
+        for key, new in keys.items():
+            if longest is not None and new and sum(before.values()) + new > longest:
+                whole = f", with {' and '.join(before)}," if before else ""
+                limit = f"at most {longest}, the longest that {spec.model} takes"
+                raise InputError(f"task.{key} = {new}: must{whole} be {limit}")
 
 
 def padding(spec: RunSpec, model: nn.Module) -> int:
@@ -280,6 +298,13 @@ def new_heads(model: nn.Module) -> list[str]:
 def _below(modules: list[str]) -> tuple[str, ...]:
     """What the names begin with of all that lies in the modules."""
     return tuple(f"{name}." for name in modules)
+
+
+def task_type(model: nn.Module) -> str:
+    """What PEFT calls what the model does."""
+    if new_heads(model):
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def reads_last_token(model: nn.Module) -> bool:

@@ -68,10 +68,11 @@ def _of_quantization(spec: RunSpec, base: nn.Module) -> str:
     """bitsandbytes quantizes linear layers alone."""
     if spec.quantization == "none":
         return ""
-    stacked = targets.in_block(base, (name for name in targets.stacked_matrices(base) if not name.endswith(".weight")))
-    quantized = sum(_count(module.weight) for module in targets.linear_layers(base).values())
-    share = quantized / sum(map(_count, base.parameters()))
-    left = f"; not {_some(stacked)}, which bitsandbytes leaves as it is" if stacked else ""
+    layers = targets.quantized_layers(base)
+    exact = [name for name in targets.linear_layers(base) if name not in layers]
+    exact += [name for name in targets.stacked_matrices(base) if not name.endswith(".weight")]
+    share = sum(_count(module.weight) for module in layers.values()) / sum(map(_count, base.parameters()))
+    left = f"; not {_some(targets.in_block(base, exact))}, which bitsandbytes leaves as it is" if exact else ""
     return f"{share:.1%} of the parameters are {spec.quantization}{left}"
 
 

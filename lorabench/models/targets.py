@@ -70,6 +70,13 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Those of the linear layers that bitsandbytes quantizes: transformers keeps some in float32, of a T5 `wo`."""
+    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ()),
+            *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}  # fmt: skip
+    return {name: module for name, module in linear_layers(model).items() if kept.isdisjoint(name.split("."))}
+
+
 def stacked_matrices(model: nn.Module) -> dict[str, nn.Module]:
     """Parameter name and module of each matrix of the blocks that no linear layer has: stacked experts, and routers."""
     from torch import nn
@@ -87,18 +94,23 @@ def stacked_matrices(model: nn.Module) -> dict[str, nn.Module]:
 def head_modules(model: nn.Module) -> list[str]:
     """The modules on top of the base model: the language-model head, or the classifier and pooler."""
     body = _body(model)
-    tops = [name for name, module in model.named_children() if name != body and list(module.parameters())]
+    tops = [name for name, module in model.named_children() if name not in body and list(module.parameters())]
     poolers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
     return tops + poolers
 
 
-def _body(model: nn.Module) -> str:
-    """The child that is the base model below its heads; Llama 4's has another name than its class says."""
+def _body(model: nn.Module) -> list[str]:
+    """The child that is the base model below its heads; Llama 4's has another name than its class says.
+
+    A T5 that writes is the one model, with all beside its output matrix.
+    """
     children, prefix = dict(model.named_children()), getattr(model, "base_model_prefix", "")
     if prefix in children or not hasattr(model, "get_input_embeddings"):
-        return prefix
-    embeddings = model.get_input_embeddings()
-    return next((name for name, child in children.items() if any(m is embeddings for m in child.modules())), prefix)
+        return [prefix]
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+    if any(child is embeddings for child in children.values()):
+        return [name for name, child in children.items() if child is not output]
+    return [name for name, child in children.items() if any(m is embeddings for m in child.modules())]
 
 
 def parse_layers(text: str) -> set[int]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Example = dict[str, Any]
 """`input_ids` (t,) and `labels`: (t,) with IGNORE where nothing is predicted, or one class (int) or score (float).
+Of an encoder-decoder `labels` are (s,), what it is to write.
 
 `token_type_ids` (t,) where the tokenizer tells the texts of a pair apart by them. Whole numbers by other names are the
 task's own: they are (n,) in a batch, and no input of the model.
@@ -72,6 +73,9 @@ class Task(Plugin, ABC):
     """The transformers class that loads the base model."""
     reports: ClassVar[tuple[str, ...]] = ("loss",)
     """The names that `metrics` gives, for the sweep file's check; see `reported`."""
+    sequences: ClassVar[tuple[str, ...]] = ("input_ids",)
+    """What of an example goes through the model: what it reads, and of an encoder-decoder the `labels` that its decoder
+    is to write, which are of a length of their own."""
     is_running_text: ClassVar[bool] = False
     """Whether a single row may be cut up, its end held out for validation."""
 
@@ -112,7 +116,7 @@ class Task(Plugin, ABC):
             own: Any = {"retain": None} if hasattr(self, "retain") else {}
             return _writing_everywhere(dataclasses.replace(self, data=value, data_revision=None, tests=Sets(), **own))
         if isinstance(value, str):
-            return plugin_class(self.folder, "text")(data=value, max_eval=self.max_eval)
+            return self.retaining(value)
         if not isinstance(value, dict):
             raise InputError(f"{where} = {show(value)}: must be a data set, or a table with the fields of a task")
         if "data" not in value:
@@ -123,6 +127,11 @@ class Task(Plugin, ABC):
         if other.others:
             raise InputError(f"{where}: has tests or a retention set of its own")
         return _writing_everywhere(other)
+
+    def retaining(self, data: str) -> Task:
+        """What reads a retention set of which only the data are named: as running text."""
+        text: Task = plugin_class(self.folder, "text")(data=data, max_eval=self.max_eval)
+        return text
 
     @property
     def generation(self) -> Generate | None:
@@ -160,6 +169,10 @@ class Task(Plugin, ABC):
 
         Only the first `max_train` or `max_eval` are taken: an iterator need not make the others.
         """
+
+    def longest(self, seq_len: int) -> tuple[int, ...]:
+        """Tokens of an example at most, of each of the `sequences`."""
+        return (seq_len,)
 
     def scored(self, rows: list[Row], tokenizer: Any, seq_len: int, options: dict[str, Any]) -> Iterable[list[Example]]:
         """What validation and test score, and `max_eval` counts: here single examples, of some tasks several together.
@@ -222,23 +235,29 @@ def _others(task: Task) -> dict[str, Task]:
 
 
 class LanguageModeling(Task):
-    """Next-token prediction: what `text` and `completion` share."""
+    """Next-token prediction: what `text`, `completion` and `seq2seq` share."""
 
     reports: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
 
-    def count(self, batch: dict[str, Tensor]) -> int:
-        return int((batch["labels"][:, 1:] != IGNORE).sum())
-
-    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        from torch.nn.functional import cross_entropy, pad
+    def targets(self, batch: dict[str, Tensor]) -> Tensor:
+        """(n, t): the token that each position's logits are to predict, IGNORE where there is none."""
+        from torch.nn.functional import pad
 
         # The labels are shifted, not the logits: a slice of those is copied, and its gradient padded by a copy more.
-        targets = pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:].flatten()
+        return pad(batch["labels"], (0, 1), value=IGNORE)[:, 1:]
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        return int((self.targets(batch) != IGNORE).sum())
+
+    def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        from torch.nn.functional import cross_entropy
+
+        targets = self.targets(batch).flatten()
         return cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")
 
     def score(self, logits: Tensor, batch: dict[str, Tensor]) -> tuple[int, int]:
-        targets = batch["labels"][:, 1:]
-        right = (logits[:, :-1].argmax(-1) == targets) & (targets != IGNORE)
+        targets = self.targets(batch)
+        right = (logits.argmax(-1) == targets) & (targets != IGNORE)
         return int(right.sum()), int((targets != IGNORE).sum())
 
     def metrics(self, loss: float, scores: list[tuple[int, int]]) -> dict[str, float | None]:

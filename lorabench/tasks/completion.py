@@ -2,69 +2,41 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from lorabench.config.decode import InputError, later
+from lorabench.config.decode import InputError
 from lorabench.config.quote import show
-from lorabench.data.rows_file import Row, place
+from lorabench.data.rows_file import Row
 from lorabench.data.tokens import opening, prompt_and_response
-from lorabench.data.values import Template
-from lorabench.spec.generate import Generate
-from lorabench.spec.task import IGNORE, Example, LanguageModeling, Prompt
-
-PARTS = ("prompt", "response")
+from lorabench.spec.task import IGNORE, Example, Prompt
+from lorabench.tasks._pairs import Pairs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion(LanguageModeling):
+class Completion(Pairs):
     """Templates are written with column names in braces. An end-of-sequence token ends the response.
 
     What the tokenizer puts before a text (a beginning-of-sequence token) stands before the prompt, once. A prompt that
     leaves too little room is cut behind it, from the left, a response that is too long from the right.
     """
 
+    parts: ClassVar[tuple[str, str]] = ("prompt", "response")
+
     prompt: str = "{prompt}"
     response: str = "{response}"
-    columns: str | None = None
-    """Column names of a csv or tsv without a header line, separated by commas."""
     retain: str | dict[str, Any] | None = None
     """Running text (column `text`) on which forgetting is measured, its loss before and after; or several sets: name ->
     running text, or a table with the fields of another task."""
-    generate: Generate | None = later(None)  # noqa: RUF009
-    """What the model is to write to the prompts, and how that is scored (None: only losses are measured)."""
-
-    @property
-    def generation(self) -> Generate | None:
-        return self.generate
-
-    def usable(self, split: str, rows: list[Row], options: dict[str, Any]) -> list[Row]:
-        same = [p for key in PARTS for p in Template(f"task.{key}", getattr(self, key)).problems(rows)]
-        if same and split == "train":  # and so in every other
-            raise InputError(same)
-        _, responses = self._filled(rows)
-        if self.generate and split in self.generate.measured_splits:
-            self._check_references(self.generate, rows, responses)
-        return rows
-
-    def _check_references(self, generate: Generate, rows: list[Row], responses: list[str]) -> None:
-        """InputError where there is nothing to write to, or a reference has no answer in it."""
-        if not rows:
-            raise InputError(f'task.generate.splits = "{generate.splits}": there is no such split; use "validation"')
-        for number, (row, response) in enumerate(zip(rows, responses, strict=True), 1):
-            if generate.answer is not None and not re.search(generate.answer, response):
-                where = f"{place(row, number)}, whose response is {show(response)}"
-                raise InputError(f"task.generate.answer = {show(generate.answer)}: finds nothing in {where}")
 
     def prompts(self, rows: list[Row], tokenizer: Any, seq_len: int) -> list[Prompt]:
         """Each as its example begins, cut from the left to `seq_len` tokens; an answer's room comes on top."""
         start = opening(tokenizer)
         return [
             self._prompt(prompt, response, tokenizer, seq_len, start)
-            for prompt, response in zip(*self._filled(rows), strict=True)
+            for prompt, response in zip(*self.filled(rows), strict=True)
         ]
 
     def _prompt(self, prompt: str, response: str, tokenizer: Any, seq_len: int, start: list[int]) -> Prompt:
@@ -82,25 +54,12 @@ class Completion(LanguageModeling):
         start = opening(tokenizer)
         if seq_len <= len(start):
             raise InputError(f"seq_len = {seq_len}: leaves no room behind the tokens that the tokenizer puts in front")
-        pairs = zip(*self._filled(rows), strict=True)
+        pairs = zip(*self.filled(rows), strict=True)
         found = [self._example(prompt, response, tokenizer, seq_len, start) for prompt, response in pairs]
         for number, (row, example) in enumerate(zip(rows, found, strict=True), 1):
             if len(example["input_ids"]) < 2 or set(example["labels"][1:]) == {IGNORE}:
-                nothing = f"{place(row, number)} leaves nothing to predict"
-                raise InputError(f"task.response = {show(self.response)}: {nothing}")
+                raise self.nothing(1, row, number, "leaves nothing to predict")
         return found
-
-    def _filled(self, rows: list[Row]) -> tuple[list[str], list[str]]:
-        """Prompts and responses. InputError with what is wrong of either."""
-        found, problems = [], []
-        for key in PARTS:
-            try:
-                found.append(Template(f"task.{key}", getattr(self, key)).fill(rows))
-            except InputError as error:
-                problems += error.problems
-        if problems:
-            raise InputError(problems)
-        return found[0], found[1]
 
     def _example(self, prompt: str, response: str, tokenizer: Any, seq_len: int, start: list[int]) -> Example:
         before, answer = prompt_and_response(tokenizer, prompt, response)

@@ -250,7 +250,8 @@ def collate(examples: list[Example], padding: int, device: torch.device) -> Batc
     per_token = not isinstance(examples[0]["labels"], (int, float))
     arrays = {"input_ids": np.full((len(examples), longest), padding, np.int64)}
     if per_token:
-        arrays["labels"] = np.full((len(examples), longest), IGNORE, np.int64)
+        longest_labels = max(len(example["labels"]) for example in examples)  # the input's, but of a decoder's own
+        arrays["labels"] = np.full((len(examples), longest_labels), IGNORE, np.int64)
     else:
         kind = np.int64 if isinstance(examples[0]["labels"], int) else np.float32
         arrays["labels"] = np.array([example["labels"] for example in examples], kind)
@@ -260,7 +261,7 @@ def collate(examples: list[Example], padding: int, device: torch.device) -> Batc
     for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
         arrays["input_ids"][row, :length] = example["input_ids"]
         if per_token:
-            arrays["labels"][row, :length] = example["labels"]
+            arrays["labels"][row, : len(example["labels"])] = example["labels"]
         if "token_type_ids" in example:
             arrays["token_type_ids"][row, :length] = example["token_type_ids"]
     if min(lengths) < longest:

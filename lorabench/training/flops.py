@@ -27,12 +27,12 @@ from torch.utils.flop_counter import flop_registry
 if TYPE_CHECKING:
     from lorabench.spec.method import Method
 
-Shape = tuple[int, int]
-"""(n, t) of a forward pass."""
+Shape = tuple[int, ...]
+"""(n, t) of a forward pass; (n, t, s) where a decoder has s positions beside the t that an encoder reads."""
 ABOUT = "matrix products of forward and backward, padding included and recomputation apart, as torch counts them"
 MAX_PASSES = 4
 """That are counted one by one; of more shapes than that a + n (b + c t + d t²) tells, which is what a pass takes: a is
-what no token changes, such as ΔW formed from factors."""
+what no token changes, such as ΔW formed from factors. A decoder adds n (e s + f s² + g t s) to it."""
 
 
 def without_numbers(model: nn.Module) -> nn.Module:
@@ -82,24 +82,36 @@ def of_step(copied: nn.Module, shapes: Mapping[Shape, int], method: Method, num_
 def _of_passes(copied: nn.Module, shapes: Mapping[Shape, int]) -> float:
     if len(shapes) <= MAX_PASSES:
         return float(sum(times * of_pass(copied, shape) for shape, times in shapes.items()))
-    sizes, lengths = (sorted({shape[axis] for shape in shapes}) for axis in (0, 1))
-    points = {(sizes[-1], lengths[place]) for place in (0, len(lengths) // 2, -1)} | {(sizes[0], lengths[-1])}
-    scale = _terms(sizes[-1], lengths[-1])
+    axes = [sorted(set(axis)) for axis in zip(*shapes, strict=True)]
+    most = tuple(axis[-1] for axis in axes)
+    points = {(axes[0][0], *most[1:]), (most[0], *(axis[0] for axis in axes[1:]))} | {
+        (*most[:place], axes[place][which], *most[place + 1 :])
+        for place in range(1, len(axes))
+        for which in (0, len(axes[place]) // 2, -1)
+    }
+    scale = _terms(*most)
     rows = np.array([_terms(*point) / scale for point in points])
     found, *_ = np.linalg.lstsq(rows, np.array([float(of_pass(copied, point)) for point in points]), rcond=1e-12)
     return float(sum(times * (_terms(*shape) / scale) @ found for shape, times in shapes.items()))
 
 
-def _terms(n: int, t: int) -> np.ndarray:
-    return np.array([1.0, n, n * t, n * t * t])
+def _terms(n: int, t: int, s: int = 0) -> np.ndarray:
+    return np.array([1.0, n, n * t, n * t * t, *([n * s, n * s * s, n * t * s] if s else [])])
+
+
+def num_positions(shape: Shape) -> int:
+    """Of all that a pass of this shape goes through."""
+    return shape[0] * sum(shape[1:])
 
 
 def of_pass(copied: nn.Module, shape: Shape) -> int:
     """Of one forward and backward pass."""
-    ids = torch.zeros(shape, dtype=torch.long, device="meta")
+    n, *lengths = shape
+    ids = [torch.zeros(n, length, dtype=torch.long, device="meta") for length in lengths]
+    inputs = dict(zip(("input_ids", "decoder_input_ids"), ids, strict=False))
     fork = torch.random.fork_rng(devices=[])  # some tuners draw numbers for their dropout
     with fork, _no_autocast(), _Counter() as counter:
-        copied(input_ids=ids).logits.sum().backward()
+        copied(**inputs).logits.sum().backward()
     copied.zero_grad()
     return counter.total
 

@@ -1,7 +1,8 @@
 """What a model writes to prompts: batched, with a cache of keys and values, by transformers' `generate`.
 
 Prompts are padded on the left, so that every answer begins where its prompt ends; masks and positions leave the padding
-out, and a batch gives the tokens that each prompt alone gives.
+out, and a batch gives the tokens that each prompt alone gives. What an encoder reads is padded on the right, as in
+training: its positions count the padding too, and its decoder begins elsewhere.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ def answers(
     batches = [order[first : first + generate.batch_size] for first in range(0, len(order), generate.batch_size)]
     device = next(model.parameters()).device
     model.eval()
+    if world.is_sharded:
+        model.unshard()  # an encoder is called by itself, and finds its outermost weights whole
     found: list[tuple[int, list[int]]] = []
     with _settings(model, generate, tokenizer) as settings:
         for number in range(world.rank, -(-len(batches) // world.size) * world.size, world.size):
@@ -53,7 +56,9 @@ def answers(
             if is_idle and not world.is_sharded:
                 continue
             batch = batches[number if not is_idle else -1]
-            ids, mask = padded([prompts[place].ids for place in batch], tokenizer.pad_token_id, device)
+            ids, mask = padded(
+                [prompts[place].ids for place in batch], tokenizer.pad_token_id, device, model.config.is_encoder_decoder
+            )
             with _drawn(generate, number), autocast(spec, device, world):
                 written = _generate(model, ids, mask, settings, world)
             if not is_idle:
@@ -71,13 +76,14 @@ def answers(
     ]
 
 
-def padded(rows: list[Any], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens and attention mask, (n, longest), padded on the left."""
+def padded(rows: list[Any], padding: int, device: torch.device, on_right: bool = False) -> tuple[Tensor, Tensor]:
+    """Tokens and attention mask, (n, longest), padded on the left, or on the right."""
     longest = max(map(len, rows))
     ids, mask = np.full((len(rows), longest), padding, np.int64), np.zeros((len(rows), longest), np.int64)
     for place, row in enumerate(rows):
-        ids[place, longest - len(row) :] = row
-        mask[place, longest - len(row) :] = 1
+        own = slice(len(row)) if on_right else slice(longest - len(row), None)
+        ids[place, own] = row
+        mask[place, own] = 1
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
@@ -89,7 +95,7 @@ def until(row: list[int], end: int | None) -> list[int]:
 def _generate(model: Any, ids: Tensor, mask: Tensor, settings: dict[str, Any], world: World) -> Tensor:
     """The new tokens, (n, at most max_new_tokens)."""
     written = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=world.is_sharded, **settings)
-    return written[:, ids.shape[1] :]
+    return written[:, 1 if model.config.is_encoder_decoder else ids.shape[1] :]
 
 
 @contextlib.contextmanager
@@ -110,6 +116,7 @@ def _settings(model: Any, generate: Generate, tokenizer: Any) -> Iterator[dict[s
             "max_new_tokens": generate.max_new_tokens,
             "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id,
+            "decoder_start_token_id": getattr(base.config, "decoder_start_token_id", None),
             **drawing,
         }
     finally:

@@ -22,8 +22,9 @@ from transformers.generation.streamers import BaseStreamer
 from lorabench.models.base_model import max_length
 from lorabench.spec.measures import BATCH_SIZES
 from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.task import IGNORE
 from lorabench.training.examples import Batch, Examples, collate
-from lorabench.training.passes import forward
+from lorabench.training.passes import decodes, forward
 
 NEW_TOKENS = 5
 """Generated in one call; the first of them is prefill's."""
@@ -69,6 +70,8 @@ class Workload:
     generates: bool
     options: dict[str, Any]
     """For a forward pass over prompts: a decoder is to make its cache, and the logits of the last token alone."""
+    start: int | None = None
+    """The token by which the decoder of an encoder-decoder begins."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -80,20 +83,29 @@ class Workload:
         By `generate`, greedily, with the cache of keys and values. A model that classifies has a forward pass alone.
         """
         if not self.generates:
-            return (seconds(partial(model, input_ids=ids), ids.device),)
-        clock = _Clock()
+            return (seconds(partial(model, **self.inputs(ids)), ids.device),)
+        _wait(ids.device)
+        clock, begin = _Clock(), time.perf_counter()
         model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             streamer=clock,
             do_sample=False,
+            num_beams=1,
             use_cache=True,
             max_new_tokens=NEW_TOKENS,
             min_new_tokens=NEW_TOKENS,
             pad_token_id=model.config.pad_token_id,
         )
+        if self.start is not None:
+            clock.times[0] = begin  # the prompt is handed over when it has been encoded
         prefill, *decode = np.diff(clock.times).tolist()
         return prefill, statistics.median(decode)
+
+    def inputs(self, ids: Tensor) -> dict[str, Any]:
+        """Of a forward pass over prompts (n, t)."""
+        began = {} if self.start is None else {"decoder_input_ids": ids.new_full((len(ids), 1), self.start)}
+        return {"input_ids": ids} | began | self.options
 
 
 class _Clock(BaseStreamer):
@@ -101,6 +113,9 @@ class _Clock(BaseStreamer):
 
     def __init__(self) -> None:
         self.times: list[float] = []
+
+    def __deepcopy__(self, memo: Any) -> _Clock:
+        return self  # PEFT copies all that a soft prompt before an encoder is given to generate with
 
     def put(self, value: Tensor) -> None:
         self.times.append(time.perf_counter())
@@ -120,7 +135,8 @@ def workload(spec: RunSpec, examples: Examples, base: nn.Module, device: torch.d
     if generates and "logits_to_keep" in inspect.signature(base.forward).parameters:
         options["logits_to_keep"] = 1
     ids = np.resize(np.concatenate(rows), (max(BATCH_SIZES), max(length, 1))).astype(np.int64)
-    return Workload(ids=torch.from_numpy(ids).to(device), generates=generates, options=options)
+    start = base.config.decoder_start_token_id if generates and base.config.is_encoder_decoder else None
+    return Workload(ids=torch.from_numpy(ids).to(device), generates=generates, options=options, start=start)
 
 
 @torch.no_grad()
@@ -180,7 +196,9 @@ def checked_batch(examples: Examples, device: torch.device) -> Batch:
 def logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits of a batch on the CPU, without those of padding: (positions, vocabulary), or (n, classes)."""
     found = forward(model, batch)
-    if found.ndim == 3 and "attention_mask" in batch:
+    if decodes(model, batch):
+        found = found[batch["labels"] != IGNORE]
+    elif found.ndim == 3 and "attention_mask" in batch:
         found = found[batch["attention_mask"].bool()]
     return found.float().cpu()
 

@@ -12,11 +12,12 @@ from torch import nn
 
 from lorabench.processes.distributed import Gradients, whole
 from lorabench.spec.run_spec import RunSpec
-from lorabench.spec.task import Example
+from lorabench.spec.task import Example, Task
 from lorabench.store.claim import Hold
 from lorabench.store.steps import StepLog
 from lorabench.training.evaluation import evaluate
 from lorabench.training.examples import Batch, Order, collate
+from lorabench.training.flops import Shape, num_positions
 from lorabench.training.meter import Shapes
 from lorabench.training.passes import autocast, forward
 from lorabench.training.state import Training
@@ -106,9 +107,11 @@ class Batches:
         batch = [self.rows[i] for i in world.share(self._order.indices(training.task_step))]
         chunks = [batch[i : i + training.micro] for i in range(0, len(batch), training.micro)]
         parts = [collate(chunk, examples.padding, CPU) for chunk in chunks]
-        own = [examples.task.count(part) for part in parts], map(example_length, batch), map(batch_length, parts)
+        task = examples.task
+        shapes = tuple(batch_shape(part, task) for part in parts)
+        own = map(task.count, parts), (example_length(row, task) for row in batch), map(num_positions, shapes)
         labels, tokens, padded = map(int, world.sum([sum(each) for each in own]))
-        return parts, Work(tokens=tokens, padded=padded, labels=labels, shapes=tuple(map(batch_shape, parts)))
+        return parts, Work(tokens=tokens, padded=padded, labels=labels, shapes=shapes)
 
 
 def forward_backward(training: Training, parts: list[Batch], labels: int) -> torch.Tensor:
@@ -192,18 +195,14 @@ class Losses:
         self.log.flush()
 
 
-def example_length(example: Example) -> int:
-    return len(example["input_ids"])
+def example_length(example: Example, task: Task) -> int:
+    """Tokens that go through the model: what is read, and what a decoder of its own is to write."""
+    return sum(len(example[key]) for key in task.sequences)
 
 
-def batch_shape(batch: Batch) -> tuple[int, int]:
-    n, t = batch["input_ids"].shape
-    return n, t
-
-
-def batch_length(batch: Batch) -> int:
+def batch_shape(batch: Batch, task: Task) -> Shape:
     """Padding included."""
-    return batch["input_ids"].numel()
+    return (len(batch["input_ids"]), *(batch[key].shape[1] for key in task.sequences))
 
 
 def evaluation_due(training: Training) -> bool:

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 GIB = 2**30
 WARM_UP_STEPS = 5
 """Steps left out of throughput after each start (a tenth of the steps where that is less)."""
-Shapes = tuple[tuple[int, int], ...]
-"""(examples, positions) of each forward pass of a step on this process."""
+Shapes = tuple[tuple[int, ...], ...]
+"""(examples, positions) of each forward pass of a step on this process; (examples, positions, positions of the decoder)
+of an encoder-decoder."""
 
 
 class Meter:

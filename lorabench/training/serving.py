@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -208,25 +207,25 @@ class _Bench:
                 self.notes[name] = "not applicable: PEFT takes no batch of mixed adapters with this method"
         if self.several is None or not self.method.mixes_adapters:
             return
-        model, ids, options = self.several, self.work.ids, self.work.options
-        calls = [partial(mixed, model, ids, options), partial(swapped, self.method, model, ids, options)]
+        model, work = self.several, self.work
+        calls = [partial(mixed, model, work), partial(swapped, self.method, model, work)]
         rows = race([partial(seconds, call, self.subject.device) for call in calls])
         medians = [statistics.median(column) for column in zip(*rows, strict=True)]
         self.measures |= dict(zip(("mixed_batch_seconds", "swapped_batch_seconds"), medians, strict=True))
 
 
-def mixed(model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Tensor:
-    """Logits of prompts (n, t), the first rows computed with the first adapter and so on: in one pass."""
-    each = [name for name, group in _groups(ids).items() for _ in group]
-    return model(input_ids=ids, adapter_names=each, **options).logits
+def mixed(model: nn.Module, work: Workload) -> Tensor:
+    """Logits of its prompts, the first rows computed with the first adapter and so on: in one pass."""
+    each = [name for name, group in _groups(work.ids).items() for _ in group]
+    return model(adapter_names=each, **work.inputs(work.ids)).logits
 
 
-def swapped(method: Method, model: nn.Module, ids: Tensor, options: dict[str, Any]) -> Tensor:
+def swapped(method: Method, model: nn.Module, work: Workload) -> Tensor:
     """The same, adapter after adapter."""
     found = []
-    for name, group in _groups(ids).items():
+    for name, group in _groups(work.ids).items():
         method.activate(model, name)
-        found.append(model(input_ids=group, **options).logits)
+        found.append(model(**work.inputs(group)).logits)
     return torch.cat(found)
 
 

@@ -24,6 +24,7 @@ from lorabench.config.quote import clip, show_path
 from lorabench.models import base_model as models
 from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.task import LanguageModeling
+from lorabench.training.passes import forward
 from lorabench.updates.formats import read_updates
 
 _WIDTH = re.compile(r"(?!.*(vocab|kernel|patch|window|chunk|block|image|state|type|group|time))"
@@ -144,7 +145,7 @@ def _models(spec: RunSpec, options: dict[str, Any]) -> Iterator[nn.Module]:
                 continue
             torch.manual_seed(0)
             base = models.from_config(spec, narrow, torch.device("cpu")).eval()
-            _logits(base, _tokens(base))
+            _logits(spec, base, _tokens(base))
         except Exception:  # widths that do not go together: another proportion may
             continue
         yield base
@@ -184,19 +185,19 @@ def _tokens(model: nn.Module) -> torch.Tensor:
     return tokens
 
 
-def _logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def _logits(spec: RunSpec, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=tokens).logits.float()
+        return forward(model, dict.fromkeys(spec.task.sequences, tokens)).float()
 
 
 def check_causal(spec: RunSpec, base: nn.Module) -> None:
     """InputError where a language model sees the tokens that it is to predict."""
-    if not isinstance(spec.task, LanguageModeling):
+    if not isinstance(spec.task, LanguageModeling) or "labels" in spec.task.sequences:  # a decoder of its own is causal
         return
     tokens = _tokens(base)
     changed = tokens.clone()
     changed[0, CHANGED] = 3 if tokens[0, CHANGED] != 3 else 4
-    moved = (_logits(base, changed) - _logits(base, tokens)).abs()[0]
+    moved = (_logits(spec, base, changed) - _logits(spec, base, tokens)).abs()[0]
     if moved[:CHANGED].max() > SEEN * moved[CHANGED].max():
         raise InputError(
             f'model = "{show_path(spec.model)}": {type(base).__name__} is no causal language model: what it says of a '
@@ -214,7 +215,7 @@ def check_saving(spec: RunSpec, base: nn.Module) -> str:
     except Exception as error:  # at these widths: at its own, `lorabench.launch.plan` tries it
         return _reason(error)
     try:
-        _logits(tuned, _tokens(untouched))
+        _logits(spec, tuned, _tokens(untouched))
     except Exception as error:
         kind = type(untouched).__name__
         raise NotComputed(

@@ -23,15 +23,18 @@ from tests.conftest import make_spec
 
 CPU = torch.device("cpu")
 PLACEMENTS = ["houlsby", "pfeiffer", "parallel"]
-BASES = ["llama", "gpt2", "bert", "distilbert"]
+BASES = ["llama", "gpt2", "bert", "distilbert", "t5", "bart"]
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
-WIDTH, BOTTLENECK, LAYERS = 64, 8, 2
+WIDTH, BOTTLENECK = 64, 8
+LAYERS = dict.fromkeys([*BASES, "roberta"], 2) | {"t5": 4, "bart": 4}
+"""Of encoder and decoder together."""
+PAIRS = {"name": "seq2seq", "data": "builtin:arithmetic", "source": "{prompt}", "target": "{response}"}
 HEAD = {"bert": 2 * 64 + 2, "roberta": 64 * 64 + 64 + 2 * 64 + 2, "distilbert": 64 * 64 + 64 + 2 * 64 + 2}
 """Parameters of a new head for two classes."""
 
 
 @pytest.fixture(scope="module")
-def bases(tiny_bases, tmp_path_factory):
+def bases(tiny_bases, encoder_decoders, tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("distilbert")
     config = transformers.DistilBertConfig(
@@ -40,7 +43,7 @@ def bases(tiny_bases, tmp_path_factory):
     )  # fmt: skip
     transformers.DistilBertModel(config).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(BUILTIN / "tiny-llama").save_pretrained(folder)
-    return tiny_bases | {"distilbert": str(folder)}
+    return tiny_bases | encoder_decoders | {"distilbert": str(folder)}
 
 
 @pytest.fixture
@@ -49,6 +52,8 @@ def spec_of(bases, labelled):
         task = {"name": "text", "max_train": 16, "max_eval": 4}
         if "bert" in base:
             task = {"name": "classification", "data": labelled, "max_train": 16, "max_eval": 4}
+        if base in ("t5", "bart"):
+            task = PAIRS | {"max_train": 16, "max_eval": 4}
         table = {"name": "adapter", "reduction": WIDTH // BOTTLENECK} | (method or {})
         return make_spec(method=table, model=bases[base], task=task, **({"lr": 5e-3} | changes))
 
@@ -110,6 +115,8 @@ def pre_norm_block(x, part, placement, A):
     if placement == "houlsby":
         h = h + A[0](h)
     x = x + h
+    if "others" in part:
+        x = x + part["others"](part["norm of others"](x))
     z = part["norm2"](x)
     h = part["feed_forward"](z)
     return (
@@ -122,6 +129,8 @@ def post_norm_block(x, part, placement, A):
     if placement == "houlsby":
         h = h + A[0](h)
     x = part["norm1"](x + h)
+    if "others" in part:
+        x = part["norm of others"](x + part["others"](x))
     h = part["feed_forward"](x)
     if placement == "houlsby":
         h = h + A[1](h)
@@ -170,8 +179,45 @@ def distilbert_parts(block, model, x):
     }
 
 
+def t5_parts(block, model, x, memory=None):
+    decoder, (attention, *other, forward) = memory is not None, block.layer
+    first = (model.decoder if decoder else model.encoder).block[0].layer[0].SelfAttention
+    bias = first.compute_bias(x.shape[1], x.shape[1]) + (causal(x) if decoder else 0)
+    found = {
+        "norm1": attention.layer_norm,
+        "attention": lambda v: attention.SelfAttention(v, position_bias=bias)[0],
+        "norm2": forward.layer_norm,
+        "feed_forward": lambda v: forward.DenseReluDense.wo(F.relu(forward.DenseReluDense.wi(v))),
+    }
+    if other:
+        found["norm of others"] = other[0].layer_norm
+        found["others"] = lambda v: other[0].EncDecAttention(v, key_value_states=memory)[0]
+    return found
+
+
+def bart_parts(block, model, x, memory=None):
+    mask = None if memory is None else causal(x)
+    found = {
+        "norm1": block.self_attn_layer_norm,
+        "attention": lambda v: block.self_attn(v, attention_mask=mask)[0],
+        "norm2": block.final_layer_norm,
+        "feed_forward": lambda v: block.fc2(F.gelu(block.fc1(v))),
+    }
+    if memory is not None:
+        found["norm of others"] = block.encoder_attn_layer_norm
+        found["others"] = lambda v: block.encoder_attn(v, key_value_states=memory)[0]
+    return found
+
+
+def causal(x):
+    return torch.full((1, 1, x.shape[1], x.shape[1]), -torch.inf).triu(1)
+
+
 def reference(base, model, weights, ids, method, scale):
-    """Logits (n, t, vocabulary) or (n, classes), from an untouched base and the adapters' weights."""
+    """Logits (n, t, vocabulary) or (n, classes), from an untouched base and the adapters' weights.
+
+    A T5 and a BART are given the same tokens on both sides.
+    """
     act = ACTIVATIONS[method.nonlinearity]
 
     def function(a):
@@ -179,7 +225,20 @@ def reference(base, model, weights, ids, method, scale):
         return lambda v: scale * (act(v @ D.T + b) @ U.T + c)
 
     functions = [function(a) for a in weights]
-    each = len(functions) // LAYERS
+    each = len(functions) // LAYERS[base]
+    if base in ("t5", "bart"):
+        inner = getattr(model, "model", model)
+        parts, block = (t5_parts, pre_norm_block) if base == "t5" else (bart_parts, post_norm_block)
+        memory, place = None, 0
+        for side in (inner.encoder, inner.decoder):
+            x = side.embed_tokens(ids)
+            if base == "bart":
+                x = side.layernorm_embedding(x + side.embed_positions(ids))
+            for layer in side.block if base == "t5" else side.layers:
+                x = block(x, parts(layer, inner, x, memory), method.placement, functions[place : place + each])
+                place += each
+            memory = side.final_layer_norm(x) if base == "t5" else x
+        return model.lm_head(memory * WIDTH**-0.5 if base == "t5" else memory)
     match base:
         case "llama":
             x, blocks, parts, block = model.model.embed_tokens(ids), model.model.layers, llama_parts, pre_norm_block
@@ -213,7 +272,8 @@ def check_reference(base, spec, scale):
     ids = torch.randint(3, 1024, (3, 12), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         want = reference(base, plain, adapters(model), ids, spec.method, scale)
-        got, untouched = model(input_ids=ids).logits, plain(input_ids=ids).logits
+        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if base in ("t5", "bart") else {})
+        got, untouched = model(**inputs).logits, plain(**inputs).logits
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     assert (got - untouched).abs().max() > 0.05  # else the comparison would show nothing
 
@@ -244,7 +304,7 @@ def test_it_trains_the_parameters_that_the_papers_count(base, placement, spec_of
     each = 2 * WIDTH * BOTTLENECK + WIDTH + BOTTLENECK
     spec = spec_of(base, {"placement": placement})
     got = sum(p.numel() for p in attach(spec).parameters() if p.requires_grad)
-    assert got == each * LAYERS * (2 if placement == "houlsby" else 1) + HEAD.get(base, 0)
+    assert got == each * LAYERS[base] * (2 if placement == "houlsby" else 1) + HEAD.get(base, 0)
     assert plan.count(spec).num_trainable == got  # without weights
 
 

@@ -101,7 +101,8 @@ def any_task(draw: random.Random, name: str, data: str) -> Task:
         "answer": ["label"], "answer_is": ["text"] * 9 + ["index", "letter"], "labels": [None] * 9 + ["meta.q"],
         "messages": ["messages"] * 9 + ["text"], "train_on": ["assistant", "last"],
         "template": [plugins.example("tasks", "chat").template] * 5 + [None, "{{", "{{ messages }}", "{{ 1 / 0 }}"],
-        "prompt": TEMPLATES, "response": TEMPLATES, "unlabelled": [None, None, "", "-1", "no"],
+        "prompt": TEMPLATES, "response": TEMPLATES, "source": TEMPLATES, "target": TEMPLATES, "max_target": [None, 4],
+        "unlabelled": [None, None, "", "-1", "no"],
     }  # fmt: skip
     return decode(kind, {"data": data} | {key: draw.choice(found) for key, found in choices.items() if key in known})
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorabench.config import plugins
+from lorabench.config.decode import encode
 from lorabench.launch import plan
 from lorabench.models import base_model as models
 from lorabench.models import weights
@@ -77,6 +79,27 @@ def test_flops_are_those_that_torch_counts(case, tiny_bases, labelled):
     assert found == pytest.approx(counted(spec, model, batches), rel=0.03)
 
 
+def pairs_of(name, base, encoder_decoders):
+    """Of an encoder-decoder: a spec, its model as it trains, and two batches of other lengths on either side."""
+    task = {"name": "seq2seq", "data": "builtin:arithmetic", "source": "{prompt}", "target": "{response}"}
+    method = encode(plugins.example("methods", name))
+    spec = make_spec(model=encoder_decoders[base], method=method, task=task | {"max_train": 5, "max_eval": 1})
+    examples = prepare(spec)
+    rows = [{"input_ids": row["input_ids"][: 2 + i], "labels": row["labels"][: 9 - i]}
+            for i, row in enumerate(examples.splits["train"])]  # fmt: skip
+    model = attach(spec, examples).train()
+    return spec, model, [collate(part, examples.padding, CPU) for part in (rows[:3], rows[3:])]
+
+
+@pytest.mark.parametrize(("name", "base"), [*product(["lora", "full", "prefix", "prompt"], ["t5", "bart"])])
+def test_both_sides_of_an_encoder_decoder_count(name, base, encoder_decoders):
+    spec, model, batches = pairs_of(name, base, encoder_decoders)
+    shapes = {(*batch["input_ids"].shape, batch["labels"].shape[1]): 1 for batch in batches}
+    assert [*shapes] == [(3, 4, 9), (2, 6, 6)]
+    found = flops.of_step(flops.without_numbers(model), shapes, spec.method)
+    assert found == pytest.approx(counted(spec, model, batches), rel=0.03)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "olmoe", "deepseek-v3", "gpt-oss"])
 def test_lora_on_stacked_experts_counts_as_torch_counts_it(family):
     """Of the experts that a token is given to; ΔW of each expert is made once a pass."""
@@ -103,6 +126,15 @@ def test_many_lengths_are_told_by_a_polynomial(name, tiny_bases, labelled):
     spec, model, _ = step_of(name, "llama", {}, tiny_bases, labelled)
     copied = flops.without_numbers(model)
     shapes = {(n, t): 1 + t % 3 for n, t in [(4, 5), (4, 9), (4, 16), (3, 16), (4, 31), (1, 7)]}
+    exact = sum(times * flops.of_pass(copied, shape) for shape, times in shapes.items())
+    assert flops.of_step(copied, shapes, spec.method) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["lora", "prefix"])
+def test_many_lengths_of_either_side_are_told_by_one_too(name, encoder_decoders):
+    spec, model, _ = pairs_of(name, "t5", encoder_decoders)
+    copied = flops.without_numbers(model)
+    shapes = {(4, 5, 9): 1, (4, 9, 3): 2, (4, 16, 7): 1, (3, 16, 12): 3, (4, 31, 20): 1, (1, 7, 20): 2, (2, 6, 6): 1}
     exact = sum(times * flops.of_pass(copied, shape) for shape, times in shapes.items())
     assert flops.of_step(copied, shapes, spec.method) == pytest.approx(exact, rel=1e-9)
 

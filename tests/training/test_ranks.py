@@ -85,9 +85,11 @@ def unchecked() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def specs(tiny_bases: dict[str, str], labelled: str) -> dict[str, RunSpec]:
+def specs(tiny_bases: dict[str, str], encoder_decoders: dict[str, str], labelled: str) -> dict[str, RunSpec]:
     full = SAME | {"method": {"name": "full"}, "lr": 1e-3}
     classified = {"name": "classification", "data": labelled, "max_eval": 7}
+    writing = {"name": "seq2seq", "data": "builtin:arithmetic", "source": "{prompt}", "target": "{response}",
+               "max_train": 16, "max_eval": 5, "generate": {"max_new_tokens": 4, "batch_size": 2}}  # fmt: skip
     return {
         "lora": make_spec(**SAME, eval_every=3),
         "parts": make_spec(**SAME, micro_batch_size=1, gradient_checkpointing=True),
@@ -98,6 +100,7 @@ def specs(tiny_bases: dict[str, str], labelled: str) -> dict[str, RunSpec]:
         "prompt": make_spec(**SAME, method={"name": "prompt"}),
         "classifier": make_spec(**SAME, task=classified, model=tiny_bases["bert"]),
         "full": make_spec(**full),
+        "writing": make_spec(**full, task=writing, model=encoder_decoders["t5"]),
         "full bfloat16": make_spec(**full, dtype="bfloat16"),
         "full empty": make_spec(**full | {"batch_size": 2}),
     }
@@ -137,7 +140,7 @@ def observed(spec: RunSpec, store: Store, settings: Settings) -> None:
     ("processes", "sharding", "names"),
     [
         (2, "ddp", ["lora", "adalora", "prompt", "bfloat16"]),
-        (2, "fsdp", ["parts", "bitfit", "adalora", "full bfloat16", "full"]),
+        (2, "fsdp", ["parts", "bitfit", "adalora", "full bfloat16", "writing", "full"]),
         (3, "ddp", ["classifier", "empty"]),
         (3, "fsdp", ["full empty"]),
     ],

@@ -16,7 +16,7 @@ from lorabench.store.store import Store
 from lorabench.training import inference, serving
 from lorabench.training import run as journey
 from lorabench.training.execute import Options, execute
-from lorabench.training.inference import as_served, checked_batch, logits
+from lorabench.training.inference import Workload, as_served, checked_batch, logits
 from lorabench.training.meter import GIB
 from lorabench.training.serving import RESIDENT, held_bytes, mixed, stored_files, swapped
 from lorabench.training.stop import Stop, Stopped
@@ -197,7 +197,8 @@ def test_a_mixed_batch_gives_each_row_its_own_adapter(base, quantization, tiny_b
         method.load_another(several, folder, name)
     as_served(several, "float32")
     with torch.no_grad():
-        one_by_one, in_one_pass = swapped(method, several, ids, {}), mixed(several, ids, {})
+        work = Workload(ids=ids, generates=False, options={})
+        one_by_one, in_one_pass = swapped(method, several, work), mixed(several, work)
         plain = load_base(specs[0], examples)(input_ids=ids).logits
     torch.testing.assert_close(one_by_one, torch.cat(alone), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(in_one_pass, torch.cat(alone), atol=1e-5, rtol=1e-4)

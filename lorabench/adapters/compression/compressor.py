@@ -147,11 +147,10 @@ class Compressor:
         options = carried_fields(self.subject.config)
         if self.spec is None or self.skeleton is None:
             return options
-        task = "SEQ_CLS" if base_model.new_heads(self.skeleton) else "CAUSAL_LM"
         transposed = any(is_conv1d(self.skeleton.get_submodule(place.module)) for place in self.where.values())
         source = {"base_model_name_or_path": self.spec.model, "revision": self.spec.revision}
         named = options | source if self.subject.own else source | options
-        return named | {"task_type": task, "fan_in_fan_out": transposed}
+        return named | {"task_type": base_model.task_type(self.skeleton), "fan_in_fan_out": transposed}
 
     def base(self) -> Any:
         assert self.spec is not None

@@ -1,0 +1,66 @@
+"""What the tasks share whose rows are a text that is read and one that is to be written, each by a template."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lorabench.config.decode import InputError, later
+from lorabench.config.quote import show
+from lorabench.data.rows_file import Row, place
+from lorabench.data.values import Template
+from lorabench.spec.generate import Generate
+from lorabench.spec.task import LanguageModeling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(LanguageModeling):
+    """Templates are written with column names in braces."""
+
+    parts: ClassVar[tuple[str, str]]
+    """The fields with the templates: of what is read, and of what is to be written."""
+
+    columns: str | None = None
+    """Column names of a csv or tsv without a header line, separated by commas."""
+    generate: Generate | None = later(None)  # noqa: RUF009
+    """What the model is to write to what it reads, and how that is scored (None: only losses are measured)."""
+
+    @property
+    def generation(self) -> Generate | None:
+        return self.generate
+
+    def usable(self, split: str, rows: list[Row], options: dict[str, Any]) -> list[Row]:
+        same = [p for key in self.parts for p in Template(f"task.{key}", getattr(self, key)).problems(rows)]
+        if same and split == "train":  # and so in every other
+            raise InputError(same)
+        _, written = self.filled(rows)
+        if self.generate and split in self.generate.measured_splits:
+            self._check_references(self.generate, rows, written)
+        return rows
+
+    def filled(self, rows: list[Row]) -> tuple[list[str], list[str]]:
+        """What is read, and what is to be written. InputError with what is wrong of either."""
+        found, problems = [], []
+        for key in self.parts:
+            try:
+                found.append(Template(f"task.{key}", getattr(self, key)).fill(rows))
+            except InputError as error:
+                problems += error.problems
+        if problems:
+            raise InputError(problems)
+        return found[0], found[1]
+
+    def nothing(self, part: int, row: Row, number: int, what: str) -> InputError:
+        """`task.response = "{a}": line 3 of x.jsonl leaves nothing to predict`."""
+        key = self.parts[part]
+        return InputError(f"task.{key} = {show(getattr(self, key))}: {place(row, number)} {what}")
+
+    def _check_references(self, generate: Generate, rows: list[Row], references: list[str]) -> None:
+        """InputError where there is nothing to write to, or a reference has no answer in it."""
+        if not rows:
+            raise InputError(f'task.generate.splits = "{generate.splits}": there is no such split; use "validation"')
+        for number, (row, reference) in enumerate(zip(rows, references, strict=True), 1):
+            if generate.answer is not None and not re.search(generate.answer, reference):
+                where = f"{place(row, number)}, whose {self.parts[1]} is {show(reference)}"
+                raise InputError(f"task.generate.answer = {show(generate.answer)}: finds nothing in {where}")
