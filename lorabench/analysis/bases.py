@@ -29,6 +29,7 @@ from lorabench.models.base_model import local_files
 from lorabench.store.record import RunRecord
 from lorabench.updates.base import BaseLayer, Tuned, decompose, with_exact_top
 from lorabench.updates.layer import LayerSVD
+from lorabench.updates.parts import Part, fused_name
 from lorabench.updates.tensorfile import TensorFile
 from lorabench.updates.weightfile import WeightFiles
 
@@ -86,7 +87,7 @@ class Bases:
             return None
         if self._last is None or self._last[0] != place:  # the runs of a batch come layer by layer
             self._last = None
-            self._last = place, base.layer(layer.parameter)
+            self._last = place, base.layer(layer.parameter, layer.update.fused if layer.update else None)
         found = self._last[1]
         if found is None or found.weight.shape != layer.shape:
             return None
@@ -109,12 +110,13 @@ class Base:
             weight = rounded(weight, self.key.quantization)
         return weight.float().contiguous()
 
-    def layer(self, parameter: str) -> BaseLayer | None:
-        """W0 with its SVD, from the cache where it is there; None where the files have no such weight."""
-        weight = self.weight(parameter)
+    def layer(self, parameter: str, part: Part | None = None) -> BaseLayer | None:
+        """W0, or a part's rows of it, with its SVD, from the cache where it is there; None where the files have no such
+        weight."""
+        weight = self.weight(fused_name(parameter) if part else parameter)
         if weight is None or weight.shape[1] < 2:
             return None
-        return cached(weight, self.cache)
+        return cached(part.rows(weight) if part else weight, self.cache)
 
     @cached_property
     def _quantized(self) -> frozenset[str]:
