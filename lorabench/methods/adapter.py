@@ -91,8 +91,32 @@ LAYOUTS: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
         "pfeiffer": {"": _extended},
         "parallel": {"mlp": _beside},
     },
+    "Mixtral": {
+        "houlsby": {"self_attn.o_proj": _after, "mlp": _after},
+        "pfeiffer": {"": _extended},
+        "parallel": {"mlp": _beside},
+    },
     "GPT-2": {
         "houlsby": {"attn.resid_dropout": _after, "mlp.dropout": _after},
+        "pfeiffer": {"": _extended},
+        "parallel": {"mlp": _beside},
+    },
+    "GPT-NeoX": {
+        "houlsby": {"post_attention_dropout": _after, "post_mlp_dropout": _after},
+        "pfeiffer": {"": _extended},
+        "parallel": {"mlp": _beside},
+    },
+    "Bloom and Falcon": {
+        "houlsby": {"self_attention.dense": _after, "mlp.dense_4h_to_h": _after},
+        "pfeiffer": {"": _extended},
+        "parallel": {"mlp": _beside},
+    },
+    "OPT": {
+        "houlsby": {"self_attn.out_proj": _after, "fc2": _after},
+        "pfeiffer": {"": _extended},
+    },
+    "ModernBERT": {
+        "houlsby": {"attn.out_drop": _after, "mlp.Wo": _after},
         "pfeiffer": {"": _extended},
         "parallel": {"mlp": _beside},
     },
@@ -109,8 +133,12 @@ LAYOUTS: dict[str, dict[str, dict[str, Callable[..., Any]]]] = {
 }
 """Where each placement hooks into a block, the block itself being "": by what the modules are called.
 
-A pre-norm block's own output is h + x, so pfeiffer's h + A(h + x), with x added, is that block's, extended.
+A pre-norm block's own output is h + x, so pfeiffer's h + A(h + x), with x added, is that block's, extended; where
+attention and feed-forward stand side by side (GPT-NeoX, Falcon), h is what both give. The dropout of OPT, Bloom and
+Falcon is no module: h is what they apply it to.
 """
+_WITH: dict[str, str] = {"OPT": "do_layer_norm_before"}
+"""What a block must say of itself to be of the layout: BART's has modules of the same names, and its norms last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +172,12 @@ class Adapter(OwnFile):
 
     def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
         layout, blocks = _find_blocks(model)
+        hooks = layout.get(self.placement)
+        if hooks is None:
+            raise InputError(
+                f'method.placement = "{self.placement}": the feed-forward of {type(model).__name__} is no module that '
+                f"an adapter could stand beside. Choices: {', '.join(layout)}"
+            )
         scale = self.scale or (4.0 if self.placement == "parallel" else 1.0)
         width = model.config.get_text_config().hidden_size
         model.requires_grad_(False)
@@ -151,7 +185,7 @@ class Adapter(OwnFile):
             model.get_submodule(head).float().requires_grad_(True)
         for block in targets.in_layers([f"{name}." for name in blocks], self.layers):
             device = next(model.get_submodule(block.rstrip(".")).parameters()).device
-            for path, hook in layout[self.placement].items():
+            for path, hook in hooks.items():
                 module = model.get_submodule((block + path).rstrip("."))
                 module.bottleneck = self._bottleneck(width).to(device)
                 if hook is _extended:
@@ -193,9 +227,10 @@ def _find_blocks(model: nn.Module) -> tuple[dict[str, dict[str, Callable[..., An
     for name, stack in model.named_modules():
         if not isinstance(stack, nn.ModuleList) or not len(stack):
             continue
-        for layout in LAYOUTS.values():
+        for kind, layout in LAYOUTS.items():
             places = {path for hooks in layout.values() for path in hooks}
-            if all(places <= {path for path, _ in block.named_modules()} for block in stack):
+            said = all(getattr(block, _WITH[kind], False) for block in stack) if kind in _WITH else True
+            if said and all(places <= {path for path, _ in block.named_modules()} for block in stack):
                 return layout, [f"{name}.{index}" for index in range(len(stack))]
     raise InputError(
         f'method.name = "adapter": the blocks of {type(model).__name__} are built in no way that is known here. '

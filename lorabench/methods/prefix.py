@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from annotated_types import Ge
 
@@ -48,9 +48,18 @@ class Prefix(SoftPrompt):
         width = self.projection_width or model.config.hidden_size
         return PrefixTuningConfig(
             num_virtual_tokens=self.num_tokens,
+            **_of_keys(model.config),
             prefix_projection=self.projection,
             encoder_hidden_size=width if self.projection else None,  # type: ignore[arg-type]
         )
+
+
+def _of_keys(config: Any) -> dict[str, Any]:
+    """Width and heads of the keys, where PEFT has no right idea of them: in Falcon 7B all heads share one key."""
+    heads = config.num_attention_heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return {"token_dim": config.hidden_size // heads, "num_attention_heads": 1}
+    return {"token_dim": config.hidden_size, "num_attention_heads": heads}
 
 
 EXAMPLE = Prefix(num_tokens=4)

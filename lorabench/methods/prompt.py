@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
-from lorabench.methods._peft import SoftPrompt
+from lorabench.methods._peft import SoftPrompt, sizes
 from lorabench.models import base_model as models
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Prompt(SoftPrompt):
         text = {"prompt_tuning_init_text": self.text, "tokenizer_name_or_path": models.resolve(spec.model)}
         return PromptTuningConfig(
             num_virtual_tokens=self.num_tokens,
+            **sizes(model),
             prompt_tuning_init=start,
             **(text if self.start == "text" else {}),  # type: ignore[arg-type]
         )
