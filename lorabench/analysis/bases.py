@@ -29,6 +29,7 @@ from lorabench.models.base_model import local_files
 from lorabench.store.record import RunRecord
 from lorabench.updates.base import BaseLayer, Tuned, decompose, with_exact_top
 from lorabench.updates.layer import LayerSVD
+from lorabench.updates.old_experts import names_in_files
 from lorabench.updates.parts import Part, fused_name
 from lorabench.updates.tensorfile import TensorFile
 from lorabench.updates.weightfile import WeightFiles
@@ -103,20 +104,26 @@ class Base:
 
     def weight(self, parameter: str) -> Tensor | None:
         """W0 (M, N) in float32 as the run had it; None where the files have none (a new task head)."""
-        if self._weights.find(parameter) is None:
+        stored = next((name for name in names_in_files(parameter) if self._weights.find(name)), None)
+        if stored is None:
             return None
-        weight = self._weights.read(parameter).to(getattr(torch, self.key.dtype))
+        weight = self._weights.read(stored).to(getattr(torch, self.key.dtype))
         if self.key.quantization != "none" and parameter.removesuffix(".weight") in self._quantized:
             weight = rounded(weight, self.key.quantization)
         return weight.float().contiguous()
 
     def layer(self, parameter: str, part: Part | None = None) -> BaseLayer | None:
-        """W0, or a part's rows of it, with its SVD, from the cache where it is there; None where the files have no such
-        weight."""
-        weight = self.weight(fused_name(parameter) if part else parameter)
+        """W0 with its SVD, from the cache where it is there; None where the files have no such weight.
+
+        A part's are its rows of the fused weight, unless it is a weight of its own in the files, as experts' are.
+        """
+        weight = self.weight(parameter)
+        if weight is None and part is not None:
+            whole = self.weight(fused_name(parameter))
+            weight = None if whole is None else part.rows(whole)
         if weight is None or weight.shape[1] < 2:
             return None
-        return cached(part.rows(weight) if part else weight, self.cache)
+        return cached(weight, self.cache)
 
     @cached_property
     def _quantized(self) -> frozenset[str]:
