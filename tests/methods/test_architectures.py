@@ -1,0 +1,163 @@
+"""What runs on which architecture: the table of the README, cell by cell, and a few steps of training on each.
+
+Every cell of the table is a sweep's run as `plan` sees it: the method is attached to the model without weights, and on
+a small random one computed, saved and read. Of these `TRAINED` are trained too.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as t
+from peft import PeftModel
+
+from lorabench.config.decode import InputError
+from lorabench.data.dataset import BUILTIN
+from lorabench.launch import plan
+from lorabench.models import base_model as models
+from lorabench.models import weights
+from lorabench.models.fused import fused_parts
+from lorabench.store.record import Status
+from lorabench.store.store import Store
+from lorabench.training.examples import collate, prepare
+from lorabench.training.execute import Options, execute
+from lorabench.training.passes import forward
+from lorabench.updates.formats import read_updates
+from tests import families
+from tests.conftest import make_spec
+
+README = Path(__file__).parents[2] / "README.md"
+NAMES = {
+    "Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma": "gemma", "Mistral": "mistral", "Phi-3": "phi3",
+    "GPT-2": "gpt2", "GPT-NeoX": "gpt_neox", "OPT": "opt", "Falcon": "falcon", "Bloom": "bloom", "Mixtral": "mixtral",
+    "Qwen3-MoE": "qwen3-moe", "OLMoE": "olmoe", "BERT": "bert", "RoBERTa": "roberta", "DeBERTa-v2": "deberta-v2",
+    "ModernBERT": "modernbert", "DistilBERT": "distilbert",
+}  # fmt: skip
+"""As the README calls them; the others are seq2seq's."""
+FULL = {"name": "full"}
+COLUMNS: dict[str, dict[str, dict]] = {  # by the heads of the table's columns
+    "`query`, `query-value`": {p: {"name": "lora", "targets": p} for p in ("query", "query-value")},
+    "other presets": {p: {"name": "lora", "targets": p} for p in ("attention", "mlp", "key-value-down", "all-linear")},
+    "`ia3`": {"ia3": {"name": "ia3"}},
+    "`adapter`": {p: {"name": "adapter", "placement": p, "reduction": 8} for p in ("houlsby", "pfeiffer", "parallel")},
+    "`prefix`": {"prefix": {"name": "prefix", "num_tokens": 4}},
+    "`prompt`, `ptuning`": {name: {"name": name, "num_tokens": 4} for name in ("prompt", "ptuning")},
+    "`bitfit`": {"bitfit": {"name": "bitfit"}},
+    "`full`": {"full": FULL},
+}
+TRAINED = {
+    "lora": {"name": "lora", "rank": 2},
+    "full": FULL,
+    "adapter": COLUMNS["`adapter`"]["pfeiffer"],
+    "prefix": COLUMNS["`prefix`"]["prefix"],
+}
+
+
+@pytest.fixture(scope="module")
+def spec_of(tmp_path_factory, labelled):
+    """`spec_of(family, method)`: three steps on a random model of the family, whose folder is made once."""
+
+    @cache
+    def folder(family):
+        path = tmp_path_factory.mktemp(family)
+        torch.manual_seed(0)
+        model = families.make(family, "cpu")
+        (model.base_model if family in families.CLASSIFIERS else model).save_pretrained(path)
+        t.AutoTokenizer.from_pretrained(BUILTIN / "tiny-llama").save_pretrained(path)
+        return str(path)
+
+    def make(family, method):
+        task = {"name": "text", "data": "builtin:python-code", "max_train": 16, "max_eval": 4}
+        if family in families.CLASSIFIERS:
+            task = {"name": "classification", "data": labelled, "max_train": 16, "max_eval": 4}
+        return make_spec(model=folder(family), method=method, task=task, steps=3, seq_len=24, lr=0.05)
+
+    return make
+
+
+def refused(spec):
+    """Why `plan` refuses it; None where it does not."""
+    try:
+        plan.count(spec)
+    except InputError as error:
+        assert len(error.problems) == 1 and re.match(r"method\.|model = ", error.problems[0]), error.problems
+        return error.problems[0]
+    return None
+
+
+def cell(variants):
+    """`yes`, or those that are not refused; `–` where all are."""
+    runs = [name for name, reason in variants.items() if reason is None]
+    return "yes" if len(runs) == len(variants) else ", ".join(runs) or "–"
+
+
+def readme():
+    """The heads of the table's columns; by the README's name of an architecture what is fused there, and the cells."""
+    lines = [[part.strip() for part in line.strip("|\n ").split("|")] for line in README.read_text().splitlines()
+             if line.startswith("|")]  # fmt: skip
+    start = next(place for place, line in enumerate(lines) if line[0] == "architecture")
+    rows = {}
+    for names, fused, *cells in lines[start + 2 :]:
+        if not set(names.split(", ")) & NAMES.keys():
+            break
+        rows |= dict.fromkeys(names.split(", "), (fused, cells))
+    return lines[start][2:], rows
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_says_what_runs(name, spec_of):
+    found = {head: {variant: refused(spec_of(NAMES[name], method)) for variant, method in variants.items()}
+             for head, variants in COLUMNS.items()}  # fmt: skip
+    heads, rows = readme()
+    assert heads == list(COLUMNS)
+    assert rows[name][1] == [cell(variants) for variants in found.values()], found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_readme_says_what_is_analyzed_by_part(name):
+    kinds: dict[str, list[str]] = {}
+    for parameter, parts in fused_parts(families.make(NAMES[name], "cpu")).items():
+        kinds[re.sub(r"\[.*|\.weight$", "", parameter).rpartition(".")[2]] = list(parts)
+    told = "; ".join(f"`{leaf}`: {', '.join(parts)}" for leaf, parts in kinds.items())
+    assert readme()[1][name][0] == (told or "–")
+
+
+def loss_of(spec, examples, model):
+    batch = collate(examples.splits["validation"], examples.padding, torch.device("cpu"))
+    with torch.no_grad():
+        return float(spec.task.loss(forward(model.eval(), batch), batch) / spec.task.count(batch))
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("family", NAMES.values())
+def test_what_is_saved_is_what_was_trained(family, kind, spec_of, tmp_path):
+    """What is loaded has the loss that the run measured, W0 + ΔW has it too, and of LoRA ΔW is PEFT's own."""
+    spec, store = spec_of(family, TRAINED[kind]), Store(tmp_path)
+    if refused(spec):
+        pytest.skip("refused, as the table says")
+    assert execute(spec, store, Options(device="cpu", log_to_file=False)) == Status.DONE, store.read(spec.id).error
+    measures, folder, examples = store.read(spec.id).measures, store.folder(spec.id) / "updates", prepare(spec)
+
+    def base():
+        torch.manual_seed(spec.seed)
+        return models.load_base(spec, torch.device("cpu"), examples.model_options)
+
+    assert abs(measures["valid_loss"] - measures["base_valid_loss"]) > 1e-4
+    want = pytest.approx(measures["valid_loss"], abs=5e-6)
+    assert loss_of(spec, examples, spec.method.load(base(), folder, spec)) == want
+    if kind in ("lora", "full"):
+        plain, updates = base(), {update.parameter: update for update in read_updates(folder)}
+        for update in updates.values():
+            weights.add_update(plain, update)
+        assert loss_of(spec, examples, plain) == want
+    if kind == "lora":
+        merged = PeftModel.from_pretrained(base(), folder).merge_and_unload()
+        merged = {update.parameter: update.B for update in weights.weight_changes(merged, base())}
+        changed = {parameter for parameter, delta in merged.items() if delta.norm() > 1e-6}
+        assert changed == {parameter for parameter, update in updates.items() if update.dense().norm() > 1e-6}
+        for parameter in changed:
+            torch.testing.assert_close(updates[parameter].dense(), merged[parameter], atol=1e-6, rtol=1e-3)
