@@ -97,15 +97,10 @@ def cell(variants):
 
 def readme():
     """The heads of the table's columns; by the README's name of an architecture what is fused there, and the cells."""
-    lines = [[part.strip() for part in line.strip("|\n ").split("|")] for line in README.read_text().splitlines()
-             if line.startswith("|")]  # fmt: skip
-    start = next(place for place, line in enumerate(lines) if line[0] == "architecture")
-    rows = {}
-    for names, fused, *cells in lines[start + 2 :]:
-        if not set(names.split(", ")) & NAMES.keys():
-            break
-        rows |= dict.fromkeys(names.split(", "), (fused, cells))
-    return lines[start][2:], rows
+    table = README.read_text().partition("\n| architecture |")[2].partition("\n\n")[0]
+    heads, _, *rows = [[part.strip() for part in line.strip("| ").split("|")] for line in table.splitlines()]
+    named = {name: (fused, cells) for names, fused, *cells in rows for name in names.split(", ")}
+    return heads[1:], named
 
 
 @pytest.mark.parametrize("name", NAMES)
