@@ -202,7 +202,8 @@ class _Work:
             return seen[run_id] if len(seen[run_id]) > 1 else []
         if needs == "base":
             if run_id not in tuned:
-                tuned[run_id] = self.bases.tuned(job.records[0], last[0])
+                is_new = f"{UPDATES}/{parts.PARTS_FILE}" in job.records[0].files
+                tuned[run_id] = self.bases.tuned(job.records[0], last[0], old_names=is_new)
             return [tuned[run_id]] if tuned[run_id] is not None else []
         return last
 

@@ -21,8 +21,6 @@ from lorabench.updates import formats
 
 VERSION = 2
 """Part of every cache key: raise it when the engine's own columns change."""
-BASE_VERSION = 2
-"""The same for analyses on W0: raise it when W0 is found, or read, otherwise."""
 UPDATES, SNAPSHOTS = "updates", "snapshots"
 MAX_JOBS, MAX_BYTES = 500, 2**30
 """Of a batch, which is what is lost if it is interrupted."""
@@ -52,7 +50,6 @@ class Job:
         versions = [VERSION, read, self.analysis.version]
         content: list[Any] = [files_of(record, self.folders) for record in self.records]
         if self.analysis.needs == "base":
-            versions.append(BASE_VERSION)
             content += [[asdict(BaseKey.of(record)), record.environment.get("model_sha256")] for record in self.records]
         return json.dumps([self.analysis.name, versions, content])
 

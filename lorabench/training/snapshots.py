@@ -45,7 +45,7 @@ def write_update(training: Training, load_base: LoadBase, folder: Path, name: st
             stream_updates(training.spec.method.updates(training.model, load_base), temporary)
         else:
             training.spec.method.save(training.model, load_base, temporary, training.spec.keep)
-        if training.parts:
+        if training.parts and training.spec.method.has_update:
             write_parts(training.parts, open_layers(temporary), temporary)
         sync_tree(temporary)
         hold.check()

@@ -91,15 +91,17 @@ def split(entries: dict[str, Entry], folder: Path) -> dict[str, Entry]:
 
 
 def write_parts(fused: dict[str, dict[str, Part]], entries: dict[str, Entry], folder: Path) -> None:
-    """Keep the parts of the fused matrices, by parameter, that have a ΔW in the folder; no file where none has."""
+    """Keep the parts of the fused matrices, by parameter, that have a ΔW in the folder.
+
+    An empty table where none has: runs of before have no such file, and are analyzed as they were.
+    """
     whole = {parameter for parameter, entry in entries.items() if not isinstance(entry, KeptSVD)}
     table = {
         parameter: {name: asdict(part) for name, part in parts.items()}
         for parameter, parts in fused.items()
         if parameter in whole
     }
-    if table:
-        (folder / PARTS_FILE).write_text(json.dumps(table, separators=(",", ":")) + "\n")
+    (folder / PARTS_FILE).write_text(json.dumps(table, separators=(",", ":")) + "\n")
 
 
 def _read(folder: Path) -> dict[str, dict[str, Part]]:

@@ -126,7 +126,7 @@ def test_snapshots_have_the_same_parts(phi):
 def test_a_run_of_before_and_kept_singular_vectors_are_analyzed_whole(phi, tmp_path):
     store, sweep, _ = phi
     kept = next(spec for spec in sweep.runs if spec.keep != "updates")
-    assert not (store.folder(kept.id) / "updates" / parts.PARTS_FILE).exists()
+    assert json.loads((store.folder(kept.id) / "updates" / parts.PARTS_FILE).read_text()) == {}
     assert {"qkv_proj", "gate_up_proj"} <= kinds_of(store, sweep, kept)
     spec = sweep.runs[0]
     assert "qkv_proj[q]" in kinds_of(store, sweep, spec) and "qkv_proj" not in kinds_of(store, sweep, spec)

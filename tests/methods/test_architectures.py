@@ -121,6 +121,47 @@ def test_the_readme_says_what_is_analyzed_by_part(name):
     assert readme()[1][name][0] == (told or "–")
 
 
+@pytest.mark.parametrize(
+    ("name", "column", "variant", "words"),
+    [
+        ("Phi-3", "`query`, `query-value`", "query", r'method\.targets = "query": .*\(qkv_proj\), for attention'),
+        ("OLMoE", "`ia3`", "ia3", r'method\.name = "ia3": .*OlmoeForCausalLM ends in stacked experts.*experts\.down'),
+        ("OPT", "`adapter`", "parallel", r'method\.placement = "parallel": .*Choices: houlsby, pfeiffer'),
+        ("DistilBERT", "`prefix`", "prefix", r'method\.name = "prefix": .*does not support past key values'),
+        ("Llama", "`bitfit`", "bitfit", r'method\.name = "bitfit": LlamaForCausalLM has no biases'),
+    ],
+)
+def test_what_is_refused_is_told_with_the_reason(name, column, variant, words, spec_of):
+    assert re.search(words, refused(spec_of(NAMES[name], COLUMNS[column][variant])) or "")
+
+
+NARROW = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
+"""As in OPT 350m."""
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "method", "count"),
+    [
+        ("falcon", {}, "prefix", 4 * 2 * 2 * 8),  # of its heads of width 8 all share one key and value
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, "prefix", 4 * 2 * 2 * 32),
+        ("opt", NARROW, "prompt", 4 * 16),
+        ("distilbert", {}, "prompt", 4 * 32 + (32 + 1) * 32 + (32 + 1) * 2),  # and its new head
+    ],
+)
+def test_soft_prompts_are_as_wide_as_what_they_stand_in_front_of(family, changes, method, count):
+    torch.manual_seed(0)
+    auto = t.AutoModelForSequenceClassification if family in families.CLASSIFIERS else t.AutoModelForCausalLM
+    model = auto.from_config(families.CONFIGS[family](**changes)).eval()
+    spec = make_spec(method={"name": method, "num_tokens": 4})
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+        tuned = spec.method.attach(model, spec)
+        found = forward(tuned.eval(), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert sum(p.numel() for p in tuned.parameters() if p.requires_grad) == count
+    assert found.shape == want.shape and (found - want).abs().max() > 1e-4
+
+
 def loss_of(spec, examples, model):
     batch = collate(examples.splits["validation"], examples.padding, torch.device("cpu"))
     with torch.no_grad():
