@@ -1,11 +1,12 @@
 """What runs on which architecture: the table of the README, cell by cell, and a few steps of training on each.
 
 Every cell of the table is a sweep's run as `plan` sees it: the method is attached to the model without weights, and on
-a small random one computed, saved and read. Of these `TRAINED` are trained too.
+a small random one computed, saved and read. `TRAINED` take three steps on each, and some of them all the way of a run.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from functools import cache
 from pathlib import Path
@@ -13,19 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as t
-from peft import PeftModel
 
 from lorabench.config.decode import InputError
 from lorabench.data.dataset import BUILTIN
 from lorabench.launch import plan
 from lorabench.models import base_model as models
-from lorabench.models import weights
+from lorabench.models import targets, weights
 from lorabench.models.fused import fused_parts
 from lorabench.store.record import Status
 from lorabench.store.store import Store
 from lorabench.training.examples import collate, prepare
 from lorabench.training.execute import Options, execute
 from lorabench.training.passes import forward
+from lorabench.training.state import make_optimizer
 from lorabench.updates.formats import read_updates
 from tests import families
 from tests.conftest import make_spec
@@ -39,9 +40,10 @@ NAMES = {
 }  # fmt: skip
 """As the README calls them; the others are seq2seq's."""
 FULL = {"name": "full"}
+LORA = {"name": "lora", "rank": 2}
 COLUMNS: dict[str, dict[str, dict]] = {  # by the heads of the table's columns
-    "`query`, `query-value`": {p: {"name": "lora", "targets": p} for p in ("query", "query-value")},
-    "other presets": {p: {"name": "lora", "targets": p} for p in ("attention", "mlp", "key-value-down", "all-linear")},
+    "`query`, `query-value`": {p: LORA | {"targets": p} for p in ("query", "query-value")},
+    "other presets": {p: LORA | {"targets": p} for p in ("attention", "mlp", "key-value-down", "all-linear")},
     "`ia3`": {"ia3": {"name": "ia3"}},
     "`adapter`": {p: {"name": "adapter", "placement": p, "reduction": 8} for p in ("houlsby", "pfeiffer", "parallel")},
     "`prefix`": {"prefix": {"name": "prefix", "num_tokens": 4}},
@@ -50,11 +52,13 @@ COLUMNS: dict[str, dict[str, dict]] = {  # by the heads of the table's columns
     "`full`": {"full": FULL},
 }
 TRAINED = {
-    "lora": {"name": "lora", "rank": 2},
+    **COLUMNS["`query`, `query-value`"],
+    **COLUMNS["other presets"],
     "full": FULL,
     "adapter": COLUMNS["`adapter`"]["pfeiffer"],
     "prefix": COLUMNS["`prefix`"]["prefix"],
 }
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -162,38 +166,74 @@ def test_soft_prompts_are_as_wide_as_what_they_stand_in_front_of(family, changes
     assert found.shape == want.shape and (found - want).abs().max() > 1e-4
 
 
-def loss_of(spec, examples, model):
-    batch = collate(examples.splits["validation"], examples.padding, torch.device("cpu"))
-    with torch.no_grad():
-        return float(spec.task.loss(forward(model.eval(), batch), batch) / spec.task.count(batch))
+def trained(spec, base, examples):
+    """The base with the run's method on it after three steps on one batch, and that batch."""
+    torch.manual_seed(0)
+    model = spec.method.attach(copy.deepcopy(base), spec).train()
+    batch = collate(examples.splits["train"][:4], examples.padding, CPU)
+    optimizer = make_optimizer(spec, model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (spec.task.loss(forward(model, batch), batch) / spec.task.count(batch)).backward()
+        optimizer.step()
+    return model.eval(), batch
 
 
-@pytest.mark.parametrize("kind", TRAINED)
+def add(model, updates):
+    for update in updates:
+        weights.add_update(model, update)
+    return model
+
+
 @pytest.mark.parametrize("family", NAMES.values())
-def test_what_is_saved_is_what_was_trained(family, kind, spec_of, tmp_path):
-    """What is loaded has the loss that the run measured, W0 + ΔW has it too, and of LoRA ΔW is PEFT's own."""
+def test_what_is_saved_is_what_three_steps_have_changed(family, spec_of, tmp_path):
+    """With what is loaded again, and with W0 + ΔW, the model computes what the trained one does; LoRA is on the layers
+    that its targets are, and its ΔW are what PEFT merges."""
+    specs = {kind: spec_of(family, method) for kind, method in TRAINED.items()}
+    examples = prepare(specs["full"])
+    base = models.load_base(specs["full"], CPU, examples.model_options).eval()
+    heads = tuple(models.new_heads(base))
+    for kind, spec in specs.items():
+        if refused(spec):
+            continue
+        model, batch = trained(spec, base, examples)
+        (folder := tmp_path / kind).mkdir()
+        spec.method.save(model, lambda: base, folder, "updates")
+        updates = {update.parameter: update for update in read_updates(folder)}
+        with torch.no_grad():
+            want, untouched = forward(model, batch), forward(base, batch)
+            assert (want - untouched).abs().max() > 1e-3
+            loaded = spec.method.load(copy.deepcopy(base), folder, spec).eval()
+            torch.testing.assert_close(forward(loaded, batch), want, atol=1e-5, rtol=1e-4)
+            if spec.method.has_update:
+                got = forward(add(copy.deepcopy(base), updates.values()), batch)
+                torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+        if spec.method.name == "lora":
+            found = targets.find(base, spec.method.targets)
+            merged = weights.weight_changes(loaded.merge_and_unload(), base)
+            changed = {update.parameter: update.B for update in merged if update.B.norm() > 1e-5}
+            assert changed.keys() == updates.keys()
+            for parameter, delta in changed.items():
+                torch.testing.assert_close(updates[parameter].dense(), delta, atol=1e-6, rtol=1e-3)
+            names = {
+                re.sub(r"(\[\d+\])?\.weight$", "", name) for name in updates if not (heads and name.startswith(heads))
+            }
+            assert names == {name.removesuffix(".weight") for name in (*found.layers, *found.stacked)}
+
+
+@pytest.mark.parametrize("kind", ["all-linear", "full"])
+@pytest.mark.parametrize("family", ["falcon", "olmoe", "modernbert"])
+def test_of_a_whole_run_the_base_with_its_update_has_the_loss_that_was_measured(family, kind, spec_of, tmp_path):
     spec, store = spec_of(family, TRAINED[kind]), Store(tmp_path)
-    if refused(spec):
-        pytest.skip("refused, as the table says")
     assert execute(spec, store, Options(device="cpu", log_to_file=False)) == Status.DONE, store.read(spec.id).error
-    measures, folder, examples = store.read(spec.id).measures, store.folder(spec.id) / "updates", prepare(spec)
-
-    def base():
-        torch.manual_seed(spec.seed)
-        return models.load_base(spec, torch.device("cpu"), examples.model_options)
-
-    assert abs(measures["valid_loss"] - measures["base_valid_loss"]) > 1e-4
-    want = pytest.approx(measures["valid_loss"], abs=5e-6)
-    assert loss_of(spec, examples, spec.method.load(base(), folder, spec)) == want
-    if kind in ("lora", "full"):
-        plain, updates = base(), {update.parameter: update for update in read_updates(folder)}
-        for update in updates.values():
-            weights.add_update(plain, update)
-        assert loss_of(spec, examples, plain) == want
-    if kind == "lora":
-        merged = PeftModel.from_pretrained(base(), folder).merge_and_unload()
-        merged = {update.parameter: update.B for update in weights.weight_changes(merged, base())}
-        changed = {parameter for parameter, delta in merged.items() if delta.norm() > 1e-6}
-        assert changed == {parameter for parameter, update in updates.items() if update.dense().norm() > 1e-6}
-        for parameter in changed:
-            torch.testing.assert_close(updates[parameter].dense(), merged[parameter], atol=1e-6, rtol=1e-3)
+    measures, examples = store.read(spec.id).measures, prepare(spec)
+    torch.manual_seed(spec.seed)
+    base = models.load_base(spec, CPU, examples.model_options).eval()
+    batch = collate(examples.splits["validation"], examples.padding, CPU)
+    plus = add(copy.deepcopy(base), read_updates(store.folder(spec.id) / "updates"))
+    with torch.no_grad():
+        before, after = (
+            float(spec.task.loss(forward(model, batch), batch) / spec.task.count(batch)) for model in (base, plus)
+        )
+    assert before == pytest.approx(measures["base_valid_loss"], abs=5e-6)
+    assert after == pytest.approx(measures["valid_loss"], abs=5e-6) and abs(after - before) > 1e-4
