@@ -34,8 +34,8 @@ task.data = "builtin:python-code"
 """
 LONGEST = ("slurm/test_interruptions", "training/test_ranks", "slurm/test_deaths", "cluster/test_work",
            "launch/test_kill", "slurm/test_arrays", "training/test_execute", "launch/test_team",
-           "slurm/test_without_accounting", "test_sequence", "methods/test_methods", "test_snapshots", "test_outputs",
-           "test_flops", "test_serving")  # fmt: skip
+           "slurm/test_without_accounting", "test_sequence", "methods/test_methods", "test_architectures",
+           "test_snapshots", "test_outputs", "test_flops", "test_serving")  # fmt: skip
 """Files that take minutes: a worker that began one last would keep the others waiting. Those that mostly wait for a
 real SLURM stand between those that compute."""
 

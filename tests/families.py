@@ -26,6 +26,7 @@ CONFIGS: dict[str, partial[Any]] = {
     "llama": partial(t.LlamaConfig, **_GROUPED),
     "qwen2": partial(t.Qwen2Config, **_GROUPED),
     "qwen3": partial(t.Qwen3Config, **_HEADED),
+    "gemma": partial(t.GemmaConfig, **_HEADED),
     "gemma2": partial(t.Gemma2Config, **_HEADED),
     "gemma3": partial(t.Gemma3TextConfig, **_HEADED),
     "phi3": partial(t.Phi3Config, **_GROUPED),

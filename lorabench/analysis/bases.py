@@ -29,6 +29,8 @@ from lorabench.models.base_model import local_files
 from lorabench.store.record import RunRecord
 from lorabench.updates.base import BaseLayer, Tuned, decompose, with_exact_top
 from lorabench.updates.layer import LayerSVD
+from lorabench.updates.old_experts import names_in_files
+from lorabench.updates.parts import Part, fused_name
 from lorabench.updates.tensorfile import TensorFile
 from lorabench.updates.weightfile import WeightFiles
 
@@ -66,7 +68,7 @@ class Bases:
     def __init__(self, cache: Path, note: Callable[[str], None]):
         self._cache, self._note = cache, note
         self._found: dict[BaseKey, Base | None] = {}
-        self._last: tuple[tuple[BaseKey, str], BaseLayer | None] | None = None
+        self._last: tuple[tuple[BaseKey, str, bool], BaseLayer | None] | None = None
 
     def find(self, record: RunRecord) -> Base | None:
         """The base of a run; None where its files are not on this machine, or damaged."""
@@ -79,14 +81,18 @@ class Bases:
                 self._note(f"not analyzed beside its base: {error}")
         return self._found[key]
 
-    def tuned(self, record: RunRecord, layer: LayerSVD) -> Tuned | None:
-        """A run's layer on its W0; None where the base has no such weight, or ΔW is not there as a whole."""
-        base, place = self.find(record), (BaseKey.of(record), layer.parameter)
+    def tuned(self, record: RunRecord, layer: LayerSVD, old_names: bool = False) -> Tuned | None:
+        """A run's layer on its W0; None where the base has no such weight, or ΔW is not there as a whole.
+
+        `old_names`: as in `Base.weight`.
+        """
+        base, place = self.find(record), (BaseKey.of(record), layer.parameter, old_names)
         if base is None or (layer.update is None and not layer.is_complete):
             return None
         if self._last is None or self._last[0] != place:  # the runs of a batch come layer by layer
             self._last = None
-            self._last = place, base.layer(layer.parameter)
+            part = layer.update.fused if layer.update else None
+            self._last = place, base.layer(layer.parameter, part, old_names)
         found = self._last[1]
         if found is None or found.weight.shape != layer.shape:
             return None
@@ -100,18 +106,29 @@ class Base:
         self.key, self.cache = key, cache
         self._weights = WeightFiles(local_files(key.model, key.revision))
 
-    def weight(self, parameter: str) -> Tensor | None:
-        """W0 (M, N) in float32 as the run had it; None where the files have none (a new task head)."""
-        if self._weights.find(parameter) is None:
+    def weight(self, parameter: str, old_names: bool = False) -> Tensor | None:
+        """W0 (M, N) in float32 as the run had it; None where the files have none (a new task head).
+
+        With `old_names` also by what files call experts, which transformers 5 has stacked.
+        """
+        names = names_in_files(parameter) if old_names else [parameter]
+        stored = next((name for name in names if self._weights.find(name)), None)
+        if stored is None:
             return None
-        weight = self._weights.read(parameter).to(getattr(torch, self.key.dtype))
+        weight = self._weights.read(stored).to(getattr(torch, self.key.dtype))
         if self.key.quantization != "none" and parameter.removesuffix(".weight") in self._quantized:
             weight = rounded(weight, self.key.quantization)
         return weight.float().contiguous()
 
-    def layer(self, parameter: str) -> BaseLayer | None:
-        """W0 with its SVD, from the cache where it is there; None where the files have no such weight."""
-        weight = self.weight(parameter)
+    def layer(self, parameter: str, part: Part | None = None, old_names: bool = False) -> BaseLayer | None:
+        """W0 with its SVD, from the cache where it is there; None where the files have no such weight.
+
+        A part's are its rows of the fused weight, unless it is a weight of its own in the files, as experts' are.
+        """
+        weight = self.weight(parameter, old_names)
+        if weight is None and part is not None:
+            whole = self.weight(fused_name(parameter))
+            weight = None if whole is None else part.rows(whole)
         if weight is None or weight.shape[1] < 2:
             return None
         return cached(weight, self.cache)

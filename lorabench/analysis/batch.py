@@ -24,7 +24,7 @@ from lorabench.config.quote import blame
 from lorabench.linalg.decompose import one_thread
 from lorabench.store.record import RunRecord
 from lorabench.store.store import WAY_OUT
-from lorabench.updates import formats
+from lorabench.updates import formats, parts
 from lorabench.updates.base import Tuned
 from lorabench.updates.layer import LayerSVD
 from lorabench.updates.readers._entry import Entry
@@ -155,7 +155,8 @@ class _Work:
                     check_files(folder, files)
             steps = sorted({int(path.split("/")[1]) for path in files_of(record, (SNAPSHOTS,))})
             folders = [(step, folder / SNAPSHOTS / f"{step:06d}") for step in steps if run_id in self.moving]
-            return [(step, formats.open_layers(at)) for step, at in [*folders, (None, folder / UPDATES)]]
+            all_folders = [*folders, (None, folder / UPDATES)]
+            return [(step, parts.split(formats.open_layers(at), at)) for step, at in all_folders]
         return []
 
     def _layer(self, parameter: str, entries: dict[str, list[tuple[int | None, dict[str, Entry]]]]) -> None:
@@ -201,7 +202,8 @@ class _Work:
             return seen[run_id] if len(seen[run_id]) > 1 else []
         if needs == "base":
             if run_id not in tuned:
-                tuned[run_id] = self.bases.tuned(job.records[0], last[0])
+                is_new = f"{UPDATES}/{parts.PARTS_FILE}" in job.records[0].files
+                tuned[run_id] = self.bases.tuned(job.records[0], last[0], old_names=is_new)
             return [tuned[run_id]] if tuned[run_id] is not None else []
         return last
 

@@ -205,6 +205,12 @@ class SoftPrompt(PeftMethod):
         refuse_decoder_classifier(self, model)
 
 
+def sizes(model: Any) -> dict[str, Any]:
+    """Width of what stands in front of the input, and heads: PEFT does not know all names that configurations have."""
+    heads = model.config.get_text_config().num_attention_heads
+    return {"token_dim": model.get_input_embeddings().weight.shape[1], "num_attention_heads": heads}
+
+
 def refuse_decoder_classifier(method: Method, model: nn.Module) -> None:
     """InputError for a decoder with a classification head, which must find the last token that is no padding."""
     if models.reads_last_token(model):

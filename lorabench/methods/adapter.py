@@ -29,7 +29,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from annotated_types import Ge, Gt, Lt
 
@@ -113,6 +113,8 @@ def _extended_inside(block: type, scale: float) -> type:
     return type(block.__name__, (block,), {"forward": forward})
 
 
+Placement = Literal["houlsby", "pfeiffer", "parallel"]
+PLACEMENTS = get_args(Placement)
 Layout = dict[str, dict[str, Callable[..., Any]]]
 EXTENDING = (_extended, _extended_inside)
 """What is no hook, but gives a class for the module."""
@@ -122,8 +124,32 @@ LAYOUTS: dict[str, Layout] = {
         "pfeiffer": {"": _extended},
         "parallel": {"mlp": _beside},
     },
+    "Mixtral": {
+        "houlsby": {"self_attn.o_proj": _after, "mlp": _after},
+        "pfeiffer": {"": _extended},
+        "parallel": {"mlp": _beside},
+    },
     "GPT-2": {
         "houlsby": {"attn.resid_dropout": _after, "mlp.dropout": _after},
+        "pfeiffer": {"": _extended},
+        "parallel": {"mlp": _beside},
+    },
+    "GPT-NeoX": {
+        "houlsby": {"post_attention_dropout": _after, "post_mlp_dropout": _after},
+        "pfeiffer": {"": _extended},
+        "parallel": {"mlp": _beside},
+    },
+    "Bloom and Falcon": {
+        "houlsby": {"self_attention.dense": _after, "mlp.dense_4h_to_h": _after},
+        "pfeiffer": {"": _extended},
+        "parallel": {"mlp": _beside},
+    },
+    "OPT": {
+        "houlsby": {"self_attn.out_proj": _after, "fc2": _after},
+        "pfeiffer": {"": _extended},
+    },
+    "ModernBERT": {
+        "houlsby": {"attn.out_drop": _after, "mlp.Wo": _after},
         "pfeiffer": {"": _extended},
         "parallel": {"mlp": _beside},
     },
@@ -153,17 +179,21 @@ LAYOUTS: dict[str, Layout] = {
 }
 """Where each placement hooks into a block, the block itself being "": by what the modules are called.
 
-A pre-norm block's own output is h + x, so pfeiffer's h + A(h + x), with x added, is that block's, extended.
+A pre-norm block's own output is h + x, so pfeiffer's h + A(h + x), with x added, is that block's, extended; where
+attention and feed-forward stand side by side (GPT-NeoX, Falcon), h is what both give. The dropout of OPT, Bloom and
+Falcon is no module: h is what they apply it to.
 """
 ONLY = {"BART": r"(Bart|PLBart|Marian)(En|De)coderLayer"}
 """The classes of blocks of a layout, where others name modules alike in another order: OPT's norms come first."""
+WITH = {"OPT": "do_layer_norm_before"}
+"""What a block must say of itself to be of a layout: where an OPT's norms come last, it is of none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(OwnFile):
     """Two adapters a block with `houlsby`, else one; a new task head is trained too."""
 
-    placement: Literal["houlsby", "pfeiffer", "parallel"] = "pfeiffer"
+    placement: Placement = "pfeiffer"
     reduction: Annotated[int, Ge(1)] = 16
     """The model's width over the bottleneck's."""
     nonlinearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"
@@ -190,6 +220,12 @@ class Adapter(OwnFile):
 
     def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
         blocks = _find_blocks(model)
+        choices = [name for name in PLACEMENTS if all(name in layout for layout in blocks.values())]
+        if self.placement not in choices:
+            raise InputError(
+                f'method.placement = "{self.placement}": the feed-forward of {type(model).__name__} is no module that '
+                f"an adapter could stand beside. Choices: {', '.join(choices)}"
+            )
         scale = self.scale or (4.0 if self.placement == "parallel" else 1.0)
         width = model.config.get_text_config().hidden_size
         model.requires_grad_(False)
@@ -254,7 +290,8 @@ def _find_blocks(model: nn.Module) -> dict[str, Layout]:
 def _fits(kind: str, block: nn.Module) -> bool:
     places = {path for hooks in LAYOUTS[kind].values() for path in hooks}
     is_known = re.fullmatch(ONLY.get(kind, ".*"), type(block).__name__) is not None
-    return is_known and places <= {path for path, _ in block.named_modules()}
+    says_so = kind not in WITH or bool(getattr(block, WITH[kind], False))
+    return is_known and says_so and places <= {path for path, _ in block.named_modules()}
 
 
 EXAMPLE = Adapter(reduction=8)

@@ -48,6 +48,15 @@ class Ia3(Tuner):
             inputs = [name for name in names if re.search(targets.DOWN, name)]
         else:
             inputs = [name for name in names if re.fullmatch(rf"(.*\.)?({self.feedforward})", name)]
+        if (
+            not inputs
+            and self.feedforward == "down"
+            and (stacked := targets.find(model, self.targets, self.layers).stacked)
+        ):
+            raise InputError(
+                f'method.name = "ia3": the feed-forward of {type(model).__name__} ends in stacked experts, on which '
+                f"PEFT has no IA3: {stacked[0]} …"
+            )
         if not inputs:
             raise InputError(f"method.feedforward = {show(self.feedforward)}: fits none of the targets: {names[:4]} …")
         return IA3Config(target_modules=names, feedforward_modules=inputs)

@@ -52,7 +52,7 @@ class Prefix(SoftPrompt):
             num_virtual_tokens=self.num_tokens,
             prefix_projection=self.projection,
             encoder_hidden_size=width if self.projection else None,  # type: ignore[arg-type]
-            **(_decoder_shape(model.config) if models.task_type(model) == "SEQ_2_SEQ_LM" else {}),
+            **(_decoder_shape if models.task_type(model) == "SEQ_2_SEQ_LM" else _of_keys)(model.config),
         )
 
 
@@ -64,6 +64,14 @@ def _decoder_shape(config: Any) -> dict[str, Any]:
         "num_attention_heads": heads,
         "token_dim": heads * (getattr(config, "d_kv", None) or config.hidden_size // heads),
     }
+
+
+def _of_keys(config: Any) -> dict[str, Any]:
+    """Width and heads of the keys, where PEFT has no right idea of them: in Falcon 7B all heads share one key."""
+    heads = config.num_attention_heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return {"token_dim": config.hidden_size // heads, "num_attention_heads": 1}
+    return {"token_dim": config.hidden_size, "num_attention_heads": heads}
 
 
 EXAMPLE = Prefix(num_tokens=4)

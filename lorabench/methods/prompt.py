@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
-from lorabench.methods._peft import SoftPrompt
+from lorabench.methods._peft import SoftPrompt, sizes
 from lorabench.models import base_model as models
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Prompt(SoftPrompt):
         return PromptTuningConfig(
             num_virtual_tokens=self.num_tokens,
             num_transformer_submodules=1,  # of an encoder-decoder PEFT would train as many more that nothing reads
+            **sizes(model),
             prompt_tuning_init=start,
             **(text if self.start == "text" else {}),  # type: ignore[arg-type]
         )

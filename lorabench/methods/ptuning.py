@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Lt
 
-from lorabench.methods._peft import SoftPrompt
+from lorabench.methods._peft import SoftPrompt, sizes
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -43,6 +43,7 @@ class PTuning(SoftPrompt):
         return PromptEncoderConfig(
             num_virtual_tokens=self.num_tokens,
             num_transformer_submodules=1,  # of an encoder-decoder PEFT would train as many more that nothing reads
+            **sizes(model),
             encoder_reparameterization_type=self.network.upper(),
             encoder_hidden_size=self.hidden_width or model.config.hidden_size,
             encoder_num_layers=self.network_layers,

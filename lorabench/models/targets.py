@@ -247,8 +247,12 @@ def _expression(targets: str, names: list[str]) -> list[str]:
 
 def _fits_nothing(model: nn.Module, targets: str, names: list[str]) -> str:
     kinds = sorted(set(map(_leaf, names)))
+    part = parts(model, names)
+    fused = sorted({_leaf(name) for name in names if _is_kind("fused", name, part[name])})
+    of_one = f", which has queries, keys or values in one matrix ({', '.join(fused)}), for attention to take whole"
     return (
-        f"method.targets = {show(targets)}: fits no linear layer of {type(model).__name__}. "
+        f"method.targets = {show(targets)}: fits no linear layer of {type(model).__name__}"
+        f"{of_one if fused and 'query' in PRESETS.get(targets, ()) else ''}. "
         f"Presets: {', '.join(PRESETS)}; or a regular expression on layer names that end in: {', '.join(kinds)}"
     )
 

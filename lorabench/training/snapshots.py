@@ -18,6 +18,8 @@ from lorabench.config.durable import make_folder, remove, sync, sync_tree
 from lorabench.spec.method import LoadBase, Method
 from lorabench.store.claim import Hold
 from lorabench.training.state import Training, random_state, set_random_state
+from lorabench.updates.formats import open_layers
+from lorabench.updates.parts import write_parts
 from lorabench.updates.update import stream_updates
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ def write_update(training: Training, load_base: LoadBase, folder: Path, name: st
             stream_updates(training.spec.method.updates(training.model, load_base), temporary)
         else:
             training.spec.method.save(training.model, load_base, temporary, training.spec.keep)
+        if training.parts and training.spec.method.has_update:
+            write_parts(training.parts, open_layers(temporary), temporary)
         sync_tree(temporary)
         hold.check()
         remove(final)

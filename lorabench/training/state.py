@@ -18,6 +18,7 @@ from lorabench.config.digests import check_files
 from lorabench.config.durable import make_folder, remove, sync
 from lorabench.config.json_file import fit
 from lorabench.models import weights
+from lorabench.models.fused import fused_parts
 from lorabench.models.remarks import remarks
 from lorabench.processes.distributed import World, is_sharded
 from lorabench.spec.run_spec import RunSpec, method_seed
@@ -26,6 +27,7 @@ from lorabench.training import flops, ranks, sharding
 from lorabench.training import meter as meters
 from lorabench.training.base import Base
 from lorabench.training.examples import Examples
+from lorabench.updates.parts import Part
 
 
 @dataclass
@@ -65,6 +67,8 @@ class Training:
     """Parameters, bytes and examples, by their names in MEASURES."""
     remarks: dict[str, str] = field(default_factory=dict)
     """What there is to say of the base; see `lorabench.models.remarks`."""
+    parts: dict[str, dict[str, Part]] = field(default_factory=dict)
+    """The parts of the base's fused matrices, by parameter; see `lorabench.models.fused`."""
 
     @classmethod
     def attach(cls, spec: RunSpec, base: Base, meter: meters.Meter) -> Training:
@@ -75,7 +79,7 @@ class Training:
     def _attach(cls, spec: RunSpec, base: Base, meter: meters.Meter) -> Training:
         with meter.loading():
             model = base.load()
-        about, num_base = remarks(spec, model), weights.count(model)
+        about, num_base, parts = remarks(spec, model), weights.count(model), fused_parts(model)
         torch.manual_seed(method_seed(spec))
         model = spec.method.attach(model, spec)
         skeleton = flops.skeleton_of(model)
@@ -92,6 +96,7 @@ class Training:
             skeleton=skeleton,
             counts=counts,
             remarks=about,
+            parts=parts,
         )
 
     @property

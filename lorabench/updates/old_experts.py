@@ -1,4 +1,6 @@
-"""LoRA on single experts of mixtures that had one module each, before transformers 5 stacked them: as PEFT loads it.
+"""Experts of mixtures that had a module each before transformers 5 stacked them, and still have one in most files.
+
+LoRA on such a module is written as PEFT loads it.
 
 PEFT (0.21.2) stacks the factors too. It puts w1 and w3 (gate_proj, up_proj) together at twice `r`, whatever patterns
 say, and all experts of a block in one tensor: all must have the same rank, what is lacking in it is zero.
@@ -15,10 +17,23 @@ from lorabench.updates.peftfile import Target, padded
 _EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>w[123]|(?:gate|up|down)_proj)")
 _PAIRS = {"w1": "w3", "w3": "w1", "gate_proj": "up_proj", "up_proj": "gate_proj"}
 """What PEFT makes one matrix of."""
+_OF_STACK = re.compile(r"(?P<stack>.+\.experts)\.(?P<leaf>\w+_proj(?:\[\w+\])?)\[(?P<index>\d+)\]\.weight")
+_LEAVES = {
+    "gate_up_proj[gate]": ("gate_proj", "w1"), "gate_up_proj[up]": ("up_proj", "w3"), "down_proj": ("down_proj", "w2"),
+}  # fmt: skip
 
 
 def is_single_expert(module: str) -> bool:
     return bool(_EXPERT.fullmatch(module))
+
+
+def names_in_files(parameter: str) -> list[str]:
+    """What a base's files may call a parameter of a mixture: `STACK.gate_up_proj[gate][3].weight` is that of
+    `STACK.3.gate_proj` or `STACK.3.w1`, and Mixtral's blocks have `block_sparse_moe` where the model has `mlp`."""
+    names = [parameter]
+    if (match := _OF_STACK.fullmatch(parameter)) and match["leaf"] in _LEAVES:
+        names = [f"{match['stack']}.{match['index']}.{leaf}.weight" for leaf in _LEAVES[match["leaf"]]]
+    return [*names, *(name.replace(".mlp.", ".block_sparse_moe.") for name in names if ".mlp." in name)]
 
 
 def of_one_rank(targets: list[Target]) -> tuple[list[Target], int | None]:

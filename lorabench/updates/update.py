@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from lorabench.updates.parts import Part
+
 DELTA_FILE = "delta.safetensors"
 SVD_FILE = "svd.safetensors"
 INITIAL_FILE = "initial_factors.safetensors"
@@ -36,6 +38,7 @@ class Update:
     `part` names a share of ΔW that is reported beside the whole (DoRA's `sBA`); None for ΔW itself.
     `scale_source` says where the scale came from: `config`, `file`, `assumed` or `--alpha`; None for a dense ΔW.
     `kernel` is the (height, width) over which the columns of a convolution's ΔW, (in, height, width), are flattened.
+    `fused` says which rows of a fused weight it is of (`MODULE[q].weight`); None for a whole weight.
     """
 
     parameter: str
@@ -47,6 +50,7 @@ class Update:
     scale_source: str | None = None
     part: str | None = None
     kernel: tuple[int, ...] = ()
+    fused: Part | None = None
 
     @property
     def layer(self) -> str:

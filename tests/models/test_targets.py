@@ -72,7 +72,7 @@ STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate"]
 SHARED = [*(f"mlp.shared_expert.{kind}" for kind in ("gate_proj", "up_proj", "down_proj")), "mlp.shared_expert_gate"]
 T5 = [f"{kind}.{leaf}" for kind in ("layer.0.SelfAttention", "layer.1.EncDecAttention") for leaf in "qkvo"]
 FAMILIES: dict[str, tuple[list[str], list[str]]] = {  # the attention's and the feed-forward's of the last block
-    **dict.fromkeys(["llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral"], LLAMA),
+    **dict.fromkeys(["llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral"], LLAMA),
     "phi3": (["self_attn.qkv_proj", "self_attn.o_proj"], ["mlp.gate_up_proj", "mlp.down_proj"]),
     "gpt2": (["attn.c_attn", "attn.c_proj"], ["mlp.c_fc", "mlp.c_proj"]),
     "gptj": ([f"attn.{kind}" for kind in [*QKV, "out_proj"]], ["mlp.fc_in", "mlp.fc_out"]),
