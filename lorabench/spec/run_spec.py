@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from lorabench.config.decode import Pattern, decode, encode, later
+from lorabench.config.plugins import example
 from lorabench.config.quote import clip
 from lorabench.spec.method import Method
+from lorabench.spec.objective import Objective
 from lorabench.spec.task import Task
 
 Keep = Annotated[str, Pattern(r"updates|none|svd:[1-9][0-9]*", '"updates", "none" or "svd:K" (K at least 1)')]
@@ -27,6 +29,8 @@ class RunSpec:
     task: Task = None  # type: ignore[assignment]  # the first of `tasks` where those are given instead
     tasks: tuple[Task, ...] = ()
     """Instead of `task`: tasks that are trained one after another, each for `steps` steps, weights carrying over."""
+    objective: Objective = later(factory=lambda: example("objectives", "supervised"))  # noqa: RUF009
+    """What is trained for: the data's own answers, or a reward for the model's."""
     model: str = "builtin:tiny-llama"
     """Hub id, local folder, or `builtin:NAME`."""
     revision: str | None = None
@@ -75,7 +79,7 @@ class RunSpec:
         if not self.stages:
             raise ValueError("task: is missing")
         object.__setattr__(self, "task", self.stages[0])
-        problems = [*self.method.problems(self), *self._task_problems()]
+        problems = [*self.method.problems(self), *self._task_problems(), *self.objective.problems(self)]
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             problems.append(f"micro_batch_size = {self.micro_batch_size}: must divide batch_size = {self.batch_size}")
         if self.snapshot_every and self.keep == "none":

@@ -45,19 +45,22 @@ class Completion(LanguageModeling):
         same = [p for key in PARTS for p in Template(f"task.{key}", getattr(self, key)).problems(rows)]
         if same and split == "train":  # and so in every other
             raise InputError(same)
-        _, responses = self._filled(rows)
+        self._filled(rows)
         if self.generate and split in self.generate.measured_splits:
-            self._check_references(self.generate, rows, responses)
+            if not rows:
+                asked = f'task.generate.splits = "{self.generate.splits}"'
+                raise InputError(f'{asked}: there is no such split; use "validation"')
+            self.check_answers(rows)
         return rows
 
-    def _check_references(self, generate: Generate, rows: list[Row], responses: list[str]) -> None:
-        """InputError where there is nothing to write to, or a reference has no answer in it."""
-        if not rows:
-            raise InputError(f'task.generate.splits = "{generate.splits}": there is no such split; use "validation"')
+    def check_answers(self, rows: list[Row]) -> None:
+        if self.generate is None or self.generate.answer is None:
+            return
+        _, responses = self._filled(rows)
         for number, (row, response) in enumerate(zip(rows, responses, strict=True), 1):
-            if generate.answer is not None and not re.search(generate.answer, response):
+            if not re.search(self.generate.answer, response):
                 where = f"{place(row, number)}, whose response is {show(response)}"
-                raise InputError(f"task.generate.answer = {show(generate.answer)}: finds nothing in {where}")
+                raise InputError(f"task.generate.answer = {show(self.generate.answer)}: finds nothing in {where}")
 
     def prompts(self, rows: list[Row], tokenizer: Any, seq_len: int) -> list[Prompt]:
         """Each as its example begins, cut from the left to `seq_len` tokens; an answer's room comes on top."""
