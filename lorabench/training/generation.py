@@ -105,6 +105,8 @@ def until(row: list[int], end: int | None) -> list[int]:
 
 def _generate(model: Any, ids: Tensor, mask: Tensor, settings: dict[str, Any], world: World) -> Tensor:
     """The new tokens, (n, at most max_new_tokens)."""
+    if world.is_sharded and hasattr(model, "get_base_model"):
+        torch.distributed.fsdp.register_fsdp_forward_method(model, "generate")  # PEFT's calls the base's, past the root
     written = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=world.is_sharded, **settings)
     return written[:, ids.shape[1] :]
 

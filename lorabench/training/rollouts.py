@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 class Rollouts(Batches):
     """Each step's answers, `training.rollout`, are drawn by a seed of their own; all ranks have all of them, and train
-    on their share."""
+    on their share of those that tell something: without `kl`, an answer as good as all of its group adds nothing."""
 
     def __init__(self, training: Training, objective: Grpo, check: Callable[[], None]):
         super().__init__(training)
@@ -49,7 +49,8 @@ class Rollouts(Batches):
                 training.rollout = self._draw(number)
             training.model.train()
         self._sums = {}
-        return self.parts(training.world.share(training.rollout))
+        tell = [sample for sample in training.rollout if sample["advantage"] or self._base is not None]
+        return self.parts(training.world.share(tell) or training.rollout[:1])
 
     def loss(self, logits: Tensor, part: Batch) -> Tensor:
         now = log_probs(logits, part["labels"], self.objective.temperature)
