@@ -130,8 +130,8 @@ def decode(cls: type, table: dict[str, Any], where: str = "") -> Any:
 
 
 def decode_plugin(base: type[plugins.Plugin], table: Any, where: str) -> Any:
-    """The plug-in that `table["name"]` names, with its own fields from the rest of the table; a name alone will do."""
-    table = {"name": table} if isinstance(table, str) else table
+    """The plug-in that `table["name"]` names, with its own fields from the rest of the table; or a name alone."""
+    table = {"name": table} if base.by_name and isinstance(table, str) else table
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):
         choices = ", ".join(plugins.names(base.folder))
         raise InputError(f"{where}.name: is missing. Choices: {choices}")

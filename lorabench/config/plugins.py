@@ -31,6 +31,8 @@ class Plugin:
     """What lives in a plug-in folder. `folder` is set by the base class of that folder."""
 
     folder: ClassVar[str]
+    by_name: ClassVar[bool] = False
+    """Whether its name alone may stand for it, with the defaults."""
 
     @property
     def name(self) -> str:

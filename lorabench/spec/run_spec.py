@@ -29,8 +29,6 @@ class RunSpec:
     task: Task = None  # type: ignore[assignment]  # the first of `tasks` where those are given instead
     tasks: tuple[Task, ...] = ()
     """Instead of `task`: tasks that are trained one after another, each for `steps` steps, weights carrying over."""
-    objective: Objective = later(factory=lambda: example("objectives", "supervised"))  # noqa: RUF009
-    """What is trained for: the data's own answers, or a reward for the model's."""
     model: str = "builtin:tiny-llama"
     """Hub id, local folder, or `builtin:NAME`."""
     revision: str | None = None
@@ -45,6 +43,8 @@ class RunSpec:
     """Examples per optimizer step, over all devices."""
     micro_batch_size: Annotated[int, Ge(1)] | None = None
     """Examples per forward pass; gradients are accumulated up to `batch_size` (None: all at once)."""
+    objective: Objective = later(factory=lambda: example("objectives", "supervised"))  # noqa: RUF009
+    """What is trained for: the data's own answers, or a reward for the model's."""
     steps: Annotated[int, Ge(1)] = 200
     """Optimizer steps, of each task."""
     lr: Annotated[float, Gt(0)] = 1e-3
@@ -166,12 +166,14 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def swept_keys(flats: list[dict[str, Any]]) -> list[str]:
     """The keys of which the runs that have them have different values, the method's name apart: what labels show.
 
-    And those that like runs have and lack, as `complete` finds them.
+    And those that like runs have and lack, as `complete` finds them; the objective, which supervised runs do not name.
     """
     values: dict[str, set[str]] = {}
     for flat in flats:
         for key, value in flat.items():
             values.setdefault(key, set()).add(repr(value))
+    if not all("objective.name" in flat for flat in flats):
+        values.get("objective.name", set()).add(repr(None))
     several = [key for key, found in values.items() if len(found) > 1]
     return [key for key in complete(several, flats, ["seed"]) if key != "method.name"]
 

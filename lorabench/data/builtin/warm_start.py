@@ -42,8 +42,8 @@ def warm_start(out: Path, steps: int) -> None:
         store = Store(Path(root))
         execute(spec, store, Options(device="cpu", log_to_file=False))
         record = store.read(spec.id)
-        if record.error:
-            raise SystemExit(record.error)
+        if record is None or record.error:
+            raise SystemExit(record.error if record else "the run has left no record")
         model = spec.method.load(load_base(spec, torch.device("cpu"), {}), store.folder(spec.id) / "updates", spec)
     model.config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(out)

@@ -33,6 +33,7 @@ from lorabench.training.state import Training
 from lorabench.training.stop import Stop, Stopped
 from tests.conftest import make_spec
 from tests.methods.test_methods import CPU, IMPOSSIBLE
+from tests.training.test_ranks import learned, run
 
 QUIET = Options(log_to_file=False, device="cpu")
 GENERATE = {"max_new_tokens": 5, "answer": "(d)", "batch_size": 64, "splits": "validation"}
@@ -252,6 +253,24 @@ def test_a_resumed_run_has_the_same_bits(name, tmp_path, monkeypatch):
     want, got = whole.read(spec.id), stopped.read(spec.id)
     assert 0 < got.resumed_from_step < spec.steps
     assert got.files == want.files and got.steps_sha256 == want.steps_sha256
+
+
+def test_two_processes_that_share_the_weights_out_have_the_numbers_of_one(tmp_path):
+    objective = {"name": "grpo", "inner_steps": 2, "kl": 0.1}
+    spec = spec_of(tmp_path, objective, batch_size=24, micro_batch_size=8, steps=4, epsilon=1e-5)
+    logs, tensors = [], []
+    for processes, sharding in ((1, "auto"), (2, "fsdp")):
+        root = tmp_path / str(processes)
+        (record,) = run(root, processes, spec, sharding=sharding)
+        assert record.status == Status.DONE, record.error
+        lines = (root / "runs" / spec.id / "steps.jsonl").read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+        tensors.append(learned(root, record))
+    for one, two in zip(*logs, strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
+        assert (one["reward"], one["answer_tokens"]) == (two["reward"], two["answer_tokens"])
+    for name, tensor in tensors[0].items():
+        assert (tensors[1][name] - tensor).norm() < 1e-4 * tensor.norm()
 
 
 def test_each_step_draws_anew_and_the_same_again(tmp_path):
