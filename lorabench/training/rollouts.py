@@ -56,9 +56,8 @@ class Rollouts(Batches):
         now = log_probs(logits, part["labels"], self.objective.temperature)
         drawn = part.get("drawn", now.detach())  # without, the model is still the one that wrote them
         mask = shifted(part["labels"]) != IGNORE
-        loss, about = self.objective.policy_loss(
-            now, drawn, part["advantage"], part["weight"], mask, part.get("base")
-        )  # fmt: skip
+        advantages, weights = part["advantage"], part["weight"]
+        loss, about = self.objective.policy_loss(now, drawn, advantages, weights, mask, part.get("base"))
         self._sums = {key: self._sums.get(key, 0) + value for key, value in about.items()}
         return loss
 
@@ -90,8 +89,13 @@ class Rollouts(Batches):
     def _draw(self, number: int) -> list[Example]:
         """The answers to the batch of prompts of that number, those to one prompt side by side."""
         training, objective = self.training, self.objective
-        seed = method_seed(training.spec, rollout=number)
-        how = dataclasses.replace(self.generate, temperature=objective.temperature, top_p=1.0, seed=seed)
+        how = dataclasses.replace(
+            self.generate,
+            temperature=objective.temperature,
+            top_p=1.0,
+            seed=method_seed(training.spec, rollout=number),
+            batch_size=max(self.generate.batch_size, training.micro),  # what a pass with gradients has room for
+        )
         asked = [self.prompts[i] for i in self._order.indices(number) for _ in range(objective.group)]
         rows = written(training.model, training.spec, how, asked, world=training.world, check=self.check)
         texts = [answer(self.tokenizer, prompt, row) for prompt, row in zip(asked, rows, strict=True)]
