@@ -1,4 +1,4 @@
-"""List the methods, tasks, analyses and figures that a sweep file can name."""
+"""List the methods, tasks, objectives, analyses and figures that a sweep file can name."""
 
 from __future__ import annotations
 

@@ -130,7 +130,8 @@ def decode(cls: type, table: dict[str, Any], where: str = "") -> Any:
 
 
 def decode_plugin(base: type[plugins.Plugin], table: Any, where: str) -> Any:
-    """The plug-in that `table["name"]` names, with its own fields from the rest of the table."""
+    """The plug-in that `table["name"]` names, with its own fields from the rest of the table; or a name alone."""
+    table = {"name": table} if base.by_name and isinstance(table, str) else table
     if not isinstance(table, dict) or not isinstance(table.get("name"), str):
         choices = ", ".join(plugins.names(base.folder))
         raise InputError(f"{where}.name: is missing. Choices: {choices}")
@@ -141,12 +142,13 @@ def decode_plugin(base: type[plugins.Plugin], table: Any, where: str) -> Any:
     return decode(cls, {key: value for key, value in table.items() if key != "name"}, where + ".")
 
 
-def later(default: Any) -> Any:
+def later(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISSING) -> Any:
     """The default of a field that came later than the runs of many stores: `encode` leaves it out while it holds.
 
-    A key more would change the ids of the specs that do without it, and nothing else.
+    A key more would change the ids of the specs that do without it, and nothing else. `factory` makes a default that
+    is not to be imported before it is asked for.
     """
-    return dataclasses.field(default=default, metadata={"later": True})
+    return dataclasses.field(default=default, default_factory=factory, metadata={"later": True})
 
 
 def encode(value: Any) -> Any:
@@ -164,7 +166,10 @@ def encode(value: Any) -> Any:
 
 
 def _written(value: Any, field: dataclasses.Field[Any]) -> bool:
-    return field.init and not ("later" in field.metadata and getattr(value, field.name) == field.default)
+    if "later" not in field.metadata:
+        return field.init
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    return field.init and getattr(value, field.name) != default
 
 
 @cache

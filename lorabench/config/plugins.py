@@ -1,6 +1,6 @@
 """Plug-ins: one file each; the file's name is the name in the sweep file and the value in the tables.
 
-A plug-in folder (`methods`, `tasks`, `analyses`, `figures`) is a package of small files. Each file
+A plug-in folder (`methods`, `tasks`, `objectives`, `analyses`, `figures`) is a package of small files. Each file
 defines one dataclass and its smallest instance, `EXAMPLE`, which the tests run.
 """
 
@@ -16,8 +16,8 @@ from typing import ClassVar
 from lorabench.config.quote import clip
 
 PACKAGE = Path(__file__).resolve().parents[1]
-FOLDERS = ("methods", "tasks", "analyses", "figures")
-WITHIN = {"figures": "report", "readers": "updates"}
+FOLDERS = ("methods", "tasks", "objectives", "analyses", "figures")
+WITHIN = {"objectives": "training", "figures": "report", "readers": "updates"}
 """Registries that stand inside a wing."""
 MOST_LISTED, NUM_NEAREST = 900, 20
 """Characters of choices that are all listed, for a message has bounds; of more than that, the nearest so many."""
@@ -31,6 +31,8 @@ class Plugin:
     """What lives in a plug-in folder. `folder` is set by the base class of that folder."""
 
     folder: ClassVar[str]
+    by_name: ClassVar[bool] = False
+    """Whether its name alone may stand for it, with the defaults."""
 
     @property
     def name(self) -> str:

@@ -320,7 +320,7 @@ def formula(spec: RunSpec, counts: Counts, device: torch.device, gpu: str | None
     with gradient checkpointing); logits, their log-softmax and gradient in float32. Time: model FLOPs at EFFICIENCY
     of the device's rate; loading and evaluation apart.
     """
-    micro, lengths = spec.micro_batch_size or spec.batch_size, spec.task.longest(spec.seq_len)
+    micro, lengths = spec.micro_batch_size or spec.batch_size, spec.objective.longest(spec)
     layer = 10 * counts.width + 4 * counts.inner
     kept = counts.layers * counts.width + layer if spec.gradient_checkpointing else counts.layers * layer
     memory = counts.weight_bytes + 12 * counts.num_trainable
@@ -332,9 +332,9 @@ def formula(spec: RunSpec, counts: Counts, device: torch.device, gpu: str | None
 
 
 def flops_per_step(spec: RunSpec, counts: Counts) -> float:
-    """As a run's record has it, where every example is as long as `seq_len` allows."""
+    """As a run's record has it, where every example is as long as can be."""
     micro = spec.micro_batch_size or spec.batch_size
-    return counts.step_flops((micro, *spec.task.longest(spec.seq_len)), spec.batch_size // micro)
+    return counts.step_flops((micro, *spec.objective.longest(spec)), spec.batch_size // micro)
 
 
 def updates_bytes(spec: RunSpec, counts: Counts) -> float:
@@ -393,10 +393,11 @@ class History:
             expected = formula(spec, count(spec), self.device, self.gpu)
         except InputError:
             return  # made by another version, or its model or data is gone
+        in_steps = measures["train_seconds"] + measures.get("rollout_seconds", 0.0)
         seen = (
             measures["peak_gib"] / expected.peak_gib,
-            measures["train_seconds"] / expected.train_seconds,
-            measures["total_seconds"] - measures["train_seconds"],
+            in_steps / expected.train_seconds,
+            measures["total_seconds"] - in_steps,
         )
         for key in self._keys(spec):
             self._factors.setdefault(key, []).append(seen)
@@ -409,8 +410,8 @@ class History:
     @staticmethod
     def _keys(spec: RunSpec) -> list[tuple[str, ...]]:
         """From the most similar runs to the least."""
-        full = (spec.model, spec.task.name, spec.method.name, spec.quantization)
-        return [full, full[:3], full[:1]]
+        full = (spec.model, spec.objective.name, spec.task.name, spec.method.name, spec.quantization)
+        return [full, full[:4], full[:2]]
 
     def estimate(self, spec: RunSpec, counts: Counts) -> dict[str, Any]:
         expected, basis, num_similar = formula(spec, counts, self.device, self.gpu), "formula", 0
@@ -463,8 +464,10 @@ def _assumptions(sweep: Sweep, runs: list[dict[str, Any]], device: torch.device,
         for rate, source in (flop_rate(device, *kind, gpu) for kind in kinds):
             lines.append(f"formula: training at {EFFICIENCY:.0%} of {rate / 1e12:.3g} TFLOP/s ({source})")
         writing = any(task.generation for spec in sweep.runs for task in spec.stages)
-        left_out = "loading, evaluation and the writing of answers" if writing else "loading and evaluation"
-        lines.append(f"formula: {left_out} are not in the time; memory from tensor sizes")
+        what = "loading, evaluation and the writing of answers" if writing else "loading and evaluation"
+        lines.append(f"formula: {what} are not in the time; memory from tensor sizes")
+        left_out = dict.fromkeys(spec.objective.not_estimated(spec) for spec in sweep.runs)
+        lines += [f"formula: {what} is neither in the time nor in the memory" for what in left_out if what]
     if "similar runs" in bases:
         lines.append("similar runs: the formula times the median ratio that finished runs of this model have shown")
     return lines

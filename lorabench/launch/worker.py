@@ -64,7 +64,10 @@ ALONE_VARIABLE = "LORABENCH_ALONE"
 
 def warm_specs(specs: Sequence[RunSpec]) -> str:
     """One spec for each model, task and method of a sweep, at most eight, as JSON."""
-    distinct = {(spec.model, spec.revision, spec.stages, spec.seq_len, spec.method.name): spec for spec in specs}
+    distinct = {
+        (spec.model, spec.revision, spec.stages, spec.seq_len, spec.objective.writes, spec.method.name): spec
+        for spec in specs
+    }
     return json.dumps([spec.to_json() for spec in list(distinct.values())[:8]])
 
 

@@ -26,6 +26,7 @@ MEASURE_NAMES = {
     "load_peak_gib": "peak memory, loading",
     "forward_backward_peak_gib": "peak memory, forward and backward",
     "optimizer_peak_gib": "peak memory, optimizer step",
+    "rollout_peak_gib": "peak memory, writing answers",
     "tokens_per_second": "throughput",
     "padded_tokens_per_second": "throughput, padding counted",
     "label_tokens_per_second": "throughput, labels only",
@@ -54,7 +55,7 @@ WORDS = {
     "majority": "majority class",
     "flops": "FLOPs",
 }
-SPEAKING = ("label", "method.name", "quantization", "model", "method.targets", "task.name")
+SPEAKING = ("label", "objective.name", "method.name", "quantization", "model", "method.targets", "task.name")
 """Keys whose values need no name beside them."""
 UNIT_SUFFIXES = ("_gib", "_seconds", "_bytes", "_joules")
 

@@ -98,6 +98,7 @@ MEASURES: dict[str, Measure] = (
         ("load_peak_gib", "GiB", False, "peak while the base is loaded and quantized"),
         ("forward_backward_peak_gib", "GiB", False, "peak of forward and backward"),
         ("optimizer_peak_gib", "GiB", False, "peak of the optimizer step"),
+        ("rollout_peak_gib", "GiB", False, "peak of writing the answers that are trained on (GRPO)"),
         ("reserved_peak_gib", "GiB", False, "CUDA: peak that the allocator reserved"),
         ("tensor_peak_gib", "GiB", False, "CPU: most bytes of live tensors in a step, whatever the allocator keeps"),
         ("baseline_gib", "GiB", None, "CPU: resident before the base was loaded; not part of the peaks"),
@@ -138,6 +139,12 @@ MEASURES: dict[str, Measure] = (
         "seconds",
         ("load_seconds", "s", False, "wall time to load the base and the data"),
         ("train_seconds", "s", False, "wall time of the training steps"),
+        (
+            "rollout_seconds",
+            "s",
+            False,
+            "wall time of writing the answers that are trained on (GRPO), of no step's time",
+        ),
         ("evaluate_seconds", "s", False, "wall time of evaluation"),
         ("generate_seconds", "s", False, "wall time of writing answers and scoring them"),
         ("snapshot_seconds", "s", False, "wall time of keeping snapshots of ΔW while training"),
@@ -158,6 +165,7 @@ MEASURES: dict[str, Measure] = (
     | _measures(
         "metrics",
         ("train_loss", "nats", False, "mean training loss of the last tenth of the steps"),
+        ("train_reward", "%", True, "mean reward of the answers of the last tenth of the steps (GRPO)"),
         ("base_valid_loss", "nats", False, "validation loss of the untouched base"),
         *_scored("base_valid", "validation, the untouched base"),
         ("valid_loss", "nats", False, "validation loss after training; of regression the mean squared error, no nats"),

@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from lorabench.config.decode import Pattern, decode, encode, later
+from lorabench.config.plugins import example
 from lorabench.config.quote import clip
 from lorabench.spec.method import Method
+from lorabench.spec.objective import Objective
 from lorabench.spec.task import Task
 
 Keep = Annotated[str, Pattern(r"updates|none|svd:[1-9][0-9]*", '"updates", "none" or "svd:K" (K at least 1)')]
@@ -41,6 +43,8 @@ class RunSpec:
     """Examples per optimizer step, over all devices."""
     micro_batch_size: Annotated[int, Ge(1)] | None = None
     """Examples per forward pass; gradients are accumulated up to `batch_size` (None: all at once)."""
+    objective: Objective = later(factory=lambda: example("objectives", "supervised"))  # noqa: RUF009
+    """What is trained for: the data's own answers, or a reward for the model's."""
     steps: Annotated[int, Ge(1)] = 200
     """Optimizer steps, of each task."""
     lr: Annotated[float, Gt(0)] = 1e-3
@@ -75,7 +79,7 @@ class RunSpec:
         if not self.stages:
             raise ValueError("task: is missing")
         object.__setattr__(self, "task", self.stages[0])
-        problems = [*self.method.problems(self), *self._task_problems()]
+        problems = [*self.method.problems(self), *self._task_problems(), *self.objective.problems(self)]
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             problems.append(f"micro_batch_size = {self.micro_batch_size}: must divide batch_size = {self.batch_size}")
         if self.snapshot_every and self.keep == "none":
@@ -162,12 +166,14 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def swept_keys(flats: list[dict[str, Any]]) -> list[str]:
     """The keys of which the runs that have them have different values, the method's name apart: what labels show.
 
-    And those that like runs have and lack, as `complete` finds them.
+    And those that like runs have and lack, as `complete` finds them; the objective, which supervised runs do not name.
     """
     values: dict[str, set[str]] = {}
     for flat in flats:
         for key, value in flat.items():
             values.setdefault(key, set()).add(repr(value))
+    if not all("objective.name" in flat for flat in flats):
+        values.get("objective.name", set()).add(repr(None))
     several = [key for key, found in values.items() if len(found) > 1]
     return [key for key in complete(several, flats, ["seed"]) if key != "method.name"]
 

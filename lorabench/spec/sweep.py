@@ -395,7 +395,7 @@ def known_measures(runs: Sequence[RunSpec] = ()) -> Mapping[str, Measure]:
         return _all_measures(tuple(analyses))
     absent = set() if any(run.tasks for run in runs) else {"sequence"}
     absent |= set() if any(run.serving for run in runs) else {"serving"}
-    reports = {name for run in runs for name in run.stages[-1].reports}
+    reports = {name for run in runs for name in (*run.stages[-1].reports, *run.objective.reports)}
     written = {name for run in runs for name in _written(run)}
     others = {split: other.reported for run in runs for task in run.stages for split, other in task.others.items()}
     if "retain" in others:

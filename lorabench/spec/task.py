@@ -185,6 +185,10 @@ class Task(Plugin, ABC):
         """What a model is given to write to, of the usable rows of one split; where there is a `generation`."""
         return []
 
+    def check_answers(self, rows: list[Row]) -> None:
+        """InputError where what is written to a usable row could not be told right from wrong."""
+        return
+
     def model_options(self, rows: list[Row]) -> dict[str, Any]:
         """Further arguments for loading the base model (`num_labels`), from the usable training rows."""
         return {}

@@ -34,10 +34,21 @@ class Pairs(LanguageModeling):
         same = [p for key in self.parts for p in Template(f"task.{key}", getattr(self, key)).problems(rows)]
         if same and split == "train":  # and so in every other
             raise InputError(same)
-        _, written = self.filled(rows)
+        self.filled(rows)
         if self.generate and split in self.generate.measured_splits:
-            self._check_references(self.generate, rows, written)
+            if not rows:
+                asked = f'task.generate.splits = "{self.generate.splits}"'
+                raise InputError(f'{asked}: there is no such split; use "validation"')
+            self.check_answers(rows)
         return rows
+
+    def check_answers(self, rows: list[Row]) -> None:
+        if self.generate is None or self.generate.answer is None:
+            return
+        for number, (row, reference) in enumerate(zip(rows, self.filled(rows)[1], strict=True), 1):
+            if not re.search(self.generate.answer, reference):
+                where = f"{place(row, number)}, whose {self.parts[1]} is {show(reference)}"
+                raise InputError(f"task.generate.answer = {show(self.generate.answer)}: finds nothing in {where}")
 
     def filled(self, rows: list[Row]) -> tuple[list[str], list[str]]:
         """What is read, and what is to be written. InputError with what is wrong of either."""
@@ -55,12 +66,3 @@ class Pairs(LanguageModeling):
         """`task.response = "{a}": line 3 of x.jsonl leaves nothing to predict`."""
         key = self.parts[part]
         return InputError(f"task.{key} = {show(getattr(self, key))}: {place(row, number)} {what}")
-
-    def _check_references(self, generate: Generate, rows: list[Row], references: list[str]) -> None:
-        """InputError where there is nothing to write to, or a reference has no answer in it."""
-        if not rows:
-            raise InputError(f'task.generate.splits = "{generate.splits}": there is no such split; use "validation"')
-        for number, (row, reference) in enumerate(zip(rows, references, strict=True), 1):
-            if generate.answer is not None and not re.search(generate.answer, reference):
-                where = f"{place(row, number)}, whose {self.parts[1]} is {show(reference)}"
-                raise InputError(f"task.generate.answer = {show(generate.answer)}: finds nothing in {where}")

@@ -24,7 +24,7 @@ def data_problems(spec: RunSpec) -> list[str]:
     return [
         in_stage(problem, number, spec.tasks)
         for number, task in enumerate(spec.stages, 1)
-        for problem in _looked_up(task).problems
+        for problem in (*_looked_up(task).problems, *(_unanswered(task) if spec.objective.writes else ()))
     ]
 
 
@@ -68,6 +68,18 @@ def _looked_up(task: Task) -> _Looked:
     if isinstance(usable, InputError):
         return _Looked(problems=tuple(usable.problems))
     return _Looked(notes=usable.notes, fingerprints=usable.fingerprints)
+
+
+@cache
+def _unanswered(task: Task) -> tuple[str, ...]:
+    """Why what a model writes to the training prompts could not be told right from wrong."""
+    usable = usable_of(task)
+    try:
+        if not isinstance(usable, InputError):
+            task.check_answers(usable.rows["train"])
+    except InputError as error:
+        return tuple(f"train split: {problem}" for problem in error.problems)
+    return ()
 
 
 @cache

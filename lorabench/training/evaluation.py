@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from itertools import zip_longest
@@ -98,8 +99,11 @@ def evaluate_task(training: Training, stop: Stop, tell: Tell) -> None:
     if is_last:
         training.metrics |= found
         training.generations = on.written
-        last = training.losses[-max(1, training.spec.steps // 10) :]
+        num_last = max(1, training.spec.steps // 10)
+        last = training.losses[-num_last:]
         training.metrics["train_loss"] = sum(last) / len(last)
+        steps = [row for row in map(json.loads, training.log) if "loss" in row]
+        training.metrics |= training.spec.objective.metrics(steps[-num_last:])
 
 
 def _at_the_end(training: Training, on: _Evaluation) -> dict[str, float]:

@@ -48,7 +48,7 @@ def reader(task: Task, split: str) -> Task:
 
 def prepare(spec: RunSpec) -> Examples:
     """Read, tokenize and cut down the data of a run; the same object for all runs of a process that share it."""
-    return _prepare(spec.model, spec.revision, spec.task, spec.seq_len)
+    return _prepare(spec.model, spec.revision, spec.task, spec.seq_len, spec.objective.writes)
 
 
 def prepare_stages(spec: RunSpec) -> list[Examples]:
@@ -56,7 +56,7 @@ def prepare_stages(spec: RunSpec) -> list[Examples]:
     stages = []
     for number, task in enumerate(spec.stages, 1):
         try:
-            stages.append(_prepare(spec.model, spec.revision, task, spec.seq_len))
+            stages.append(_prepare(spec.model, spec.revision, task, spec.seq_len, spec.objective.writes))
         except InputError as error:
             raise InputError([in_stage(problem, number, spec.tasks) for problem in error.problems]) from error
     shared_options([examples.model_options for examples in stages])
@@ -73,7 +73,7 @@ def shared_options(options: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=16)
-def _prepare(model: str, revision: str | None, task: Task, seq_len: int) -> Examples:
+def _prepare(model: str, revision: str | None, task: Task, seq_len: int, writes: bool) -> Examples:
     tokenizer = load_tokenizer(model, revision)
     usable = read_usable(task)
     splits = tokenized(task, usable, tokenizer, seq_len)
@@ -82,7 +82,7 @@ def _prepare(model: str, revision: str | None, task: Task, seq_len: int) -> Exam
         splits={name: [_compact(example) for example in examples] for name, examples in splits.items()},
         model_options=usable.options,
         padding=tokenizer.pad_token_id,
-        prompts=_prompts(task, usable, tokenizer, seq_len),
+        prompts=_prompts(task, usable, tokenizer, seq_len, writes),
         fingerprints=usable.fingerprints,
         notes=usable.notes,
     )
@@ -168,14 +168,18 @@ def tokenized(
     return splits
 
 
-def _prompts(task: Task, usable: Usable, tokenizer: Any, seq_len: int) -> dict[str, list[Prompt]]:
-    """What there is to write to: of the task's own splits those that it asks for, of others all."""
+def _prompts(task: Task, usable: Usable, tokenizer: Any, seq_len: int, writes: bool) -> dict[str, list[Prompt]]:
+    """What there is to write to: of the task's own splits those that it asks for, and where training `writes` that one
+    too; of others all."""
     own = task.generation.measured_splits if task.generation else ()
     readers = dict.fromkeys(own, task) | {split: other for split, other in task.others.items() if other.generation}
-    return {
+    found = {
         split: reads.prompts(usable.rows[split][: reads.max_eval], tokenizer, seq_len)
         for split, reads in readers.items()
     }
+    return found | (
+        {"train": task.prompts(usable.rows["train"][: task.max_train], tokenizer, seq_len)} if writes else {}
+    )
 
 
 def _first(rows: list[Row], most: int | None) -> list[Row]:

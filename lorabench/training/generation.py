@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from lorabench.spec.task import Prompt
 
 
-@torch.no_grad()
 def answers(
     model: nn.Module,
     spec: RunSpec,
@@ -37,9 +36,33 @@ def answers(
     check: Callable[[], None] = lambda: None,
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Answer]:
-    """What the model answers to each prompt, in their order; ranks take batches in turn, and each gets all answers.
+    """What the model answers to each prompt, in their order, as `written` has it."""
+    rows = written(model, spec, generate, prompts, world=world, check=check, tell=tell)
+    tokenizer = load_tokenizer(spec.model, spec.revision)
+    return [answer(tokenizer, prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
 
-    `check` may raise between two batches, and `tell` is given how many prompts are done.
+
+def answer(tokenizer: Any, prompt: Prompt, row: list[int]) -> Answer:
+    """The text of the tokens that were written to a prompt."""
+    text = tokenizer.decode(until(row, tokenizer.eos_token_id), skip_special_tokens=True)
+    return Answer(prompt=prompt.text, reference=prompt.reference, output=text.removeprefix(prompt.tail))
+
+
+@torch.no_grad()
+def written(
+    model: nn.Module,
+    spec: RunSpec,
+    generate: Generate,
+    prompts: list[Prompt],
+    *,
+    world: World = ALONE,
+    check: Callable[[], None] = lambda: None,
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> list[list[int]]:
+    """The tokens that the model writes to each prompt, in their order, what follows an end-of-sequence token included.
+
+    Ranks take batches in turn, and each gets all. `check` may raise between two batches, and `tell` is given how many
+    prompts are done. The model is left in evaluation mode.
     """
     tokenizer = load_tokenizer(spec.model, spec.revision)
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].ids))  # those of one length together
@@ -60,20 +83,14 @@ def answers(
                 [prompts[place].ids for place in batch], tokenizer.pad_token_id, device, model.config.is_encoder_decoder
             )
             with _drawn(generate, number), autocast(spec, device, world):
-                written = _generate(model, ids, mask, settings, world)
+                new = _generate(model, ids, mask, settings, world)
             if not is_idle:
-                found += [(place, row.tolist()) for place, row in zip(batch, written.cpu(), strict=True)]
+                found += [(place, row.tolist()) for place, row in zip(batch, new.cpu(), strict=True)]
             tell(min((number + 1) * generate.batch_size, len(prompts)), len(prompts))
     if world.is_sharded:
         model.reshard()
-    texts = {
-        place: tokenizer.decode(until(row, tokenizer.eos_token_id), skip_special_tokens=True)
-        for place, row in (each for rank in world.gather(found) for each in rank)
-    }
-    return [
-        Answer(prompt=prompt.text, reference=prompt.reference, output=texts[place].removeprefix(prompt.tail))
-        for place, prompt in enumerate(prompts)
-    ]
+    rows = dict(each for rank in world.gather(found) for each in rank)
+    return [rows[place] for place in range(len(prompts))]
 
 
 def padded(rows: list[Any], padding: int, device: torch.device, on_right: bool = False) -> tuple[Tensor, Tensor]:
@@ -94,6 +111,8 @@ def until(row: list[int], end: int | None) -> list[int]:
 
 def _generate(model: Any, ids: Tensor, mask: Tensor, settings: dict[str, Any], world: World) -> Tensor:
     """The new tokens, (n, at most max_new_tokens)."""
+    if world.is_sharded and hasattr(model, "get_base_model"):
+        torch.distributed.fsdp.register_fsdp_forward_method(model, "generate")  # PEFT's calls the base's, past the root
     written = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=world.is_sharded, **settings)
     return written[:, 1 if model.config.is_encoder_decoder else ids.shape[1] :]
 

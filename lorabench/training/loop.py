@@ -5,25 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorabench.processes.distributed import Gradients, whole
 from lorabench.spec.run_spec import RunSpec
-from lorabench.spec.task import Example, Task
 from lorabench.store.claim import Hold
 from lorabench.store.steps import StepLog
+from lorabench.training.batches import Batches
 from lorabench.training.evaluation import evaluate
-from lorabench.training.examples import Batch, Order, collate
-from lorabench.training.flops import Shape, num_positions
-from lorabench.training.meter import Shapes
+from lorabench.training.examples import Batch, collate
 from lorabench.training.passes import autocast, forward
 from lorabench.training.state import Training
 from lorabench.training.stop import Diverged, Stop, Stopped
 
-CPU = torch.device("cpu")  # where batches are made and counted: to count on a GPU would wait for it
 FLUSH_EVERY = 10
 """Steps between two looks at the loss: each makes a GPU wait."""
 
@@ -45,8 +42,9 @@ def train(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hold
 
 def _steps(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hold) -> None:
     spec, model, meter = training.spec, training.model, training.meter
-    batches, steps = Batches(training), Losses(training, log, hold)
-    gradients = Gradients(batches.parameters, training.world)
+    batches, steps = spec.objective.batches(training, stop.check), Losses(training, log, hold)
+    parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
+    gradients = Gradients(parameters, training.world)
     model.train()
     while training.task_step < spec.steps:
         try:
@@ -57,20 +55,20 @@ def _steps(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hol
                     log.evaluation(training.step, evaluate(training, training.examples, "validation", stop))
                 training.evaluated = training.step
                 model.train()
+            parts, work = batches.next()
         except Stopped:
             steps.flush()
             saves.checkpoint()
             raise
-        parts, work = batches.next()
         lr_share = set_lr(training)
         with meter.step(*work), meter.live_tensors(model, training.optimizer):
             with meter.phase("forward_backward"):
-                loss = forward_backward(training, parts, work.labels)
+                loss = forward_backward(training, parts, batches)
                 gradients.sum()
             with meter.phase("optimizer"):
-                norm = update(training, batches.parameters)
+                norm = update(training, parameters)
         training.step += 1
-        steps.add(loss, norm, spec.lr * lr_share)
+        steps.add(loss, norm, spec.lr * lr_share, batches.about())
         if training.step % FLUSH_EVERY == 0 or training.task_step == spec.steps:
             steps.flush()
         if snapshot_due(training):
@@ -82,46 +80,14 @@ def _steps(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hol
             saves.checkpoint()
 
 
-class Work(NamedTuple):
-    """What there is to do in a step, over all ranks; `shapes` are this rank's passes."""
-
-    tokens: int
-    padded: int
-    labels: int
-    shapes: Shapes
-
-
-class Batches:
-    """What the steps of a task are made of, in the run's own order of the data: this rank's share of each batch."""
-
-    def __init__(self, training: Training):
-        spec, examples = training.spec, training.examples
-        self.training, self.rows = training, examples.splits["train"]
-        self.parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
-        self._order = Order(len(self.rows), spec.batch_size, spec.seed, training.stage)
-
-    def next(self) -> tuple[list[Batch], Work]:
-        """The parts of the next step's batch, on the CPU, and what there is to do in them, over all ranks."""
-        training = self.training
-        examples, world = training.examples, training.world
-        batch = [self.rows[i] for i in world.share(self._order.indices(training.task_step))]
-        chunks = [batch[i : i + training.micro] for i in range(0, len(batch), training.micro)]
-        parts = [collate(chunk, examples.padding, CPU) for chunk in chunks]
-        task = examples.task
-        shapes = tuple(batch_shape(part, task) for part in parts)
-        own = map(task.count, parts), (example_length(row, task) for row in batch), map(num_positions, shapes)
-        labels, tokens, padded = map(int, world.sum([sum(each) for each in own]))
-        return parts, Work(tokens=tokens, padded=padded, labels=labels, shapes=shapes)
-
-
-def forward_backward(training: Training, parts: list[Batch], labels: int) -> torch.Tensor:
-    """Add this rank's gradients of the batch's mean loss over its labels; this rank's part of that loss."""
+def forward_backward(training: Training, parts: list[Batch], batches: Batches) -> torch.Tensor:
+    """Add this rank's gradients of the step's loss; this rank's part of that loss."""
     spec, model, device = training.spec, training.model, training.meter.device
-    task, loss = training.examples.task, torch.zeros((), device=device)
+    loss = torch.zeros((), device=device)
     for part in parts:
         part = {key: tensor.to(device, non_blocking=True) for key, tensor in part.items()}
         with autocast(spec, device, training.world):
-            part_loss = task.loss(forward(model, part), part) / max(labels, 1)
+            part_loss = batches.loss(forward(model, part), part)
         part_loss.backward()
         loss += part_loss.detach()
     for _ in range(training.idle_passes(len(parts))):
@@ -170,10 +136,10 @@ class Losses:
     training: Training
     log: StepLog
     hold: Hold
-    pending: list[tuple[int, torch.Tensor, torch.Tensor, float]] = field(default_factory=list)
+    pending: list[tuple[int, torch.Tensor, torch.Tensor, dict[str, float]]] = field(default_factory=list)
 
-    def add(self, loss: torch.Tensor, norm: torch.Tensor, lr: float) -> None:
-        self.pending.append((self.training.step, loss, norm, lr))
+    def add(self, loss: torch.Tensor, norm: torch.Tensor, lr: float, about: dict[str, float]) -> None:
+        self.pending.append((self.training.step, loss, norm, {"lr": lr} | about))
 
     def flush(self) -> None:
         """Read them off the device and log them. Raises Diverged where one is not finite, Lost if the claim is."""
@@ -181,8 +147,8 @@ class Losses:
         self.hold.check()
         training.meter.flush()
         losses = training.world.sum([float(loss) for _, loss, _, _ in self.pending])
-        for loss, (step, _, norm, lr) in zip(losses, self.pending, strict=True):
-            row: dict[str, Any] = {"step": step, "loss": loss, "grad_norm": float(norm), "lr": lr}
+        for loss, (step, _, norm, about) in zip(losses, self.pending, strict=True):
+            row: dict[str, Any] = {"step": step, "loss": loss, "grad_norm": float(norm)} | about
             self.log.step(row)
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
                 raise Diverged(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}")
@@ -193,16 +159,6 @@ class Losses:
             progress |= {k: v for k, v in throughput.items() if k in ("tokens_per_second", "step_seconds_median")}
         self.pending.clear()
         self.log.flush()
-
-
-def example_length(example: Example, task: Task) -> int:
-    """Tokens that go through the model: what is read, and what a decoder of its own is to write."""
-    return sum(len(example[key]) for key in task.sequences)
-
-
-def batch_shape(batch: Batch, task: Task) -> Shape:
-    """Padding included."""
-    return (len(batch["input_ids"]), *(batch[key].shape[1] for key in task.sequences))
 
 
 def evaluation_due(training: Training) -> bool:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 WARM_UP_STEPS = 5
 """Steps left out of throughput after each start (a tenth of the steps where that is less)."""
+TRAINING_PHASES = ("rollout", "forward_backward", "optimizer")
+"""Of a step; in the first a model writes what it is trained on, if it is its own answers."""
 Shapes = tuple[tuple[int, ...], ...]
 """(examples, positions) of each forward pass of a step on this process; (examples, positions, positions of the decoder)
 of an encoder-decoder."""
@@ -202,7 +204,7 @@ class Meter:
 
     def memory(self) -> tuple[dict[str, float], str]:
         """The peaks by their names in MEASURES, and how they were made."""
-        training = [self.peaks.get(f"{name}_peak_gib", 0.0) for name in ("forward_backward", "optimizer")]
+        training = [self.peaks.get(f"{name}_peak_gib", 0.0) for name in TRAINING_PHASES]
         measures = dict(self.peaks) | {"peak_gib": max(training)}
         if self.device.type == "cuda":
             return measures, "CUDA allocator, peak allocated, reset per phase"

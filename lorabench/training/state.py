@@ -22,6 +22,7 @@ from lorabench.models.fused import fused_parts
 from lorabench.models.remarks import remarks
 from lorabench.processes.distributed import World, is_sharded
 from lorabench.spec.run_spec import RunSpec, method_seed
+from lorabench.spec.task import Example
 from lorabench.store.generations import Generation
 from lorabench.training import flops, ranks, sharding
 from lorabench.training import meter as meters
@@ -56,6 +57,9 @@ class Training:
     """SHA-256 of the files of the snapshots kept so far, by path below the run's folder."""
     log: list[str] = field(default_factory=list)
     """The lines of `steps.jsonl` so far."""
+
+    rollout: list[Example] = field(default_factory=list)
+    """The answers of its own that it was last trained on, where it is to write some; plain numbers and lists."""
 
     generations: list[Generation] = field(default_factory=list)
     """What it wrote at the end, a row an answer; in no checkpoint, for whoever goes on writes anew."""
@@ -152,6 +156,7 @@ class Training:
             "rows": self.rows,
             "snapshots": self.snapshots,
             "log": "".join(self.log),
+            "rollout": self.rollout,
             "others": others,
             "sizes": sorted(self.sizes | {self.world.size}),
         }
@@ -198,7 +203,7 @@ class Training:
         self.stage, self.step, self.evaluated = state["stage"], state["step"], state["evaluated"]
         self.losses, self.metrics, self.rows = state["losses"], state["metrics"], state["rows"]
         self.snapshots, self.sizes = state["snapshots"], set(state["sizes"])
-        self.log = state["log"].splitlines(keepends=True)
+        self.log, self.rollout = state["log"].splitlines(keepends=True), state["rollout"]
         self.optimizer.load_state_dict(state["optimizer"])
         self._load_rank([state, *state["others"]])
 
@@ -228,7 +233,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         state = torch.load(file, map_location="cpu", weights_only=True)
         tensors = ("share_bytes", "moments") if "shares" in state else ("model",)
         needed = (*tensors, *_PLAIN, "metrics", "rows", "optimizer", "meter", "random")
-        optional: dict[str, Any] = {"content": None, "snapshots": {}, "others": [], "sizes": []}
+        optional: dict[str, Any] = {"content": None, "snapshots": {}, "others": [], "sizes": [], "rollout": []}
         state = optional | state | {key: fit(_PLAIN.get(key, Any), state[key], key) for key in needed}
         check_files(file.parent.parent, fit(dict[str, str], state["snapshots"], "snapshots"))
         return state

@@ -11,9 +11,10 @@ from lorabench.config.decode import decode_plugin, encode
 from lorabench.spec.analysis import Analysis
 from lorabench.spec.figure import Figure
 from lorabench.spec.method import Method
+from lorabench.spec.objective import Objective
 from lorabench.spec.task import Task
 
-BASES = {"methods": Method, "tasks": Task, "analyses": Analysis, "figures": Figure}
+BASES = {"methods": Method, "tasks": Task, "objectives": Objective, "analyses": Analysis, "figures": Figure}
 ALL = [(folder, name) for folder in plugins.FOLDERS for name in plugins.names(folder)]
 
 
@@ -33,8 +34,8 @@ def test_every_plugin_can_stand_in_a_sweep_file(folder: str, name: str) -> None:
     assert decode_plugin(BASES[folder], encode(example), "x") == example
 
 
-@pytest.mark.parametrize(("folder", "name"), [item for item in ALL if item[0] in ("methods", "figures")])
-def test_methods_and_figures_have_a_default_for_every_field(folder: str, name: str) -> None:
+@pytest.mark.parametrize(("folder", "name"), [item for item in ALL if item[0] in ("methods", "objectives", "figures")])
+def test_methods_objectives_and_figures_have_a_default_for_every_field(folder: str, name: str) -> None:
     assert decode_plugin(BASES[folder], {"name": name}, "x").name == name
 
 

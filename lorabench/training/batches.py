@@ -1,0 +1,91 @@
+"""What the steps of a task are made of: this rank's share of each step's batch, in passes, and its loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from lorabench.spec.task import Example, Task
+from lorabench.training.examples import Batch, Order, collate
+from lorabench.training.flops import Shape, num_positions
+from lorabench.training.meter import Shapes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lorabench.training.state import Training
+
+CPU = torch.device("cpu")  # where batches are made and counted: to count on a GPU would wait for it
+
+
+class Work(NamedTuple):
+    """What there is to do in a step, over all ranks; `shapes` are this rank's passes."""
+
+    tokens: int
+    padded: int
+    labels: int
+    shapes: Shapes
+
+
+class Batches(ABC):
+    """The source of a task's steps, in the run's own order of the data; what it depends on is in the checkpoint."""
+
+    def __init__(self, training: Training):
+        self.training = training
+
+    @abstractmethod
+    def next(self) -> tuple[list[Batch], Work]:
+        """The parts of the next step's batch, on the CPU, and what there is to do in them, over all ranks."""
+
+    @abstractmethod
+    def loss(self, logits: torch.Tensor, part: Batch) -> torch.Tensor:
+        """What a part adds to the loss of the step that `next` has given; logits (n, t, v) or (n, classes)."""
+
+    def about(self) -> dict[str, float]:
+        """What `steps.jsonl` has of the step beside its loss, called by all ranks; nothing that a clock has made."""
+        return {}
+
+    def parts(self, rows: Sequence[Example]) -> tuple[list[Batch], Work]:
+        """Rows collated, as many in a pass as the spec has it."""
+        training = self.training
+        chunks = [rows[i : i + training.micro] for i in range(0, len(rows), training.micro)]
+        parts = [self.collated(chunk) for chunk in chunks]
+        task = training.examples.task
+        shapes = tuple(batch_shape(part, task) for part in parts)
+        own = map(task.count, parts), (example_length(row, task) for row in rows), map(num_positions, shapes)
+        labels, tokens, padded = map(int, training.world.sum([sum(each) for each in own]))
+        return parts, Work(tokens=tokens, padded=padded, labels=labels, shapes=shapes)
+
+    def collated(self, rows: Sequence[Example]) -> Batch:
+        return collate(list(rows), self.training.examples.padding, CPU)
+
+
+class Rows(Batches):
+    """The training split itself."""
+
+    def __init__(self, training: Training):
+        super().__init__(training)
+        spec, self.rows = training.spec, training.examples.splits["train"]
+        self._order = Order(len(self.rows), spec.batch_size, spec.seed, training.stage)
+        self._labels = 1
+
+    def next(self) -> tuple[list[Batch], Work]:
+        indices = self.training.world.share(self._order.indices(self.training.task_step))
+        parts, work = self.parts([self.rows[i] for i in indices])
+        self._labels = max(work.labels, 1)
+        return parts, work
+
+    def loss(self, logits: torch.Tensor, part: Batch) -> torch.Tensor:
+        return self.training.examples.task.loss(logits, part) / self._labels
+
+
+def example_length(example: Example, task: Task) -> int:
+    """Tokens that go through the model: what is read, and what a decoder of its own is to write."""
+    return sum(len(example[key]) for key in task.sequences)
+
+
+def batch_shape(batch: Batch, task: Task) -> Shape:
+    """Padding included."""
+    return (len(batch["input_ids"]), *(batch[key].shape[1] for key in task.sequences))
