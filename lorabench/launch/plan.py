@@ -213,7 +213,10 @@ def _know(key: str) -> _Known | InputError:
     try:
         options = shared_options([_model_options(task) for task in spec.stages])
         base: Any = models.skeleton(spec, options)
-        base.drawn = dict.fromkeys(_lacking(spec, options))
+        files = _of_files(spec, options)
+        base.drawn = dict.fromkeys(files.lacking)
+        if not files.is_tied:
+            weights.untie(base)
         about = remarks(spec, base)
         weight_bytes = _weight_bytes(spec, base)
         tuned = _attach(spec, base, options)
@@ -260,24 +263,36 @@ def _step_flops(tuned: torch.nn.Module, method: Method) -> Callable[[flops.Shape
     return of_step
 
 
-def _lacking(spec: RunSpec, options: dict[str, Any]) -> tuple[str, ...]:
-    """What the base's files lack. InputError where they, or its tokenizer, do not fit the model."""
+@dataclass(frozen=True, kw_only=True)
+class _Files:
+    """What a base's files say that its configuration does not."""
+
+    lacking: tuple[str, ...]
+    is_tied: bool
+    """Whether the output matrix is the input embedding; of a Flan-T5 it is none, whose configuration reads as if."""
+
+
+def _of_files(spec: RunSpec, options: dict[str, Any]) -> _Files:
+    """InputError where they, or the base's tokenizer, do not fit the model."""
     keys = ("model", "revision", "tasks" if spec.tasks else "task")
-    found = _lack(json.dumps({key: encode(getattr(spec, key)) for key in keys}), json.dumps(options))
+    found = _look(json.dumps({key: encode(getattr(spec, key)) for key in keys}), json.dumps(options))
     if isinstance(found, InputError):
         raise found
     return found
 
 
 @cache
-def _lack(key: str, options: str) -> tuple[str, ...] | InputError:
+def _look(key: str, options: str) -> _Files | InputError:
     spec = RunSpec.from_json(json.loads(key) | {"method": {"name": "head"}})
     try:
         base: Any = models.from_files(spec, from_json(options))
         models.padding(spec, base)
     except InputError as error:
         return error
-    return tuple(base.drawn)
+    output = base.get_output_embeddings()
+    return _Files(
+        lacking=tuple(base.drawn), is_tied=output is None or output.weight is base.get_input_embeddings().weight
+    )
 
 
 def _attach(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> torch.nn.Module:

@@ -15,6 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from lorabench.config import plugins
 from lorabench.config.decode import InputError, encode
+from lorabench.launch import plan
 from lorabench.launch.plan import refusals
 from lorabench.methods._peft import tuner_layers
 from lorabench.models.base_model import load_tokenizer, skeleton
@@ -267,6 +268,18 @@ def test_a_model_that_cannot_do_it_is_refused(encoder_decoders, tmp_path):
     embeddings = {"name": "lora", "rank": 2, "embeddings": True}
     for base in BASES:
         assert "read one matrix" in refusals([spec_of(base, encoder_decoders, embeddings)])[0]
+
+
+def test_the_plan_counts_an_output_matrix_of_its_own(encoder_decoders, tmp_path):
+    """A Flan-T5's configuration reads to transformers as if it were the input embedding; its files hold another."""
+    model = t.AutoModelForSeq2SeqLM.from_config(KINDS["t5-gated"])
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(1024, 32))
+    model.save_pretrained(tmp_path)
+    load_tokenizer(encoder_decoders["t5"]).save_pretrained(tmp_path)
+    spec = make_spec(model=str(tmp_path), task=TASK, method={"name": "full"})
+    loaded = load_base(spec, prepare(spec))
+    assert loaded.lm_head.weight is not loaded.shared.weight
+    assert plan.count(spec).num_trainable == sum(p.numel() for p in loaded.parameters())
 
 
 @pytest.mark.parametrize("base", BASES)
