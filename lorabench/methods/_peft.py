@@ -206,8 +206,9 @@ class SoftPrompt(PeftMethod):
 
 
 def sizes(model: Any) -> dict[str, Any]:
-    """Width of what stands in front of the input, and heads: PEFT does not know all names that configurations have."""
-    heads = model.config.get_text_config().num_attention_heads
+    """Width of what stands in front of the input, and heads, which PEFT asks for here without using them: it does not
+    know all names that configurations have for these."""
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
     return {"token_dim": model.get_input_embeddings().weight.shape[1], "num_attention_heads": heads}
 
 

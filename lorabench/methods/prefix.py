@@ -67,9 +67,10 @@ def _decoder_shape(config: Any) -> dict[str, Any]:
 
 
 def _of_keys(config: Any) -> dict[str, Any]:
-    """Width and heads of the keys, where PEFT has no right idea of them: in Falcon 7B all heads share one key."""
-    heads = config.num_attention_heads
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+    """Width and heads of the keys where PEFT has no right idea of them: in Falcon 7B all heads share one key. No
+    heads where a model has no attention, which PEFT then refuses."""
+    heads = getattr(config, "num_attention_heads", None)
+    if heads and getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         return {"token_dim": config.hidden_size // heads, "num_attention_heads": 1}
     return {"token_dim": config.hidden_size, "num_attention_heads": heads}
 

@@ -132,11 +132,12 @@ def test_the_readme_says_what_is_analyzed_by_part(name):
         ("OLMoE", "`ia3`", "ia3", r'method\.name = "ia3": .*OlmoeForCausalLM ends in stacked experts.*experts\.down'),
         ("OPT", "`adapter`", "parallel", r'method\.placement = "parallel": .*Choices: houlsby, pfeiffer'),
         ("DistilBERT", "`prefix`", "prefix", r'method\.name = "prefix": .*does not support past key values'),
+        ("Mamba", "`prefix`", "prefix", r'method\.name = "prefix": PEFT refuses it .*num_attention_heads'),
         ("Llama", "`bitfit`", "bitfit", r'method\.name = "bitfit": LlamaForCausalLM has no biases'),
     ],
 )
 def test_what_is_refused_is_told_with_the_reason(name, column, variant, words, spec_of):
-    assert re.search(words, refused(spec_of(NAMES[name], COLUMNS[column][variant])) or "")
+    assert re.search(words, refused(spec_of(NAMES.get(name, name.lower()), COLUMNS[column][variant])) or "")
 
 
 NARROW = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
@@ -149,6 +150,7 @@ NARROW = {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
         ("falcon", {}, "prefix", 4 * 2 * 2 * 8),  # of its heads of width 8 all share one key and value
         ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, "prefix", 4 * 2 * 2 * 32),
         ("opt", NARROW, "prompt", 4 * 16),
+        ("mamba", {}, "prompt", 4 * 32),  # which has no heads
         ("distilbert", {}, "prompt", 4 * 32 + (32 + 1) * 32 + (32 + 1) * 2),  # and its new head
     ],
 )
