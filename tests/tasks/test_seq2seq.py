@@ -216,13 +216,13 @@ def test_a_run_from_its_data_to_its_record(encoder_decoders, tmp_path):
 
 def test_tokens_of_both_sides_count(encoder_decoders):
     from lorabench.training.base import Base
-    from lorabench.training.loop import Batches
+    from lorabench.training.batches import Rows
     from lorabench.training.meter import Meter
     from lorabench.training.state import Training
 
     spec = spec_of("t5", encoder_decoders, batch_size=8, micro_batch_size=4)
     training = Training.attach(spec, Base.read(spec, CPU), Meter.of_run(spec, CPU))
-    parts, work = Batches(training).next()
+    parts, work = Rows(training).next()
     read = [int((part["input_ids"] != 2).sum()) for part in parts]
     learned = [int((part["labels"] != IGNORE).sum()) for part in parts]
     assert [len(part["input_ids"]) for part in parts] == [4, 4]
