@@ -299,6 +299,7 @@ def test_each_step_draws_anew_and_the_same_again(tmp_path):
         ({"objective": {"name": "grpo", "groups": 4}}, r"objective\.groups = 4: unknown key.*Did you mean 'group'"),
         ({"objective": "gropo"}, r"objective\.name = .gropo.*Did you mean 'grpo'\? Choices: grpo, supervised"),
         ({"objective": 3}, r"objective\.name: is missing"),
+        ({"task": {"name": "seq2seq", "generate": {"metrics": ["exact_match"]}}}, r"no answers of an encoder-decoder"),
         ({"task": {"name": "text"}}, r'objective\.name = "grpo": its reward is exact match.*use task\.name = "comple'),
         ({"task": {"name": "completion", "generate": {"metrics": ["bleu"]}}}, "its reward is exact match"),
         ({"tasks": [{"name": "text"}] * 2}, "trains on one task; use task instead of tasks"),
