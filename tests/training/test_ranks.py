@@ -26,7 +26,7 @@ from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.sweep import Sweep
 from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store
-from lorabench.training import evaluation, loop, passes, sharding, state
+from lorabench.training import batches, evaluation, loop, passes, sharding, state
 from lorabench.training import meter as meters
 from lorabench.training import run as journey
 from lorabench.training.base import Base
@@ -305,12 +305,14 @@ def test_joules_of_ranks_that_are_gone_are_kept():
     """And counted once: those of a machine by one of its ranks."""
     spec, model = make_spec(), torch.nn.Linear(2, 2)
     state = {**meters.Meter(torch.device("cpu"), 1).state, "energy_joules": 10.0}
-    state_of = {"meter": state, "random": random_state(loop.CPU)}
+    state_of = {"meter": state, "random": random_state(batches.CPU)}
     before = [state_of | {"tells_energy": tells} for tells in (1, 0, 1)]
     found = []
     for rank in range(2):
         meter = meters.Meter(torch.device("cpu"), 1)
-        base = Base(spec=spec, stages=[], device=loop.CPU, world=World(place=Place(rank=rank, size=2, local_rank=rank)))
+        base = Base(
+            spec=spec, stages=[], device=batches.CPU, world=World(place=Place(rank=rank, size=2, local_rank=rank))
+        )
         Training(spec, base, model, torch.optim.SGD(model.parameters()), meter)._load_rank(before)
         found.append(meter.energy_joules)
     assert found == [20.0, 0.0]
