@@ -150,6 +150,13 @@ def by_seed(runs: pd.DataFrame, name: str) -> dict[int, list[float]]:
     return found
 
 
+def seed_means(runs: pd.DataFrame, name: str) -> dict[int, float]:
+    """A measure of the runs that are done, as it is shown: each seed's mean, without what is beyond LARGEST."""
+    factor = shown_factor(name)
+    means = {seed: factor * sum(v / len(values) for v in values) for seed, values in by_seed(runs, name).items()}
+    return {seed: value for seed, value in means.items() if abs(value) < LARGEST}
+
+
 def interval(values: Iterable[float]) -> tuple[float, float | None]:
     """Mean and half width of the two-sided 95% Student-t interval; no interval for one value or an infinite one."""
     values = sorted(values)  # a sum of floats depends on its order

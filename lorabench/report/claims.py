@@ -7,14 +7,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
-from lorabench.report.aggregate import CONFIDENCE, by_seed, number, places, plain
+from lorabench.report.aggregate import CONFIDENCE, by_seed, number, places, plain, seed_means
 from lorabench.report.differences import Estimate, Seeds, difference, mean, ratio, seeds_needed
-from lorabench.report.labels import capitalized, measure, measure_label, series_label, shown_factor
+from lorabench.report.labels import capitalized, measure, measure_label, series_label
 from lorabench.report.results import Results, grouped, kept_rows, selected
 from lorabench.report.typeset import Column, Sheet
 from lorabench.spec.claim import Claim, matches
@@ -50,7 +49,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
     for wanted in claim.sides.values():
         own = kept_rows(runs, [matches(flats[run_id], wanted) for run_id in runs.index])
         own, lacking = _whole(own, results.settings, claim.measure)
-        sides.append(_seeds(own, claim.measure))
+        sides.append(seed_means(own, claim.measure))
         run_ids += list(own.index)
         left_out += lacking
     seeds, ids = tuple(map(len, sides)), tuple(dict.fromkeys(run_ids))
@@ -84,12 +83,6 @@ def _whole(runs: pd.DataFrame, settings: list[str], name: str) -> tuple[pd.DataF
         every = first
     lacking = [series_label(settings, values) for values, _, seeds in found if seeds != every]
     return (pd.concat(whole) if whole else runs.iloc[:0]), lacking
-
-
-def _seeds(runs: pd.DataFrame, name: str) -> dict[int, float]:
-    """As tables show it, by seed."""
-    found = {seed: shown_factor(name) * fmean(values) for seed, values in by_seed(runs, name).items()}
-    return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
 
 def _estimated(claim: Claim, sides: Sequence[Seeds]) -> Estimate:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from lorabench.report.aggregate import CONFIDENCE, by_seed, number, places, plain
+from lorabench.report.aggregate import CONFIDENCE, number, places, plain, seed_means
 from lorabench.report.differences import Estimate, Seeds, difference, holm, seeds_needed
-from lorabench.report.labels import key_label, measure, measure_label, series_label, shown_factor, value_label
+from lorabench.report.labels import key_label, measure, measure_label, series_label, value_label
 from lorabench.report.results import Results, Selection, grouped
 from lorabench.report.typeset import Column, Sheet
 
@@ -91,7 +91,7 @@ def compare(results: Results, selection: Selection) -> Comparisons | None:
     settings = [
         Setting(values=values, name=series_label(results.settings, values) or "all runs", seeds=seeds, runs=runs)
         for values, runs in grouped(selection.done, results.settings)
-        if (seeds := _seeds(runs, name))
+        if (seeds := seed_means(runs, name))
     ]
     if not 2 <= len(settings) <= MOST_SETTINGS or better is None:
         return None
@@ -118,11 +118,6 @@ def best_by(results: Results) -> str:
         name = results.sweep.select.by
     tested = "test_" + name.removeprefix("valid_")
     return tested if tested in results.runs and results.runs[tested].notna().any() else name
-
-
-def _seeds(runs: pd.DataFrame, name: str) -> dict[int, float]:
-    found = {seed: shown_factor(name) * fmean(values) for seed, values in by_seed(runs, name).items()}
-    return {seed: value for seed, value in found.items() if math.isfinite(value)}
 
 
 def sentences(results: Results, selection: Selection, found: Comparisons) -> list[str]:
@@ -166,11 +161,11 @@ def _cost(results: Results, found: Comparisons, full: Comparison | None) -> list
     """What the best costs beside full fine-tuning, or alone."""
     texts = []
     for name in COSTS:
-        own = _seeds(found.best.runs, name)
+        own = seed_means(found.best.runs, name)
         if not own or (name == "updates_bytes" and "storage_bytes" in results.runs):
             continue
         text = f"{measure_label(name)} {_with_unit(plain(fmean(own.values())), measure(name).unit)}"
-        theirs = _seeds(full.other.runs, name) if full else {}
+        theirs = seed_means(full.other.runs, name) if full else {}
         if theirs and fmean(theirs.values()) > 0:
             text += f" ({100 * fmean(own.values()) / fmean(theirs.values()):.3g}% of full's)"
         texts.append(text)

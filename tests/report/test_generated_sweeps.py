@@ -131,7 +131,18 @@ def make_table(rng: random.Random) -> dict[str, Any]:
         )  # fmt: skip
     if rng.random() < 0.9:
         table["figure"] = [make_figure(rng) for _ in range(rng.choice([1, 2]))]
+    own = random.Random(str(table))  # so that all else is as it is without claims
+    if own.random() < 0.4:
+        table["claim"] = [make_claim(own, values) for _ in range(own.choice([1, 3]))]
     return table
+
+
+def make_claim(rng: random.Random, values: list[str]) -> dict[str, Any]:
+    found = {"says": rng.choice(WORDS).strip() or "so it is", "measure": rng.choice(values), "where": {"seed": 0}}
+    found |= rng.choice([{}, {"minus": {}}, {"ratio_to": {"seed": [0, 1]}}])
+    return found | rng.choice(
+        [{"at_most": rng.choice([0.0, 1e300])}, {"at_least": 1.0}, {"at_least": -1, "at_most": 2}]
+    )
 
 
 def make_block(rng: random.Random, base: dict[str, Any]) -> dict[str, Any]:
