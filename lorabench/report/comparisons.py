@@ -16,6 +16,7 @@ from lorabench.report.differences import Estimate, Seeds, difference, holm, seed
 from lorabench.report.labels import key_label, measure, measure_label, series_label, value_label
 from lorabench.report.results import Results, Selection, grouped
 from lorabench.report.typeset import Column, Sheet
+from lorabench.spec.generate import METRICS
 
 LEVEL = 1 - CONFIDENCE
 MOST_SETTINGS = 100
@@ -111,13 +112,13 @@ def compare(results: Results, selection: Selection) -> Comparisons | None:
 
 
 def best_by(results: Results) -> str:
-    """The measure that says which setting is best: on the test split where that was measured, for on the validation
-    split the learning rate was chosen."""
+    """The measure that says which setting is best: of answers that were written, else of predictions; on the test split
+    where that was measured, for on the validation split the learning rate was chosen."""
     name = f"valid_{results.quality}"
     if results.sweep.select and results.sweep.select.by in results.runs:
         name = results.sweep.select.by
-    tested = "test_" + name.removeprefix("valid_")
-    return tested if tested in results.runs and results.runs[tested].notna().any() else name
+    tested = [*(f"test_{metric}" for metric in METRICS), "test_" + name.removeprefix("valid_")]
+    return next((each for each in tested if each in results.runs and results.runs[each].notna().any()), name)
 
 
 def sentences(results: Results, selection: Selection, found: Comparisons) -> list[str]:

@@ -225,3 +225,12 @@ def test_the_pages_distance_to_full_is_there_where_full_is_neither_best_nor_next
         for line in told.sentences
         if line.startswith("Full fine-tuning, full, is 1.050 nats behind (95% interval 0.4 to 1.7, p = ")
     ]
+
+
+def test_answers_say_what_is_best_before_losses_do_and_the_test_split_before_validation(tmp_path: Any) -> None:
+    names = ("valid_loss", "test_loss", "test_exact_match")
+    for count, name in enumerate(names, 1):
+        measures = {(rank, seed): dict.fromkeys(names[:count], rank / 10) for rank in (1, 2) for seed in (0, 1)}
+        found = compare(results := results_of(tmp_path, measures), selected(results))
+        assert found is not None and found.measure == name
+        assert found.best.values[-1] == (2 if name == "test_exact_match" else 1)
