@@ -19,7 +19,8 @@ from lorabench.report.typeset import Column, Sheet
 from lorabench.spec.claim import Claim, matches
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not enough data"
-VERDICTS = (HOLDS, FAILS, OPEN)
+COUNTED = ("model_gib", "optimizer_state_gib", "tensor_peak_gib", "flops_per_step")
+"""Measures that are counted, beside those of parameters and files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +94,21 @@ def _estimated(claim: Claim, sides: Sequence[Seeds]) -> Estimate:
 
 def _counted(claim: Claim, sides: Sequence[Seeds]) -> Estimate | None:
     """What is counted and the same for every seed is exact; None of anything else."""
-    is_count = measure(claim.measure).group == "counts" or claim.measure.endswith("_bytes")
-    if not is_count or any(len(set(side.values())) > 1 for side in sides):
+    if not _is_count(claim.measure) or any(len(set(side.values())) > 1 for side in sides):
         return None
     values = [next(iter(side.values())) for side in sides]
     value = values[0] / values[1] if claim.ratio_to is not None else values[0] - sum(values[1:])
     return Estimate(value=value, low=value, high=value, n=min(map(len, sides)), error=0.0)
 
 
+def _is_count(name: str) -> bool:
+    return measure(name).group == "counts" or name.endswith("_bytes") or name in COUNTED
+
+
 def _decided(claim: Claim, estimate: Estimate) -> tuple[str, str]:
     low, high = estimate.low, estimate.high
+    if estimate.error == 0 and not _is_count(claim.measure):
+        return OPEN, f"its {estimate.n} seeds are alike: no spread to judge by"
     if low is None or high is None:
         return OPEN, f"{estimate.n} seed has no interval; two or more do" if estimate.n == 1 else "no interval"
     least = -math.inf if claim.at_least is None else claim.at_least

@@ -45,6 +45,8 @@ class Comparison:
 
     other: Setting
     estimate: Estimate
+    behind: float
+    """How far it is behind: below 0 where it is ahead in the seeds that both have."""
     p: float | None
     """Corrected over all pairs of settings (Holm)."""
     needed: int | None
@@ -102,7 +104,8 @@ def compare(results: Results, selection: Selection) -> Comparisons | None:
     adjusted = holm([1.0 if each.p is None else each.p for each in estimates])
     others = [
         Comparison(
-            other=settings[j], estimate=each, p=None if each.p is None else p,
+            other=settings[j], estimate=each, behind=each.value if better else -each.value,
+            p=None if each.p is None else p,
             needed=seeds_needed(each, abs(each.value), len(pairs)),
         )
         for (i, j), each, p in zip(pairs, estimates, adjusted, strict=True)
@@ -135,11 +138,13 @@ def sentences(results: Results, selection: Selection, found: Comparisons) -> lis
 
 
 def _beside(item: Comparison, who: str, unit: str) -> str:
-    distance, text = abs(item.estimate.value), f"{who}, {item.other.name}, is "
-    text += _with_unit(plain(distance), unit) + " behind"
-    if item.estimate.low is None or item.p is None:
+    where = "behind" if item.behind >= 0 else "ahead in the seeds that both have"
+    text = f"{who}, {item.other.name}, is {_with_unit(plain(abs(item.behind)), unit)} {where}"
+    if item.estimate.low is None:
         return f"{text}: {NO_DIFFERENCE} (an interval takes two seeds of each)."
-    sign = math.copysign(1, item.estimate.value)  # how far behind, whichever way is better
+    if item.p is None:
+        return f"{text} in each of {item.estimate.n} seeds: {NO_DIFFERENCE} (without a spread there is no interval)."
+    sign = math.copysign(1, item.estimate.value)  # as far as was said, whichever way is better
     low, high = sorted(sign * (end or 0.0) for end in (item.estimate.low, item.estimate.high))
     decimals = places((high - low) / 2) if item.estimate.error else 4
     chance = f"p {'' if item.p < 0.001 else '= '}{_p(item.p)}"

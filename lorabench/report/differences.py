@@ -32,7 +32,8 @@ class Estimate:
     low: float | None = None
     high: float | None = None
     p: float | None = None
-    """Of a difference at least as large by chance, where there is none; of a ratio that is another than 1."""
+    """Of a difference at least as large by chance, where there is none; of a ratio that is another than 1. None where
+    it cannot be known: of too few seeds, or where a few seeds that are alike have no spread to judge by."""
     n: int
     """Seeds behind it: pairs, or of two sides the smaller number."""
     is_paired: bool = False
@@ -118,8 +119,8 @@ def _estimate(
     if error is None:
         return Estimate(value=center, n=n)
     if error <= ROUNDING * largest:
-        is_zero = abs(center) <= ROUNDING * largest
-        return Estimate(value=center, low=center, high=center, p=float(is_zero), n=n, is_paired=is_paired, error=0.0)
+        p = 1.0 if abs(center) <= ROUNDING * largest else None
+        return Estimate(value=center, low=center, high=center, p=p, n=n, is_paired=is_paired, error=0.0)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
     return Estimate(
         value=center, low=center - half, high=center + half, p=float(2 * stats.t.sf(abs(center) / error, freedom)),

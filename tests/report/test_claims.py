@@ -181,11 +181,15 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return results_of(tmp_path_factory.mktemp("store"), losses(rank_1=A, rank_4=A, rank_16=A, full=A))
 
 
-def test_of_a_thousand_sweeps_without_a_difference_one_in_twenty_seems_to_have_one(empty: Results) -> None:
-    """Though the best of four settings was chosen, and all that are behind it are looked at."""
+@pytest.mark.parametrize("step", [1e-9, 0.1])
+def test_of_a_thousand_sweeps_without_a_difference_one_in_twenty_seems_to_have_one(empty: Results, step: float) -> None:
+    """Though the best of four settings was chosen, and all that are behind it are looked at; also of a measure that
+    comes in steps as wide as it varies."""
     draw, false = np.random.default_rng(0), 0
     for _ in range(1000):
         results = simulated(empty, draw, 0.0)
+        stepped = step * (results.runs["valid_loss"] / step).round()
+        results = dataclasses.replace(results, runs=results.runs.assign(valid_loss=stepped))
         found = compare(results, selected(results))
         assert found is not None
         false += any(item.is_told for item in found.others)
@@ -234,3 +238,30 @@ def test_answers_say_what_is_best_before_losses_do_and_the_test_split_before_val
         found = compare(results := results_of(tmp_path, measures), selected(results))
         assert found is not None and found.measure == name
         assert found.best.values[-1] == (2 if name == "test_exact_match" else 1)
+
+
+def test_seeds_that_happen_to_be_alike_decide_nothing_but_of_counts(tmp_path: Any) -> None:
+    """Accuracies come in steps: two seeds are a step apart in both by chance."""
+    measures = {
+        (rank, seed): {"valid_accuracy": 0.5 + (rank is None) / 16, "tensor_peak_gib": 1.0 + (rank is None)}
+        for rank in (4, None)
+        for seed in (0, 1)
+    }
+    results = results_of(tmp_path, measures)
+    alike = (OPEN, "its 2 seeds are alike: no spread to judge by")
+    assert verdict(judge(claim(measure="valid_accuracy", where=LORA, at_most=60), results)) == alike
+    assert verdict(judge(claim(measure="valid_accuracy", where=FULL, minus=LORA, at_least=1), results)) == alike
+    assert judge(claim(measure="tensor_peak_gib", where=LORA, ratio_to=FULL, at_most=0.5), results).verdict == HOLDS
+    found, told = compare(results, selected(results)), outcome(results, selected(results))
+    assert found is not None and told is not None and not found.others[0].is_told
+    assert "is 6.250 % behind in each of 2 seeds: not enough runs to tell" in told.sentences[1]
+
+
+def test_who_is_behind_overall_and_ahead_in_the_shared_seeds_is_told_so(tmp_path: Any) -> None:
+    """The best has lost its worst seed: of the two that both have, the other was better."""
+    results = results_of(tmp_path, losses(rank_1=[2.0, 2.1], full=[1.9, 2.02, 3.0]))
+    told = outcome(results, selected(results))
+    assert told is not None
+    assert told.sentences[0].startswith("Best is lora")
+    assert "Full fine-tuning" not in told.sentences[1]
+    assert "The next, full, is 0.09000 nats ahead in the seeds that both have (95% interval" in told.sentences[1]

@@ -62,9 +62,9 @@ def test_too_few_seeds_have_no_interval_and_equal_ones_a_narrow_one() -> None:
     assert mean({0: 2.0}) == Estimate(value=2.0, n=1)
     assert difference({0: 2.0}, {0: 1.0}) == Estimate(value=1.0, n=1)
     same = difference(seeds([2.0, 2.0 + 1e-15]), seeds([1.0, 1.0]))
-    assert (same.low, same.high, same.p) == (same.value, same.value, 0.0)
+    assert (same.low, same.high, same.p) == (same.value, same.value, None)
     assert difference(seeds([0.1 + 0.2] * 3), seeds([0.3] * 3)).p == 1.0
-    assert difference(seeds([5.0] * 3), seeds([4.0] * 3, 10)).p == 0.0
+    assert difference(seeds([5.0] * 3), seeds([4.0] * 3, 10)).p is None  # of accuracies, which come in steps, by chance
 
 
 def test_holm_is_that_of_the_paper() -> None:
