@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, variance
 
+import numpy as np
 from scipy import stats
 
 from lorabench.report.aggregate import CONFIDENCE
@@ -84,11 +85,10 @@ def seeds_needed(estimate: Estimate, distance: float, comparisons: int = 1) -> i
     if not estimate.error or not estimate.freedom or distance <= 0:
         return None
     spread, level = estimate.error * math.sqrt(estimate.n), 1 - (1 - CONFIDENCE) / (2 * comparisons)
-    for n in range(2, MOST_SEEDS + 1):
-        freedom = estimate.freedom * (n - 1) / (estimate.n - 1)
-        if float(stats.t.ppf(level, freedom)) * spread / math.sqrt(n) < distance:
-            return n
-    return None
+    n = np.arange(2, MOST_SEEDS + 1)
+    halves = stats.t.ppf(level, estimate.freedom * (n - 1) / (estimate.n - 1)) * spread / np.sqrt(n)
+    enough = n[halves < distance]
+    return int(enough[0]) if len(enough) else None
 
 
 def _largest(*sides: Seeds) -> float:
