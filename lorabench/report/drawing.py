@@ -194,8 +194,8 @@ def facets(
     """A panel for each of the names, which are their titles and the keys of `axes_dict`; inside, the theme holds.
 
     A seaborn `FacetGrid`, or inside `onto` what is like it. One print column wide for a single panel and the page wide
-    for more, unless `width` says which, and `height` inches a row. So many `columns` of panels on the page (else four as two by two, others three in a row); in a print column
-    one below the other.
+    for more, unless `width` says which, and `height` inches a row. So many `columns` of panels on the page (else four
+    as two by two, others three in a row); in a print column one below the other.
     """
     names = list(names)
     wide = INCHES[width or ("column" if len(names) == 1 else "page")]
