@@ -183,7 +183,7 @@ def _digest(results: Results, answers: list[Shown] | Broken) -> str:
             default=str,
         ).encode()
     )
-    for name, frame in sorted(results.analyses.items()):
+    for name, frame in sorted({**results.analyses, "steps": results.steps}.items()):
         digest.update(f"{name} {list(frame.columns)}".encode())
         digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
     return digest.hexdigest()
