@@ -37,13 +37,15 @@ def plan(
     from lorabench.processes.machine import visible_gpus
     from lorabench.spec.source import as_sweep
     from lorabench.store.store import Store
+    from lorabench.terminal.hush import hushed
 
     wanted, store = as_sweep(sweep, changes), Store(Path(results))
     visible_gpus(device)  # says so where there is none
-    from lorabench.launch.plan import make_plan
-
     part, left = first_runs(wanted, store, limit)
-    return Plan(sweep=part, table=make_plan(part, store, device), left=left)
+    with hushed():
+        from lorabench.launch.plan import make_plan
+
+        return Plan(sweep=part, table=make_plan(part, store, device), left=left)
 
 
 def first_runs(sweep: Sweep, store: Store, limit: int | None, retry: Collection[Status] = ()) -> tuple[Sweep, int]:

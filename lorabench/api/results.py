@@ -103,6 +103,13 @@ class SweepResults:
         return runs_frame(self._read)
 
     @cached_property
+    def steps(self) -> pd.DataFrame:
+        """A row a run and step: `step`, `loss`, `grad_norm`, `step_lr`, and the metrics of periodic evaluations."""
+        from lorabench.report.frames import steps_frame
+
+        return steps_frame(self._read)
+
+    @cached_property
     def metrics(self) -> pd.DataFrame:
         """A row a metric of a layer's ΔW: `analysis`, `metric`, `value`, `null` (what chance gives)."""
         from lorabench.report.frames import metrics_frame

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import clip, show_path
+from lorabench.terminal.hush import hush_libraries as hush_libraries
 from lorabench.terminal.text import talk
 
 if TYPE_CHECKING:
@@ -187,14 +188,3 @@ def import_for_plan() -> None:
 
     os.environ.pop(ALONE_VARIABLE, None)  # where it was imported already
     gc.set_threshold(50_000)
-
-
-def hush_libraries() -> None:
-    """Leave out what libraries have to say to their own developers."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else a report for each load that the head is a new one
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -59,7 +59,7 @@ def _attempts(text: str, place: tuple[str | int, ...], value: Any) -> Iterator[s
     import tomlkit
     from tomlkit.exceptions import TOMLKitError
 
-    value = tomlkit.parse(f"value = {in_line(value)}")["value"]
+    value = tomlkit.parse(f"value = {in_line(value)}\n")["value"]
     for depth in range(len(place) - 1, -1, -1):
         document: Any = tomlkit.parse(text)
         try:

@@ -30,6 +30,11 @@ def runs_frame(results: Results) -> pd.DataFrame:
     return frame
 
 
+def steps_frame(results: Results) -> pd.DataFrame:
+    """A row a run and step, of the runs that have ended: `loss`, `grad_norm`, `step_lr` and what else was logged."""
+    return _with_keys(results, results.steps.drop(columns=results.setting_keys), "run_id")
+
+
 def spectra_frame(results: Results) -> pd.DataFrame:
     """A row a singular value of ΔW: `index` from 1, `value`, and `null`, the mean of random updates of that norm."""
     return _with_keys(results, results.analyses[SPECTRA], "run_id")

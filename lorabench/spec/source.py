@@ -49,7 +49,9 @@ def parse_change(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise InputError(f"--set {clip(text)}: must be KEY=VALUE")
     try:
-        return key.strip(), parse_toml(f"value = {value}")["value"]
+        if len(table := parse_toml(f"value = {value}")) > 1:
+            raise InputError("several")
+        return key.strip(), table["value"]
     except InputError:
         hint = f"; a text has quotes: --set '{clip(key)}=\"{clip(value)}\"'" if "\n" not in value else ""
         raise InputError(f"--set {clip(text)}: the value is not valid TOML{hint}") from None
