@@ -169,12 +169,12 @@ class Panels:
         return self
 
     def set_xlabels(self, label: str) -> None:
-        for axes in self.axes.flat[max(0, len(self.axes) - self.ncols) :]:
-            axes.set_xlabel(label)
+        for place, axes in enumerate(self.axes.flat):
+            axes.set_xlabel(label if place + self.ncols >= len(self.axes) else "")
 
     def set_ylabels(self, label: str) -> None:
-        for axes in self.axes.flat[:: self.ncols]:
-            axes.set_ylabel(label)
+        for place, axes in enumerate(self.axes.flat):
+            axes.set_ylabel(label if place % self.ncols == 0 else "")
 
     def set_axis_labels(self, x: str, y: str) -> None:
         self.set_xlabels(x)
