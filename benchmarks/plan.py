@@ -15,10 +15,12 @@ not there is left out.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -93,6 +95,10 @@ def run_by_cpu_time(spec: RunSpec, store: Store, settings: Settings) -> Any:
     return execute_run(spec, store, settings)
 
 
+def fresh_process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
 def factor(estimate: float, measured: float) -> float:
     return max(estimate / measured, measured / estimate)
 
@@ -143,7 +149,8 @@ def main() -> None:
             file = Path(table["base"]["task"]["data"])
             is_there = str(file).startswith("builtin:") or file.is_file()
             if is_there and name in (arguments.only or [name]):
-                figures[name] = of_sweep(name, table, Path(folder))
+                with fresh_process() as own:  # and with it a fork server that has read this sweep's data
+                    figures[name] = own.submit(of_sweep, name, table, Path(folder)).result()
                 for kind, runs in figures[name].items():
                     for run in runs:
                         print(f"{name:<11} {kind:<8} memory {run['memory_factor']:.2f} time {run['time_factor']:.2f} ",

@@ -125,7 +125,7 @@ def formula(
     held = HELD["cuda" if device.type == "cuda" else "cpu"] * (kept + logits)
     tensors = counts.weight_bytes + 12 * counts.num_trainable + held
     parts = {
-        "load": 0.3 + counts.weight_bytes / 1e9,
+        "load": 0.1 + counts.weight_bytes / 1e9,
         "train": spec.total_steps * passes.step_seconds(machine),
         "evaluate": passes.evaluation_seconds(machine, first),
         "generate": passes.writing_seconds(machine, first),
