@@ -28,9 +28,11 @@ def _place(folder: str) -> tuple[str, ...]:
 
 
 class Plugin:
-    """What lives in a plug-in folder. `folder` is set by the base class of that folder."""
+    """What lives in a plug-in folder. `folder` and `in_sweep` are set by the base class of that folder."""
 
     folder: ClassVar[str]
+    in_sweep: ClassVar[tuple[str, str]]
+    """The section of a sweep file that it stands in, and the key there: `("[[grid]]", "method")`."""
     by_name: ClassVar[bool] = False
     """Whether its name alone may stand for it, with the defaults."""
 

@@ -69,6 +69,7 @@ class Task(Plugin, ABC):
     """Fields say where the data is and how to read it. Add a task by adding one file to `lorabench/tasks/`."""
 
     folder: ClassVar[str] = "tasks"
+    in_sweep: ClassVar[tuple[str, str]] = ("[base]", "task")
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     """The transformers class that loads the base model."""
     reports: ClassVar[tuple[str, ...]] = ("loss",)

@@ -107,6 +107,21 @@ def test_list_names_every_plugin(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[1] for line in lines] == ["name", *found["methods"]]
 
 
+def test_list_shows_what_a_plugin_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "dynamics"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "dynamics (analyses): " in shown
+        and "dynamics (figures): " in shown
+        and '[[figure]]\nname = "dynamics"' in shown
+    )
+    assert main(["list", "lora", "--json"]) == 0
+    (lora,) = json.loads(capsys.readouterr().out)
+    assert {field["key"]: field["default"] for field in lora["fields"]}["method.rank"] == 8
+    assert main(["list", "lorra"]) == 2
+    assert "unknown kind or name 'lorra'. Did you mean 'lora'?" in capsys.readouterr().err
+
+
 def test_wrong_input_is_one_line_a_problem_on_stderr_and_exit_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
