@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
+from lorabench.config import other_words
 from lorabench.config.quote import clip
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -76,10 +77,11 @@ def plugin_class(folder: str, name: str) -> type:
 
 
 def unknown(what: str, given: object, choices: list[str]) -> str:
-    """`unknown method 'lorra'. Did you mean 'lora'? Choices: full, lora`."""
+    """`unknown method 'lorra'. Did you mean 'lora'? Choices: full, lora`; of a key or measure also by other tools' words."""
     text = clip(given)
+    theirs = other_words.hint(text) if what in ("key", "measure") else ""
     close = difflib.get_close_matches(text, choices, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
+    hint = f" {theirs}" if theirs else f" Did you mean '{close[0]}'?" if close else ""
     if len(", ".join(choices)) > MOST_LISTED:
         near = sorted(choices, key=lambda choice: -difflib.SequenceMatcher(None, text, choice).ratio())[:NUM_NEAREST]
         return f"unknown {what} '{text}'.{hint} Choices: {', '.join(near)}, … and {len(choices) - len(near)} more"
