@@ -49,7 +49,9 @@ UNWRITABLE = (
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     _hear_interrupts()
-    arguments = make_parser().parse_args(argv)
+    arguments, strange = make_parser().parse_known_args(argv)
+    if strange:  # argparse itself would say so of no command
+        arguments.parser.error(f"unrecognized arguments: {' '.join(strange)}")
     for name, value in PATIENT_THREADS.items():
         os.environ.setdefault(name, value)
     try:
@@ -108,7 +110,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         for names, options in module.ARGUMENTS:
             command.add_argument(*names.split(), **options)
-        command.set_defaults(function=module.main)
+        command.set_defaults(function=module.main, parser=command)
     return parser
 
 

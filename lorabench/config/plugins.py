@@ -77,7 +77,7 @@ def plugin_class(folder: str, name: str) -> type:
 
 
 def unknown(what: str, given: object, choices: list[str]) -> str:
-    """`unknown method 'lorra'. Did you mean 'lora'? Choices: full, lora`; of a key or measure also by other tools' words."""
+    """`unknown method 'lorra'. Did you mean 'lora'? Choices: full, lora`; keys, measures by other tools' words too."""
     text = clip(given)
     theirs = other_words.hint(text) if what in ("key", "measure") else ""
     close = difflib.get_close_matches(text, choices, n=1)
