@@ -31,6 +31,7 @@ COMMANDS = (
     "cancel",
     "analyze",
     "report",
+    "export",
     "merge",
     "inspect",
     "compare",

@@ -18,7 +18,7 @@ from lorabench.config.quote import clip
 
 PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = ("methods", "tasks", "objectives", "analyses", "figures")
-WITHIN = {"objectives": "training", "figures": "report", "readers": "updates"}
+WITHIN = {"objectives": "training", "figures": "report", "readers": "updates", "exporters": "store"}
 """Registries that stand inside a wing."""
 MOST_LISTED, NUM_NEAREST = 900, 20
 """Characters of choices that are all listed, for a message has bounds; of more than that, the nearest so many."""

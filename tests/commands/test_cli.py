@@ -271,11 +271,12 @@ def test_the_whole_journey(sweep: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert main(list(command)) == 0
         return capsys.readouterr().out
 
-    talk = run("--workers", "2")
+    talk = run("--workers", "2", "--live", "tensorboard")
     assert talk[0] == "tiny: 2 runs: 2 to run on 2 workers"
     assert talk[-1] == "lorabench: tiny: 2 done"
     before = {file: file.stat().st_mtime_ns for file in root.glob("runs/*/record.json")}
     assert len(before) == 2 and (root / "tiny" / "sweep.toml").read_text() == sweep.read_text()
+    assert {folder.name for folder in (root / "exports" / "tensorboard").iterdir()} == {f.parent.name for f in before}
     assert run()[0] == "tiny: 2 runs: 2 done already"
     assert {file: file.stat().st_mtime_ns for file in before} == before
     planned = json.loads(call("plan", str(sweep), "--results", str(root), "--json"))["runs"]
