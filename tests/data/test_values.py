@@ -198,6 +198,7 @@ def test_templates_are_filled(template, row, wanted):
     ("template", "row", "words"),
     [
         ("{a}", {"a": None}, "row 1 has no value in"),
+        ("{a[2]}", {"a": ["x", "y"]}, "row 1 has 2 items in \"a\", counted from 0, and no \"a[2]\""),
         ("{a.real}", {"a": 3}, "no such column"),  # a column's value has no attributes
         ("{a}", {"a": b"bytes"}, "a bytes is no text"),
         ("{a:d}", {"a": "7"}, "row 1: Unknown format code 'd'"),
