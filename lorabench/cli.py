@@ -23,6 +23,7 @@ from lorabench.processes.machine import PATIENT_THREADS
 from lorabench.terminal.text import talk
 
 COMMANDS = (
+    "new",
     "plan",
     "run",
     "submit",
@@ -39,6 +40,7 @@ COMMANDS = (
     "compress",
     "intervene",
     "list",
+    "completion",
 )
 """In the order of `--help`."""
 UNWRITABLE = (
@@ -111,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         for names, options in module.ARGUMENTS:
             command.add_argument(*names.split(), **options)
-        command.set_defaults(function=module.main, parser=command)
+        command.set_defaults(function=module.main, parser=command, every=commands.choices)
     return parser
 
 

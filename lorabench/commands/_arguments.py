@@ -60,7 +60,7 @@ def numbers(kind: type) -> Callable[[str], Any]:
 
 
 JSON = argument("--json", "print JSON instead of a table", action="store_true")
-SWEEP = argument("sweep", "a sweep file (TOML)", metavar="SWEEP")
+SWEEP = argument("sweep", "a sweep file", metavar="SWEEP.toml")
 DEFAULT_RESULTS = Path("results")
 RESULTS = argument(
     "--results", "where the runs are kept (default: results)", type=Path, default=DEFAULT_RESULTS, metavar="DIR"
@@ -82,7 +82,7 @@ BASE = argument(
     "the untouched weights: where ΔW is a difference of checkpoints, or needs them (DoRA); they tell modules' names",
     metavar="BASE",
 )
-ALPHA = argument("--alpha", "α of a format that does not keep its own", type=float, metavar="A")
+ALPHA = argument("--alpha", "α of a format that does not keep its own", type=float, metavar="ALPHA")
 HTML = argument("--html", "write a page with figures too", type=Path, metavar="FILE")
 RETRY = argument(
     "--retry",

@@ -144,6 +144,11 @@ class Task(Plugin, ABC):
         """The names of all that is measured on a split."""
         return self.reports + (self.generation.reports if self.generation else ())
 
+    @classmethod
+    def guess(cls, rows: list[Row], model: str) -> dict[str, Any]:
+        """The fields by which it could read these rows, for what `lorabench new` writes; none where it cannot."""
+        return {}
+
     def problems(self, spec: RunSpec) -> Iterator[str]:
         """Why this task cannot be run as `spec` asks: `key = value: reason`."""
         return iter(())

@@ -61,7 +61,10 @@ def stored(root: Path, sweep: Path, **fields: object) -> Store:
     return store
 
 
-@pytest.mark.parametrize("command", [["--help"], ["list"], ["run", "--help"], ["status", "."], ["--version"]])
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["list"], ["run", "--help"], ["status", "."], ["--version"], ["completion", "--complete=logs\x1f"]],
+)
 def test_light_commands_import_nothing_heavy_and_start_at_once(command: list[str], tmp_path: Path) -> None:
     program = f"""
 import sys
