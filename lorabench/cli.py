@@ -18,6 +18,7 @@ import threading
 from typing import Any, NoReturn
 
 from lorabench.config.decode import InputError
+from lorabench.config.plugins import unknown
 from lorabench.config.quote import LENGTH, message, show_path
 from lorabench.processes.machine import PATIENT_THREADS
 from lorabench.terminal.text import talk
@@ -97,6 +98,11 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, text: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message(text, 4 * LENGTH)}; see {self.prog} --help\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse's own names no closest choice."""
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, unknown("choice", value, [*map(str, action.choices)]))
 
 
 def make_parser() -> argparse.ArgumentParser:

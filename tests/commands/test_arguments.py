@@ -84,6 +84,15 @@ def test_a_run_that_has_not_begun_is_told_so(tmp_path: Path, capsys: pytest.Capt
         assert f"{given}: nothing to cancel: it has not begun" in capsys.readouterr().err
 
 
+def test_a_misspelt_choice_gets_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, close in ((["exprt"], "export"), (["export", "--to", "tensorbord"], "tensorboard")):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert (
+            stop.value.code == 2 and f"unknown choice '{argv[-1]}'. Did you mean '{close}'?" in capsys.readouterr().err
+        )
+
+
 def test_an_unknown_flag_is_told_by_its_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["status", "--verfy"])
