@@ -54,8 +54,8 @@ class Curves(Figure):
 
     def caption(self) -> str:
         return (
-            "Training over its steps, of the runs that are done: means over seeds. What is trained on is smoothed, by its "
-            f"mean over a tenth of the steps; the others are means over as many as leave at most {MOST_POINTS} points. "
+            "Training over its steps, of the runs that are done: means over seeds. What is trained on is smoothed: the "
+            f"mean over a tenth of the steps; all else are means over as many as leave at most {MOST_POINTS} points. "
             "Gradient norm: before clipping. Evaluations are single points, the untouched base at step 0."
         )
 
