@@ -12,7 +12,7 @@ from lorabench.api.plan import first_runs, left_text
 from lorabench.api.results import SweepResults
 
 if TYPE_CHECKING:
-    from lorabench.launch.pool import Outcome, Pool
+    from lorabench.launch.pool import Outcome
     from lorabench.processes.distributed import Sharding
     from lorabench.spec.source import Source
     from lorabench.spec.sweep import Sweep
@@ -31,6 +31,7 @@ def run(
     sharding: Sharding = "auto",
     timeout_minutes: float | None = None,
     checkpoint_seconds: float = 60.0,
+    live: str | None = None,
 ) -> Ran:
     """Run what is missing of a sweep, and wait for it; a second call goes on where the first was interrupted.
 
@@ -43,16 +44,28 @@ def run(
     `lorabench.InputError`, before anything runs, for what is wrong; a run that fails raises nothing, and says so.
     """
     from lorabench.config.durable import write_bytes
-    from lorabench.launch.pool import check_writable, launch, repeatable
+    from lorabench.launch.pool import Pool, check_writable, launch, repeatable
+    from lorabench.launch.worker import Settings
     from lorabench.processes.machine import visible_gpus
     from lorabench.spec.source import as_sweep
+    from lorabench.store.export import exporter
     from lorabench.store.store import Store
 
     again = repeatable(retry)
-    visible_gpus(device)
+    if live:
+        exporter(live, "--live")  # says so where it is not installed
     wanted, store = as_sweep(sweep, changes), Store(Path(results))
     part, left = first_runs(wanted, store, limit, again)
-    pool = _pool(part, workers, processes, device, again, timeout_minutes, checkpoint_seconds, sharding)
+    gpus = visible_gpus(device)
+    settings = Settings(
+        device="cuda" if gpus else "cpu",
+        checkpoint_seconds=checkpoint_seconds,
+        timeout_seconds=None if timeout_minutes is None else 60 * timeout_minutes,
+        sharding=sharding,
+        live=live,
+    )
+    workers = _num_workers(part, workers, processes, gpus)
+    pool = Pool(workers=workers, processes=processes, gpus=gpus, settings=settings, retry=again)
     check_writable(store.root)
     write_bytes(store.root / wanted.name / "sweep.toml", wanted.text.encode())
     for spec in part.runs:
@@ -79,26 +92,15 @@ class Ran:
         return "\n".join([summary(self.sweep, self.outcome), *left_text(self.left)])
 
 
-def _pool(sweep: Sweep, workers: int | None, processes: int, device: str, retry: Any, minutes: float | None,
-          checkpoint_seconds: float, sharding: Sharding) -> Pool:  # fmt: skip
-    """As many workers as there are GPUs, or as the cores allow, where none are asked for."""
+def _num_workers(sweep: Sweep, workers: int | None, processes: int, gpus: tuple[str, ...]) -> int:
+    """As many as there are GPUs for, or as the cores allow, where none are asked for. InputError."""
     from lorabench.config.decode import InputError
-    from lorabench.launch.pool import Pool
-    from lorabench.launch.worker import Settings
-    from lorabench.processes.machine import available_cores, visible_gpus
+    from lorabench.processes.machine import available_cores
 
     for name, value in {"workers": workers, "processes": processes}.items():
         if value is not None and value < 1:
             raise InputError(f"{name} = {value}: must be at least 1")
-    gpus = visible_gpus(device)
     if gpus and processes > len(gpus):
         raise InputError(f"--processes {processes}: a GPU each, and only {len(gpus)} can be seen here")
     threads = max((spec.threads for spec in sweep.runs), default=1)
-    settings = Settings(
-        device="cuda" if gpus else "cpu",
-        checkpoint_seconds=checkpoint_seconds,
-        timeout_seconds=None if minutes is None else 60 * minutes,
-        sharding=sharding,
-    )
-    workers = workers or len(gpus) // processes or max(1, available_cores() // (threads * processes))
-    return Pool(workers=workers, processes=processes, gpus=gpus, settings=settings, retry=retry)
+    return workers or len(gpus) // processes or max(1, available_cores() // (threads * processes))

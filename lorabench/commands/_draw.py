@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lorabench.commands._arguments import FOLDER, NAMED, PROCESSES, argument, as_json, hush_libraries, open_store
+from lorabench.commands._arguments import PLACE, PROCESSES, argument, as_json, hush_libraries, open_store, settle_place
 from lorabench.config.decode import InputError
 from lorabench.terminal.text import talk, tell
 
 ARGUMENTS = [
-    FOLDER, NAMED, PROCESSES,
+    *PLACE, PROCESSES,
     argument("--check", "exit code 1 where a claim of a sweep does not hold", action="store_true"),
     argument("--json", "print the sweeps' files and the verdicts on their claims as JSON", action="store_true"),
 ]  # fmt: skip
@@ -22,6 +22,7 @@ def draw(arguments: argparse.Namespace, again: bool) -> int:
     from lorabench.api.analyze import analyze_sweep
     from lorabench.report.freshness import find_sweeps
 
+    settle_place(arguments)
     store = open_store(arguments.results)
     hush_libraries()
     code, told = 0, []

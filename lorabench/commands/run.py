@@ -38,6 +38,7 @@ ARGUMENTS = [
     ),
     DEVICE,
     RETRY,
+    argument("--live", "write event files below RESULTS/exports/tensorboard while runs train", choices=["tensorboard"]),
     argument("--timeout-minutes", "end a run as `timeout` after so long", type=number(float, 0.01), metavar="M"),
     argument(
         "--checkpoint-seconds",
@@ -64,6 +65,7 @@ def main(arguments: argparse.Namespace) -> int:
         sharding=arguments.sharding,
         timeout_minutes=arguments.timeout_minutes,
         checkpoint_seconds=arguments.checkpoint_seconds,
+        live=arguments.live,
     )
     talk(repr(ran))
     return ran.outcome.exit_code

@@ -181,17 +181,24 @@ def _know(key: str) -> _Known | InputError:
         if not files.is_tied:
             weights.untie(base)
         about = remarks(spec, base)
-        weight_bytes = _weight_bytes(spec, base)
-        tuned = _attach(spec, base, options)
+        longest = models.max_length(base)
+        counts = counted(spec, base, options)
         if untried := try_out(spec, options):
             about["trial"] = untried
     except InputError as error:
         return error
+    return _Known(counts=counts, longest=longest, remarks=about)
+
+
+def counted(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> Counts:
+    """Of a base without weights, to which the run's method is attached."""
+    weight_bytes = _weight_bytes(spec, base)
     config: Any = base.config
+    tuned = _attach(spec, base, options)
     width = config.hidden_size
     trainable = [p for p in tuned.parameters() if p.requires_grad]
     added = 0 if spec.method.trains_base else sum(p.numel() * p.element_size() for p in trainable)
-    counts = Counts(
+    return Counts(
         num_parameters=weights.count(tuned),
         num_trainable=sum(p.numel() for p in trainable),
         num_tensors=len(trainable),
@@ -202,11 +209,6 @@ def _know(key: str) -> _Known | InputError:
         vocabulary=0 if "Classification" in spec.task.auto_class else config.vocab_size,
         step_flops=_step_flops(tuned, spec.method),
         profile=_profile(tuned),
-    )
-    return _Known(
-        counts=counts,
-        longest=models.max_length(base),
-        remarks=about,
     )
 
 
