@@ -47,6 +47,8 @@ class Results:
     """Run id -> the file of its answers, where its model has written."""
     broken: dict[str, str] = field(default_factory=dict)
     """Analysis -> what it raised: what it would have found is missing, in part or as a whole."""
+    root: Path | None = None
+    """The results folder that the runs lie in, where they lie in one."""
 
     @cached_property
     def keys(self) -> list[str]:
@@ -140,6 +142,7 @@ def load_results(
             for run_id, record in records.items()
             if record.generations_sha256
         },
+        root=store.root,
     )
     if analyze is None:
         return results
