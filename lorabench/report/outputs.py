@@ -192,7 +192,7 @@ def _digest(results: Results, more: list[Any]) -> str:
             default=str,
         ).encode()
     )
-    for name, frame in sorted(results.analyses.items()):
+    for name, frame in sorted({**results.analyses, "steps": results.steps}.items()):
         digest.update(f"{name} {list(frame.columns)}".encode())
         digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
     return digest.hexdigest()

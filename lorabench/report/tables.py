@@ -94,7 +94,7 @@ def build_tables(results: Results, attempt: Attempt = directly) -> list[Any]:
     sheets += [matrix] if matrix else []
     if results.test_sets:
         sheets.append(attempt("table tests", lambda: declared(results, selection, _of_test_sets(results), "tests")))
-    taken = {"summary", "runs", "subspace", "transfer", "tests", "metrics", "pairs", "claims", "comparisons"}
+    taken = {"summary", "runs", "subspace", "transfer", "tests", "metrics", "pairs", "steps", "claims", "comparisons"}
     for table in results.sweep.tables:
         name = distinct(table.title, taken)
         taken.add(name)

@@ -25,6 +25,9 @@ class Objective(Plugin, ABC):
     reports: ClassVar[tuple[str, ...]] = ()
     """The names that `metrics` gives, without `train_`."""
 
+    columns: ClassVar[dict[str, str]] = {}
+    """What each thing is that `steps.jsonl` has of a step beside loss, gradient norm and learning rate."""
+
     def problems(self, spec: RunSpec) -> Iterator[str]:
         """Why this objective cannot be trained for as `spec` asks: `key = value: reason`."""
         return iter(())

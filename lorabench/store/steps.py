@@ -8,7 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lorabench.config.decode import InputError
 from lorabench.config.durable import remove, write_bytes
+from lorabench.config.json_file import read_bytes
+
+MAX_BYTES = 2**30
+"""Of a log: some ten million steps."""
 
 
 class StepLog:
@@ -62,3 +67,24 @@ def write_steps(file: Path, lines: list[str]) -> str:
         remove(file)
     write_bytes(file, content)
     return hashlib.sha256(content).hexdigest()
+
+
+def read_steps(file: Path, digest: str | None = None) -> list[dict[str, float]]:
+    """A row a step, with what was evaluated after it; of a log that is being written, its whole lines.
+
+    InputError where it is no log of steps, or not the one with this SHA-256; OSError where there is none.
+    """
+    content = read_bytes(file, MAX_BYTES)
+    if digest and hashlib.sha256(content).hexdigest() != digest:
+        raise InputError(f"{file}: is not the log that the run's record tells of")
+    lines = content[: content.rfind(b"\n") + 1].strip().replace(b"\n", b",")
+    try:
+        table = json.loads(b"[" + lines + b"]")
+    except (ValueError, RecursionError):
+        table = [None]
+    if not all(isinstance(row, dict) and {*map(type, row.values())} <= {int, float} for row in table):
+        raise InputError(f"{file}: is no log of steps")
+    rows: dict[float, dict[str, float]] = {}
+    for row in table:
+        rows.setdefault(row.get("step", 0), {}).update(row)
+    return [*rows.values()]
