@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from lorabench.config.quote import blame
+from lorabench.terminal.text import TextTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,18 +58,9 @@ class Part:
 
     title: str
     text: str = ""
-    tables: list[Grid] = field(default_factory=list)
+    tables: list[TextTable] = field(default_factory=list)
     figures: list[Drawn] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """A plain table; all its columns but the first hold numbers."""
-
-    caption: str
-    heads: list[str]
-    rows: list[list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +114,11 @@ def fill(template: str, **values: Any) -> str:
     sections = re.findall(r'<section id="([\w-]+)">\s*<h2>(.*?)</h2>', text)
     entries = "\n".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in sections)
     return text.replace(CONTENTS, f"<ul>\n{entries}\n</ul>" if entries else "", 1)
+
+
+def parts_page(title: str, header: Sequence[tuple[str, str]], parts: Sequence[Part]) -> str:
+    """A page of these sections; `header` are names and words that stand at its top."""
+    return fill("parts.html.j2", title=title, header=header, parts=parts)
 
 
 def compact(value: Any) -> Markup:

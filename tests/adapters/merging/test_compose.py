@@ -14,7 +14,7 @@ from lorabench.adapters.merging.adapters import find_run, read_adapter
 from lorabench.adapters.merging.bodies import COMBINATIONS, FACTOR_WISE, MERGED, Body, bodies
 from lorabench.adapters.merging.compose import Bench, check, compose, put_head
 from lorabench.adapters.merging.compose import merge as add_merge
-from lorabench.adapters.merging.interference import interference, merge_text, with_changes
+from lorabench.adapters.merging.interference import interference, merge_table, with_changes
 from lorabench.adapters.merging.merged_files import merge_folders, write_merges
 from lorabench.analyses.interference import Interference
 from lorabench.cli import main
@@ -531,7 +531,7 @@ def test_the_change_is_against_the_adapter_alone_on_its_own_task(pair, runs) -> 
 def test_text_shows_the_mean_over_seeds() -> None:
     wanted = [Body(by="dare_ties", weights=(1, 1), density=0.5, seed=seed) for seed in (0, 1)]
     records = [{"tasks": ["a"], "metrics": [{"valid_accuracy": value}]} for value in (0.5, 0.7)]
-    assert merge_text(records, wanted).splitlines()[-1].startswith("dare_ties (density 0.5)  60 ± ")
+    assert merge_table(records, wanted).text.splitlines()[-1].startswith("dare_ties (density 0.5)  60 ± ")
 
 
 def test_records_are_below_the_results_folder(runs) -> None:
