@@ -47,8 +47,10 @@ def run_details(results: Results) -> Data:
     runs, name = results.runs, f"valid_{results.quality}"
     specs = [spec.flat for spec in results.sweep.runs]
     names = list(dict.fromkeys(key for spec in specs for key in spec))
+    columns = {key: list(runs[key]) for key in names}
     texts = {
-        key: [value_label(runs[key].iloc[i]) if key in spec else None for i, spec in enumerate(specs)] for key in names
+        key: [value_label(value) if key in spec else None for value, spec in zip(columns[key], specs, strict=True)]
+        for key in names
     }
     several = [key for key in names if len({*texts[key]}) > 1]
     values = [[text for text in dict.fromkeys(texts[key]) if text is not None] for key in several]
@@ -107,20 +109,32 @@ def cost_against_quality(results: Results) -> Data:
 def _curves(results: Results) -> Data:
     """`grids` are the steps at which curves were sampled; of a run, which of them, its losses there, and
     `[step, value]` of what was evaluated meanwhile."""
+    frame, name = results.steps, f"valid_{results.quality}"
     each = min(MOST_POINTS, ALL_POINTS // max(1, len(results.runs)))
     grids: dict[tuple[int, ...], int] = {}
     found: dict[int, list[Any]] = {}
-    name = f"valid_{results.quality}"
-    for run_id, rows in results.steps.groupby("run_id", sort=False, observed=True) if len(results.steps) else ():
-        losses = rows[rows["loss"].notna()] if "loss" in rows else rows.iloc[:0]
-        kept = losses.iloc[np.unique(np.linspace(0, len(losses) - 1, min(each, len(losses))).round().astype(int))]
-        marks = rows[rows[name].notna()][["step", name]] if name in rows else rows.iloc[:0, :0]
-        steps = tuple(map(int, kept["step"]))
-        if steps and each > 1:
-            grid = grids.setdefault(steps, len(grids))
-            values = [[int(step), _short(value)] for step, value in marks.itertuples(index=False)]
-            found[results.runs.index.get_loc(run_id)] = [grid, _numbers(kept["loss"]), values[-each:]]
+    if frame.empty or "loss" not in frame or each < 2:
+        return {"grids": [], "runs": {}, "label": ""}
+    ids = frame["run_id"].astype("category").cat
+    places = results.runs.index.get_indexer(list(ids.categories))[ids.codes]
+    steps, losses = frame["step"].to_numpy(), frame["loss"].to_numpy(float)
+    marks = frame[name].to_numpy(float) if name in frame else np.full(len(frame), np.nan)
+    for place, rows in _by_place(places, np.isfinite(losses)).items():
+        kept = rows[np.unique(np.linspace(0, len(rows) - 1, min(each, len(rows))).round().astype(int))]
+        grid = grids.setdefault(tuple(steps[kept].tolist()), len(grids))
+        found[place] = [grid, _numbers(losses[kept]), []]
+    for place, rows in _by_place(places, np.isfinite(marks)).items():
+        if place in found:
+            found[place][2] = [[int(steps[row]), _short(marks[row])] for row in rows[-each:]]
     return {"grids": [list(steps) for steps in grids], "runs": found, "label": with_unit(name)}
+
+
+def _by_place(places: np.ndarray, keep: np.ndarray) -> dict[int, np.ndarray]:
+    """A run's place -> its rows, of those that are to be kept, in order."""
+    rows = np.flatnonzero(keep)
+    rows = rows[np.argsort(places[rows], kind="stable")]
+    ends = np.flatnonzero(np.diff(places[rows])) + 1
+    return {int(places[chunk[0]]): chunk for chunk in np.split(rows, ends) if len(chunk)}
 
 
 def _layers(results: Results) -> Data:
@@ -154,11 +168,10 @@ def _logs(results: Results) -> dict[int, str]:
         return {}
     room = ALL_LOGS
     found: dict[int, str] = {}
-    is_failed = [status in FAILED for status in results.runs["status"]]
-    order = sorted(range(len(is_failed)), key=lambda place: not is_failed[place])
-    for place in order:
-        if results.runs["status"].iloc[place] != Status.MISSING and room > 0:
-            text = _tail(results.root / "runs" / results.runs.index[place] / "log.txt")
+    ids, status = list(results.runs.index), list(results.runs["status"])
+    for place in sorted(range(len(ids)), key=lambda place: status[place] not in FAILED):
+        if status[place] != Status.MISSING and room > 0:
+            text = _tail(results.root / "runs" / ids[place] / "log.txt")
             room -= len(text)
             found |= {place: text} if text else {}
     return found

@@ -377,7 +377,7 @@ function costs(box) {
     best.replaceChildren(ends.length ? `On the Pareto front, ${ends.length} of ${found.length}: ` : "No setting is left.",
       ...ends.flatMap((index, n) => [n ? "; " : "", make("a", { href: `#${found[index].run}` }, found[index].name)]));
   }
-  box.append(make("div", { class: "tools" }, costLabel, gainLabel, search, make("label", {}, only, "Pareto front only")), canvas, best);
+  box.append(make("h3", {}, "Cost against quality"), make("div", { class: "tools" }, costLabel, gainLabel, search, make("label", {}, only, "Pareto front only")), canvas, best);
   box.hidden = false;
   show();
 }
