@@ -16,8 +16,8 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--dump-dom",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--dump-dom",
 ]  # fmt: skip
 BEFORE = """<script>
 window.lorabenchErrors = [];
@@ -36,7 +36,8 @@ addEventListener("load", async () => {
     lorabenchErrors.push(String(error.stack));
   }
   out.overflow = document.documentElement.scrollWidth - innerWidth;
-  out.requests = performance.getEntriesByType("resource").map(({ name }) => name).filter((name) => !/^data:/.test(name));
+  const entries = performance.getEntriesByType("resource").map((entry) => entry.name);
+  out.requests = entries.filter((name) => !name.startsWith("data:"));
   out.errors = lorabenchErrors;
   const told = { id: "outcome", textContent: JSON.stringify(out) };
   document.body.replaceChildren(Object.assign(document.createElement("pre"), told));
