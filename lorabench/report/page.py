@@ -127,11 +127,19 @@ def compact(value: Any) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028"))
 
 
+def _kinds(rows: Sequence[Sequence[str]]) -> list[Markup]:
+    """The class of each column's cells: numbers, which stand right, or words."""
+    columns = zip(*rows, strict=True)
+    return [
+        Markup(' class="num"' if all(re.match(r"[−+–\d]|$", text) for text in column) else "") for column in columns
+    ]
+
+
 @cache
 def _environment() -> jinja2.Environment:
     """Which keeps the templates that it has compiled."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
     made = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     made.globals["most_rows"] = MOST_ROWS
-    made.filters["compact"] = compact
+    made.filters |= {"compact": compact, "kinds": _kinds}
     return made

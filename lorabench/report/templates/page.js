@@ -293,18 +293,19 @@ function ticks([low, high, log]) {
   return Array.from({ length: Math.floor(high / step) - first + 1 }, (_, place) => (first + place) * step);
 }
 
-function range(values) {
+function range(values, isLinear = false) {
   const [low, high] = [Math.min(...values), Math.max(...values)];
-  if (low > 0 && high > 20 * low) return [low / 1.2, high * 1.2, 1];
+  if (!isLinear && low > 0 && high > 20 * low) return [low / 1.2, high * 1.2, 1];
   const margin = 0.06 * (high - low) || 0.05 * Math.abs(high) || 1;
   return [low - margin, high + margin, 0];
 }
 
-/** Lines and points with axes; a series is `{name, points, names, line, dots, color}`. */
-function chart(series, labels, title, [width, height] = [640, 340]) {
+/** Lines and points with axes; a series is `{name, points, names, line, dots, color}`. A curve's x axis is linear. */
+function chart(series, labels, title, isCurve = false) {
+  const [width, height] = isCurve ? [560, 280] : [640, 340];
   const points = series.flatMap((each) => each.points);
   const box = [64 / width, 12 / height, 1 - 80 / width, 1 - 62 / height];
-  const panel = { box, x: range(points.map(([x]) => x)), y: range(points.map(([, y]) => y)), labels, title: "", series };
+  const panel = { box, x: range(points.map(([x]) => x), isCurve), y: range(points.map(([, y]) => y)), labels, title: "", series };
   const at = ([x, y]) => [(box[0] + along(panel.x, x) * box[2]) * width, (box[1] + (1 - along(panel.y, y)) * box[3]) * height];
   const [left, top, right, bottom] = [64, 12, width - 16, height - 50];
   const svg = draw("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
@@ -396,8 +397,9 @@ function runs(box) {
   };
   const heads = $$("thead th", box).length;
   const plain = (names, rows, title) => {
-    const head = make("tr", {}, ...names.map((name, place) => make("th", { scope: "col", class: place ? "num" : null }, name)));
-    const lines = rows.map((row) => make("tr", {}, ...row.map((cell, place) => make("td", { class: place ? "num" : null }, cell))));
+    const kinds = names.map((_, place) => (rows.every((row) => /^[−+–\d]/.test(row[place])) ? "num" : null));
+    const head = make("tr", {}, ...names.map((name, place) => make("th", { scope: "col", class: kinds[place] }, name)));
+    const lines = rows.map((row) => make("tr", {}, ...row.map((cell, place) => make("td", { class: kinds[place] }, cell))));
     return make("div", { class: "scroll" }, make("table", {}, make("caption", { class: "unseen" }, title), make("thead", {}, head), make("tbody", {}, ...lines)));
   };
   const part = (title, ...content) => make("section", {}, make("h4", {}, title), ...content);
@@ -429,7 +431,7 @@ function runs(box) {
     if (curve) {
       const steps = curves.grids[curve[0]], lines = [{ name: "Training loss", line: true, points: steps.map((step, n) => [step, curve[1][n]]).filter((pair) => pair[1] !== null) }];
       if (curve[2].length) lines.push({ name: curves.label, dots: true, color: "var(--link)", points: curve[2].filter((pair) => pair[1] !== null) });
-      if (lines[0].points.length) parts.push(part("Loss over the steps", chart(lines, ["Step", curve[2].length ? `Training loss; dots: ${curves.label}` : "Training loss"], `Loss of ${id} over the steps`, [560, 280])));
+      if (lines[0].points.length) parts.push(part("Loss over the steps", chart(lines, ["Step", curve[2].length ? `Training loss; dots: ${curves.label}` : "Training loss"], `Loss of ${id} over the steps`, true)));
     }
     const inner = layers.runs[own];
     if (inner) parts.push(part("Layers", plain(["Layer", ...layers.heads], inner.map(([layer, ...numbers]) => [layers.names[layer], ...numbers.map(short)]), "Layers")));
