@@ -22,7 +22,7 @@ from lorabench.report.typeset import Column, Sheet
 from lorabench.spec.claim import Claim, matches
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not enough data"
-COUNTED = ("model_gib", "optimizer_state_gib", "tensor_peak_gib", "flops_per_step")
+COUNTED = ("model_gib", "optimizer_state_gib", "tensor_peak_gib", "resident_adapter_gib", "flops_per_step")
 """Measures that are counted, beside those of parameters and files."""
 
 

@@ -75,10 +75,9 @@ class Claim:
 
     @property
     def bound(self) -> str:
-        """`≤ 1.05`, `1 to 2`."""
-        if self.at_least is not None and self.at_most is not None:
-            return f"{self.at_least:g} to {self.at_most:g}"
-        return f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
+        """`≤ 1.05`, `−1 to 2`."""
+        ends = [f"{end:g}".replace("-", "−", 1) for end in (self.at_least, self.at_most) if end is not None]
+        return " to ".join(ends) if len(ends) == 2 else f"{'≥' if self.at_most is None else '≤'} {ends[0]}"
 
 
 def matches(flat: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
