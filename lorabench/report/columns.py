@@ -70,7 +70,7 @@ SHEET = {
     "num_seeds": "distinct seeds behind it",
     "num_failed": "runs of the cell that have failed",
     "num_pending": "runs of the cell that are still to be done",
-    "status": "`done`, or how many of the cell's runs stand otherwise",
+    "status": "`done`, or how many of the cell's runs stand otherwise, or were trained unstably",
     "best lr": "the value that [select] has chosen, of the key that it chooses",
     "edge": "whether that is the largest or smallest of those tried: a better one may lie beyond",
 }

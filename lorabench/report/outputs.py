@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
@@ -24,7 +24,7 @@ from lorabench.report import drawing
 from lorabench.report.aggregate import FAILED, plain
 from lorabench.report.answers import Shown, read_answers
 from lorabench.report.claims import claims_sheet
-from lorabench.report.comparisons import Outcome, outcome
+from lorabench.report.comparisons import Outcome, instabilities, outcome
 from lorabench.report.footnotes import figure_notes
 from lorabench.report.labels import (
     capitalized,
@@ -141,7 +141,7 @@ def _write(results: Results, more: dict[str, Any], folder: Path, attempt: Attemp
     for name, figure in _figures(results).items():
         made = attempt(f"figure {name}", partial(_draw, results, name, figure, folder / "figures"))
         if made is None:
-            empty.append(name)
+            empty += [name] if figure in results.sweep.figures or not results.sweep.figures else []
         else:
             shown[figure.section].append(made)
             files += made.files if isinstance(made, Drawn) else []
@@ -149,9 +149,10 @@ def _write(results: Results, more: dict[str, Any], folder: Path, attempt: Attemp
     write_bytes(folder / "sweep.toml", results.sweep.text.encode())
     costs = attempt("cost against quality", lambda: cost_against_quality(results))
     errors = _named(results.broken) | attempt.errors
+    sentences = [*(told.sentences if isinstance(told, Outcome) else []), *instabilities(results)]
     page = Content(
         summary=summary, changes=changes, tables=tables, figures=shown, empty=empty, errors=errors,
-        outcome=told.sentences if isinstance(told, Outcome) else [], claims=claims, comparisons=compared,
+        outcome=sentences, claims=claims, comparisons=compared,
         costs={} if isinstance(costs, Broken) else costs, **more,
     )  # fmt: skip
     return [*files, folder / "sweep.toml", _write_page(results, folder, attempt, page)]
@@ -264,12 +265,12 @@ def read_header(text: str) -> dict[str, str]:
 
 
 def _figures(results: Results) -> dict[str, Figure]:
-    """File name -> figure: the sweep's own, or every figure as it comes."""
-    figures: Iterable[Any] = results.sweep.figures or (
-        plugins.example("figures", name) for name in plugins.names("figures")
-    )
+    """File name -> figure: the sweep's own and those that always stand there, or every figure as it comes."""
+    every: list[Any] = [plugins.example("figures", name) for name in plugins.names("figures")]
+    asked = {figure.name for figure in results.sweep.figures}
+    also = [figure for figure in every if figure.name not in asked and (figure.always or not asked)]
     named: dict[str, Figure] = {}
-    for figure in figures:
+    for figure in (*results.sweep.figures, *also):
         named[distinct(figure.name, named)] = figure
     return named
 
@@ -305,7 +306,9 @@ def _run_rows(results: Results) -> dict[str, Any]:
     tables = [[value_label(value) for value in results.runs[key]] for key in keys]
     tables += [list(results.runs["status"]), ["✓" if run_id in chosen else "" for run_id in results.runs.index]]
     tables += [[_measured(factors[name] * value) for value in results.runs[name]] for name in names]
-    tables.append([error or "" for error in results.runs["error"]])
+    about = {run_id: notes.get("unstable") for run_id, notes in results.provenance.items()}
+    unstable = [f"unstable: {about[run_id]}" if about.get(run_id) else "" for run_id in results.runs.index]
+    tables.append([error or note for error, note in zip(results.runs["error"], unstable, strict=True)])
     numeric = [capitalized(with_unit(name)) for name in names]
     heads = ["Run", *(capitalized(key_label(key)) for key in keys), "Status", "Used", *numeric, "Error"]
     rows = [[str(run_id), *texts] for run_id, *texts in zip(results.runs.index, *tables, strict=True)]

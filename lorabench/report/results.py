@@ -15,10 +15,11 @@ import pandas as pd
 
 from lorabench.report.steps import StepLog, steps_frame
 from lorabench.spec.measures import MEASURES
-from lorabench.spec.run_spec import complete, is_tables, task_names
+from lorabench.spec.run_spec import RunSpec, complete, is_tables, task_names
 from lorabench.spec.sweep import Sweep, known_measures
 from lorabench.store.record import FAILURES, GENERATIONS_FILE, STEPS_FILE, RunRecord, Status
 from lorabench.store.store import RunState, Store
+from lorabench.training.stability import from_record
 from lorabench.updates.update import DORA_PART
 
 Analyze = Callable[[Store, Sweep, list[str]], dict[str, pd.DataFrame]]
@@ -142,6 +143,12 @@ def load_results(
 ) -> Results:
     """Read every run of `sweep`, or take its `states`; `analyze(store, sweep, run_ids)` makes the analyses."""
     states = list(store.states(list(sweep.runs))) if states is None else states
+    logs = {
+        state.run_id: StepLog(file=store.folder(state.run_id) / STEPS_FILE, digest=state.record.steps_sha256)
+        for state in states
+        if state.record and state.status in (Status.DONE, Status.CANCELLED, *FAILURES)
+    }
+    states = [_judged(state, spec, logs.get(spec.id)) for state, spec in zip(states, sweep.runs, strict=True)]
     runs = _frame(states, [spec.flat for spec in sweep.runs])
     if sweep.labels:
         runs.insert(0, "label", [sweep.labels[run_id] for run_id in runs.index])
@@ -157,16 +164,22 @@ def load_results(
             for run_id, record in records.items()
             if record.generations_sha256
         },
+        logs=logs,
         root=store.root,
-        logs={
-            state.run_id: StepLog(file=store.folder(state.run_id) / STEPS_FILE, digest=state.record.steps_sha256)
-            for state in states
-            if state.record and state.status in (Status.DONE, Status.CANCELLED, *FAILURES)
-        },
     )
     if analyze is None:
         return results
     return with_analyses(results, analyze(store, sweep, selected(results).run_ids))
+
+
+def _judged(state: RunState, spec: RunSpec, log: StepLog | None) -> RunState:
+    """With whether its training was unstable, of a run whose record is older than that measure."""
+    record = state.record
+    if record is None or log is None or state.status != Status.DONE or "unstable" in record.measures:
+        return state
+    measures, notes = from_record(spec, record, log.read())
+    judged = dataclasses.replace(record, measures=record.measures | measures, provenance=record.provenance | notes)
+    return dataclasses.replace(state, record=judged)
 
 
 def with_analyses(results: Results, analyses: dict[str, pd.DataFrame]) -> Results:

@@ -264,7 +264,7 @@ def _text(item: Cell | None, common: int | None, most: int) -> str:
     if item is None:
         return "–"
     remarks = [f"n = {item.n}"] if 0 < item.n < most else []
-    remarks += [item.status_text] if item.statuses else []
+    remarks += [item.status_text] if item.status_text else []
     text = value_text(item, common) + _null(item)
     if not text:
         return item.status_text or ("not measured" if item.applicable else NOT_APPLICABLE)

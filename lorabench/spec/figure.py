@@ -35,6 +35,8 @@ class Figure(Plugin, ABC):
     """Under which heading of the report it stands: a key of `SECTIONS`."""
     intervals: ClassVar[bool] = True
     """Whether it draws intervals over seeds, which its caption then explains."""
+    always: ClassVar[bool] = False
+    """Whether it also stands in the report of a sweep that asks for other figures."""
     most: ClassVar[int | None] = None
     """How many settings it has room for; of more it shows some, and its caption says so."""
 

@@ -166,6 +166,7 @@ MEASURES: dict[str, Measure] = (
         "metrics",
         ("train_loss", "nats", False, "mean training loss of the last tenth of the steps"),
         ("train_reward", "%", True, "mean reward of the answers of the last tenth of the steps (GRPO)"),
+        ("unstable", "%", False, "whether the training loss climbed and stayed up: training/stability.py has the rule"),
         ("base_valid_loss", "nats", False, "validation loss of the untouched base"),
         *_scored("base_valid", "validation, the untouched base"),
         ("valid_loss", "nats", False, "validation loss after training; of regression the mean squared error, no nats"),

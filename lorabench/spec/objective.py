@@ -25,6 +25,9 @@ class Objective(Plugin, ABC):
     reports: ClassVar[tuple[str, ...]] = ()
     """The names that `metrics` gives, without `train_`."""
 
+    watched: ClassVar[tuple[str, bool]] = ("loss", True)
+    """The number of `steps.jsonl` that tells whether training goes well, and whether it is a loss; else it is a share,
+    and more of it is better."""
     columns: ClassVar[dict[str, str]] = {}
     """What each thing is that `steps.jsonl` has of a step beside loss, gradient norm and learning rate."""
 

@@ -38,6 +38,7 @@ class Grpo(Objective):
 
     writes: ClassVar[bool] = True
     reports: ClassVar[tuple[str, ...]] = ("reward",)
+    watched: ClassVar[tuple[str, bool]] = ("reward", False)
     columns: ClassVar[dict[str, str]] = {
         "reward": "mean reward of the step's answers",
         "reward_std": "standard deviation of their rewards",
