@@ -90,7 +90,10 @@ def drawn(name: str, caption: str, figure: Figure, files: Sequence[Path] = ()) -
     from lorabench.report import drawing, hover
 
     with drawing.style():
-        drawing.wrap_titles(figure)
+        if files:
+            figure.set_layout_engine("none")  # as it was laid out when it was saved: that takes time
+        else:
+            drawing.wrap_titles(figure)
         source = _saved(figure, "svg", {"Date": None, "Creator": "lorabench"})
         if len(source) > MOST_BYTES:
             source = _saved(figure, "png", {"Software": None})
