@@ -25,7 +25,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 Made = TypeVar("Made")
 DISPLAY_SCALE = 1.45
 """Inches on the screen per inch in print."""
-MOST_BYTES = 400_000
+MOST_BYTES = 300_000
 """Of a drawing with so many lines and points that it is larger, the page has the pixels."""
 MOST_ROWS = 200
 """Rows of a table that stand in the HTML; further ones are data, of which the page's script makes rows when asked."""

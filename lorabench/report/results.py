@@ -19,7 +19,7 @@ from lorabench.spec.run_spec import RunSpec, complete, is_tables, task_names
 from lorabench.spec.sweep import Sweep, known_measures
 from lorabench.store.record import FAILURES, GENERATIONS_FILE, STEPS_FILE, RunRecord, Status
 from lorabench.store.store import RunState, Store
-from lorabench.training.stability import from_record
+from lorabench.training.stability import from_record, judged, with_more
 from lorabench.updates.update import DORA_PART
 
 Analyze = Callable[[Store, Sweep, list[str]], dict[str, pd.DataFrame]]
@@ -148,7 +148,7 @@ def load_results(
         for state in states
         if state.record and state.status in (Status.DONE, Status.CANCELLED, *FAILURES)
     }
-    states = [_judged(state, spec, logs.get(spec.id)) for state, spec in zip(states, sweep.runs, strict=True)]
+    states = judged([_measured(state, spec, logs) for state, spec in zip(states, sweep.runs, strict=True)])
     runs = _frame(states, [spec.flat for spec in sweep.runs])
     if sweep.labels:
         runs.insert(0, "label", [sweep.labels[run_id] for run_id in runs.index])
@@ -172,14 +172,12 @@ def load_results(
     return with_analyses(results, analyze(store, sweep, selected(results).run_ids))
 
 
-def _judged(state: RunState, spec: RunSpec, log: StepLog | None) -> RunState:
-    """With whether its training was unstable, of a run whose record is older than that measure."""
+def _measured(state: RunState, spec: RunSpec, logs: dict[str, StepLog]) -> RunState:
+    """With how stable its training was, of a run whose record is older than that measure."""
     record = state.record
-    if record is None or log is None or state.status != Status.DONE or "unstable" in record.measures:
+    if record is None or state.status != Status.DONE or "train_climb" in record.measures or spec.id not in logs:
         return state
-    measures, notes = from_record(spec, record, log.read())
-    judged = dataclasses.replace(record, measures=record.measures | measures, provenance=record.provenance | notes)
-    return dataclasses.replace(state, record=judged)
+    return with_more(state, *from_record(spec, record, logs[spec.id].read()))
 
 
 def with_analyses(results: Results, analyses: dict[str, pd.DataFrame]) -> Results:
