@@ -43,6 +43,9 @@ def main(arguments: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
     tool.write(runs, output)
     left = len(states) - len(runs)
-    talk(f"exported {len(runs)} runs" + (f"; {left} have not ended, or are damaged" if left else ""))
+    talk(
+        f"exported {len(runs)} run{'s' * (len(runs) > 1)}"
+        + (f"; left out, not ended or damaged: {left}" if left else "")
+    )
     tell(output)
     return 0

@@ -77,7 +77,7 @@ def test_csv(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     exported(store, "csv", tmp_path)
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [str(tmp_path)] * 2
-    assert "exported 2 runs; 1 have not ended, or are damaged" in captured.err
+    assert "exported 2 runs; left out, not ended or damaged: 1" in captured.err
     runs = {int(row["seed"]): row for row in csv.DictReader((tmp_path / "runs.csv").open())}
     steps = list(csv.DictReader((tmp_path / "steps.csv").open()))
     for seed, row in runs.items():
