@@ -55,8 +55,10 @@ function compare(a, b, sign) {
   return sign * (x - y);
 }
 
+const plain = () => {};
+
 /** Makes a table sort, filter and hide columns; `decorate` is given each row once that is shown. */
-function table(box, decorate = () => {}) {
+function table(box, decorate = plain) {
   const element = $("table", box), body = $("tbody", element), title = $("caption", element).textContent;
   const heads = [...$("thead tr:last-child", element).cells], spans = [...$("thead", element).rows[0].cells];
   const names = heads.map((head) => [...head.childNodes].map((node) => node.textContent).join(" "));
@@ -65,7 +67,7 @@ function table(box, decorate = () => {}) {
   const rows = [...body.rows].map((row) => ({ element: row, texts: [...row.cells].map((cell) => cell.textContent) }));
   rows.push(...further.map((texts) => ({ texts })));
   rows.slice(0, body.rows.length).forEach(decorate);
-  if (rows.length < 2) return null;
+  if (rows.length < 2 && decorate === plain) return null;
   const now = { column: null, sign: 1, text: "", values: new Map(), hidden: new Set(), most: STEP };
 
   function shown(row) {
@@ -201,7 +203,7 @@ function explore(plot, panels, title) {
   const stage = plot.firstElementChild, tip = $("#tip"), all = panels.flatMap(items);
   const dot = make("div", { class: "dot", hidden: true });
   const view = { scale: 1, x: 0, y: 0 };
-  let chosen = -1, drag = null;
+  let chosen = -1, drag = false;
 
   function move(scale, x, y) {
     const { width, height } = plot.getBoundingClientRect();
@@ -256,7 +258,7 @@ function explore(plot, panels, title) {
     drag = true;
     plot.setPointerCapture(event.pointerId);
   });
-  plot.addEventListener("pointerup", () => { drag = null; });
+  for (const end of ["pointerup", "pointercancel"]) plot.addEventListener(end, () => { drag = false; });
   plot.addEventListener("wheel", (event) => {
     if (!event.ctrlKey && !event.metaKey) return;
     event.preventDefault();
@@ -396,7 +398,7 @@ function runs(box) {
     return found;
   };
   const heads = $$("thead th", box).length;
-  const plain = (names, rows, title) => {
+  const small = (names, rows, title) => {
     const kinds = names.map((_, place) => (rows.every((row) => /^[−+–\d]/.test(row[place])) ? "num" : null));
     const head = make("tr", {}, ...names.map((name, place) => make("th", { scope: "col", class: kinds[place] }, name)));
     const lines = rows.map((row) => make("tr", {}, ...row.map((cell, place) => make("td", { class: kinds[place] }, cell))));
@@ -426,7 +428,7 @@ function runs(box) {
       parts.push(make("p", {}, "Files: ", ...files.flatMap((name, n) => [n ? ", " : "", make("a", { href: folder + name }, name)])));
     }
     const near = neighbours(own);
-    if (near.length) parts.push(part("Runs that differ in one key", plain(["Key", "Run", "Status", quality.label, "Difference"], near, "Runs that differ in one key")));
+    if (near.length) parts.push(part("Runs that differ in one key", small(["Key", "Run", "Status", quality.label, "Difference"], near, "Runs that differ in one key")));
     const curve = curves.runs[own];
     if (curve) {
       const steps = curves.grids[curve[0]], lines = [{ name: "Training loss", line: true, points: steps.map((step, n) => [step, curve[1][n]]).filter((pair) => pair[1] !== null) }];
@@ -434,7 +436,7 @@ function runs(box) {
       if (lines[0].points.length) parts.push(part("Loss over the steps", chart(lines, ["Step", curve[2].length ? `Training loss; dots: ${curves.label}` : "Training loss"], `Loss of ${id} over the steps`, true)));
     }
     const inner = layers.runs[own];
-    if (inner) parts.push(part("Layers", plain(["Layer", ...layers.heads], inner.map(([layer, ...numbers]) => [layers.names[layer], ...numbers.map(short)]), "Layers")));
+    if (inner) parts.push(part("Layers", small(["Layer", ...layers.heads], inner.map(([layer, ...numbers]) => [layers.names[layer], ...numbers.map(short)]), "Layers")));
     else if (layers.startout) parts.push(make("p", { class: "notes" }, "Layer by layer: tables/metrics.parquet."));
     const swept = keys.map((key, n) => [key, values[n][codes[n][own]]]).filter(([, text]) => text !== undefined);
     const words = ([key, text], strong) => [make("dt", {}, key), make("dd", {}, strong ? make("b", {}, text) : text)];
@@ -455,10 +457,10 @@ function runs(box) {
       onclick: () => toggle(row, row.button, row.button.getAttribute("aria-expanded") !== "true") }, make("code", {}, id));
     first.replaceChildren(row.button);
   }
-  const rowsOf = table(box, source ? decorate : () => {});
+  const rowsOf = table(box, source ? decorate : plain);
   /** A link to a run opens it. */
   function follow() {
-    const id = decodeURIComponent(location.hash.slice(1)), row = rowsOf && source && rowsOf.row(id);
+    const id = location.hash.slice(1), row = rowsOf && source && rowsOf.row(id);
     if (!row) return;
     box.closest("details").open = true;
     rowsOf.reveal(id);
