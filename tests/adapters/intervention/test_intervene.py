@@ -242,7 +242,7 @@ def test_the_command(tmp_path, capsys) -> None:
     assert heads.split("  ")[0] == "scaled" and "Δ forgetting (%)" in heads
     assert [line.split()[0] for line in lines[:5]] == [BASE, TUNED, *KINDS]
     assert "±" in lines[1] and "[1/5] base" in err
-    assert lines[-1].endswith("with forgetting needs at least 5 runs, and has 3")
+    assert lines[-1].endswith("with forgetting needs at least 5 settings, and has 1")
     assert figure.stat().st_size > 10_000 and figure.with_suffix(".pdf").exists() and "wrote" in err
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
