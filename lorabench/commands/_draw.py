@@ -76,6 +76,7 @@ def _write(store: Store, sweep: Sweep, workers: int | None) -> tuple[Report, boo
 
     What is wrong with a run is told while it is analyzed.
     """
+    from lorabench.adapters.kept import kept_parts
     from lorabench.analysis.analyze import analyze as analyze_runs
     from lorabench.report.freshness import analysis_key, remove_stamp, write_stamp
     from lorabench.report.outputs import write_report
@@ -93,8 +94,9 @@ def _write(store: Store, sweep: Sweep, workers: int | None) -> tuple[Report, boo
     results = attempt("analyses", lambda: load_results(store, sweep, compute, states))
     if not isinstance(results, Results):
         results = load_results(store, sweep, None, states)
+    kept = attempt("kept results", lambda: kept_parts(store, [spec.id for spec in sweep.runs]))
     results = replace(results, unread=unread, broken=attempt.errors)
-    report = write_report(results, store.root / sweep.name)
+    report = write_report(results, store.root / sweep.name, kept if isinstance(kept, list) else ())
     whole = not (unread or report.errors)
     if whole:
         write_stamp(store, sweep, key, report.files)

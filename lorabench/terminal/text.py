@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -39,6 +40,25 @@ def tell(text: object, end: str = "\n") -> None:
 def talk(text: str) -> None:
     """Say something to the person; stdout is for data."""
     print(f"lorabench: {visible(text)}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTable:
+    """Rows by their heads, under a title; a terminal and a page show the same."""
+
+    title: str
+    heads: list[str]
+    rows: Sequence[dict[str, Any]]
+
+    @property
+    def text(self) -> str:
+        """For a terminal; a title only where there is one."""
+        return "\n".join([*filter(None, [self.title]), text_table(self.rows, self.heads)])
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """A text a head of each row; an en dash where there is none."""
+        return [["–" if row.get(head) in (None, "") else str(row[head]) for head in self.heads] for row in self.rows]
 
 
 def text_table(rows: Iterable[dict[str, Any]], columns: list[str]) -> str:
