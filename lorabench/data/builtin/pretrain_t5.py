@@ -12,13 +12,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from lorabench.data.builtin.collect import HERE
-from lorabench.data.builtin.pretrain import SEED, VOCABULARY, blocks, command, random_pieces, save, texts, token_stream
-from lorabench.data.builtin.pretrain import train as train_on
+from lorabench.data.builtin.pretrain import (
+    SEED,
+    VOCABULARY,
+    blocks,
+    command,
+    random_pieces,
+    save,
+    texts,
+    token_stream,
+    train,
+    train_tokenizer,
+)
 
-STEPS = 2500
+STEPS = 3000
 BLOCK = 48
 BATCH = 16
 PART = 12
@@ -58,7 +67,7 @@ def with_a_gap(parts: Tensor, mark: int, generator: torch.Generator) -> Tensor:
 
 def batches(pieces: Iterator[Tensor], tokenizer: PreTrainedTokenizerFast) -> Iterator[dict[str, Tensor]]:
     """Of each `(batch, block)` what the encoder reads, a gap in each `PART`, and the whole with its end to write."""
-    generator, mark = torch.Generator().manual_seed(SEED), tokenizer.bos_token_id  # which a T5 has no other use for
+    generator, mark = torch.Generator().manual_seed(SEED), tokenizer.bos_token_id  # else a document's start
     for piece in pieces:
         end = torch.full((len(piece), 1), tokenizer.eos_token_id)
         source = [with_a_gap(part, mark, generator) for part in piece.split(PART, 1)]
@@ -75,16 +84,15 @@ def mean_loss(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerF
 
 
 def fit(steps: int) -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerFast]:
-    """The trained model, and the tokenizer, which is tiny-llama's."""
+    """The trained model and its tokenizer: tiny-llama's, being trained on the same documents."""
     torch.manual_seed(SEED)
-    tokenizer = AutoTokenizer.from_pretrained(HERE / "tiny-llama")
-    stream = token_stream(tokenizer, texts("english-docs", "train"))
+    documents = texts("english-docs", "train")
+    tokenizer = train_tokenizer(documents)
+    stream = token_stream(tokenizer, documents)
     model = new_model(tokenizer)
     print(f"{model.num_parameters()} parameters, {len(stream)} tokens")
     pieces = random_pieces(stream, steps, BATCH, BLOCK)
-    train_on(
-        model, batches(pieces, tokenizer), steps, lambda: mean_loss(model, tokenizer, "english-docs", "validation")
-    )
+    train(model, batches(pieces, tokenizer), steps, lambda: mean_loss(model, tokenizer, "english-docs", "validation"))
     return model, tokenizer
 
 
