@@ -49,7 +49,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
         num_decoder_layers=2,
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
-        decoder_start_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,  # type: ignore[call-arg]
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -103,7 +103,7 @@ def pretrain(out: Path, steps: int) -> None:
     started = time.perf_counter()
     model, tokenizer = fit(steps)
     seconds = time.perf_counter() - started
-    save(model.to(torch.bfloat16), tokenizer, out)
+    save(model.bfloat16(), tokenizer, out)
     parts = [("english-docs", "validation"), ("english-docs", "test"), ("python-code", "validation")]
     record = {
         "seed": SEED,

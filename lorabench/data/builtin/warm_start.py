@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from lorabench.spec.run_spec import RunSpec
 from lorabench.store.store import Store
 from lorabench.training.execute import Options, execute
 
-SPEC = {
+SPEC: dict[str, Any] = {
     "model": "builtin:tiny-llama",
     "method": {"name": "full"},
     "task": {
