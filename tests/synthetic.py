@@ -6,6 +6,7 @@ Losses follow a rule with seeded noise; singular values and subspaces are those 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import tempfile
 import tomllib
@@ -21,7 +22,8 @@ from lorabench.linalg.decompose import ThinSVD, thin_svd
 from lorabench.report.results import Results, load_results, selected, with_analyses
 from lorabench.spec.run_spec import RunSpec, flatten
 from lorabench.spec.sweep import Sweep, parse_sweep
-from lorabench.store.record import RunRecord, Status
+from lorabench.store.record import STEPS_FILE, RunRecord, Status
+from lorabench.store.steps import write_steps
 from lorabench.store.store import Store
 from lorabench.training import sequence
 from lorabench.updates.layer import LayerSVD
@@ -240,6 +242,40 @@ def trajectories() -> Results:
         results = load_results(store, sweep)
     done = [spec for spec in sweep.runs if results.runs["status"][spec.id] == Status.DONE]
     return with_analyses(results, {"dynamics": pd.concat(_trajectory(spec) for spec in done)})
+
+
+STEPS = 40
+"""Of the runs of `logged`, which are evaluated after every ten."""
+
+
+@cache
+def logged() -> Results:
+    """LoRA in two ranks and full fine-tuning with the logs of their steps; the first seed of rank 1 was unstable."""
+    base = TOY | {"steps": STEPS, "eval_every": 10, "seed": [0, 1, 2]}
+    grid = [{"method": {"name": "lora", "rank": [1, 4]}}, {"method": {"name": "full"}}]
+    sweep = parse_sweep({"base": base, "grid": grid}, default_name="made up")
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder))
+        for spec in sweep.runs:
+            digest = write_steps(store.folder(spec.id) / STEPS_FILE, step_lines(spec))
+            measures = {"base_valid_loss": 4.0, "valid_loss": 3.0 + spec.seed / 10}
+            done = {"status": Status.DONE, "measures": measures, "steps_sha256": digest}
+            store.write_spec(spec)
+            store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), **done))
+        results = load_results(store, sweep)
+        results.steps  # noqa: B018 (read while the logs are there)
+        return results
+
+
+def step_lines(spec: RunSpec) -> list[str]:
+    """The log of a run whose loss falls from 4 to 3 nats; of rank 1 and seed 0 it climbs to 6."""
+    climbs = (getattr(spec.method, "rank", None), spec.seed) == (1, 0)
+    rows: list[dict[str, float]] = []
+    for step in range(1, STEPS + 1):
+        loss = (6 if climbs and step > 20 else 3 + math.exp(-step / 10)) + spec.seed / 10
+        rows.append({"step": step, "loss": loss, "grad_norm": 1 + 1 / step, "lr": spec.lr * (1 - step / STEPS)})
+        rows += [{"step": step, "valid_loss": loss + 0.1}] if step % 10 == 0 and step < STEPS else []
+    return [json.dumps(row) + "\n" for row in rows]
 
 
 def _trajectory(spec: RunSpec) -> pd.DataFrame:

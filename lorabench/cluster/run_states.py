@@ -20,6 +20,7 @@ from lorabench.store.crash_record import settle
 from lorabench.store.record import FAILURES, Status
 from lorabench.store.store import RunState, Store
 from lorabench.terminal.text import duration
+from lorabench.training.stability import judged
 
 RESUMABLE = (Status.MISSING, Status.INTERRUPTED, Status.CANCELLED)
 UNSETTLED = (Status.PENDING, Status.RUNNING)
@@ -84,7 +85,7 @@ def standings(
     """
     submissions = list(read_submissions(store.root, tell))
     places = _places(submissions)
-    states = _states(store, submissions, runs)
+    states = judged(_states(store, submissions, runs))
     states = [store.verified(state) for state in states] if verify else states
     placed = [state for state in states if state.run_id in places]
     marked = {state.run_id for state in placed if _is_marked(store, state)}

@@ -11,7 +11,7 @@ control      as many directions of the same matrices that are no intruders, thos
 random       Σ σ a bᵀ in random directions a, b instead: as large a change of the weights, of no direction
 
 Merged and evaluated in float32, on the validation split of the run's (last) task and on its task.retain, with
-changes relative to λ = 1. With five runs or more, Spearman's ρ of the number of intruders with forgetting.
+changes relative to λ = 1. With five settings or more, Spearman's ρ of the number of intruders with forgetting.
 
 Results are kept in RESULTS/interventions/<id>/record.json after each evaluation, and read from there the next
 time.

@@ -21,6 +21,7 @@ FEWEST = 3
 FREE = (-math.inf, math.inf)
 BOUNDED = {
     r"(base_)?(valid|test)_((token_)?accuracy|accuracy_(norm|byte|token)|macro_f1|majority)": (0.0, 100.0),
+    r"unstable": (0.0, 100.0),
     r"average_final": (0.0, 100.0),
     rf"(base_)?(valid|test)_({'|'.join(METRICS)})(_low|_high)?": (0.0, 100.0),
     r"(back|for)ward_transfer": (-100.0, 100.0),
@@ -47,6 +48,8 @@ class Cell:
     num_seeds: int
     num_runs: int
     statuses: dict[str, int] = field(default_factory=dict)
+    num_unstable: int = 0
+    """Runs that are done, and whose training was unstable."""
     null: float | None = None
     applicable: bool = True
     """False where no run behind the cell can have the measure: ΔW of a soft prompt."""
@@ -87,8 +90,9 @@ class Cell:
 
     @property
     def status_text(self) -> str:
-        """`oom 2/3`; empty where each run is done."""
-        return ", ".join(f"{status} {count}/{self.num_runs}" for status, count in sorted(self.statuses.items()))
+        """`oom 2/3, unstable 1/3`; empty where each run is done, and none was unstable."""
+        counts = sorted(self.statuses.items()) + [("unstable", self.num_unstable)] * bool(self.num_unstable)
+        return ", ".join(f"{status} {count}/{self.num_runs}" for status, count in counts)
 
 
 def cell(runs: pd.DataFrame, name: str) -> Cell:
@@ -108,10 +112,18 @@ def cell(runs: pd.DataFrame, name: str) -> Cell:
         num_seeds=len(values),
         num_runs=len(runs),
         statuses=dict(Counter(str(status) for status in runs["status"] if status != Status.DONE)),
+        num_unstable=len(unstable(runs)),
         applicable=_is_applicable(runs, name),
         within=bounds(name),
         null=interval(math.fsum(items) / len(items) for items in nulls.values())[0] if nulls else None,
     )
+
+
+def unstable(runs: pd.DataFrame) -> list[str]:
+    """The runs whose training was unstable, of those that are done."""
+    if "unstable" not in runs:
+        return []
+    return list(runs.index[(runs["unstable"] == 1) & (runs["status"] == Status.DONE)])
 
 
 def bounds(name: str) -> tuple[float, float]:

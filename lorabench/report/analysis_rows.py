@@ -1,5 +1,6 @@
 """Everything that the analyses have found, as long tables: one row a run, layer and metric, and one a pair of runs.
 
+steps.parquet                        the logs of the steps of all runs that have ended
 metrics.parquet   pairs.parquet      the analyses of single runs, and of pairs, that name what they give `metric`
 <analysis>.parquet                   each of the others: `singular_values`, `subspace`, ...
 """
@@ -23,14 +24,15 @@ LAST = ["value", "null"]
 
 
 def long_tables(results: Results) -> dict[str, pa.Table]:
-    """Each table by its name, in the order of the analyses; none where an analysis has found nothing."""
+    """Each table by its name, in the order of the analyses after `steps`; none where there is nothing in it."""
     parts: dict[str, list[pa.Table]] = {}
     for name, frame in sorted(results.analyses.items()):
         if not frame.empty:
             is_pair, has_metric = "run_a" in frame, "metric" in frame
             target = ("pairs" if is_pair else "metrics") if has_metric else name
             parts.setdefault(target, []).append(_table(results, name, frame))
-    return {name: _united(tables) for name, tables in parts.items()}
+    steps = {} if results.steps.empty else {"steps": _steps_table(results, results.steps)}
+    return steps | {name: _united(tables) for name, tables in parts.items()}
 
 
 def files(name: str, table: pa.Table) -> dict[str, bytes]:
@@ -49,10 +51,9 @@ def files(name: str, table: pa.Table) -> dict[str, bytes]:
     return found | {f"{name}.csv.gz": gzip.compress(text, compresslevel=1, mtime=0)}
 
 
-def setting_keys(results: Results) -> list[str]:
-    """The keys that tell the runs apart: those of the compared settings, what is selected, and the seed."""
-    keys = [*results.settings, *results.over, "seed"]
-    return list(dict.fromkeys(key for key in keys if key in results.runs))
+def _steps_table(results: Results, frame: pd.DataFrame) -> pa.Table:
+    columns = {"run_id": _words(frame["run_id"]), **_settings(results, frame["run_id"])}
+    return pa.table(columns | {name: _arrow(frame[name]) for name in frame if name not in columns})
 
 
 def _table(results: Results, name: str, frame: pd.DataFrame) -> pa.Table:
@@ -76,7 +77,7 @@ def _settings(results: Results, runs: pd.Series) -> dict[str, pa.Array]:
     codes = runs.astype("category").cat
     rows = results.runs.index.get_indexer(list(codes.categories))[codes.codes]
     chosen = set(selected(results).run_ids)
-    table = {key: _typed(list(results.runs[key])) for key in setting_keys(results)}
+    table = {key: _typed(list(results.runs[key])) for key in results.setting_keys}
     table["selected"] = pa.array([run in chosen for run in results.runs.index])
     return {key: values.take(pa.array(rows)) for key, values in table.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -24,6 +25,12 @@ RUN = {
     "attempts": "how often the run was begun",
     "finished": "when it ended, UTC",
     "selected": "whether tables and figures compare the run: it has the best value of what [select] chooses",
+}
+STEPS = {
+    "step": "optimizer steps so far, over all tasks of a sequence",
+    "loss": "what the step was trained on; of GRPO no likelihood",
+    "grad_norm": "norm of the gradient, before it was clipped",
+    "step_lr": "the step's learning rate; `lr` is the schedule's peak",
 }
 PAIR = {
     "run_a": "the first run of the pair",
@@ -63,7 +70,7 @@ SHEET = {
     "num_seeds": "distinct seeds behind it",
     "num_failed": "runs of the cell that have failed",
     "num_pending": "runs of the cell that are still to be done",
-    "status": "`done`, or how many of the cell's runs stand otherwise",
+    "status": "`done`, or how many of the cell's runs stand otherwise, or were trained unstably",
     "best lr": "the value that [select] has chosen, of the key that it chooses",
     "edge": "whether that is the largest or smallest of those tried: a better one may lie beyond",
 }
@@ -85,6 +92,14 @@ def column_text(name: str, analyses: Iterable[str]) -> str:
     return known[name] if name in known or (name not in _KEYS and "." not in name) else KEY
 
 
+def step_text(name: str) -> str:
+    """What a column of the table of steps is."""
+    objectives: list[Any] = [plugins.plugin_class("objectives", each) for each in plugins.names("objectives")]
+    known = {key: text for objective in objectives for key, text in objective.columns.items()} | STEPS | RUN
+    measure = find(name)
+    return known.get(name) or (measure.text if measure else KEY)
+
+
 def columns_page(results: Results, tables: dict[str, pa.Table]) -> str:
     """The page for the tables that are written of these results."""
     lines = ["# Columns", "", "What is shown in % elsewhere is a share from 0 to 1 here.", ""]
@@ -96,8 +111,9 @@ def columns_page(results: Results, tables: dict[str, pa.Table]) -> str:
         lines += ["## subspace.csv", "", f"{what} A key in which the two runs differ is empty.", ""]
         lines += [*_rows(("column", "what it is"), (SUBSPACE | PAIR_OF_SETTINGS).items()), ""]
     for name, table in tables.items():
-        found = sorted(set(table["analysis"].unique().to_pylist()))
-        texts = [(column, column_text(column, found)) for column in table.column_names]
+        found = sorted(set(table["analysis"].unique().to_pylist())) if "analysis" in table.column_names else []
+        text = partial(column_text, analyses=found) if found else step_text
+        texts = [(column, text(column)) for column in table.column_names]
         lines += [f"## {name}.parquet", "", *_rows(("column", "what it is"), texts), ""]
         for analysis in found:
             lines += [*_analysis(analysis), ""]

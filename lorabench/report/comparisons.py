@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorabench.report.aggregate import CONFIDENCE, number, places, plain, seed_means
+from lorabench.report.aggregate import CONFIDENCE, number, places, plain, seed_means, unstable
 from lorabench.report.differences import Estimate, Seeds, difference, holm, seeds_needed
 from lorabench.report.labels import key_label, measure, measure_label, series_label, value_label
 from lorabench.report.results import Results, Selection, grouped
@@ -191,6 +191,21 @@ def _edges(results: Results, selection: Selection) -> Iterator[str]:
         shown = list(dict.fromkeys(names))
         more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
         yield f"The best {key_label(key)} is the {edge} that was tried of {'; '.join(shown[:6])}{more}: try further."
+
+
+def instabilities(results: Results) -> list[str]:
+    """Which runs were trained unstably, in a sentence; none where none was."""
+    ids, keys = unstable(results.runs), [*results.settings, *results.over]
+    if not ids:
+        return []
+    settings = [series_label(keys, values) or "all runs" for values, _ in grouped(results.runs.loc[ids], keys)]
+    more = f" and {len(settings) - 6} more" if len(settings) > 6 else ""
+    num_shown = len({*ids} & {*results.selection.run_ids})
+    shown = f"{num_shown} of them {'stand' if num_shown > 1 else 'stands'}" if num_shown else "none of them stands"
+    return [
+        f"Training was unstable in {len(ids)} of {_count(len(results.runs), 'run')} ({'; '.join(settings[:6])}{more}): "
+        f"the loss climbed and stayed up; {shown} behind the tables and figures below, where unstable runs are marked."
+    ]
 
 
 def _count(number: int, word: str) -> str:

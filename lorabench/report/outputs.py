@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
@@ -24,7 +23,7 @@ from lorabench.report import drawing
 from lorabench.report.aggregate import FAILED, plain
 from lorabench.report.answers import Shown, read_answers
 from lorabench.report.claims import claims_sheet
-from lorabench.report.comparisons import Outcome, outcome
+from lorabench.report.comparisons import Outcome, instabilities, outcome
 from lorabench.report.footnotes import figure_notes
 from lorabench.report.labels import (
     capitalized,
@@ -130,16 +129,17 @@ def _write(results: Results, answers: list[Shown] | Broken, folder: Path, attemp
     for name, figure in _figures(results).items():
         drawn = attempt(f"figure {name}", partial(_draw, results, name, figure, folder / "figures"))
         if drawn is None:
-            empty.append(name)
+            empty += [name] if figure in results.sweep.figures or not results.sweep.figures else []
         else:
             shown[figure.section].append(drawn)
             files += drawn.files if isinstance(drawn, Drawn) else []
     drawing.plt.close("all")  # those that raised before they were saved
     write_bytes(folder / "sweep.toml", results.sweep.text.encode())
     errors = _named(results.broken) | attempt.errors
+    sentences = [*(told.sentences if isinstance(told, Outcome) else []), *instabilities(results)]
     page = Content(
         summary=summary, changes=changes, tables=tables, figures=shown, empty=empty, errors=errors,
-        outcome=told.sentences if isinstance(told, Outcome) else [], claims=claims, comparisons=compared,
+        outcome=sentences, claims=claims, comparisons=compared,
         answers=[] if isinstance(answers, Broken) else answers,
     )  # fmt: skip
     return [*files, folder / "sweep.toml", _write_page(results, folder, attempt, page)]
@@ -183,7 +183,7 @@ def _digest(results: Results, answers: list[Shown] | Broken) -> str:
             default=str,
         ).encode()
     )
-    for name, frame in sorted(results.analyses.items()):
+    for name, frame in sorted({**results.analyses, "steps": results.steps}.items()):
         digest.update(f"{name} {list(frame.columns)}".encode())
         digest.update(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes())
     return digest.hexdigest()
@@ -242,12 +242,12 @@ def read_header(text: str) -> dict[str, str]:
 
 
 def _figures(results: Results) -> dict[str, Figure]:
-    """File name -> figure: the sweep's own, or every figure as it comes."""
-    figures: Iterable[Any] = results.sweep.figures or (
-        plugins.example("figures", name) for name in plugins.names("figures")
-    )
+    """File name -> figure: the sweep's own and those that always stand there, or every figure as it comes."""
+    every: list[Any] = [plugins.example("figures", name) for name in plugins.names("figures")]
+    asked = {figure.name for figure in results.sweep.figures}
+    also = [figure for figure in every if figure.name not in asked and (figure.always or not asked)]
     named: dict[str, Figure] = {}
-    for figure in figures:
+    for figure in (*results.sweep.figures, *also):
         named[distinct(figure.name, named)] = figure
     return named
 
@@ -283,8 +283,10 @@ def _run_rows(results: Results) -> dict[str, Any]:
     rows = []
     for run_id, run in results.runs.iterrows():
         numbers = [_measured(factors[name] * run[name]) for name in names]
+        about = results.provenance.get(str(run_id), {}).get("unstable")
+        error = run["error"] or (f"unstable: {about}" if about else "")
         rows.append({
-            "id": run_id, "status": run["status"], "selected": run_id in chosen, "error": run["error"] or "",
+            "id": run_id, "status": run["status"], "selected": run_id in chosen, "error": error,
             "keys": [value_label(run[key]) for key in keys], "numbers": numbers,
         })  # fmt: skip
     heads = [capitalized(with_unit(name)) for name in names]

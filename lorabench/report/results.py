@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lorabench.report.steps import StepLog, steps_frame
 from lorabench.spec.measures import MEASURES
-from lorabench.spec.run_spec import complete, is_tables, task_names
+from lorabench.spec.run_spec import RunSpec, complete, is_tables, task_names
 from lorabench.spec.sweep import Sweep, known_measures
-from lorabench.store.record import GENERATIONS_FILE, RunRecord, Status
+from lorabench.store.record import FAILURES, GENERATIONS_FILE, STEPS_FILE, RunRecord, Status
 from lorabench.store.store import RunState, Store
+from lorabench.training.stability import from_record, judged, with_more
 from lorabench.updates.update import DORA_PART
 
 Analyze = Callable[[Store, Sweep, list[str]], dict[str, pd.DataFrame]]
@@ -45,6 +47,8 @@ class Results:
     """Run id -> why its ΔW could not be read: such a run is in no analysis."""
     written: dict[str, Path] = field(default_factory=dict)
     """Run id -> the file of its answers, where its model has written."""
+    logs: dict[str, StepLog] = field(default_factory=dict)
+    """Run id -> where the log of its steps is, of those that have ended."""
     broken: dict[str, str] = field(default_factory=dict)
     """Analysis -> what it raised: what it would have found is missing, in part or as a whole."""
 
@@ -71,6 +75,18 @@ class Results:
         if self.sweep.labels:
             return ["label"]
         return list(dict.fromkeys(["method.name", *(k for k in self.keys if k not in ("seed", *self.over))]))
+
+    @cached_property
+    def setting_keys(self) -> list[str]:
+        """The keys that tell the runs apart: those of the compared settings, what is selected, and the seed."""
+        keys = dict.fromkeys([*self.settings, *self.over, "seed"])
+        return [key for key in keys if key in self.runs]
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """The logs of all runs that have ended, a row a run and step: `run_id`, `setting_keys`, `step`, `loss`,
+        `grad_norm`, `step_lr` and what else the logs have, such as the metrics of periodic evaluations."""
+        return steps_frame(self.runs, self.setting_keys, self.logs)
 
     @cached_property
     def quality(self) -> str:
@@ -125,6 +141,12 @@ def load_results(
 ) -> Results:
     """Read every run of `sweep`, or take its `states`; `analyze(store, sweep, run_ids)` makes the analyses."""
     states = list(store.states(list(sweep.runs))) if states is None else states
+    logs = {
+        state.run_id: StepLog(file=store.folder(state.run_id) / STEPS_FILE, digest=state.record.steps_sha256)
+        for state in states
+        if state.record and state.status in (Status.DONE, Status.CANCELLED, *FAILURES)
+    }
+    states = judged([_measured(state, spec, logs) for state, spec in zip(states, sweep.runs, strict=True)])
     runs = _frame(states, [spec.flat for spec in sweep.runs])
     if sweep.labels:
         runs.insert(0, "label", [sweep.labels[run_id] for run_id in runs.index])
@@ -140,10 +162,19 @@ def load_results(
             for run_id, record in records.items()
             if record.generations_sha256
         },
+        logs=logs,
     )
     if analyze is None:
         return results
     return with_analyses(results, analyze(store, sweep, selected(results).run_ids))
+
+
+def _measured(state: RunState, spec: RunSpec, logs: dict[str, StepLog]) -> RunState:
+    """With how stable its training was, of a run whose record is older than that measure."""
+    record = state.record
+    if record is None or state.status != Status.DONE or "train_climb" in record.measures or spec.id not in logs:
+        return state
+    return with_more(state, *from_record(spec, record, logs[spec.id].read()))
 
 
 def with_analyses(results: Results, analyses: dict[str, pd.DataFrame]) -> Results:

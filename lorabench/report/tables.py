@@ -94,7 +94,7 @@ def build_tables(results: Results, attempt: Attempt = directly) -> list[Any]:
     sheets += [matrix] if matrix else []
     if results.test_sets:
         sheets.append(attempt("table tests", lambda: declared(results, selection, _of_test_sets(results), "tests")))
-    taken = {"summary", "runs", "subspace", "transfer", "tests", "metrics", "pairs", "claims", "comparisons"}
+    taken = {"summary", "runs", "subspace", "transfer", "tests", "metrics", "pairs", "steps", "claims", "comparisons"}
     for table in results.sweep.tables:
         name = distinct(table.title, taken)
         taken.add(name)
@@ -264,7 +264,7 @@ def _text(item: Cell | None, common: int | None, most: int) -> str:
     if item is None:
         return "–"
     remarks = [f"n = {item.n}"] if 0 < item.n < most else []
-    remarks += [item.status_text] if item.statuses else []
+    remarks += [item.status_text] if item.status_text else []
     text = value_text(item, common) + _null(item)
     if not text:
         return item.status_text or ("not measured" if item.applicable else NOT_APPLICABLE)

@@ -31,10 +31,13 @@ class Figure(Plugin, ABC):
     """Add a figure by adding one file to `lorabench/report/figures/`; its name stands in a sweep's `[[figure]]`."""
 
     folder: ClassVar[str] = "figures"
+    in_sweep: ClassVar[tuple[str, str]] = ("[[figure]]", "")
     section: ClassVar[str] = "other"
     """Under which heading of the report it stands: a key of `SECTIONS`."""
     intervals: ClassVar[bool] = True
     """Whether it draws intervals over seeds, which its caption then explains."""
+    always: ClassVar[bool] = False
+    """Whether it also stands in the report of a sweep that asks for other figures."""
     most: ClassVar[int | None] = None
     """How many settings it has room for; of more it shows some, and its caption says so."""
 

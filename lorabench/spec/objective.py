@@ -19,11 +19,18 @@ class Objective(Plugin, ABC):
     """
 
     folder: ClassVar[str] = "objectives"
+    in_sweep: ClassVar[tuple[str, str]] = ("[base]", "objective")
     by_name: ClassVar[bool] = True
     writes: ClassVar[bool] = False
     """Whether the model writes to the prompts of the training split, whose references then have to hold an answer."""
     reports: ClassVar[tuple[str, ...]] = ()
     """The names that `metrics` gives, without `train_`."""
+
+    watched: ClassVar[tuple[str, bool]] = ("loss", True)
+    """The number of `steps.jsonl` that tells whether training goes well, and whether it is a loss; else it is a share,
+    and more of it is better."""
+    columns: ClassVar[dict[str, str]] = {}
+    """What each thing is that `steps.jsonl` has of a step beside loss, gradient norm and learning rate."""
 
     def problems(self, spec: RunSpec) -> Iterator[str]:
         """Why this objective cannot be trained for as `spec` asks: `key = value: reason`."""

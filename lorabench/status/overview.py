@@ -124,8 +124,10 @@ def _columns(standing: Standing, flat: dict[str, Any], swept: list[str]) -> dict
 
 
 def reason(standing: Standing) -> str | None:
-    """Why a run waits; else what its error is, or why nothing is known of its job."""
-    queue, error = standing.queue, standing.state.error
+    """Why a run waits; else what its error is, what of it was unstable, or why nothing is known of its job."""
+    queue, error, record = standing.queue, standing.state.error, standing.state.record
+    if standing.status == Status.DONE and record and record.measures.get("unstable"):
+        return f"unstable: {record.provenance.get('unstable', '')}"
     if queue is None or standing.status == Status.RUNNING:
         return None if standing.status == Status.RUNNING else error
     if standing.status == Status.PENDING:

@@ -5,10 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from lorabench.config.decode import InputError
 from lorabench.config.durable import remove, write_bytes
+from lorabench.config.json_file import read_bytes
+
+MAX_BYTES = 2**30
+"""Of a log: some ten million steps."""
+
+
+class Live(Protocol):
+    """What shows the rows of a log elsewhere while it is written."""
+
+    def begin(self) -> None:
+        """From the first row on, whatever was shown before."""
+
+    def add(self, rows: Iterable[dict[str, float]]) -> None: ...
 
 
 class StepLog:
@@ -18,8 +33,8 @@ class StepLog:
     a file nothing is written, and no checkpoint is ever due: another rank sees to both.
     """
 
-    def __init__(self, file: Path | None, lines: list[str], checkpoint_seconds: float):
-        self._file, self._lines = file, lines
+    def __init__(self, file: Path | None, lines: list[str], checkpoint_seconds: float, live: Live | None = None):
+        self._file, self._lines, self._live = file, lines, live
         self._written = 0
         self._every = checkpoint_seconds
         self._last_checkpoint = time.monotonic()
@@ -39,12 +54,16 @@ class StepLog:
                 self._begin()
             with open(self._file, "a", encoding="utf-8") as handle:
                 handle.writelines(self._lines[self._written :])
+            if self._live is not None:
+                self._live.add(map(json.loads, self._lines[self._written :]))
             self._written = len(self._lines)
 
     def _begin(self) -> None:
         if self._file is not None:
             remove(self._file)
             self._file.touch()
+            if self._live is not None:
+                self._live.begin()
         self._written = 0
 
     def checkpoint_due(self) -> bool:
@@ -62,3 +81,24 @@ def write_steps(file: Path, lines: list[str]) -> str:
         remove(file)
     write_bytes(file, content)
     return hashlib.sha256(content).hexdigest()
+
+
+def read_steps(file: Path, digest: str | None = None) -> list[dict[str, float]]:
+    """A row a step, with what was evaluated after it; of a log that is being written, its whole lines.
+
+    InputError where it is no log of steps, or not the one with this SHA-256; OSError where there is none.
+    """
+    content = read_bytes(file, MAX_BYTES)
+    if digest and hashlib.sha256(content).hexdigest() != digest:
+        raise InputError(f"{file}: is not the log that the run's record tells of")
+    lines = content[: content.rfind(b"\n") + 1].strip().replace(b"\n", b",")
+    try:
+        table = json.loads(b"[" + lines + b"]")
+    except (ValueError, RecursionError):
+        table = [None]
+    if not all(isinstance(row, dict) and {*map(type, row.values())} <= {int, float} for row in table):
+        raise InputError(f"{file}: is no log of steps")
+    rows: dict[float, dict[str, float]] = {}
+    for row in table:
+        rows.setdefault(row.get("step", 0), {}).update(row)
+    return [*rows.values()]

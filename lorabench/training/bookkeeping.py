@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from lorabench.store.record import RunRecord
 from lorabench.training import flops, ranks, sequence
 from lorabench.training import meter as meters
 from lorabench.training.peak import peak_flops
+from lorabench.training.stability import instability
 from lorabench.training.state import Training
 
 
@@ -39,6 +41,10 @@ def fill(record: RunRecord, training: Training, folder: Path) -> None:
         found = sequence.matrices(training.rows)
         record.sequence = {"tasks": task_names([encode(task) for task in spec.tasks]), "matrices": found}
         record.measures |= sequence.measures(found)
+    rows, starts = map(json.loads, training.log), [row[i].get("valid_loss") for i, row in enumerate(training.rows[:-1])]
+    measures, notes = instability(spec, [*rows], starts)
+    record.measures |= measures
+    record.provenance |= notes
     energy = ranks.energy(meter, world)
     if energy:
         record.measures["energy_joules"], record.provenance["energy_joules"] = energy

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lorabench.adapters.intervention.directions import INTRUDERS, KINDS
@@ -21,7 +22,7 @@ SHOWN = ("valid_loss", "valid_accuracy", "retain_loss", "forgetting")
 CHANGES = {name: f"{name}_change" for name in ("valid_loss", "valid_accuracy", "forgetting")}
 """What is also given as a change relative to λ = 1, in %, as the paper does; None where it is not above 0 there."""
 FEWEST = 5
-"""Runs for a rank correlation: of four the smallest p is 1/12."""
+"""Settings for a rank correlation: of four the smallest p is 1/12."""
 FAR = 0.01
 """Relative difference of λ = 1 from the run's own record of which the table speaks: float32 is not the run's dtype."""
 UNCHANGED = Cell(mean=0.0, half=0.0, n=1, num_seeds=1, num_runs=1)
@@ -101,22 +102,24 @@ def _cell(values: list[float | None]) -> Cell:
 
 
 def correlation(records: Sequence[Record]) -> dict[str, Any]:
-    """Spearman's ρ of the number of intruders with forgetting over runs, or `why_not` (the paper: 0.971 on RoBERTa).
+    """Spearman's ρ of the number of intruders with forgetting, or `why_not` (the paper: 0.971 on RoBERTa).
 
-    Over whatever runs were given: those of one setting are no evidence of their own, and p takes them for it.
+    Over the settings' means: seeds of one setting are no evidence of their own.
     """
     from scipy.stats import spearmanr
 
-    tuned = [_point(record, TUNED, 1.0) for record in records]
-    pairs = [(r["num_intruders"], p["forgetting"]) for r, p in zip(records, tuned, strict=True) if "forgetting" in p]
-    numbers, forgetting = [number for number, _ in pairs], [value for _, value in pairs]
-    found: dict[str, Any] = {"num_runs": len(pairs), "rho": None, "p": None, "why_not": None}
-    if len(pairs) < FEWEST:
-        lacking = "" if len(pairs) == len(records) else " with a retention set (task.retain)"
-        return found | {"why_not": f"needs at least {FEWEST} runs{lacking}, and has {len(pairs)}"}
+    having = [record for record in records if "forgetting" in _point(record, TUNED, 1.0)]
+    groups = by_setting(having).values()
+    numbers = [fmean(record["num_intruders"] for record in group) for group in groups]
+    forgetting = [fmean(_point(record, TUNED, 1.0)["forgetting"] for record in group) for group in groups]
+    found: dict[str, Any] = {"num_settings": len(numbers), "num_runs": len(having)}
+    found |= {"rho": None, "p": None, "why_not": None}
+    if len(numbers) < FEWEST:
+        lacking = "" if len(having) == len(records) else " with a retention set (task.retain)"
+        return found | {"why_not": f"needs at least {FEWEST} settings{lacking}, and has {len(numbers)}"}
     if len(set(numbers)) == 1 or len(set(forgetting)) == 1:
-        same = f"number of intruders ({numbers[0]})" if len(set(numbers)) == 1 else "forgetting"
-        return found | {"why_not": f"is not defined, for all {len(pairs)} runs have the same {same}"}
+        same = f"number of intruders ({numbers[0]:g})" if len(set(numbers)) == 1 else "forgetting"
+        return found | {"why_not": f"is not defined, for all {len(numbers)} settings have the same {same}"}
     rho, p = spearmanr(numbers, forgetting)
     return found | {"rho": float(rho), "p": float(p)}
 
@@ -168,7 +171,9 @@ def _remarks(records: Sequence[Record]) -> list[str]:
             lines.append(f"{record['key']['run_id']}: at λ = 1 valid_loss is {plain(here)} here, "
                          f"and {plain(recorded)} in the run's record")  # fmt: skip
     found = correlation(records)
-    text = found["why_not"] or f"= {number(found['rho'], 3)} (p = {found['p']:.2g}) over {found['num_runs']} runs"
+    text = (
+        found["why_not"] or f"= {number(found['rho'], 3)} (p = {found['p']:.2g}) over {found['num_settings']} settings"
+    )
     return [*lines, f"Spearman's ρ of the number of intruders with forgetting {text}"]
 
 

@@ -13,7 +13,7 @@ from lorabench.spec.figure import Axes, Canvas, Figure, Frame
 from lorabench.store.record import Status
 
 FEWEST = 5
-"""Runs that a rank correlation needs: of four even the most extreme order has p = 1/12."""
+"""Settings that a rank correlation needs: of four even the most extreme order has p = 1/12."""
 XLABELS = {"epsilon": "Threshold ε of |cos|", "k": "Top directions k of each matrix"}
 
 
@@ -47,7 +47,9 @@ class IntruderCurves(Figure):
         lines, looks = settings(results, chosen, self.most)
         series = lines[SERIES].groupby(level=0).first()
         at_both = counts[(counts["k"] == k) & (counts["epsilon"] == epsilon)].join(series)
-        points = drawing.finite(at_both.join(results.runs.filter([self.value])), self.value)
+        keys = [key for key in results.keys if key != "seed"]
+        about = results.runs.filter([self.value, "unstable", *keys]).drop(columns=at_both.columns, errors="ignore")
+        points = drawing.finite(at_both.join(about), self.value)
         sums = at_both.groupby(SERIES)[["num_degenerate", "value"]].sum().query("value > 0")
         shares = (100 * sums["num_degenerate"] / sums["value"]).map(" ({:.0f}% degenerate)".format)
         titles = [f"top k = {k:g} of each matrix", f"ε = {epsilon:g}", *(["runs"] if len(points) > 1 else [])]
@@ -60,6 +62,7 @@ class IntruderCurves(Figure):
             grid.axes.flat[0].set_ylabel(f"Intruders in {matrices}")
             for axes in grid.axes.flat[2:]:
                 _scatter(axes, points, looks, self.value)
+                axes.set_title(_correlations(points, keys, self.value))
                 axes.set_xlabel(f"Intruders (k = {k:g}, ε = {epsilon:g})")
             named = {label + shares.get(label, ""): look for label, look in looks.items()}
             drawing.legend_below(grid.figure, named, "random directions")
@@ -71,8 +74,9 @@ class IntruderCurves(Figure):
             "summed over the matrices that all runs have (where there is none: each run's own): Shuttleworth et al. "
             "2024. Means over seeds. Dashed: the same singular values of ΔW in random directions. Degenerate: the "
             "share of intruders whose singular value is within 1% of a neighbour's, so that the single vector means "
-            "little. Right: a point a run, selected or not, grey where the setting has no curve; Spearman's ρ over all "
-            "of them, whatever else they differ in."
+            "little. Right: a point a run, selected or not, grey where the setting has no curve, crossed where its "
+            "training was unstable; Spearman's ρ over the means of all settings, learning rates apart, whatever they "
+            "differ in: seeds of one setting are no evidence of their own."
         )
 
 
@@ -91,9 +95,8 @@ def _counts(results: Any) -> tuple[Frame, str]:
 
 
 def _scatter(axes: Axes, points: Frame, looks: dict[str, Any], value: str) -> None:
-    """A point a run, in its setting's look, and their rank correlation where there are enough."""
+    """A point a run, in its setting's look."""
     import seaborn as sns
-    from scipy import stats
 
     from lorabench.report.drawing import Look, whole_numbers
 
@@ -104,10 +107,30 @@ def _scatter(axes: Axes, points: Frame, looks: dict[str, Any], value: str) -> No
         palette={name: look.color for name, look in looks.items()},
         markers={name: look.marker for name, look in looks.items()},
     )  # fmt: skip
+    if "unstable" in points:
+        crossed = points[points["unstable"] == 1]
+        axes.scatter(crossed["value"], crossed[value], s=26, marker="x", color="black", linewidth=0.7, zorder=3)
     axes.margins(0.08)
     whole_numbers(axes.xaxis)
-    title = f"{len(points)} runs"
-    if len(points) >= FEWEST and points["value"].nunique() > 1 and points[value].nunique() > 1:
-        rho, p = stats.spearmanr(points["value"], points[value])
-        title = f"ρ = {rho:.2f}, {'p < 0.001' if p < 0.001 else f'p = {p:.2g}'}, {title}"
-    axes.set(ylabel=axis_label(value), title=title.replace("-", "−"))
+    axes.set_ylabel(axis_label(value))
+
+
+def _correlations(points: Frame, keys: list[str], value: str) -> str:
+    """Spearman's ρ over settings, and that without unstable runs, where there are any and settings enough."""
+    from lorabench.report.aggregate import unstable
+    from lorabench.report.results import grouped
+
+    def correlation(points: Frame) -> str:
+        from scipy import stats
+
+        means = [rows[["value", value]].mean() for _, rows in grouped(points, keys)]
+        counts, values = [mean["value"] for mean in means], [mean[value] for mean in means]
+        several = f"{len(means)} setting{'s' if len(means) > 1 else ''}"
+        if len(means) < FEWEST or len({*counts}) == 1 or len({*values}) == 1:
+            return several
+        rho, p = stats.spearmanr(counts, values)
+        return f"ρ = {rho:.2f}, {'p < 0.001' if p < 0.001 else f'p = {p:.2g}'}, {several}".replace("-", "−")
+
+    stable = points.drop(index=unstable(points))
+    without = f"\nwithout unstable runs: {correlation(stable)}" if 0 < len(stable) < len(points) else ""
+    return correlation(points) + without

@@ -38,6 +38,15 @@ class Grpo(Objective):
 
     writes: ClassVar[bool] = True
     reports: ClassVar[tuple[str, ...]] = ("reward",)
+    watched: ClassVar[tuple[str, bool]] = ("reward", False)
+    columns: ClassVar[dict[str, str]] = {
+        "reward": "mean reward of the step's answers",
+        "reward_std": "standard deviation of their rewards",
+        "zero_advantage_share": "share of the groups whose answers all have one reward",
+        "answer_tokens": "mean number of tokens of an answer",
+        "clipped": "share of the tokens whose ratio was clipped",
+        "kl": "divergence from the untouched base (k3), where it is weighed",
+    }
 
     group: Annotated[int, Ge(2)] = 8
     """Answers to a prompt."""

@@ -343,11 +343,24 @@ def made_up(numbers, forgetting, **changes):
 def test_the_correlation_is_that_of_ranks() -> None:
     numbers, forgetting = [1, 3, 3, 10, 200, 7], [0.1, 0.3, 0.2, 0.9, 1.0, 0.35]
     ranks = [[1, 2.5, 2.5, 5, 6, 4], [1, 3, 2, 5, 6, 4]]
-    found = correlation(made_up(numbers, forgetting))
+
+    def settings(numbers, forgetting):
+        """Two seeds of each, whose means these are."""
+        pairs = enumerate(zip(numbers, forgetting, strict=True), 1)
+        return [
+            record
+            for rank, (number, lost) in pairs
+            for record in made_up(
+                [number - 1, number + 1], [lost / 2, lost * 1.5], method={"name": "lora", "rank": rank}
+            )
+        ]
+
+    found = correlation(settings(numbers, forgetting))
+    assert found["num_settings"] == len(numbers) and found["num_runs"] == 2 * len(numbers)
     assert found["rho"] == pytest.approx(np.corrcoef(ranks)[0, 1]) and 0 < found["p"] < 0.05
-    assert "the same number of intruders (4)" in correlation(made_up([4] * 5, forgetting[:5]))["why_not"]
-    assert "the same forgetting" in correlation(made_up(numbers[:5], [0.5] * 5))["why_not"]
-    assert correlation(made_up(numbers[:4], forgetting[:4]))["why_not"] == "needs at least 5 runs, and has 4"
+    assert "the same number of intruders (4)" in correlation(settings([4] * 5, forgetting[:5]))["why_not"]
+    assert "the same forgetting" in correlation(settings(numbers[:5], [0.5] * 5))["why_not"]
+    assert correlation(settings(numbers[:4], forgetting[:4]))["why_not"] == "needs at least 5 settings, and has 4"
 
 
 def test_changes_are_relative_to_one_and_runs_differ_in_the_seed_alone() -> None:

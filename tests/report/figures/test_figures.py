@@ -35,7 +35,8 @@ def _closed():
 def drawn(name, results):
     """The figure of the results that have what it shows."""
     figure = plugins.example("figures", name)
-    return figure.draw(results) or figure.draw(synthetic.sequences()) or figure.draw(synthetic.trajectories())
+    made = (results, *(make() for make in (synthetic.sequences, synthetic.trajectories, synthetic.logged)))
+    return next(canvas for each in made if (canvas := figure.draw(each)))
 
 
 def drawn_ys(item):

@@ -199,19 +199,42 @@ def test_intruders_say_how_many_are_degenerate(results):
     assert f"lora, rank 4 ({share:.0f}% degenerate)" in [text.get_text() for text in legend.get_texts()]
 
 
+def over_settings(results, counts):
+    """ρ of intruders and forgetting, of the means of each rank, quantization and learning rate; and of how many."""
+    runs = results.runs.loc[counts.index]
+    keys = [runs[key].map(repr) for key in ("method.name", "method.rank", "quantization", "lr")]
+    means = pd.DataFrame({"counts": counts, "forgetting": runs["forgetting"]}).groupby(keys).mean()
+    found = stats.spearmanr(means["counts"], means["forgetting"])
+    return f"ρ = {found.statistic:.2f}, p = {found.pvalue:.2g}, {len(means)} settings".replace("-", "−"), len(means)
+
+
+def test_unstable_runs_are_crossed_and_the_correlation_without_them_stands_beside(results):
+    frame = results.analyses["intruders"]
+    counts = frame[frame["metric"] == "num_intruders"].groupby("run_id", observed=True)["value"].sum()
+    bad = results.runs["method.rank"].eq(64) & results.runs.index.isin(counts.index)
+    marked = dataclasses.replace(results, runs=results.runs.assign(unstable=bad.astype(float)))
+    axes = IntruderCurves().draw(marked).axes[2]
+    whole, without = axes.get_title().split("\nwithout unstable runs: ")
+    assert whole == over_settings(results, counts)[0]
+    assert without == over_settings(results, counts[~bad[counts.index]])[0] != whole
+    crosses = axes.collections[-1].get_offsets()
+    pairs = zip(counts[bad[counts.index]], results.runs.loc[bad, "forgetting"], strict=True)
+    assert sorted(map(tuple, crosses)) == sorted(pairs) and len(crosses) == bad.sum()
+
+
 def test_forgetting_against_intruders_with_their_rank_correlation(results):
     figure = IntruderCurves().draw(results)
     frame = results.analyses["intruders"]
     counts = frame[frame["metric"] == "num_intruders"].groupby("run_id", observed=True)["value"].sum()
     forgetting = results.runs.loc[counts.index, "forgetting"]
-    expected = stats.spearmanr(counts, forgetting)
-    assert figure.axes[2].get_title().startswith(f"ρ = {expected.statistic:.2f}, p ".replace("-", "−"))
+    whole, num_settings = over_settings(results, counts)
+    assert figure.axes[2].get_title() == whole and num_settings < len(counts)
     points = np.concatenate([item.get_offsets() for item in figure.axes[2].collections])
     assert sorted(map(tuple, points)) == sorted(zip(counts, forgetting, strict=True))
 
 
 def test_no_rank_correlation_of_few_runs_and_no_panel_without_the_measure(results, one_setting):
-    assert IntruderCurves().draw(one_setting).axes[2].get_title() == "2 runs"
+    assert IntruderCurves().draw(one_setting).axes[2].get_title() == "1 setting"
     forgotten = dataclasses.replace(results, runs=results.runs.drop(columns="forgetting"))
     assert len(IntruderCurves().draw(forgotten).axes) == 2
 
