@@ -18,11 +18,13 @@ import threading
 from typing import Any, NoReturn
 
 from lorabench.config.decode import InputError
+from lorabench.config.plugins import unknown
 from lorabench.config.quote import LENGTH, message, show_path
 from lorabench.processes.machine import PATIENT_THREADS
 from lorabench.terminal.text import talk
 
 COMMANDS = (
+    "new",
     "plan",
     "run",
     "submit",
@@ -31,6 +33,7 @@ COMMANDS = (
     "cancel",
     "analyze",
     "report",
+    "export",
     "merge",
     "inspect",
     "compare",
@@ -38,6 +41,7 @@ COMMANDS = (
     "compress",
     "intervene",
     "list",
+    "completion",
 )
 """In the order of `--help`."""
 UNWRITABLE = (
@@ -49,7 +53,9 @@ UNWRITABLE = (
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     _hear_interrupts()
-    arguments = make_parser().parse_args(argv)
+    arguments, strange = make_parser().parse_known_args(argv)
+    if strange:  # argparse itself would say so of no command
+        arguments.parser.error(f"unrecognized arguments: {' '.join(strange)}")
     for name, value in PATIENT_THREADS.items():
         os.environ.setdefault(name, value)
     try:
@@ -93,6 +99,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, text: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message(text, 4 * LENGTH)}; see {self.prog} --help\n")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse's own names no closest choice."""
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, unknown("choice", value, [*map(str, action.choices)]))
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
@@ -108,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         for names, options in module.ARGUMENTS:
             command.add_argument(*names.split(), **options)
-        command.set_defaults(function=module.main)
+        command.set_defaults(function=module.main, parser=command, every=commands.choices)
     return parser
 
 

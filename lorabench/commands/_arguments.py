@@ -60,13 +60,19 @@ def numbers(kind: type) -> Callable[[str], Any]:
 
 
 JSON = argument("--json", "print JSON instead of a table", action="store_true")
-SWEEP = argument("sweep", "a sweep file (TOML)", metavar="SWEEP")
-RESULTS = argument("--results", "where the runs are kept (default: results)", type=Path, default=Path("results"))
-FOLDER = argument("results", "a results folder", metavar="RESULTS", type=Path)
-HERE = argument(
-    "results", "a results folder (default: results)", metavar="RESULTS", type=Path, nargs="?", default=Path("results")
+SWEEP = argument("sweep", "a sweep file", metavar="SWEEP.toml")
+DEFAULT_RESULTS = Path("results")
+RESULTS = argument(
+    "--results", "where the runs are kept (default: results)", type=Path, default=DEFAULT_RESULTS, metavar="DIR"
 )
-NAMED = argument("sweep", "a sweep file, or the name of a sweep in RESULTS", metavar="SWEEP", nargs="?")
+PLACE = [
+    argument(
+        "results", "where the runs are kept, another way of saying --results", metavar="RESULTS", type=Path, nargs="?"
+    ),
+    argument("sweep", "a sweep file, or the name of a sweep in the results", metavar="SWEEP", nargs="?"),
+    argument("--results", "where the runs are kept (default: results)", type=Path, dest="folder", metavar="DIR"),
+]
+"""Of a command on the results of one sweep, or of all: `settle_place` says what they mean."""
 PROCESSES = argument(
     "--workers", "processes that share what is to compute (default: one a core; 1 where there is little)",
     type=number(int, 1), metavar="N",
@@ -76,7 +82,7 @@ BASE = argument(
     "the untouched weights: where ΔW is a difference of checkpoints, or needs them (DoRA); they tell modules' names",
     metavar="BASE",
 )
-ALPHA = argument("--alpha", "α of a format that does not keep its own", type=float, metavar="A")
+ALPHA = argument("--alpha", "α of a format that does not keep its own", type=float, metavar="ALPHA")
 HTML = argument("--html", "write a page with figures too", type=Path, metavar="FILE")
 RETRY = argument(
     "--retry",
@@ -107,6 +113,23 @@ def open_store(root: Path) -> Store:
     if not os.path.isdir(root):
         raise InputError(f"RESULTS = {show_path(root)}: no such folder")
     return Store(root)
+
+
+def settle_place(arguments: argparse.Namespace) -> None:
+    """Set `results` and `sweep` as they are meant: what stands alone may be either. InputError for two folders."""
+    given, folder = arguments.results, arguments.folder
+    if given is None or (folder is None and arguments.sweep is not None):
+        arguments.results = given or folder or DEFAULT_RESULTS
+    elif folder is not None and arguments.sweep is not None:
+        raise InputError(f"--results {show_path(folder)}: RESULTS = {show_path(given)} stands there too")
+    elif folder is not None or _is_sweep(given):
+        arguments.results, arguments.sweep = folder or DEFAULT_RESULTS, str(given)
+
+
+def _is_sweep(given: Path) -> bool:
+    """Whether it is a file, or names a sweep in the default folder."""
+    is_named = os.path.isfile(DEFAULT_RESULTS / given / "sweep.toml")
+    return not os.path.isdir(given) and (is_named or os.path.isfile(given))
 
 
 def device_name(name: str) -> str:
@@ -149,9 +172,27 @@ def share_of(flag: str, value: float) -> float:
     return value
 
 
+def of_run(source: str, root: Path) -> str:
+    """The folder of the run whose id begins so; what is a path or a Hub id, or begins no run's id, is left as it is.
+
+    InputError where several begin so, or the run is not done.
+    """
+    from lorabench.status.logs import find_run
+    from lorabench.store.store import Store
+
+    store = Store(root)
+    is_path = os.path.exists(source) or "/" in source or not source
+    if is_path or not any(run_id.startswith(source) for run_id in store.run_ids()):
+        return source
+    run_id = find_run(store, source)
+    store.done(run_id, "ADAPTER")
+    return str(store.folder(run_id))
+
+
 def open_adapter(source: str, arguments: argparse.Namespace) -> Adapter:
     """Opened; what its reader has to say of it is said, a guessed scale as a warning. InputError where it is a run's,
     and not what it was when the run ended."""
+    source = of_run(source, arguments.results)
     if arguments.alpha is not None and not 0 < arguments.alpha < math.inf:
         raise InputError(f"--alpha {arguments.alpha:g}: must be a number above 0")
     from lorabench.store.store import check_run

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.commands._arguments import FOLDER, NAMED, PROCESSES, argument, as_json, hush_libraries, open_store
+from lorabench.commands._arguments import PLACE, PROCESSES, argument, as_json, hush_libraries, open_store, settle_place
 from lorabench.config.decode import InputError
 from lorabench.terminal.text import talk, tell
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 ARGUMENTS = [
-    FOLDER, NAMED, PROCESSES,
+    *PLACE, PROCESSES,
     argument("--check", "exit code 1 where a claim of a sweep does not hold", action="store_true"),
     argument("--json", "print the sweeps' files and the verdicts on their claims as JSON", action="store_true"),
 ]  # fmt: skip
@@ -30,6 +30,7 @@ def draw(arguments: argparse.Namespace, again: bool) -> int:
     """Everything that is drawn from the sweeps asked for: what is not up to date, or all of it `again`."""
     from lorabench.report.freshness import find_sweeps
 
+    settle_place(arguments)
     store = open_store(arguments.results)
     hush_libraries()
     code, told = 0, []

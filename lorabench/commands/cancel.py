@@ -43,7 +43,8 @@ def main(arguments: argparse.Namespace) -> int:
     if not plan.run_ids:
         known = [standing.state for standing in found if standing.run_id in chosen]
         told = [count_statuses(known)] * bool(known)
-        told += [f"{len(chosen) - len(known)} not begun"] * (len(known) < len(chosen))
+        not_begun = "it has not begun" if len(chosen) == 1 else f"{len(chosen) - len(known)} not begun"
+        told += [not_begun] * (len(known) < len(chosen))
         talk(f"{clip(arguments.what)}: nothing to cancel: {', '.join(told)}")
         return 0
     if not arguments.dry_run:
@@ -64,10 +65,8 @@ def _chosen(store: Store, what: str) -> set[str]:
         return submitted | {spec.id for spec in find_sweeps(store, what)[0].read().runs}
     if submitted:
         return submitted
-    if what in _declared(store, names):
-        return {what}
     try:
-        return {find_run(store, what, sweeps=names)}
+        return {find_run(store, what, sweeps=names, declared=_declared(store, names))}
     except InputError as error:
         raise InputError([problem.replace("RUN =", "SWEEP|RUN =", 1) for problem in error.problems]) from None
 

@@ -1,8 +1,9 @@
 """Show how far two adapters changed the same directions, layer by layer, beside chance.
 
-A and B are files, folders or Hub ids, of any known formats. For every layer that both have, on its input and its
-output side: subspace similarity φ(i, j), principal angles, Grassmann distance, how much of each ΔW lies in the
-other's subspace, and a permutation test of whether the two share directions. Scales play no part in any of these.
+A and B are runs (their ids, or what these begin with), files, folders or Hub ids, of any known formats. For every
+layer that both have, on its input and its output side: subspace similarity φ(i, j), principal angles, Grassmann
+distance, how much of each ΔW lies in the other's subspace, and a permutation test of whether the two share directions.
+Scales play no part in any of these.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lorabench.commands._arguments import ALPHA, BASE, HTML, JSON, argument, as_json, open_adapter, write_page
+from lorabench.commands._arguments import ALPHA, BASE, HTML, JSON, RESULTS, argument, as_json, open_adapter, write_page
 from lorabench.terminal.text import tell
 
 ARGUMENTS = [
-    argument("a", "a file, a folder or a Hub id", metavar="A"),
+    argument("a", "a run's id or its beginning, a file, a folder or a Hub id", metavar="A"),
     argument("b", "another", metavar="B"),
     BASE,
     ALPHA,
+    RESULTS,
     HTML,
     JSON,
 ]

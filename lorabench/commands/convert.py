@@ -1,6 +1,7 @@
 """Write any LoRA-like adapter in PEFT's format, such that PEFT computes the same ΔW.
 
-ADAPTER is a file, a folder, a run's folder or a Hub id, of any format that lorabench reads. What was saved whole
+ADAPTER is a run (its id, what it begins with, or its folder), a file, a folder or a Hub id, of any format that
+lorabench reads. What was saved whole
 (heads, norms, biases, rows of tokens), replicated blocks, stacked experts and fields of a PEFT configuration that
 say more than scale and targets are carried over; what is not is told. Refused, with the reason, where it would not
 be exact: a dense ΔW, DoRA by another formula than PEFT's, names of which it is not certain which module they mean
@@ -13,14 +14,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorabench.commands._arguments import ALPHA, BASE, argument, hush_libraries, open_adapter
+from lorabench.commands._arguments import ALPHA, BASE, RESULTS, argument, hush_libraries, open_adapter
 from lorabench.terminal.text import talk, tell
 
 ARGUMENTS = [
-    argument("adapter", "a file, a folder, a run's folder or a Hub id", metavar="ADAPTER"),
+    argument("adapter", "a run's id or its beginning, a file, a folder or a Hub id", metavar="ADAPTER"),
     argument("output", "a folder, new or empty", metavar="OUTPUT", type=Path),
     BASE,
     ALPHA,
+    RESULTS,
 ]
 
 

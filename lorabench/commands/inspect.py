@@ -1,8 +1,9 @@
 """Show what an adapter changed in the weights, layer by layer, beside chance.
 
-ADAPTER is a file, a folder or a Hub id, of any known format; nothing is unpickled, and no model is loaded. For
-every matrix ΔW: singular values, effective ranks, norms and power-law tail, beside those of a random update of the
-same shape; and the smallest ranks that keep a share of ΔW's energy, as PEFT's `rank_pattern`.
+ADAPTER is a run (its id, or what it begins with), a file, a folder or a Hub id, of any known format; nothing is
+unpickled, and no model is loaded. For every matrix ΔW: singular values, effective ranks, norms and power-law tail,
+beside those of a random update of the same shape; and the smallest ranks that keep a share of ΔW's energy, as PEFT's
+`rank_pattern`.
 """
 
 from __future__ import annotations
@@ -10,13 +11,25 @@ from __future__ import annotations
 import argparse
 import sys
 
-from lorabench.commands._arguments import ALPHA, BASE, HTML, JSON, argument, as_json, open_adapter, share_of, write_page
+from lorabench.commands._arguments import (
+    ALPHA,
+    BASE,
+    HTML,
+    JSON,
+    RESULTS,
+    argument,
+    as_json,
+    open_adapter,
+    share_of,
+    write_page,
+)
 from lorabench.terminal.text import tell
 
 ARGUMENTS = [
-    argument("adapter", "a file, a folder or a Hub id", metavar="ADAPTER"),
+    argument("adapter", "a run's id or its beginning, a file, a folder or a Hub id", metavar="ADAPTER"),
     BASE,
     ALPHA,
+    RESULTS,
     argument(
         "--energy", "share of ‖ΔW‖² that the advised ranks keep (default: 0.95)", type=float, default=0.95, metavar="Q"
     ),

@@ -1,18 +1,28 @@
-"""List the methods, tasks, objectives, analyses and figures that a sweep file can name."""
+"""List the methods, tasks, objectives, analyses and figures that a sweep file can name, or show one of them.
+
+Of one, by its name: its fields with types, defaults and meaning, and a block to paste into a sweep file.
+"""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
 from lorabench.commands._arguments import JSON, argument, as_json
 from lorabench.config import plugins
+from lorabench.config.decode import InputError
 from lorabench.terminal.text import tell, text_table
 
-ARGUMENTS = [argument("kind", "only these", nargs="?", choices=plugins.FOLDERS), JSON]
+ARGUMENTS = [
+    argument("what", f"only these ({', '.join(plugins.FOLDERS)}), or the name of one", nargs="?", metavar="KIND|NAME"),
+    JSON,
+]
 
 
 def main(arguments: argparse.Namespace) -> int:
-    folders = [arguments.kind] if arguments.kind else list(plugins.FOLDERS)
+    if arguments.what is not None and arguments.what not in plugins.FOLDERS:
+        return _show(arguments.what, arguments.json)
+    folders = [arguments.what] if arguments.what else list(plugins.FOLDERS)
     found = {folder: plugins.describe(folder) for folder in folders}
     rows = [
         {"kind": folder, "name": name, "description": text}
@@ -20,4 +30,16 @@ def main(arguments: argparse.Namespace) -> int:
         for name, text in entries.items()
     ]
     tell(as_json(found) if arguments.json else text_table(rows, ["kind", "name", "description"]))
+    return 0
+
+
+def _show(name: str, json: bool) -> int:
+    """All plug-ins of that name: `dynamics` is an analysis, and a figure."""
+    known = sorted({name for folder in plugins.FOLDERS for name in plugins.names(folder)})
+    if name not in known:
+        raise InputError(plugins.unknown("kind or name", name, [*plugins.FOLDERS, *known]))
+    from lorabench.spec import described
+
+    found = described.find(name)
+    tell(as_json([asdict(each) for each in found]) if json else "\n\n\n".join(map(described.text, found)))
     return 0

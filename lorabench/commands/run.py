@@ -41,6 +41,7 @@ ARGUMENTS = [
     ),
     DEVICE,
     RETRY,
+    argument("--live", "write event files below RESULTS/exports/tensorboard while runs train", choices=["tensorboard"]),
     argument("--timeout-minutes", "end a run as `timeout` after so long", type=number(float, 0.01), metavar="M"),
     argument(
         "--checkpoint-seconds",
@@ -56,10 +57,13 @@ def main(arguments: argparse.Namespace) -> int:
     from lorabench.config.durable import write_bytes
     from lorabench.launch.pool import check_writable, launch, summary
     from lorabench.spec.sweep import read_sweep
+    from lorabench.store.export import exporter
     from lorabench.store.store import Store
 
     retry = statuses(arguments.retry)
     device = device_name(arguments.device)
+    if arguments.live:
+        exporter(arguments.live, "--live")  # says so where it is not installed
     sweep = read_sweep(Path(arguments.sweep))
     store = Store(arguments.results)
     check_writable(store.root)
@@ -85,6 +89,7 @@ def _pool(arguments: argparse.Namespace, device: str, retry: frozenset[Status], 
         checkpoint_seconds=arguments.checkpoint_seconds,
         timeout_seconds=None if minutes is None else 60 * minutes,
         sharding=arguments.sharding,
+        live=arguments.live,
     )
     workers = arguments.workers or len(gpus) // processes or max(1, available_cores() // (threads * processes))
     return Pool(workers=workers, processes=processes, gpus=gpus, settings=settings, retry=retry)

@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorabench.commands._arguments import HERE, JSON, NAMED, argument, as_json, number, open_store
+from lorabench.commands._arguments import JSON, PLACE, argument, as_json, number, open_store, settle_place
 from lorabench.terminal.text import count_statuses, talk, tell
 
 if TYPE_CHECKING:
@@ -34,8 +32,7 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 10.0
 ARGUMENTS = [
-    HERE,
-    NAMED,
+    *PLACE,
     argument(
         "--watch", f"look again every so many seconds (default: {WATCH_SECONDS:g})", type=number(float, 0.1),
         nargs="?", const=WATCH_SECONDS, metavar="SECONDS",
@@ -56,7 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
     from lorabench.status.overview import MANY, status_json, status_text
     from lorabench.store.record import Status
 
-    _sweep_alone(arguments)
+    settle_place(arguments)
     store = open_store(arguments.results)
     specs = find_sweeps(store, arguments.sweep)[0].read().runs if arguments.sweep else None
     once = cache(talk)  # what stays wrong from one look to the next is said once
@@ -70,14 +67,6 @@ def main(arguments: argparse.Namespace) -> int:
     many = len(found) if arguments.all else MANY
     tell(as_json(status_json(store, found)) if arguments.json else status_text(store, found, many))
     return int(arguments.verify and any(standing.status == Status.CORRUPT for standing in found))
-
-
-def _sweep_alone(arguments: argparse.Namespace) -> None:
-    """`lorabench status SWEEP` is meant where the one argument is a file, or names a sweep in the default folder."""
-    folder = Path("results")
-    is_sweep = os.path.isfile(arguments.results) or os.path.isfile(folder / arguments.results / "sweep.toml")
-    if arguments.sweep is None and is_sweep and folder.is_dir() and not arguments.results.is_dir():
-        arguments.sweep, arguments.results = str(arguments.results), folder
 
 
 def _watch(arguments: argparse.Namespace, store: Store, look: Callable[[], list[Standing]]) -> int:

@@ -13,11 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
+from lorabench.config import other_words
 from lorabench.config.quote import clip
 
 PACKAGE = Path(__file__).resolve().parents[1]
 FOLDERS = ("methods", "tasks", "objectives", "analyses", "figures")
-WITHIN = {"objectives": "training", "figures": "report", "readers": "updates"}
+WITHIN = {"objectives": "training", "figures": "report", "readers": "updates", "exporters": "store"}
 """Registries that stand inside a wing."""
 MOST_LISTED, NUM_NEAREST = 900, 20
 """Characters of choices that are all listed, for a message has bounds; of more than that, the nearest so many."""
@@ -28,9 +29,11 @@ def _place(folder: str) -> tuple[str, ...]:
 
 
 class Plugin:
-    """What lives in a plug-in folder. `folder` is set by the base class of that folder."""
+    """What lives in a plug-in folder. `folder` and `in_sweep` are set by the base class of that folder."""
 
     folder: ClassVar[str]
+    in_sweep: ClassVar[tuple[str, str]]
+    """The section of a sweep file that it stands in, and the key there: `("[[grid]]", "method")`."""
     by_name: ClassVar[bool] = False
     """Whether its name alone may stand for it, with the defaults."""
 
@@ -74,10 +77,11 @@ def plugin_class(folder: str, name: str) -> type:
 
 
 def unknown(what: str, given: object, choices: list[str]) -> str:
-    """`unknown method 'lorra'. Did you mean 'lora'? Choices: full, lora`."""
+    """`unknown method 'lorra'. Did you mean 'lora'? Choices: full, lora`; keys, measures by other tools' words too."""
     text = clip(given)
+    theirs = other_words.hint(text) if what in ("key", "measure") else ""
     close = difflib.get_close_matches(text, choices, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
+    hint = f" {theirs}" if theirs else f" Did you mean '{close[0]}'?" if close else ""
     if len(", ".join(choices)) > MOST_LISTED:
         near = sorted(choices, key=lambda choice: -difflib.SequenceMatcher(None, text, choice).ratio())[:NUM_NEAREST]
         return f"unknown {what} '{text}'.{hint} Choices: {', '.join(near)}, … and {len(choices) - len(near)} more"

@@ -168,6 +168,10 @@ class Template(string.Formatter):
         return _text(text, self.where, row, number)
 
     def _missing(self, column: str, row: Row, number: int, rows: Sequence[Row]) -> InputError:
+        head, _, index = column.partition("[")
+        if index and isinstance(items := find(row, head), list):
+            has = f"{place(row, number)} has {len(items)} items in {shown(head)}"
+            return InputError(f"{self.where}: {has}, counted from 0, and no {shown(column)}")
         if any(column in each or _reached(each, column) is not None for each in rows):
             return InputError(f"{self.where}: {place(row, number)} has no value in {shown(column)}")
         return InputError(f"{self.where}: {_no_column(rows, shown(column))}")

@@ -218,17 +218,24 @@ def _know(key: str) -> _Known | InputError:
         if not files.is_tied:
             weights.untie(base)
         about = remarks(spec, base)
-        weight_bytes = _weight_bytes(spec, base)
-        tuned = _attach(spec, base, options)
+        longest = models.max_length(base)
+        counts = counted(spec, base, options)
         if untried := try_out(spec, options):
             about["trial"] = untried
     except InputError as error:
         return error
+    return _Known(counts=counts, longest=longest, remarks=about)
+
+
+def counted(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> Counts:
+    """Of a base without weights, to which the run's method is attached."""
+    weight_bytes = _weight_bytes(spec, base)
     config: Any = base.config
+    tuned = _attach(spec, base, options)
     width = config.hidden_size
     trainable = [p for p in tuned.parameters() if p.requires_grad]
     added = 0 if spec.method.trains_base else sum(p.numel() * p.element_size() for p in trainable)
-    counts = Counts(
+    return Counts(
         num_parameters=weights.count(tuned),
         num_trainable=sum(p.numel() for p in trainable),
         weight_bytes=weight_bytes + added,
@@ -237,11 +244,6 @@ def _know(key: str) -> _Known | InputError:
         inner=getattr(config, "intermediate_size", None) or 4 * width,
         vocabulary=0 if "Classification" in spec.task.auto_class else config.vocab_size,
         step_flops=_step_flops(tuned, spec.method),
-    )
-    return _Known(
-        counts=counts,
-        longest=models.max_length(base),
-        remarks=about,
     )
 
 
@@ -327,19 +329,26 @@ def _weight_bytes(spec: RunSpec, base: torch.nn.Module) -> float:
     return total - (exact - BYTES[spec.quantization]) * quantized
 
 
-def formula(spec: RunSpec, counts: Counts, device: torch.device, gpu: str | None = None) -> Estimate:
-    """Peak memory and training time from first principles.
+def memory_bytes(spec: RunSpec, counts: Counts) -> float:
+    """Peak memory of training by formula, what libraries take apart.
 
-    Memory: weights; gradient and AdamW's two moments in float32 for what trains; activations kept for the backward
-    pass, about 10 widths and 4 inner widths a token and layer (only the layers' inputs and one layer's activations
-    with gradient checkpointing); logits, their log-softmax and gradient in float32. Time: model FLOPs at EFFICIENCY
-    of the device's rate; loading and evaluation apart.
+    Weights; gradient and AdamW's two moments in float32 for what trains; activations kept for the backward pass, about
+    10 widths and 4 inner widths a token and layer (only the layers' inputs and one layer's activations with gradient
+    checkpointing); logits, their log-softmax and gradient in float32.
     """
     micro, lengths = spec.micro_batch_size or spec.batch_size, spec.objective.longest(spec)
     layer = 10 * counts.width + 4 * counts.inner
     kept = counts.layers * counts.width + layer if spec.gradient_checkpointing else counts.layers * layer
     memory = counts.weight_bytes + 12 * counts.num_trainable
-    memory += micro * (sum(lengths) * kept * BYTES[spec.dtype] + lengths[-1] * 3 * 4 * counts.vocabulary)
+    return memory + micro * (sum(lengths) * kept * BYTES[spec.dtype] + lengths[-1] * 3 * 4 * counts.vocabulary)
+
+
+def formula(spec: RunSpec, counts: Counts, device: torch.device, gpu: str | None = None) -> Estimate:
+    """Peak memory and training time from first principles.
+
+    Time: model FLOPs at EFFICIENCY of the device's rate; loading and evaluation apart.
+    """
+    memory = memory_bytes(spec, counts)
     memory += CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
     rate, _ = flop_rate(device, spec.dtype, spec.threads, gpu)
     seconds = flops_per_step(spec, counts) * spec.total_steps / (EFFICIENCY * rate)

@@ -46,6 +46,8 @@ class Settings:
     place: Place = field(default_factory=Place)
     """Among the processes that compute the run together."""
     sharding: Sharding = "auto"
+    live: str | None = None
+    """The tool that shows its curves while it trains."""
 
 
 Target = Callable[[RunSpec, Store, Settings], Any]

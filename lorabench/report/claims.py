@@ -7,19 +7,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
 
+from lorabench.config.decode import InputError
+from lorabench.models.shapes import NAMES, Shape
 from lorabench.report.aggregate import CONFIDENCE, by_seed, number, places, plain, seed_means
 from lorabench.report.differences import Estimate, Seeds, difference, mean, ratio, seeds_needed
-from lorabench.report.labels import capitalized, measure, measure_label, series_label
+from lorabench.report.labels import capitalized, measure, measure_label, series_label, shown_factor
 from lorabench.report.results import Results, grouped, kept_rows, selected
 from lorabench.report.typeset import Column, Sheet
 from lorabench.spec.claim import Claim, matches
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not enough data"
-COUNTED = ("model_gib", "optimizer_state_gib", "tensor_peak_gib", "flops_per_step")
+COUNTED = ("model_gib", "optimizer_state_gib", "tensor_peak_gib", "resident_adapter_gib", "flops_per_step")
 """Measures that are counted, beside those of parameters and files."""
 
 
@@ -44,13 +47,15 @@ def verdicts(results: Results) -> list[Verdict]:
 
 def judge(claim: Claim, results: Results) -> Verdict:
     """Runs of one seed are averaged first, as in every table."""
+    if claim.counted_on is not None:
+        return _by_counting(claim, claim.counted_on, results)
     runs = selected(results).done
-    flats = {run.id: run.flat | {"label": results.sweep.labels.get(run.id)} for run in results.sweep.runs}
+    flats = _flats(results)
     sides, run_ids, left_out = [], [], []
-    for wanted in claim.sides.values():
+    for side, wanted in claim.sides.items():
         own = kept_rows(runs, [matches(flats[run_id], wanted) for run_id in runs.index])
-        own, lacking = _whole(own, results.settings, claim.measure)
-        sides.append(seed_means(own, claim.measure))
+        own, lacking = _whole(own, results.settings, claim.measures[side])
+        sides.append(seed_means(own, claim.measures[side]))
         run_ids += list(own.index)
         left_out += lacking
     seeds, ids = tuple(map(len, sides)), tuple(dict.fromkeys(run_ids))
@@ -66,6 +71,29 @@ def judge(claim: Claim, results: Results) -> Verdict:
     if left_out:
         why = "; ".join(filter(None, [why, f"without {', '.join(dict.fromkeys(left_out))}, which lacks seeds"]))
     return Verdict(claim=claim, verdict=verdict, estimate=estimate, why=why, seeds=seeds, run_ids=ids)
+
+
+def _flats(results: Results) -> dict[str, dict[str, Any]]:
+    """Run id -> what a claim may name it by."""
+    return {run.id: run.flat | {"label": results.sweep.labels.get(run.id)} for run in results.sweep.runs}
+
+
+def _by_counting(claim: Claim, shape: Shape, results: Results) -> Verdict:
+    """The mean over the settings that are named, done or not: a count depends on no run, nor on the selection."""
+    from lorabench.launch.counted import count_on
+
+    specs, flats, values = {spec.id: spec for spec in results.sweep.runs}, _flats(results), []
+    why = f"counted on the shapes of {NAMES[shape]}"
+    try:
+        for side, wanted in claim.sides.items():
+            name = claim.measures[side]
+            named = kept_rows(results.runs, [matches(flats[run_id], wanted) for run_id in results.runs.index])
+            counts = [count_on(specs[runs.index[0]], shape)[name] for _, runs in grouped(named, [*results.settings])]
+            values.append(shown_factor(name) * fmean(counts))
+    except InputError as error:
+        return Verdict(claim=claim, verdict=OPEN, estimate=None, why=f"{why}: {error}")
+    estimate = _exact(claim, values, n=0)
+    return Verdict(claim=claim, verdict=_decided(claim, estimate)[0], estimate=estimate, why=why)
 
 
 def _whole(runs: pd.DataFrame, settings: list[str], name: str) -> tuple[pd.DataFrame, list[str]]:
@@ -94,11 +122,15 @@ def _estimated(claim: Claim, sides: Sequence[Seeds]) -> Estimate:
 
 def _counted(claim: Claim, sides: Sequence[Seeds]) -> Estimate | None:
     """What is counted and the same for every seed is exact; None of anything else."""
-    if not _is_count(claim.measure) or any(len(set(side.values())) > 1 for side in sides):
+    if not all(map(_is_count, claim.measures.values())) or any(len(set(side.values())) > 1 for side in sides):
         return None
-    values = [next(iter(side.values())) for side in sides]
+    return _exact(claim, [next(iter(side.values())) for side in sides], n=min(map(len, sides)))
+
+
+def _exact(claim: Claim, values: Sequence[float], n: int) -> Estimate:
+    """What is counted has no spread."""
     value = values[0] / values[1] if claim.ratio_to is not None else values[0] - sum(values[1:])
-    return Estimate(value=value, low=value, high=value, n=min(map(len, sides)), error=0.0)
+    return Estimate(value=value, low=value, high=value, n=n, error=0.0)
 
 
 def _is_count(name: str) -> bool:
@@ -107,7 +139,7 @@ def _is_count(name: str) -> bool:
 
 def _decided(claim: Claim, estimate: Estimate) -> tuple[str, str]:
     low, high = estimate.low, estimate.high
-    if estimate.error == 0 and not _is_count(claim.measure):
+    if estimate.error == 0 and not claim.counted_on and not all(map(_is_count, claim.measures.values())):
         return OPEN, f"its {estimate.n} seeds are alike: no spread to judge by"
     if low is None or high is None:
         return OPEN, f"{estimate.n} seed has no interval; two or more do" if estimate.n == 1 else "no interval"
@@ -159,7 +191,8 @@ def claims_sheet(results: Results, name: str = "claims") -> Sheet | None:
         f"A claim holds where the whole two-sided {CONFIDENCE:.0%} interval over seeds lies within its bound, and does "
         "not where all of it lies outside. Where two sides have two or more seeds in common the interval is that of "
         "the pairs (Student's t; ratios by their logarithms), else Welch's; what is counted and the same for each seed "
-        "is exact. Each claim stands for itself: of twenty that are just at their bound one is decided by chance."
+        "is exact, as is what is counted on a model's shapes. Each claim stands for itself: of twenty that are just at "
+        "their bound one is decided by chance."
     ]
     return Sheet(name=name, caption="Claims", columns=columns, rows=rows, notes=notes, tidy=_tidy(found))
 
@@ -169,13 +202,19 @@ def _tidy(found: list[Verdict]) -> pd.DataFrame:
     for item in found:
         claim, estimate = item.claim, item.estimate
         rows.append({
-            "claim": claim.says, "measure": claim.measure, "kind": _kind(claim), "verdict": item.verdict,
+            "claim": claim.says, "measure": claim.measure, "other_measure": _other_measure(claim), "kind": _kind(claim),
+            "counted_on": claim.counted_on, "verdict": item.verdict,
             "estimate": estimate.value if estimate else None, "low": estimate.low if estimate else None,
             "high": estimate.high if estimate else None, "at_least": claim.at_least, "at_most": claim.at_most,
-            "num_seeds": min(item.seeds), "paired": estimate.is_paired if estimate else None, "why": item.why,
-            "runs": " ".join(item.run_ids),
+            "num_seeds": min(item.seeds, default=0), "paired": estimate.is_paired if estimate else None,
+            "why": item.why, "runs": " ".join(item.run_ids),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _other_measure(claim: Claim) -> str | None:
+    """Of the runs that are held against, where it is not the claim's."""
+    return next((name for name in claim.measures.values() if name != claim.measure), None)
 
 
 def _kind(claim: Claim) -> str:
@@ -183,14 +222,21 @@ def _kind(claim: Claim) -> str:
 
 
 def _seeds_text(item: Verdict) -> str:
-    return " and ".join(map(str, item.seeds))
+    return "counted" if item.claim.counted_on else " and ".join(map(str, item.seeds))
 
 
 def _measured(item: Verdict) -> str:
     """`validation loss, lora over full: 1.02 [1.00, 1.04]`."""
     claim, estimate = item.claim, item.estimate
-    names = [series_label(list(wanted), [_one(value) for value in wanted.values()]) or "all runs"
-             for wanted in claim.sides.values()]  # fmt: skip
+    other = _other_measure(claim)
+    names = [
+        series_label(list(wanted), [_one(value) for value in wanted.values()]) or "all runs"
+        for wanted in claim.sides.values()
+    ]
+    if other and len(set(names)) == 1:
+        names[1:] = [measure_label(other)]
+    elif other:
+        names[1:] = [f"{measure_label(other)} of {names[1]}"]
     unit = "" if claim.ratio_to is not None else measure(claim.measure).unit
     between = " over " if claim.ratio_to is not None else " less "
     what = capitalized(f"{measure_label(claim.measure)}, {between.join(names)}")

@@ -25,6 +25,7 @@ class Analysis(Plugin, ABC):
     """Add an analysis by adding one file to `lorabench/analyses/`; never knows which method made an update."""
 
     folder: ClassVar[str] = "analyses"
+    in_sweep: ClassVar[tuple[str, str]] = ("[[table]]", "")
     needs: ClassVar[Literal["layer", "base", "pair", "trajectory"]]
     """What `compute` is called with. `layer`: each layer of a run. `base`: each layer on its W0 (`base.Tuned`).
     `pair`: the same layer of two runs that differ in one axis. `trajectory`: the same layer of a run after each of

@@ -7,17 +7,23 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorabench.config.quote import show
+from lorabench.models.shapes import Shape
 from lorabench.spec.run_spec import flatten
 
 SIDES = ("where", "ratio_to", "minus")
 """The fields that say which runs count, and which these are held against."""
+MEASURE = "measure"
+"""In the runs that are held against: another measure, where it is not the claim's."""
+COUNTABLE = ("num_parameters", "num_trainable", "trainable_share", "storage_bytes", "model_gib", "peak_gib")
+"""What a model's shapes alone say."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
     """`measure` of the runs of `where`, or its ratio to, or difference from, that of other runs, lies in a range.
 
-    Runs are named by keys of the sweep, each with a value or a list of values: `{ method.name = "lora" }`.
+    Runs are named by keys of the sweep, each with a value or a list of values: `{ method.name = "lora" }`. These that
+    are held against may have a `measure` of their own: `ratio_to = { method.name = "lora", measure = "load_seconds" }`.
     """
 
     says: str
@@ -32,6 +38,8 @@ class Claim:
     at_least: float | None = None
     at_most: float | None = None
     """As tables show the measure: percentages times 100."""
+    counted_on: Shape | None = None
+    """Not by the runs, but by what their methods would train, store and take on this model, counted on its shapes."""
 
     def __post_init__(self) -> None:
         problems = [*self._problems()]
@@ -47,18 +55,29 @@ class Claim:
             yield f"at_least = {self.at_least:g}: is above at_most = {self.at_most:g}"
         if self.ratio_to is not None and self.minus is not None:
             yield f"minus = {show(self.minus)}: not beside ratio_to"
+        for name in self.measures.values() if self.counted_on else ():
+            if name not in COUNTABLE:
+                yield f"measure = {show(name)}: is nothing that can be counted. Choices: {', '.join(COUNTABLE)}"
 
     @property
     def sides(self) -> dict[str, dict[str, Any]]:
         """Field -> flattened key -> value, of the runs that count and of those they are held against."""
-        return {key: flatten(value) for key in SIDES if (value := getattr(self, key)) is not None}
+        given = {key: flatten(value) for key in SIDES if (value := getattr(self, key)) is not None}
+        return {
+            side: {k: v for k, v in wanted.items() if side == "where" or k != MEASURE} for side, wanted in given.items()
+        }
+
+    @property
+    def measures(self) -> dict[str, str]:
+        """The measure of each of these."""
+        held = self.ratio_to or self.minus or {}
+        return {side: self.measure if side == "where" else held.get(MEASURE, self.measure) for side in self.sides}
 
     @property
     def bound(self) -> str:
-        """`≤ 1.05`, `1 to 2`."""
-        if self.at_least is not None and self.at_most is not None:
-            return f"{self.at_least:g} to {self.at_most:g}"
-        return f"≥ {self.at_least:g}" if self.at_least is not None else f"≤ {self.at_most:g}"
+        """`≤ 1.05`, `−1 to 2`."""
+        ends = [f"{end:g}".replace("-", "−", 1) for end in (self.at_least, self.at_most) if end is not None]
+        return " to ".join(ends) if len(ends) == 2 else f"{'≥' if self.at_most is None else '≤'} {ends[0]}"
 
 
 def matches(flat: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -31,6 +31,7 @@ class Figure(Plugin, ABC):
     """Add a figure by adding one file to `lorabench/report/figures/`; its name stands in a sweep's `[[figure]]`."""
 
     folder: ClassVar[str] = "figures"
+    in_sweep: ClassVar[tuple[str, str]] = ("[[figure]]", "")
     section: ClassVar[str] = "other"
     """Under which heading of the report it stands: a key of `SECTIONS`."""
     intervals: ClassVar[bool] = True

@@ -26,6 +26,7 @@ class Method(Plugin, ABC):
     """
 
     folder: ClassVar[str] = "methods"
+    in_sweep: ClassVar[tuple[str, str]] = ("[[grid]]", "method")
     trains_base: ClassVar[bool] = False
     """Whether base weights themselves are trained: they are then held as float32 masters and not quantized."""
     holds_several: ClassVar[bool] = False

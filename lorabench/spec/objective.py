@@ -19,6 +19,7 @@ class Objective(Plugin, ABC):
     """
 
     folder: ClassVar[str] = "objectives"
+    in_sweep: ClassVar[tuple[str, str]] = ("[base]", "objective")
     by_name: ClassVar[bool] = True
     writes: ClassVar[bool] = False
     """Whether the model writes to the prompts of the training split, whose references then have to hold an answer."""

@@ -173,7 +173,12 @@ def _untestable(
     where: str,
 ) -> list[str]:  # fmt: skip
     """Why no runs of the sweep could ever decide it."""
-    problems = _unknown_measures([claim.measure], measures, f"{where}measure")
+    problems = [
+        problem
+        for side, name in claim.measures.items()
+        if side == "where" or name != claim.measure
+        for problem in _unknown_measures([name], measures, f"{where}{'' if side == 'where' else f'{side}.'}measure")
+    ]
     for key, wanted in claim.sides.items():
         unknown = _unknown_keys(list(wanted), known, f"{where}{key}")
         problems += unknown

@@ -69,6 +69,7 @@ class Task(Plugin, ABC):
     """Fields say where the data is and how to read it. Add a task by adding one file to `lorabench/tasks/`."""
 
     folder: ClassVar[str] = "tasks"
+    in_sweep: ClassVar[tuple[str, str]] = ("[base]", "task")
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     """The transformers class that loads the base model."""
     reports: ClassVar[tuple[str, ...]] = ("loss",)
@@ -142,6 +143,11 @@ class Task(Plugin, ABC):
     def reported(self) -> tuple[str, ...]:
         """The names of all that is measured on a split."""
         return self.reports + (self.generation.reports if self.generation else ())
+
+    @classmethod
+    def guess(cls, rows: list[Row], model: str) -> dict[str, Any]:
+        """The fields by which it could read these rows, for what `lorabench new` writes; none where it cannot."""
+        return {}
 
     def problems(self, spec: RunSpec) -> Iterator[str]:
         """Why this task cannot be run as `spec` asks: `key = value: reason`."""

@@ -20,8 +20,8 @@ LOOK_SECONDS = 5.0
 """Between two looks whether what is followed has ended."""
 
 
-def find_run(store: Store, text: str, sweeps: Collection[str] | None = None) -> str:
-    """The id of the run in the store or its queue that `text` is, or begins.
+def find_run(store: Store, text: str, sweeps: Collection[str] | None = None, declared: Collection[str] = ()) -> str:
+    """The id of the run that `text` is, or begins: in the store or its queue, or `declared` by a sweep and not begun.
 
     InputError names the closest of them; or, where one of these sweeps might have been meant, the closest of those
     alone, for then something is done to it.
@@ -29,7 +29,7 @@ def find_run(store: Store, text: str, sweeps: Collection[str] | None = None) -> 
     ids = store.run_ids()
     if text in ids:
         return text
-    ids = sorted({*ids, *(id for submission in read_submissions(store.root) for id in submission.specs)})
+    ids = sorted({*ids, *declared, *(id for submission in read_submissions(store.root) for id in submission.specs)})
     found = [text] if text in ids else [id for id in ids if id.startswith(text)]
     if len(found) == 1:
         return found[0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lorabench.config.decode import InputError
 from lorabench.config.durable import remove, write_bytes
@@ -16,6 +17,15 @@ MAX_BYTES = 2**30
 """Of a log: some ten million steps."""
 
 
+class Live(Protocol):
+    """What shows the rows of a log elsewhere while it is written."""
+
+    def begin(self) -> None:
+        """From the first row on, whatever was shown before."""
+
+    def add(self, rows: Iterable[dict[str, float]]) -> None: ...
+
+
 class StepLog:
     """Appends rows to `lines`, which checkpoints keep, and to a file, from which nothing is ever read back.
 
@@ -23,8 +33,8 @@ class StepLog:
     a file nothing is written, and no checkpoint is ever due: another rank sees to both.
     """
 
-    def __init__(self, file: Path | None, lines: list[str], checkpoint_seconds: float):
-        self._file, self._lines = file, lines
+    def __init__(self, file: Path | None, lines: list[str], checkpoint_seconds: float, live: Live | None = None):
+        self._file, self._lines, self._live = file, lines, live
         self._written = 0
         self._every = checkpoint_seconds
         self._last_checkpoint = time.monotonic()
@@ -44,12 +54,16 @@ class StepLog:
                 self._begin()
             with open(self._file, "a", encoding="utf-8") as handle:
                 handle.writelines(self._lines[self._written :])
+            if self._live is not None:
+                self._live.add(map(json.loads, self._lines[self._written :]))
             self._written = len(self._lines)
 
     def _begin(self) -> None:
         if self._file is not None:
             remove(self._file)
             self._file.touch()
+            if self._live is not None:
+                self._live.begin()
         self._written = 0
 
     def checkpoint_due(self) -> bool:

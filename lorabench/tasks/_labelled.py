@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.config.decode import InputError, later
 from lorabench.config.quote import show
+from lorabench.data.columns import Holds, are_labels, are_texts, called, columns, longest
 from lorabench.data.rows_file import Row, place, source_of
 from lorabench.data.values import check_column, in_order, labels, shown, texts
 from lorabench.spec.task import Example, Task
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from lorabench.spec.run_spec import RunSpec
 
 NO_LABEL = "-1"
+PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text1", "text2"),
+         ("text", "text_pair"), ("question", "sentence"))  # fmt: skip
+"""What the two texts of a pair are often called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,19 @@ class Labelled(Task):
     """Column names of a csv or tsv without a header line, separated by commas."""
     unlabelled: str | None = later(None)
     """What stands for no label, such as "-1": rows with it, or with a missing label, are left out ("": these alone)."""
+
+    holds: ClassVar[Holds] = are_labels
+    """What the values of a column of labels are."""
+
+    @classmethod
+    def guess(cls, rows: list[Row], model: str) -> dict[str, Any]:
+        label = called(columns(rows, cls.holds), "label labels class category sentiment score target gold rating")
+        texts = [name for name in columns(rows, are_texts) if name != label]
+        pair = next((pair for pair in PAIRS if {*pair} <= {*texts}), None)
+        text = called(texts, "text sentence review content question") or longest(rows, texts)
+        if label is None or text is None:
+            return {}
+        return ({"text": pair[0], "text_pair": pair[1]} if pair else {"text": text}) | {"label": label}
 
     @abstractmethod
     def written(self, label: str) -> str:

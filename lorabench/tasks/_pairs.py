@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from lorabench.config.decode import InputError, later
 from lorabench.config.quote import show
+from lorabench.data.columns import are_texts, called, columns, plain
 from lorabench.data.rows_file import Row, place
 from lorabench.data.values import Template
 from lorabench.spec.generate import Generate
@@ -25,6 +26,22 @@ class Pairs(LanguageModeling):
     """Column names of a csv or tsv without a header line, separated by commas."""
     generate: Generate | None = later(None)  # noqa: RUF009
     """What the model is to write to what it reads, and how that is scored (None: only losses are measured)."""
+
+    words: ClassVar[tuple[str, str]]
+    """What the columns of either are often called."""
+    end: ClassVar[str] = ""
+    """Of a guessed template of what is read."""
+
+    @classmethod
+    def guess(cls, rows: list[Row], model: str) -> dict[str, Any]:
+        names = plain(columns(rows, are_texts))
+        read = called(names, cls.words[0])
+        written = called([name for name in names if name != read], cls.words[1])
+        if read is None or written is None:
+            return {}
+        more = called([name for name in names if name not in (read, written)], "input context")  # as Alpaca has it
+        template = f"{{{read}}}\n{{{more}}}" if more else f"{{{read}}}"
+        return dict(zip(cls.parts, (template + cls.end, f"{{{written}}}"), strict=True))
 
     @property
     def generation(self) -> Generate | None:

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import clip, show, show_path
+from lorabench.data.columns import are_messages, called, columns
 from lorabench.data.rows_file import Row, place
 from lorabench.data.tokens import opening
 from lorabench.data.values import check_column, find, shown
+from lorabench.models.base_model import builtin_models
 from lorabench.spec.task import IGNORE, Example, LanguageModeling
 
 Message = dict[str, Any]
@@ -44,6 +46,12 @@ class Chat(LanguageModeling):
     retain: str | dict[str, Any] | None = None
     """Running text (column `text`) on which forgetting is measured, its loss before and after; or several sets: name ->
     running text, or a table with the fields of another task."""
+
+    @classmethod
+    def guess(cls, rows: list[Row], model: str) -> dict[str, Any]:
+        names = columns(rows, are_messages)
+        template = {"template": EXAMPLE.template} if model in builtin_models() else {}  # which have none of their own
+        return {"messages": called(names, "messages conversation") or names[0]} | template if names else {}
 
     def usable(self, split: str, rows: list[Row], options: dict[str, Any]) -> list[Row]:
         check_column(rows, "task.messages", self.messages)

@@ -24,6 +24,11 @@ class Completion(Pairs):
     """
 
     parts: ClassVar[tuple[str, str]] = ("prompt", "response")
+    words: ClassVar[tuple[str, str]] = (
+        "prompt instruction question query input problem source",
+        "response output completion answer solution target label",
+    )
+    end: ClassVar[str] = "\n"
 
     prompt: str = "{prompt}"
     response: str = "{response}"

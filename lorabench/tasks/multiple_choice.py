@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from lorabench.config.decode import InputError, later
 from lorabench.config.quote import clip, show
+from lorabench.data.columns import are_plain, are_text_lists, are_texts, called, columns, numbered, plain
 from lorabench.data.rows_file import Row, place
 from lorabench.data.tokens import context_and_continuation, opening
 from lorabench.data.values import Template, as_class, check_column, has_column, labels, lists, shown, texts
@@ -83,6 +85,19 @@ class MultipleChoice(LanguageModeling):
     retain: str | dict[str, Any] | None = None
     """Running text (column `text`) on which forgetting is measured, its loss before and after; or several sets: name ->
     running text, or a table with the fields of another task."""
+
+    @classmethod
+    def guess(cls, rows: list[Row], model: str) -> dict[str, Any]:
+        texts = plain(columns(rows, are_texts))
+        lists = columns(rows, are_text_lists)
+        choices = called(lists, "choices options endings answers") or ", ".join(numbered(texts))
+        answer = called(columns(rows, are_plain), "answer answerkey label correct gold target")
+        question = called([name for name in texts if name != answer], "question ctx query prompt premise sentence")
+        if not choices or answer is None or question is None:
+            return {}
+        fields = {"question": f"{{{question}}}", "choices": choices, "answer": answer}
+        named = called([name for name in lists if name != choices], "labels label")
+        return fields | ({"labels": named} if named else {"answer_is": _answer_is(rows, fields)})
 
     def usable(self, split: str, rows: list[Row], options: dict[str, Any]) -> list[Row]:
         if split == "test" and set(labels(rows, "task.answer", self.answer)) <= {None, "-1"}:
@@ -227,6 +242,15 @@ class MultipleChoice(LanguageModeling):
         if self.labels or self.answer_is == "text":
             return answer
         return answer.upper() if self.answer_is == "letter" else as_class(answer)
+
+
+def _answer_is(rows: list[Row], fields: dict[str, str]) -> str:
+    """The first way of calling the right choice by which all of these rows can be read."""
+    for way in ("index", "number", "letter", "text"):
+        with contextlib.suppress(InputError):
+            MultipleChoice(data="", answer_is=way, **fields)._questions(rows)  # type: ignore[arg-type]
+            return way
+    return "index"
 
 
 EXAMPLE = MultipleChoice(

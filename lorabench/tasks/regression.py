@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import clip, show
+from lorabench.data.columns import Holds, are_numbers
 from lorabench.data.rows_file import Row, place
 from lorabench.data.values import number, shown
 from lorabench.tasks._labelled import Labelled
@@ -20,6 +21,8 @@ class Regression(Labelled):
     """Scores are finite numbers, taken as they are. The loss is the squared error, and their mean the reported one."""
 
     reports: ClassVar[tuple[str, ...]] = ("loss", "pearson", "spearman")
+
+    holds: ClassVar[Holds] = are_numbers
 
     def written(self, label: str) -> str:
         return f"{value:.17g}" if (value := number(label)) is not None else label

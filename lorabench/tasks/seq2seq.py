@@ -31,6 +31,10 @@ class Seq2seq(Pairs):
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
     sequences: ClassVar[tuple[str, ...]] = ("input_ids", "labels")
     parts: ClassVar[tuple[str, str]] = ("source", "target")
+    words: ClassVar[tuple[str, str]] = (
+        "source article document dialogue text input question prompt",
+        "target summary highlights translation output answer response",
+    )
 
     source: str = "{source}"
     target: str = "{target}"

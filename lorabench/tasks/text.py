@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lorabench.config.decode import InputError
+from lorabench.data.columns import are_texts, called, columns, longest
 from lorabench.data.rows_file import Row
 from lorabench.data.tokens import opening
 from lorabench.data.values import texts
@@ -27,6 +28,12 @@ class Text(LanguageModeling):
     or a table with the fields of another task."""
 
     is_running_text: ClassVar[bool] = True
+
+    @classmethod
+    def guess(cls, rows: list[Row], model: str) -> dict[str, Any]:
+        names = columns(rows, are_texts)
+        found = called(names, "text content document body code sentence") or longest(rows, names)
+        return {"text": found} if found else {}
 
     def usable(self, split: str, rows: list[Row], options: dict[str, Any]) -> list[Row]:
         texts(rows, "task.text", self.text)

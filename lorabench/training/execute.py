@@ -31,6 +31,7 @@ from lorabench.processes.distributed import (
 )
 from lorabench.spec.run_spec import RunSpec
 from lorabench.store.claim import Followed, Hold, Lost
+from lorabench.store.export import open_live
 from lorabench.store.record import Status, now
 from lorabench.store.store import Store
 from lorabench.training.run import Attempt, run
@@ -55,6 +56,8 @@ class Options:
     place: Place = field(default_factory=Place)
     """Among the processes that compute the run together; each of them calls `execute`."""
     sharding: Sharding = "auto"
+    live: str | None = None
+    """The tool that shows the run's curves while it trains; see `lorabench.store.export`."""
 
 
 def execute(spec: RunSpec, store: Store, options: Options) -> Status:
@@ -95,6 +98,7 @@ def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold, meeting:
                         device=device,
                         place=place,
                         checkpoint_seconds=options.checkpoint_seconds,
+                        live=open_live(options.live, store, spec.id) if place.rank == 0 else None,
                         sharding=options.sharding,
                     )
                 )

@@ -14,7 +14,7 @@ from lorabench.spec.run_spec import RunSpec
 from lorabench.store.claim import Hold, Lost
 from lorabench.store.generations import write_generations
 from lorabench.store.record import GENERATIONS_FILE, STEPS_FILE, RunRecord, Status
-from lorabench.store.steps import StepLog, write_steps
+from lorabench.store.steps import Live, StepLog, write_steps
 from lorabench.store.store import Store
 from lorabench.training import bookkeeping, environment, ranks, serving
 from lorabench.training.base import Base
@@ -40,6 +40,7 @@ class Attempt:
     place: Place
     """Of this process among those that compute the run together."""
     checkpoint_seconds: float = 60.0
+    live: Live | None = None
     sharding: Sharding = "auto"
 
     @property
@@ -107,7 +108,7 @@ def _train(attempt: Attempt, training: Training) -> None:
         training.save(attempt.checkpoint)
 
     log_file = attempt.folder / STEPS_FILE if attempt.is_first else None
-    log = StepLog(log_file, training.log, attempt.checkpoint_seconds)
+    log = StepLog(log_file, training.log, attempt.checkpoint_seconds, attempt.live)
     saves = Saves(checkpoint=checkpoint, snapshot=lambda: keep_snapshot(training, attempt.folder, hold))
     for stage in range(training.stage, len(training.base.stages)):
         if stage > training.stage:

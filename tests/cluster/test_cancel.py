@@ -121,7 +121,7 @@ def test_a_run_that_has_not_begun_is_said_so(
     write_bytes(store.root / "more" / "sweep.toml", SWEEP.replace("[0, 1, 2, 3, 4, 5]", "[77, 78]").encode())
     new = read_sweep(store.root / "more" / "sweep.toml").runs[0].id
     assert cancel(store, new) == 0
-    assert f"{new}: nothing to cancel: 1 not begun" in capsys.readouterr().err
+    assert f"{new}: nothing to cancel: it has not begun" in capsys.readouterr().err
     assert cancel(store, "more") == 0
     assert "more: nothing to cancel: 2 not begun" in capsys.readouterr().err
 

@@ -195,6 +195,8 @@ COMMANDS = [
     "inspect RESULTS --base VALUE", "compare VALUE RESULTS", "convert VALUE RESULTS",
     "compress VALUE --results RESULTS", "compress VALUE/a --results RESULTS --like a",
     "compress a --results RESULTS --energy VALUE", "intervene VALUE --results RESULTS", "list VALUE",
+    "new --task VALUE", "export RESULTS VALUE --to csv", "export RESULTS --to VALUE",
+    "completion VALUE",
 ]  # fmt: skip
 
 

@@ -61,7 +61,10 @@ def stored(root: Path, sweep: Path, **fields: object) -> Store:
     return store
 
 
-@pytest.mark.parametrize("command", [["--help"], ["list"], ["run", "--help"], ["status", "."], ["--version"]])
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["list"], ["run", "--help"], ["status", "."], ["--version"], ["completion", "--complete=logs\x1f"]],
+)
 def test_light_commands_import_nothing_heavy_and_start_at_once(command: list[str], tmp_path: Path) -> None:
     program = f"""
 import sys
@@ -105,6 +108,21 @@ def test_list_names_every_plugin(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["name", *found["methods"]]
+
+
+def test_list_shows_what_a_plugin_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "dynamics"]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "dynamics (analyses): " in shown
+        and "dynamics (figures): " in shown
+        and '[[figure]]\nname = "dynamics"' in shown
+    )
+    assert main(["list", "lora", "--json"]) == 0
+    (lora,) = json.loads(capsys.readouterr().out)
+    assert {field["key"]: field["default"] for field in lora["fields"]}["method.rank"] == 8
+    assert main(["list", "lorra"]) == 2
+    assert "unknown kind or name 'lorra'. Did you mean 'lora'?" in capsys.readouterr().err
 
 
 def test_wrong_input_is_one_line_a_problem_on_stderr_and_exit_code_2(
@@ -256,11 +274,12 @@ def test_the_whole_journey(sweep: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert main(list(command)) == 0
         return capsys.readouterr().out
 
-    talk = run("--workers", "2")
+    talk = run("--workers", "2", "--live", "tensorboard")
     assert talk[0] == "tiny: 2 runs: 2 to run on 2 workers"
     assert talk[-1] == "lorabench: tiny: 2 done"
     before = {file: file.stat().st_mtime_ns for file in root.glob("runs/*/record.json")}
     assert len(before) == 2 and (root / "tiny" / "sweep.toml").read_text() == sweep.read_text()
+    assert {folder.name for folder in (root / "exports" / "tensorboard").iterdir()} == {f.parent.name for f in before}
     assert run()[0] == "tiny: 2 runs: 2 done already"
     assert {file: file.stat().st_mtime_ns for file in before} == before
     planned = json.loads(call("plan", str(sweep), "--results", str(root), "--json"))["runs"]

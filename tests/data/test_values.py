@@ -204,7 +204,7 @@ def test_templates_are_filled(template, row, wanted):
         ("{a", {"a": 1}, "row 1: expected '}'"),
         ("{a:999999999999999999}", {"a": 1}, "row 1: MemoryError"),
         ("{}", {"a": 1}, "no such column"),
-        ("{a[5]}", {"a": [1]}, "no such column"),
+        ("{a[5]}", {"a": [1]}, 'row 1 has 1 items in "a", counted from 0, and no "a[5]"'),
         ("{a}", {"a": "\ud800"}, "no valid Unicode"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What runs on which architecture: the table of the README, cell by cell, and a few steps of training on each.
+"""What runs on which architecture: the table of docs/methods.md, cell by cell, and a few steps of training on each.
 
 Every cell of the table is a sweep's run as `plan` sees it: the method is attached to the model without weights, and on
 a small random one computed, saved and read. `TRAINED` take three steps on each, and some of them all the way of a run.
@@ -31,14 +31,14 @@ from lorabench.updates.formats import read_updates
 from tests import families
 from tests.conftest import make_spec
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 NAMES = {
     "Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "Gemma": "gemma", "Mistral": "mistral", "Phi-3": "phi3",
     "GPT-2": "gpt2", "GPT-NeoX": "gpt_neox", "OPT": "opt", "Falcon": "falcon", "Bloom": "bloom", "Mixtral": "mixtral",
     "Qwen3-MoE": "qwen3-moe", "OLMoE": "olmoe", "BERT": "bert", "RoBERTa": "roberta", "DeBERTa-v2": "deberta-v2",
     "ModernBERT": "modernbert", "DistilBERT": "distilbert", "T5": "t5", "BART": "bart",
 }  # fmt: skip
-"""As the README calls them."""
+"""As the page calls them."""
 FULL = {"name": "full"}
 LORA = {"name": "lora", "rank": 2}
 COLUMNS: dict[str, dict[str, dict]] = {  # by the heads of the table's columns
@@ -102,8 +102,8 @@ def cell(variants):
 
 
 def readme():
-    """The heads of the table's columns; by the README's name of an architecture what is fused there, and the cells."""
-    table = README.read_text().partition("\n| architecture |")[2].partition("\n\n")[0]
+    """The heads of the table's columns; by the page's name of an architecture what is fused there, and the cells."""
+    table = PAGE.read_text().partition("\n| architecture |")[2].partition("\n\n")[0]
     heads, _, *rows = [[part.strip() for part in line.strip("| ").split("|")] for line in table.splitlines()]
     named = {name: (fused, cells) for names, fused, *cells in rows for name in names.split(", ")}
     return heads[1:], named

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from lorabench.config.decode import encode
 from lorabench.report.claims import FAILS, HOLDS, OPEN, Verdict, claims_sheet, judge, read
 from lorabench.report.comparisons import compare, outcome
 from lorabench.report.results import Results, load_results, selected
@@ -265,3 +266,72 @@ def test_who_is_behind_overall_and_ahead_in_the_shared_seeds_is_told_so(tmp_path
     assert told.sentences[0].startswith("Best is lora")
     assert "Full fine-tuning" not in told.sentences[1]
     assert "The next, full, is 0.09000 nats ahead in the seeds that both have (95% interval" in told.sentences[1]
+
+
+def test_two_measures_of_the_same_runs_are_held_against_each_other(tmp_path: Any) -> None:
+    swap, load = [0.010, 0.012, 0.011], [0.10, 0.13, 0.09]
+    measures = {
+        (4, seed): {"adapter_swap_seconds": a, "adapter_load_seconds": b}
+        for seed, (a, b) in enumerate(zip(swap, load, strict=True))
+    }
+    own = claim(
+        measure="adapter_swap_seconds", where=LORA, ratio_to=LORA | {"measure": "adapter_load_seconds"}, at_most=0.5
+    )
+    results = results_of(tmp_path, measures, claim=[encode(own)])
+    found = judge(own, results)
+    assert found.verdict == HOLDS and found.estimate
+    logs = np.log(np.divide(swap, load))
+    assert math.log(found.estimate.value) == pytest.approx(logs.mean())
+    sheet = claims_sheet(results)
+    assert sheet and "Adapter swap, lora over adapter load: 0.1" in str(sheet.rows[0][1])
+
+
+SHARES = {"llama-2-7b": 4_194_304 / 6_738_415_616, "bert-base": (294_912 + 1_538) / 109_483_778}
+"""Rank 8 on query and value: 2 x 2 x 8 x 4096 x 32 of Llama-2-7B's parameters; of BERT-base 2 x 2 x 8 x 768 x 12 and a
+head of two classes, (768 + 1) x 2."""
+
+
+@pytest.mark.parametrize(("shape", "share"), SHARES.items())
+def test_a_claim_is_counted_on_the_shapes_of_a_well_known_model(shape: Any, share: float, tmp_path: Any) -> None:
+    table = {
+        "base": TOY | {"seed": [0, 1]},
+        "grid": [{"method": {"name": "lora", "rank": 8, "targets": "query-value"}}, {"method": {"name": "full"}}],
+    }
+    results = load_results(Store(tmp_path), parse_sweep(table))  # no run is done, and none needs to be
+    own = claim(measure="trainable_share", where=LORA, at_least=0.05, at_most=1, counted_on=shape)
+    found = judge(own, results)
+    assert found.estimate and found.estimate.value == pytest.approx(100 * share, rel=1e-9)
+    assert found.verdict == HOLDS and "counted on the shapes of" in found.why
+    assert judge(dataclasses.replace(own, at_most=0.06), results).verdict == FAILS
+    stored = judge(claim(measure="storage_bytes", where=LORA, ratio_to=FULL, at_most=1, counted_on=shape), results)
+    assert stored.estimate and stored.estimate.value == pytest.approx(share, rel=1e-9)
+
+
+def test_memory_on_llama_2_7b_is_that_of_the_parts(tmp_path: Any) -> None:
+    """Without the activations, which have the same size in each: a copy of the weights beside gradient and moments."""
+    table = {
+        "base": TOY,
+        "grid": [
+            {"method": {"name": "full"}},
+            {"method": {"name": "lora", "rank": 8, "targets": "query-value"}, "quantization": ["none", "nf4"]},
+        ],
+    }
+    results = load_results(Store(tmp_path), parse_sweep(table))
+
+    def value(**fields: Any) -> float:
+        found = judge(claim(measure="peak_gib", counted_on="llama-2-7b", at_most=0, **fields), results)
+        assert found.estimate
+        return found.estimate.value
+
+    base, trained = 6_738_415_616, 4_194_304
+    plain, quantized = LORA | {"quantization": "none"}, LORA | {"quantization": "nf4"}
+    assert value(where=FULL, minus=plain) == pytest.approx((12 * base - 16 * trained) / 2**30)
+    linear = base - 32000 * 4096 * 2 - (2 * 32 + 1) * 4096  # all but embedding, output and norms
+    assert value(where=plain, minus=quantized) == pytest.approx((4 - 0.5 - 1 / 64) * linear / 2**30)
+
+
+def test_what_cannot_be_counted_is_told(tmp_path: Any) -> None:
+    table = {"base": TOY, "grid": [{"method": {"name": "bitfit"}}]}
+    results = load_results(Store(tmp_path), parse_sweep(table))
+    found = judge(claim(measure="num_trainable", at_most=1, counted_on="llama-2-7b"), results)
+    assert found.verdict == OPEN and "bitfit" in found.why
