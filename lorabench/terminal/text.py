@@ -195,9 +195,27 @@ class Display:
 _HEADLINES = ("valid_accuracy", "valid_loss")
 
 
+PHASES = {
+    "load": "reading data and model",
+    "evaluate base": "evaluating the base",
+    "train": "training",
+    "evaluate": "evaluating",
+    "generate": "writing answers",
+    "save": "saving",
+    "serve": "serving",
+}
+
+
+def doing(progress: dict[str, Any]) -> str:
+    """`writing answers 3/20`: what a claim's progress says that a run is doing."""
+    phase = str(progress.get("phase") or "start")
+    far = f" {progress['done']}/{progress['of']}" if phase == "generate" and {"done", "of"} <= progress.keys() else ""
+    return one_line(PHASES.get(phase, phase)) + far
+
+
 def progress_text(progress: dict[str, Any]) -> str:
-    """`train  loss 2.31  5200 tokens/s` of what a claim's progress holds."""
-    parts = [one_line(str(progress.get("phase") or "start"))]
+    """`training  loss 2.31  5200 tokens/s` of what a claim's progress holds."""
+    parts = [doing(progress)]
     if progress.get("loss") is not None:
         parts.append(f"loss {progress['loss']:.4g}")
     if progress.get("tokens_per_second"):

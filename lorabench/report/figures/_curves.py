@@ -70,7 +70,7 @@ def draw_lines(
         means = pd.DataFrame(axes.lines[-1].get_xydata(), columns=[x, VALUE])
         hollow = means[means[x].isin(line[seeds < FEWEST][x]) & is_short]
         how: dict[str, Any] = {"x": x, "y": VALUE, "ax": axes, "legend": False, "zorder": 3.5}
-        sns.scatterplot(line[seeds.between(2, FEWEST - 1)], color=look.color, s=7, linewidth=0, **how)
+        sns.scatterplot(line[seeds.between(2, FEWEST - 1) & is_short], color=look.color, s=7, linewidth=0, **how)
         sns.scatterplot(hollow, marker=look.marker, s=13, facecolor="white", edgecolor=look.color, linewidth=0.9, **how)
 
 
