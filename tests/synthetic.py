@@ -250,21 +250,25 @@ STEPS = 40
 
 @cache
 def logged() -> Results:
+    """One for all tests that only read it, or its steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = make_logged(Path(folder))
+        results.steps  # noqa: B018 (read while the logs are there)
+        return results
+
+
+def make_logged(folder: Path) -> Results:
     """LoRA in two ranks and full fine-tuning with the logs of their steps; the first seed of rank 1 was unstable."""
     base = TOY | {"steps": STEPS, "eval_every": 10, "seed": [0, 1, 2]}
     grid = [{"method": {"name": "lora", "rank": [1, 4]}}, {"method": {"name": "full"}}]
-    sweep = parse_sweep({"base": base, "grid": grid}, default_name="made up")
-    with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder))
-        for spec in sweep.runs:
-            digest = write_steps(store.folder(spec.id) / STEPS_FILE, step_lines(spec))
-            measures = {"base_valid_loss": 4.0, "valid_loss": 3.0 + spec.seed / 10}
-            done = {"status": Status.DONE, "measures": measures, "steps_sha256": digest}
-            store.write_spec(spec)
-            store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), **done))
-        results = load_results(store, sweep)
-        results.steps  # noqa: B018 (read while the logs are there)
-        return results
+    store, sweep = Store(folder), parse_sweep({"base": base, "grid": grid}, default_name="made up")
+    for spec in sweep.runs:
+        digest = write_steps(store.folder(spec.id) / STEPS_FILE, step_lines(spec))
+        measures = {"base_valid_loss": 4.0, "valid_loss": 3.0 + spec.seed / 10}
+        done = {"status": Status.DONE, "measures": measures, "steps_sha256": digest}
+        store.write_spec(spec)
+        store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), **done))
+    return load_results(store, sweep)
 
 
 def step_lines(spec: RunSpec) -> list[str]:

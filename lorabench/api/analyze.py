@@ -54,6 +54,7 @@ def _write(store: Store, made: SweepResults, workers: int | None) -> None:
 
     What is wrong with a run is told while it is analyzed.
     """
+    from lorabench.adapters.kept import kept_parts
     from lorabench.analysis.analyze import analyze as analyze_runs
     from lorabench.report.freshness import analysis_key, remove_stamp, write_stamp
     from lorabench.report.outputs import write_report
@@ -73,8 +74,9 @@ def _write(store: Store, made: SweepResults, workers: int | None) -> None:
     results = attempt("analyses", lambda: load_results(store, sweep, compute, states))
     if not isinstance(results, Results):
         results = load_results(store, sweep, None, states)
+    kept = attempt("kept results", lambda: kept_parts(store, [spec.id for spec in sweep.runs]))
     made.analyzed = replace(results, unread=made.unread, broken=attempt.errors)
-    report = write_report(made.analyzed, made.folder)
+    report = write_report(made.analyzed, made.folder, kept if isinstance(kept, list) else ())
     made.files, made.errors = report.files, report.errors
     if made.whole:
         write_stamp(store, sweep, key, report.files)

@@ -7,6 +7,7 @@ it: the set-up lines, what SLURM had to say, the warm-up.
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ ARGUMENTS = [
     argument("--job", "the log of the run's job instead of its own", action="store_true"),
 ]
 FOLLOWED_LINES = 20
+SAY_SECONDS = 20.0
 WHOLE = 10**9
 
 
@@ -38,8 +40,12 @@ def main(arguments: argparse.Namespace) -> int:
     def files() -> list[Path]:
         return [file for file in _files(store, run_id, arguments.job) if file.is_file()]
 
+    say = _Whereabouts()
+
     def has_ended() -> bool:
-        return _stand(store, run_id).status not in UNSETTLED
+        standing = _stand(store, run_id)
+        say.of(standing)
+        return standing.status not in UNSETTLED
 
     if arguments.follow:
         for text in follow(files, has_ended, arguments.lines or FOLLOWED_LINES):
@@ -53,6 +59,23 @@ def main(arguments: argparse.Namespace) -> int:
     if not found:
         talk(f"{run_id}: {_without_log(_stand(store, run_id), arguments.job)}")
     return 0 if found else 1
+
+
+class _Whereabouts:
+    """Says where a run is as soon as it does something else, and now and then in between."""
+
+    def __init__(self) -> None:
+        self._doing, self._said = "", 0.0
+
+    def of(self, standing: Standing) -> None:
+        from lorabench.status.pace import where_it_is
+        from lorabench.terminal.text import doing
+
+        line, now = where_it_is(standing), time.monotonic()
+        phase = doing(standing.state.claim.progress) if line and standing.state.claim else ""
+        if line and (phase != self._doing or now > self._said + SAY_SECONDS):
+            talk(line)
+            self._doing, self._said = phase, now
 
 
 def _files(store: Store, run_id: str, of_job: bool) -> list[Path]:

@@ -71,12 +71,13 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _watch(arguments: argparse.Namespace, store: Store, look: Callable[[], list[Standing]]) -> int:
     from lorabench.status.overview import MANY, reason, status_row, status_text
+    from lorabench.status.pace import Usual
     from lorabench.status.watch import changes, redrawn, watch
     from lorabench.store.record import Status
 
     def line(standing: Standing, before: Status | None) -> str:
         if arguments.json:
-            return json.dumps(json.loads(as_json(status_row(store, standing))))
+            return json.dumps(json.loads(as_json(status_row(store, standing, Usual.of([])))))
         change = f"{before} -> {standing.status}" if before else str(standing.status)
         return "  ".join(filter(None, [time.strftime("%H:%M:%S"), standing.run_id, change, reason(standing)]))
 

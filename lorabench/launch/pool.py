@@ -297,7 +297,7 @@ class _Launch:
         ranks: list[RankProcess | RemoteRank] = []
         try:
             for place in places:
-                settings = replace(self.pool.settings, place=place)
+                settings = replace(self.pool.settings, place=place, waiting=len(self.pending))
                 ranks.append(RankProcess.start(server, self.target, spec, self.store, settings, self._gpus(slot)))
         except ServerDied as died:
             self._begin_later(spec, ranks, str(died))

@@ -41,6 +41,8 @@ class Settings:
     timeout_seconds: float | None = None
     job: str | None = None
     """The cluster's id of the job that the run is computed in."""
+    waiting: int | None = None
+    """Runs that are still to be begun after this one."""
     place: Place = field(default_factory=Place)
     """Among the processes that compute the run together."""
     sharding: Sharding = "auto"

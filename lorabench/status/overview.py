@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,12 +11,13 @@ from typing import Any
 from lorabench.cluster.run_states import Standing
 from lorabench.spec.run_spec import brief, flatten, short, swept_keys
 from lorabench.status.logs import last_lines, run_log
+from lorabench.status.pace import Usual, all_seconds_left, seconds_left
 from lorabench.store.record import FAILURES, Status
 from lorabench.store.store import Store
-from lorabench.terminal.text import count_statuses, duration, text_table
+from lorabench.terminal.text import count_statuses, doing, duration, text_table
 
-COLUMNS = ["run_id", "status", "step", "tokens/s", "left", "heartbeat", "job", "swept", "reason"]
-OPTIONAL = {"left", "job"}
+COLUMNS = ["run_id", "status", "step", "loss", "doing", "tokens/s", "left", "heartbeat", "job", "swept", "reason"]
+OPTIONAL = {"loss", "doing", "left", "job"}
 """Columns that are left out where no run has any."""
 MANY = 60
 """Of more runs than these there is a summary, and a line only for those that run or have not ended well."""
@@ -29,15 +29,16 @@ NUM_LINES, MAX_LOGS = 5, 3
 
 def status_json(store: Store, standings: Sequence[Standing]) -> dict[str, Any]:
     """`{"runs": [{"run_id", "status", "spec", "error", "progress", "measures", "queue", …}]}`."""
-    return {"runs": [status_row(store, standing) for standing in standings]}
+    usual = Usual.of(standings)
+    return {"runs": [status_row(store, standing, usual) for standing in standings]}
 
 
-def status_row(store: Store, standing: Standing) -> dict[str, Any]:
+def status_row(store: Store, standing: Standing, usual: Usual) -> dict[str, Any]:
     """All that is known of a run now, as JSON; `last_lines` of its log, or its job's, where it has failed."""
-    return _row(standing) | {"last_lines": error_lines(store, standing)}
+    return _row(standing, usual) | {"last_lines": error_lines(store, standing)}
 
 
-def _row(standing: Standing) -> dict[str, Any]:
+def _row(standing: Standing, usual: Usual) -> dict[str, Any]:
     state = standing.state
     claim, record = state.claim, state.record
     worker = claim if state.status == Status.RUNNING else None
@@ -48,7 +49,7 @@ def _row(standing: Standing) -> dict[str, Any]:
         "error": None if worker else state.error,
         "progress": claim.progress if claim else {},
         "heartbeat_seconds": max(0.0, time.time() - worker.time) if worker else None,
-        "eta_seconds": _seconds_left(standing),
+        "eta_seconds": seconds_left(standing, usual),
         "host": claim.host if claim else None,
         "pid": worker.pid if worker else None,
         "attempts": record.attempts if record else 0,
@@ -57,16 +58,6 @@ def _row(standing: Standing) -> dict[str, Any]:
         "measures": record.measures if record else {},
         "queue": asdict(standing.queue) if standing.queue else None,
     }
-
-
-def _seconds_left(standing: Standing) -> float | None:
-    """Of training, at the pace of its steps so far; what comes after it is not in it."""
-    claim = standing.state.claim
-    progress = claim.progress if claim and standing.status == Status.RUNNING else {}
-    pace, step, steps = (progress.get(key) for key in ("step_seconds_median", "step", "steps"))
-    if not pace or step is None or not steps:
-        return None
-    return float(pace * (steps - step))
 
 
 def error_lines(store: Store, standing: Standing) -> list[str]:
@@ -92,19 +83,24 @@ def status_text(store: Store, standings: Sequence[Standing], many: int = MANY) -
     blocks = []
     if len(standings) > many:
         blocks.append(_settings_table(standings, flats, swept))
-        shown = [(s, flat) for s, flat in shown if s.status in BAD or s.status == Status.RUNNING]
-    rows = [_columns(standing, flat, swept) for standing, flat in shown[:many]]
+        shown = [(s, flat) for s, flat in shown if s.status in BAD or s.status == Status.RUNNING or _is_unstable(s)]
+    usual = Usual.of(standings)
+    rows = [_columns(standing, flat, swept, usual) for standing, flat in shown[:many]]
     if rows or len(standings) <= many:
         columns = [c for c in COLUMNS if c not in OPTIONAL or any(row[c] is not None for row in rows)]
         blocks.append(text_table(rows, columns))
     if len(shown) > many:
         blocks.append(f"… and {len(shown) - many} more: --all shows every run")
-    blocks += [*_logs(store, [standing for standing, _ in shown]), *_waiting(standings), *_time_left(standings)]
+    blocks += [*_logs(store, [standing for standing, _ in shown]), *_waiting(standings)]
+    left = all_seconds_left(standings, usual)
+    blocks += [] if left is None else [f"about {duration(left)} left, if as many go on to run at a time"]
     return "\n".join([*filter(None, blocks), count_statuses(standing.state for standing in standings)])
 
 
-def _columns(standing: Standing, flat: dict[str, Any], swept: list[str]) -> dict[str, Any]:
-    row, queue = _row(standing), standing.queue
+def _columns(standing: Standing, flat: dict[str, Any], swept: list[str], usual: Usual) -> dict[str, Any]:
+    row, queue, claim = _row(standing, usual), standing.queue, standing.state.claim
+    works = claim is not None and claim.is_alive()  # also of a run that is done, and measures how it serves
+    loss = row["progress"].get("loss") if works else None
     steps = flat.get("steps", 0) * len(flat.get("tasks", [0]))
     step = steps if row["status"] == Status.DONE else row["progress"].get("step")
     rate = row["measures"].get("tokens_per_second", row["progress"].get("tokens_per_second"))
@@ -114,6 +110,8 @@ def _columns(standing: Standing, flat: dict[str, Any], swept: list[str]) -> dict
         "run_id": row["run_id"],
         "status": row["status"],
         "step": f"{step or 0}/{steps}" if steps else None,
+        "loss": f"{loss:.4g}" if loss is not None else None,
+        "doing": doing(row["progress"]) if works else None,
         "tokens/s": f"{rate:.0f}" if rate else None,
         "left": duration(left) if left is not None else None,
         "heartbeat": duration(beat) if beat is not None else None,
@@ -126,13 +124,18 @@ def _columns(standing: Standing, flat: dict[str, Any], swept: list[str]) -> dict
 def reason(standing: Standing) -> str | None:
     """Why a run waits; else what its error is, what of it was unstable, or why nothing is known of its job."""
     queue, error, record = standing.queue, standing.state.error, standing.state.record
-    if standing.status == Status.DONE and record and record.measures.get("unstable"):
+    if record and _is_unstable(standing):
         return f"unstable: {record.provenance.get('unstable', '')}"
     if queue is None or standing.status == Status.RUNNING:
         return None if standing.status == Status.RUNNING else error
     if standing.status == Status.PENDING:
         return queue.reason or (queue.state or "").lower()
     return error or (queue.reason if queue.state is None else None)
+
+
+def _is_unstable(standing: Standing) -> bool:
+    record = standing.state.record
+    return bool(standing.status == Status.DONE and record and record.measures.get("unstable"))
 
 
 def _settings_table(standings: Sequence[Standing], flats: list[dict[str, Any]], swept: list[str]) -> str:
@@ -171,17 +174,3 @@ def _waiting(standings: Sequence[Standing]) -> list[str]:
     """`waiting: 12 Priority, 3 JobArrayTaskLimit`."""
     waits = Counter(reason(s) or "pending" for s in standings if s.status == Status.PENDING)
     return [f"waiting: {', '.join(f'{number} {reason}' for reason, number in waits.most_common())}"] if waits else []
-
-
-def _time_left(standings: Sequence[Standing]) -> list[str]:
-    """How long what waits and runs will take at the pace of what is done, where that can be known."""
-    seconds = [
-        s.state.record.measures["total_seconds"]
-        for s in standings
-        if s.status == Status.DONE and s.state.record and "total_seconds" in s.state.record.measures
-    ]
-    counts = Counter(standing.status for standing in standings)
-    if not seconds or not counts[Status.RUNNING]:
-        return []
-    rounds = counts[Status.PENDING] / counts[Status.RUNNING] + 0.5  # the running ones are half way, on average
-    return [f"about {duration(statistics.mean(seconds) * rounds)} left, if as many go on to run at a time"]

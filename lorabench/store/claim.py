@@ -50,6 +50,10 @@ PROGRESS: dict[str, Any] = {
     "loss": float,
     "tokens_per_second": float,
     "step_seconds_median": float,
+    "evaluate_seconds": float,
+    "waiting": int,
+    "done": int,
+    "of": int,
     "job": str,
 }
 """What a claim may tell of its run, and the type of each."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorabench.terminal.notebook import NotebookBars, in_notebook
@@ -42,6 +43,25 @@ def tell(text: object, end: str = "\n") -> None:
 def talk(text: str) -> None:
     """Say something to the person; stdout is for data."""
     print(f"lorabench: {visible(text)}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTable:
+    """Rows by their heads, under a title; a terminal and a page show the same."""
+
+    title: str
+    heads: list[str]
+    rows: Sequence[dict[str, Any]]
+
+    @property
+    def text(self) -> str:
+        """For a terminal; a title only where there is one."""
+        return "\n".join([*filter(None, [self.title]), text_table(self.rows, self.heads)])
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """A text a head of each row; an en dash where there is none."""
+        return [["–" if row.get(head) in (None, "") else str(row[head]) for head in self.heads] for row in self.rows]
 
 
 def text_table(rows: Iterable[dict[str, Any]], columns: list[str]) -> str:
@@ -175,9 +195,27 @@ class Display:
 _HEADLINES = ("valid_accuracy", "valid_loss")
 
 
+PHASES = {
+    "load": "reading data and model",
+    "evaluate base": "evaluating the base",
+    "train": "training",
+    "evaluate": "evaluating",
+    "generate": "writing answers",
+    "save": "saving",
+    "serve": "serving",
+}
+
+
+def doing(progress: dict[str, Any]) -> str:
+    """`writing answers 3/20`: what a claim's progress says that a run is doing."""
+    phase = str(progress.get("phase") or "start")
+    far = f" {progress['done']}/{progress['of']}" if phase == "generate" and {"done", "of"} <= progress.keys() else ""
+    return one_line(PHASES.get(phase, phase)) + far
+
+
 def progress_text(progress: dict[str, Any]) -> str:
-    """`train  loss 2.31  5200 tokens/s` of what a claim's progress holds."""
-    parts = [one_line(str(progress.get("phase") or "start"))]
+    """`training  loss 2.31  5200 tokens/s` of what a claim's progress holds."""
+    parts = [doing(progress)]
     if progress.get("loss") is not None:
         parts.append(f"loss {progress['loss']:.4g}")
     if progress.get("tokens_per_second"):

@@ -44,7 +44,7 @@ def evaluate_base(training: Training, stop: Stop, tell: Tell, runs: Path) -> boo
     True where it is what an earlier run of the store, whose folder of runs is given, has measured: of a base that
     computes the very same bits on the first examples, whatever the run's method.
     """
-    tell("evaluate")
+    tell("evaluate base")
     with training.meter.clock("evaluate"):
         model = training.model if training.spec.method.starts_at_base else training.base.untouched()
         file = result_file(runs, _content(training, model)) if training.world.size == 1 else None

@@ -49,6 +49,8 @@ class Options:
     """End with status `timeout` after so long; the checkpoint stays."""
     job: str | None = None
     """The cluster's id of the job; it stands in the claim."""
+    waiting: int | None = None
+    """Runs that its launcher has still to begin; it stands in the claim."""
     log_to_file: bool = True
     """Send stdout and stderr to the run's log.txt."""
     place: Place = field(default_factory=Place)
@@ -66,7 +68,9 @@ def execute(spec: RunSpec, store: Store, options: Options) -> Status:
     """
     place, log, meeting = options.place, log_name(options.place.rank), rendezvous(options.place)
     log_file = store.folder(spec.id) / log
-    hold = store.claim(spec, {"job": options.job} if options.job else {}) if place.rank == 0 else Followed()
+    known = {"job": options.job, "waiting": options.waiting}
+    progress = {key: value for key, value in known.items() if value is not None}
+    hold = store.claim(spec, progress) if place.rank == 0 else Followed()
     word = broadcast(place, meeting, lambda: str(Status.MISSING if isinstance(hold, Hold) else hold))
     if not isinstance(hold, Hold) or word != Status.MISSING:
         return Status(word)

@@ -51,8 +51,10 @@ def _steps(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hol
             stop.check()
             if evaluation_due(training):
                 steps.flush()
+                hold.progress["phase"] = "evaluate"
                 with meter.clock("evaluate"):
                     log.evaluation(training.step, evaluate(training, training.examples, "validation", stop))
+                hold.progress["phase"] = "train"
                 training.evaluated = training.step
                 model.train()
             parts, work = batches.next()

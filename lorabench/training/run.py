@@ -56,7 +56,7 @@ class Attempt:
     def checkpoint(self) -> Path:
         return checkpoint_file(self.folder)
 
-    def phase(self, name: str, **progress: int) -> None:
+    def phase(self, name: str, **progress: float) -> None:
         """What the claim says of the run from now on."""
         self.hold.progress |= {"phase": name} | progress
 
@@ -113,7 +113,8 @@ def _train(attempt: Attempt, training: Training) -> None:
     for stage in range(training.stage, len(training.base.stages)):
         if stage > training.stage:
             training.next_task()
-        attempt.phase("train", step=training.step)
+        evaluated = training.meter.wall_time().get("evaluate_seconds", 0.0)
+        attempt.phase("train", step=training.step, evaluate_seconds=evaluated)
         train(training, log, stop, saves, hold)
         try:
             evaluate_task(training, stop, attempt.phase)

@@ -197,7 +197,7 @@ def test_status_shows_every_run_whatever_its_state(sweep: Path, capsys: pytest.C
     assert runs["running"]["spec"] == second.to_json()
     assert "not valid JSON" in runs["corrupt"]["error"]
     row = next(line for line in printed.splitlines() if line.startswith(second.id)).split()
-    assert row[1:4] == ["running", "1/2", "99"] and row[-2:] == ["seed=1", "-"]
+    assert row[1:5] == ["running", "1/2", "training", "99"] and row[-2:] == ["seed=1", "-"]
     assert sorted(printed.splitlines()[-1].split(", ")) == ["1 corrupt", "1 diverged", "1 running"]
 
 
@@ -244,6 +244,10 @@ def test_a_stamp_holds_until_a_record_the_sweep_or_an_output_changes(sweep: Path
         write_stamp(store, declared, analysis_key(store, declared.text, [spec.id for spec in declared.runs]), [output])
 
     write_bytes(output, b"x")
+    assert found.up_to_date(store) is None
+    stamp()
+    assert found.up_to_date(store) == [output]
+    write_bytes(root / "merges" / "linear-0" / "record.json", b"{}")  # which the page shows too
     assert found.up_to_date(store) is None
     stamp()
     assert found.up_to_date(store) == [output]

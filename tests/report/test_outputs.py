@@ -55,8 +55,8 @@ def test_everything_is_written(light, tmp_path):
 
 def test_page_needs_no_other_file(page):
     assert not re.search(r'(?:src|url\()\s*=?\s*"?(?!data:)(?:https?:|//|figures)', page)
-    assert "<script" not in page and "<link" not in page
-    assert "data:image/png;base64," in page
+    assert "<script src" not in page and "<link" not in page
+    assert "data:image/svg+xml;base64," in page and "default-src 'none'" in page
 
 
 def test_page_says_what_was_asked_and_what_failed(page):
@@ -199,3 +199,15 @@ def test_a_damaged_manifest_ends_nothing(bare, tmp_path, text):
     (tmp_path / STAMP_FILE).write_text(text)
     assert not write_report(bare, tmp_path).errors and (tmp_path / "report.html").is_file()
     assert SweepFile(file=tmp_path / "sweep.toml").up_to_date(Store(tmp_path.parent)) is None
+
+
+def test_curves_stand_in_every_report_and_unstable_runs_are_named(light, page, tmp_path):
+    assert [*outputs._figures(light)] == ["rank_quality", "curves"] and "Nothing to draw" not in page
+    logged = synthetic.make_logged(tmp_path / "store")
+    asked = dataclasses.replace(logged, sweep=dataclasses.replace(logged.sweep, figures=(SurvivalCurves(),)))
+    files = {file.name for file in write_report(asked, tmp_path).files}
+    assert {"curves.pdf", "steps.parquet"} <= files
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert "Training was unstable in 1 of 9 runs (lora, rank 1)" in text and "unstable: loss " in text
+    assert "Nothing to draw from these runs: survival." in text
+    assert "unstable 1/3" in (tmp_path / "tables" / "summary.md").read_text("utf-8")

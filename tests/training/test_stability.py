@@ -7,9 +7,14 @@ import pytest
 
 from lorabench.config.decode import decode
 from lorabench.spec.run_spec import RunSpec
-from lorabench.store.record import RunRecord, Status
-from lorabench.store.store import RunState
-from lorabench.training.stability import course, instability, judged
+from lorabench.store.claim import Hold
+from lorabench.store.record import STEPS_FILE, RunRecord, Status
+from lorabench.store.steps import read_steps
+from lorabench.store.store import RunState, Store
+from lorabench.training import evaluation
+from lorabench.training.execute import Options, execute
+from lorabench.training.run import Attempt
+from lorabench.training.stability import course, from_record, instability, judged
 from tests.conftest import make_spec
 
 TEXT = make_spec(steps=100)
@@ -143,3 +148,41 @@ def test_runs_of_another_setting_are_no_seeds():
     assert [state.record.measures["unstable"] for state in judged([first, apart])] == [
         state.record.measures["unstable"] for state in (first, second)
     ]
+
+
+def test_a_run_says_what_it_is_doing_and_records_its_course(tmp_path, monkeypatch):
+    """A learning rate that is far too high; what its log tells later is what the run has recorded itself."""
+    said = []
+    monkeypatch.setattr(Hold, "check", lambda hold: said.append(dict(hold.progress)))
+    spec = make_spec(steps=20, eval_every=10, lr=0.5, schedule="constant")
+    store = Store(tmp_path)
+    assert execute(spec, store, Options(device="cpu", log_to_file=False, waiting=4)) == Status.DONE
+    record = store.read(spec.id)
+    assert record.measures["unstable"] == 1.0 and record.provenance["unstable"].startswith("loss ")
+    rows = read_steps(store.folder(spec.id) / STEPS_FILE, record.steps_sha256)
+    assert len(rows) == 20 and "valid_loss" in rows[9]
+    measures, notes = from_record(spec, record, rows)
+    assert measures.items() <= record.measures.items() and notes.items() <= record.provenance.items()
+    assert {each["phase"] for each in said} >= {"train", "save"}
+    assert all(each["waiting"] == 4 and each.get("evaluate_seconds", 1) > 0 for each in said)
+
+
+def test_phases_come_in_their_order(tmp_path, monkeypatch):
+    phases, real = [], evaluation.metrics_of
+
+    def phase(attempt, name, **progress):
+        phases.append(name)
+        attempt.hold.progress |= {"phase": name} | progress
+        holds.append(attempt.hold)
+
+    def metrics_of(*arguments):
+        phases.append((holds[-1].progress["phase"],))
+        return real(*arguments)
+
+    holds: list[Hold] = []
+    monkeypatch.setattr(Attempt, "phase", phase)
+    monkeypatch.setattr(evaluation, "metrics_of", metrics_of)
+    assert execute(make_spec(eval_every=3), Store(tmp_path), Options(device="cpu", log_to_file=False)) == Status.DONE
+    distinct = [name for name, before in zip(phases, [None, *phases], strict=False) if name != before]
+    wanted = ["load", "evaluate base", ("evaluate base",), "train", ("evaluate",), "evaluate", ("evaluate",), "save"]
+    assert distinct == wanted

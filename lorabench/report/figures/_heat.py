@@ -15,6 +15,7 @@ from matplotlib.colors import LogNorm, Normalize
 
 from lorabench.report.aggregate import number
 from lorabench.report.drawing import LOG_FACTOR, POINTS, facets, inches, plain_logarithmic
+from lorabench.report.hover import name_cells
 from lorabench.report.labels import value_label
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def draw_tables(
             annot=None if text is None else text.to_numpy(), fmt="", annot_kws={"size": POINTS, "zorder": 3},
             xticklabels=False, yticklabels=False,
         )  # fmt: skip
+        name_cells(axes, table)
         for axis, names in ((axes.xaxis, table.columns), (axes.yaxis, table.index)):
             places = _marked(list(names))
             axis.set_ticks([place + 0.5 for place in places], [str(names[place]) for place in places])

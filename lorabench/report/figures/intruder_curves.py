@@ -47,7 +47,7 @@ class IntruderCurves(Figure):
         lines, looks = settings(results, chosen, self.most)
         series = lines[SERIES].groupby(level=0).first()
         at_both = counts[(counts["k"] == k) & (counts["epsilon"] == epsilon)].join(series)
-        keys = [key for key in results.keys if key != "seed"]
+        keys = _keys(results)
         about = results.runs.filter([self.value, "unstable", *keys]).drop(columns=at_both.columns, errors="ignore")
         points = drawing.finite(at_both.join(about), self.value)
         sums = at_both.groupby(SERIES)[["num_degenerate", "value"]].sum().query("value > 0")
@@ -79,8 +79,24 @@ class IntruderCurves(Figure):
             "differ in: seeds of one setting are no evidence of their own."
         )
 
+    def notes(self, results: Any) -> list[str]:
+        from lorabench.report import drawing
+        from lorabench.report.aggregate import unstable
+
+        runs = drawing.finite(results.runs[results.runs["status"] == Status.DONE], self.value)
+        runs = runs[runs.index.isin(results.analyses["intruders"]["run_id"])]
+        num_all, num_stable = (len(_settings(each, _keys(results))) for each in (runs, runs.drop(index=unstable(runs))))
+        if num_all < FEWEST:
+            return []
+        return [f"ρ: over {num_all} settings{f', {num_stable} without unstable runs' if unstable(runs) else ''}."]
+
 
 EXAMPLE = IntruderCurves()
+
+
+def _keys(results: Any) -> list[str]:
+    """What tells settings apart, that which is selected included."""
+    return [key for key in results.keys if key != "seed"]
 
 
 def _counts(results: Any) -> tuple[Frame, str]:
@@ -115,22 +131,28 @@ def _scatter(axes: Axes, points: Frame, looks: dict[str, Any], value: str) -> No
     axes.set_ylabel(axis_label(value))
 
 
+def _settings(runs: Frame, keys: list[str]) -> list[Frame]:
+    """The runs of each setting, and of each learning rate that it was given."""
+    from lorabench.report.results import grouped
+
+    return [rows for _, rows in grouped(runs, keys)]
+
+
 def _correlations(points: Frame, keys: list[str], value: str) -> str:
     """Spearman's ρ over settings, and that without unstable runs, where there are any and settings enough."""
     from lorabench.report.aggregate import unstable
-    from lorabench.report.results import grouped
-
-    def correlation(points: Frame) -> str:
-        from scipy import stats
-
-        means = [rows[["value", value]].mean() for _, rows in grouped(points, keys)]
-        counts, values = [mean["value"] for mean in means], [mean[value] for mean in means]
-        several = f"{len(means)} setting{'s' if len(means) > 1 else ''}"
-        if len(means) < FEWEST or len({*counts}) == 1 or len({*values}) == 1:
-            return several
-        rho, p = stats.spearmanr(counts, values)
-        return f"ρ = {rho:.2f}, {'p < 0.001' if p < 0.001 else f'p = {p:.2g}'}, {several}".replace("-", "−")
 
     stable = points.drop(index=unstable(points))
-    without = f"\nwithout unstable runs: {correlation(stable)}" if 0 < len(stable) < len(points) else ""
-    return correlation(points) + without
+    found, without = _correlation(points, keys, value), _correlation(stable, keys, value)
+    return f"{found}\nstable {without}" if without and len(stable) < len(points) else found
+
+
+def _correlation(points: Frame, keys: list[str], value: str) -> str:
+    from scipy import stats
+
+    means = [rows[["value", value]].mean() for rows in _settings(points, keys)]
+    counts, values = [mean["value"] for mean in means], [mean[value] for mean in means]
+    if len(means) < FEWEST or len({*counts}) == 1 or len({*values}) == 1:
+        return ""
+    rho, p = stats.spearmanr(counts, values)
+    return f"ρ = {rho:.2f} ({'p < 0.001' if p < 0.001 else f'p = {p:.2g}'})".replace("-", "−")

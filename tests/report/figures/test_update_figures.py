@@ -205,7 +205,7 @@ def over_settings(results, counts):
     keys = [runs[key].map(repr) for key in ("method.name", "method.rank", "quantization", "lr")]
     means = pd.DataFrame({"counts": counts, "forgetting": runs["forgetting"]}).groupby(keys).mean()
     found = stats.spearmanr(means["counts"], means["forgetting"])
-    return f"ρ = {found.statistic:.2f}, p = {found.pvalue:.2g}, {len(means)} settings".replace("-", "−"), len(means)
+    return f"ρ = {found.statistic:.2f} (p = {found.pvalue:.2g})".replace("-", "−"), len(means)
 
 
 def test_unstable_runs_are_crossed_and_the_correlation_without_them_stands_beside(results):
@@ -214,9 +214,11 @@ def test_unstable_runs_are_crossed_and_the_correlation_without_them_stands_besid
     bad = results.runs["method.rank"].eq(64) & results.runs.index.isin(counts.index)
     marked = dataclasses.replace(results, runs=results.runs.assign(unstable=bad.astype(float)))
     axes = IntruderCurves().draw(marked).axes[2]
-    whole, without = axes.get_title().split("\nwithout unstable runs: ")
-    assert whole == over_settings(results, counts)[0]
-    assert without == over_settings(results, counts[~bad[counts.index]])[0] != whole
+    titles = axes.get_title().split("\nstable ")
+    expected = [over_settings(results, each) for each in (counts, counts[~bad[counts.index]])]
+    assert titles == [title for title, _ in expected] and titles[0] != titles[1]
+    (whole, stable), note = (number for _, number in expected), IntruderCurves().notes(marked)
+    assert note == [f"ρ: over {whole} settings, {stable} without unstable runs."]
     crosses = axes.collections[-1].get_offsets()
     pairs = zip(counts[bad[counts.index]], results.runs.loc[bad, "forgetting"], strict=True)
     assert sorted(map(tuple, crosses)) == sorted(pairs) and len(crosses) == bad.sum()
@@ -229,12 +231,13 @@ def test_forgetting_against_intruders_with_their_rank_correlation(results):
     forgetting = results.runs.loc[counts.index, "forgetting"]
     whole, num_settings = over_settings(results, counts)
     assert figure.axes[2].get_title() == whole and num_settings < len(counts)
+    assert IntruderCurves().notes(results) == [f"ρ: over {num_settings} settings."]
     points = np.concatenate([item.get_offsets() for item in figure.axes[2].collections])
     assert sorted(map(tuple, points)) == sorted(zip(counts, forgetting, strict=True))
 
 
 def test_no_rank_correlation_of_few_runs_and_no_panel_without_the_measure(results, one_setting):
-    assert IntruderCurves().draw(one_setting).axes[2].get_title() == "1 setting"
+    assert IntruderCurves().draw(one_setting).axes[2].get_title() == ""
     forgotten = dataclasses.replace(results, runs=results.runs.drop(columns="forgetting"))
     assert len(IntruderCurves().draw(forgotten).axes) == 2
 
