@@ -23,6 +23,7 @@ class Angles(Analysis):
 
     needs: ClassVar[Literal["layer", "pair"]] = "pair"
     version: ClassVar[int] = 2
+    values: ClassVar[dict[str, tuple[str, ...]]] = {"angle": ("angle_chance",), "grassmann": ("grassmann_chance",)}
     columns: ClassVar[dict[str, str]] = {
         "dim_a": "directions of run a: all meaningful ones, at most 64",
         "dim_b": "directions of run b",

@@ -27,6 +27,7 @@ class Subspace(Analysis):
 
     needs: ClassVar[Literal["layer", "pair"]] = "pair"
     max_pairs: ClassVar[int] = 256  # a pair has up to 2 x 64 x 64 rows a layer
+    values: ClassVar[dict[str, tuple[str, ...]]] = {"phi": ("chance", "chance_std")}
     columns: ClassVar[dict[str, str]] = {
         "i": "top directions of run a",
         "j": "top directions of run b",

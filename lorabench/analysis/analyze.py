@@ -10,15 +10,13 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
 import pyarrow as pa
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from lorabench.analysis import batch, bundle
 from lorabench.analysis.bases import FOLDER, Bases
@@ -36,7 +34,7 @@ from lorabench.spec.analysis import Analysis
 from lorabench.spec.sweep import Sweep
 from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import RunState, Store
-from lorabench.terminal.text import talk
+from lorabench.terminal.text import progress_bar, talk
 
 __all__ = ["PAIR_AXES", "analyze", "files_of"]
 
@@ -172,14 +170,11 @@ def _compute(
     num_parts = 1 if most == 1 else math.ceil(PARTS_A_WORKER * most / len(groups))
     results: dict[tuple[int, int], Outcome] = {}
     errors: list[Exception] = []
-    console = Console(stderr=True)
-    with _scratch(store.root) as scratch, Progress(console=console, transient=True,
-                                                   disable=not console.is_terminal) as progress:  # fmt: skip
-        task = progress.add_task("analyzing", total=len(jobs))
+    with _scratch(store.root) as scratch, progress_bar("analyzing", len(jobs)) as advance:
         parts = [Part(jobs=group, number=number, part=part, num_parts=num_parts, scratch=scratch)
                  for number, group in enumerate(groups) for part in range(num_parts)]  # fmt: skip
         do = _Do(cache=store.root / FOLDER, threads=max(1, available_cores() // most) if most > 1 else None)
-        with contextlib.closing(_results(do, parts, most, partial(progress.advance, task))) as found:
+        with contextlib.closing(_results(do, parts, most, advance)) as found:
             for place, result in found:
                 part = parts[place]
                 if isinstance(result, InputError):

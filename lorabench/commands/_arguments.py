@@ -6,18 +6,16 @@ import argparse
 import json
 import math
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorabench.config import plugins
 from lorabench.config.decode import InputError
 from lorabench.config.quote import clip, show_path
+from lorabench.terminal.hush import hush_libraries as hush_libraries
 from lorabench.terminal.text import talk
 
 if TYPE_CHECKING:
-    from lorabench.store.record import Status
     from lorabench.store.store import Store
     from lorabench.updates.formats import Adapter
 
@@ -91,6 +89,14 @@ RETRY = argument(
     default="",
     metavar="STATUS",
 )
+SET = argument(
+    "--set",
+    "change a key of the sweep's runs; VALUE is TOML, a list is an axis (several: --set ... --set ...)",
+    action="append",
+    default=[],
+    metavar="KEY=VALUE",
+)
+LIMIT = argument("--limit", "the first N runs alone that are still to do", type=number(int, 1), metavar="N")
 DEVICE = argument("--device", "auto (default), cpu, cuda or cuda:1", default="auto")
 
 
@@ -132,17 +138,11 @@ def _is_sweep(given: Path) -> bool:
     return not os.path.isdir(given) and (is_named or os.path.isfile(given))
 
 
-def device_name(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise InputError(f"--device {clip(name)}: must be auto, cpu, cuda or cuda:N")
-    return name
-
-
 def device_here(name: str) -> str:
-    """The device's name, as `device_name` checks it; InputError where this machine has none such."""
+    """The device's name; InputError where it is none, or this machine has none such."""
     from lorabench.processes.machine import visible_gpus
 
-    visible_gpus(device_name(name))
+    visible_gpus(name)
     return name
 
 
@@ -153,17 +153,20 @@ def begin(arguments: argparse.Namespace) -> tuple[Store, str]:
     return store, device
 
 
-def statuses(text: str) -> frozenset[Status]:
-    """What `--retry` names. InputError with the choices."""
-    from lorabench.launch.pool import REPEATABLE
+def changes(texts: list[str]) -> dict[str, Any]:
+    """What `--set` names, key -> value. InputError with every problem."""
+    from lorabench.spec.source import parse_change
 
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    choices = [str(status) for status in REPEATABLE]
-    valid = [*choices, "all"]
-    wrong = [f"--retry {clip(name)}: {plugins.unknown('status', name, valid)}" for name in names if name not in valid]
-    if wrong:
-        raise InputError(wrong)
-    return frozenset(status for status in REPEATABLE if str(status) in names or "all" in names)
+    found, problems = {}, []
+    for text in texts:
+        try:
+            key, value = parse_change(text)
+            found[key] = value
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return found
 
 
 def share_of(flag: str, value: float) -> float:
@@ -226,14 +229,3 @@ def import_for_plan() -> None:
 
     os.environ.pop(ALONE_VARIABLE, None)  # where it was imported already
     gc.set_threshold(50_000)
-
-
-def hush_libraries() -> None:
-    """Leave out what libraries have to say to their own developers."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else a report for each load that the head is a new one
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.simplefilter("ignore", FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

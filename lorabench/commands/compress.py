@@ -23,6 +23,7 @@ from lorabench.commands._arguments import (
     ALPHA,
     BASE,
     DEVICE,
+    HTML,
     JSON,
     RESULTS,
     argument,
@@ -30,6 +31,7 @@ from lorabench.commands._arguments import (
     device_here,
     hush_libraries,
     numbers,
+    write_page,
 )
 from lorabench.terminal.text import talk, tell
 
@@ -48,6 +50,7 @@ ARGUMENTS = [
     ALPHA,
     RESULTS,
     DEVICE,
+    HTML,
     JSON,
 ]
 
@@ -60,7 +63,7 @@ def main(arguments: argparse.Namespace) -> int:
     from lorabench.adapters.compression.compress import compress as compress_subject
     from lorabench.adapters.compression.compress import provenance
     from lorabench.adapters.compression.compressible import open_subject
-    from lorabench.adapters.compression.compression_text import compression_text, copy_adapters
+    from lorabench.adapters.compression.compression_text import compression_part, compression_text, copy_adapters
 
     given = {key: getattr(arguments, key) for key in ("like", "base", "alpha")}
     subject = open_subject(store, arguments.adapter, **given)
@@ -69,6 +72,13 @@ def main(arguments: argparse.Namespace) -> int:
         talk(line)
     if arguments.output:
         copy_adapters(store, records, arguments.output)
+    if arguments.html:
+        from lorabench.report.page import parts_page
+
+        about = provenance(subject)
+        header = [(key.replace("_", " "), str(about[key])) for key in ("adapter", "format", "scale_source")]
+        part = compression_part(subject.name, records)
+        write_page(arguments.html, parts_page("A compressed adapter", header, [part]))
     table = provenance(subject) | {"compressions": records}
     tell(as_json(table) if arguments.json else compression_text(store, records))
     return 0

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from lorabench.commands._arguments import (
     DEVICE,
+    HTML,
     JSON,
     RESULTS,
     argument,
@@ -31,6 +32,7 @@ from lorabench.commands._arguments import (
     begin,
     number,
     numbers,
+    write_page,
 )
 from lorabench.terminal.text import talk, tell
 
@@ -59,6 +61,7 @@ ARGUMENTS = [
     argument("--figure", "also draw it: FILE.pdf or FILE.png, both are written", type=Path, metavar="FILE"),
     RESULTS,
     DEVICE,
+    HTML,
     JSON,
 ]
 
@@ -75,6 +78,12 @@ def main(arguments: argparse.Namespace) -> int:
     runs = intervene.read_runs(store, arguments.runs)
     records = [intervene.intervene(store, run, wanted, device, talk) for run in runs]
     rows = intervene_report.make_rows(records, wanted)
+    if arguments.html:
+        from lorabench.report.page import parts_page
+
+        part = intervene_report.intervention_part(records, rows)
+        header = [("runs", ", ".join(run.record.run_id for run in runs)), ("evaluated", records[0]["evaluated"])]
+        write_page(arguments.html, parts_page("Do intruders cause forgetting?", header, [part]))
     if arguments.json:
         correlation = intervene_report.correlation(records)
         tell(as_json({"interventions": records, "rows": [row.to_json() for row in rows], "spearman": correlation}))

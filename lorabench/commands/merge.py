@@ -33,6 +33,7 @@ from pathlib import Path
 
 from lorabench.commands._arguments import (
     DEVICE,
+    HTML,
     JSON,
     RESULTS,
     argument,
@@ -40,6 +41,7 @@ from lorabench.commands._arguments import (
     begin,
     number,
     numbers,
+    write_page,
 )
 from lorabench.terminal.text import talk, tell
 
@@ -60,6 +62,7 @@ ARGUMENTS = [
     argument("--seed", "of DARE, one or several with commas (default: 0)", type=numbers(int), metavar="S"),
     RESULTS,
     DEVICE,
+    HTML,
     JSON,
 ]
 
@@ -71,10 +74,11 @@ def main(arguments: argparse.Namespace) -> int:
     from lorabench.adapters.merging.bodies import bodies
     from lorabench.adapters.merging.compose import compose
     from lorabench.adapters.merging.interference import (
-        change_text,
+        change_table,
         interference,
-        interference_text,
-        merge_text,
+        interference_table,
+        merge_part,
+        merge_table,
         with_changes,
     )
     from lorabench.adapters.merging.merged_files import merge_folders, write_merges
@@ -93,7 +97,13 @@ def main(arguments: argparse.Namespace) -> int:
             talk(f"left out: {line}: each task has its own")
     for each in written:
         talk(each.text)
-    texts = (merge_text(records, wanted), change_text(records, wanted), interference_text(pairs))
-    table = {"merges": records, "interference": pairs, "written": [each.to_json() for each in written]}
-    tell(as_json(table) if arguments.json else "\n\n".join(texts))
+    tables = [merge_table(records, wanted), change_table(records, wanted), interference_table(pairs)]
+    if arguments.html:
+        from lorabench.report.page import parts_page
+
+        weights_text = ", ".join(f"{weight:g}" for weight in weights)
+        part = merge_part(run_ids, tables)
+        write_page(arguments.html, parts_page("Merged adapters", [("weights", weights_text)], [part]))
+    found = {"merges": records, "interference": pairs, "written": [each.to_json() for each in written]}
+    tell(as_json(found) if arguments.json else "\n\n".join(table.text for table in tables))
     return 0

@@ -10,22 +10,44 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorabench.commands._arguments import DEVICE, JSON, RESULTS, SWEEP, as_json, device_name, import_for_plan
+from lorabench.commands._arguments import (
+    DEVICE,
+    JSON,
+    LIMIT,
+    RESULTS,
+    SET,
+    SWEEP,
+    argument,
+    as_json,
+    changes,
+    import_for_plan,
+)  # fmt: skip
 from lorabench.terminal.text import tell
 
-ARGUMENTS = [SWEEP, RESULTS, DEVICE, JSON]
+ARGUMENTS = [
+    SWEEP,
+    RESULTS,
+    SET,
+    LIMIT,
+    argument("--show", "print the whole spec of a run, by its id or how that begins, instead", metavar="RUN"),
+    DEVICE,
+    JSON,
+]
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from lorabench.processes.machine import visible_gpus
-    from lorabench.spec.sweep import read_sweep
-    from lorabench.store.store import Store
+    from lorabench.spec.source import as_sweep
 
-    sweep = read_sweep(Path(arguments.sweep))
-    visible_gpus(device_name(arguments.device))  # says so where there is none
+    sweep = as_sweep(Path(arguments.sweep), changes(arguments.set))
+    if arguments.show is not None:
+        from lorabench.spec.resolved import find_run, resolved, resolved_text
+
+        spec = find_run(sweep, arguments.show)
+        tell(as_json(resolved(sweep, spec)) if arguments.json else resolved_text(sweep, spec))
+        return 0
     import_for_plan()
-    from lorabench.launch.plan import make_plan, plan_text
+    from lorabench.api.plan import plan
 
-    result = make_plan(sweep, Store(arguments.results), device_name(arguments.device))
-    tell(as_json(result) if arguments.json else plan_text(sweep, result))
+    made = plan(sweep, arguments.results, limit=arguments.limit, device=arguments.device)
+    tell(as_json(made.to_json()) if arguments.json else repr(made))
     return 0

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from lorabench.commands._arguments import DEVICE, RESULTS, RETRY, SWEEP, argument, device_name, number, statuses
-from lorabench.config.decode import InputError
+from lorabench.commands._arguments import DEVICE, LIMIT, RESULTS, RETRY, SET, SWEEP, argument, changes, number
 from lorabench.terminal.text import talk
-
-if TYPE_CHECKING:
-    from lorabench.store.record import Status
 
 ARGUMENTS = [
     SWEEP,
     RESULTS,
+    SET,
+    LIMIT,
     argument(
         "--workers",
         "runs at a time (default: one a GPU, else as many as cores allow)",
@@ -54,42 +51,21 @@ ARGUMENTS = [
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from lorabench.config.durable import write_bytes
-    from lorabench.launch.pool import check_writable, launch, summary
-    from lorabench.spec.sweep import read_sweep
-    from lorabench.store.export import exporter
-    from lorabench.store.store import Store
+    from lorabench.api.run import run
 
-    retry = statuses(arguments.retry)
-    device = device_name(arguments.device)
-    if arguments.live:
-        exporter(arguments.live, "--live")  # says so where it is not installed
-    sweep = read_sweep(Path(arguments.sweep))
-    store = Store(arguments.results)
-    check_writable(store.root)
-    write_bytes(store.root / sweep.name / "sweep.toml", sweep.text.encode())
-    for spec in sweep.runs:
-        store.uncancel(spec.id)
-    outcome = launch(sweep, store, _pool(arguments, device, retry, max(spec.threads for spec in sweep.runs)))
-    talk(summary(sweep, outcome))
-    return outcome.exit_code
-
-
-def _pool(arguments: argparse.Namespace, device: str, retry: frozenset[Status], threads: int) -> Any:
-    from lorabench.launch.pool import Pool
-    from lorabench.launch.worker import Settings
-    from lorabench.processes.machine import available_cores, visible_gpus
-
-    gpus, processes = visible_gpus(device), arguments.processes
-    if gpus and processes > len(gpus):
-        raise InputError(f"--processes {processes}: a GPU each, and only {len(gpus)} can be seen here")
-    minutes = arguments.timeout_minutes
-    settings = Settings(
-        device="cuda" if gpus else "cpu",
-        checkpoint_seconds=arguments.checkpoint_seconds,
-        timeout_seconds=None if minutes is None else 60 * minutes,
+    ran = run(
+        Path(arguments.sweep),
+        arguments.results,
+        workers=arguments.workers,
+        changes=changes(arguments.set),
+        limit=arguments.limit,
+        retry=arguments.retry,
+        device=arguments.device,
+        processes=arguments.processes,
         sharding=arguments.sharding,
+        timeout_minutes=arguments.timeout_minutes,
+        checkpoint_seconds=arguments.checkpoint_seconds,
         live=arguments.live,
     )
-    workers = arguments.workers or len(gpus) // processes or max(1, available_cores() // (threads * processes))
-    return Pool(workers=workers, processes=processes, gpus=gpus, settings=settings, retry=retry)
+    talk(repr(ran))
+    return ran.outcome.exit_code

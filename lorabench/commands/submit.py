@@ -15,12 +15,13 @@ from lorabench.commands._arguments import (
     JSON,
     RESULTS,
     RETRY,
+    SET,
     SWEEP,
     argument,
     as_json,
+    changes,
     import_for_plan,
     number,
-    statuses,
 )  # fmt: skip
 from lorabench.config.quote import show_path
 from lorabench.terminal.text import talk, tell
@@ -28,6 +29,7 @@ from lorabench.terminal.text import talk, tell
 ARGUMENTS = [
     SWEEP,
     RESULTS,
+    SET,
     argument("--cluster", "a cluster profile (TOML), as in slurm/", required=True, type=Path, metavar="FILE"),
     RETRY,
     argument("--dry-run", "submit nothing: print the plan and the sbatch script", action="store_true"),
@@ -49,14 +51,14 @@ def main(arguments: argparse.Namespace) -> int:
     from lorabench.cluster.submit import Order, prepare, send, try_out
     from lorabench.cluster.submit_text import as_table, as_text
     from lorabench.config.durable import write_bytes
-    from lorabench.launch.pool import check_writable
-    from lorabench.spec.sweep import read_sweep
+    from lorabench.launch.pool import check_writable, repeatable
+    from lorabench.spec.source import as_sweep
     from lorabench.store.store import Store
 
-    retry = statuses(arguments.retry)
-    changes = {key: getattr(arguments, key) for key in CHANGES if getattr(arguments, key) is not None}
-    profile = read_profile(arguments.cluster, changes)
-    sweep, store = read_sweep(Path(arguments.sweep)), Store(arguments.results)
+    changed, retry = changes(arguments.set), repeatable(arguments.retry)
+    instead = {key: getattr(arguments, key) for key in CHANGES if getattr(arguments, key) is not None}
+    profile = read_profile(arguments.cluster, instead)
+    sweep, store = as_sweep(Path(arguments.sweep), changed), Store(arguments.results)
     order = Order(sweep=sweep, profile=profile, cluster=arguments.cluster.stem, retry=retry)
     plan = _plan(order, store)
     if arguments.dry_run:

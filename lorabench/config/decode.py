@@ -57,24 +57,33 @@ class Pattern:
 
 
 def read_toml(file: Path) -> tuple[dict[str, Any], str]:
-    """The table in a TOML file, and the file's text. FileNotFoundError; InputError where it cannot be read.
-
-    Numbers must be finite, for an id is the hash of JSON, which has no others; whole ones of 64 bits, as TOML has them.
-    """
+    """The table in a TOML file, and the file's text. FileNotFoundError; InputError where it cannot be read."""
     try:
         text = file.read_text("utf-8")
-        table = tomllib.loads(text)
     except FileNotFoundError:
         raise
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{show_path(file)}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        return parse_toml(text), text
+    except InputError as error:
+        raise InputError(error.problems, str(file)) from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The table in a text. InputError where it is not TOML.
+
+    Numbers must be finite, for an id is the hash of JSON, which has no others; whole ones of 64 bits, as TOML has them.
+    """
+    try:
+        table = tomllib.loads(text)
     except RecursionError:
-        raise InputError(f"{show_path(file)}: not valid TOML: nested too deep") from None
+        raise InputError("not valid TOML: nested too deep") from None
     except ValueError as error:  # also of a whole number of thousands of digits
-        raise InputError(f"{show_path(file)}: not valid TOML: {clip(error, 320)}") from None
+        raise InputError(f"not valid TOML: {clip(error, 320)}") from None
     if problems := [*_unfit_numbers(table)]:
-        raise InputError(problems, str(file))
-    return table, text
+        raise InputError(problems)
+    return table
 
 
 def _unfit_numbers(value: Any, where: str = "") -> Iterator[str]:
@@ -151,17 +160,18 @@ def later(default: Any = dataclasses.MISSING, *, factory: Any = dataclasses.MISS
     return dataclasses.field(default=default, default_factory=factory, metadata={"later": True})
 
 
-def encode(value: Any) -> Any:
-    """The inverse of `decode`: plain tables of str, int, float, bool, None and lists."""
+def encode(value: Any, whole: bool = False) -> Any:
+    """The inverse of `decode`: plain tables of str, int, float, bool, None and lists; `whole`: later fields too."""
     if type(value) in (str, int, float, bool, type(None)):  # most values are: a sweep of thousands of runs is quick
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         head = {"name": value.name} if isinstance(value, plugins.Plugin) else {}
-        return head | {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value) if _written(value, f)}
+        fields = [f for f in dataclasses.fields(value) if (f.init if whole else _written(value, f))]
+        return head | {f.name: encode(getattr(value, f.name), whole) for f in fields}
     if isinstance(value, (list, tuple)):
-        return [encode(item) for item in value]
+        return [encode(item, whole) for item in value]
     if isinstance(value, dict):
-        return {key: encode(item) for key, item in value.items()}
+        return {key: encode(item, whole) for key, item in value.items()}
     return value
 
 

@@ -10,7 +10,7 @@ import torch
 
 from lorabench.config.decode import InputError, encode
 from lorabench.config.plugins import example
-from lorabench.launch import plan
+from lorabench.launch import estimate, plan
 from lorabench.models import base_model, shapes, weights
 from lorabench.spec.run_spec import RunSpec
 from lorabench.training.meter import GIB
@@ -19,7 +19,7 @@ from lorabench.training.meter import GIB
 def count_on(spec: RunSpec, shape: shapes.Shape) -> dict[str, float]:
     """The measures of `claim.COUNTABLE` for the run's method, quantization, dtype, batch and length on that model.
 
-    Memory is that of `plan`'s formula on a GPU: weights, gradients, AdamW's moments, activations and logits. An encoder
+    Memory is by formula, on a GPU: weights, gradients, AdamW's moments, activations and logits. An encoder
     is given a task head of two classes. InputError where the method fits no such model, or cannot be attached without
     weights.
     """
@@ -44,7 +44,21 @@ def _count(key: str, shape: shapes.Shape) -> dict[str, float]:
         "num_parameters": float(counts.num_parameters),
         "num_trainable": float(counts.num_trainable),
         "trainable_share": counts.num_trainable / num_base,
-        "storage_bytes": plan.updates_bytes(spec, counts),
+        "storage_bytes": estimate.updates_bytes(spec, counts),
         "model_gib": counts.weight_bytes / GIB,
-        "peak_gib": plan.memory_bytes(spec, counts) / GIB,
+        "peak_gib": _memory_bytes(spec, counts) / GIB,
     }
+
+
+def _memory_bytes(spec: RunSpec, counts: estimate.Counts) -> float:
+    """Peak memory of training by formula, what libraries take apart.
+
+    Weights; gradient and AdamW's two moments in float32 for what trains; activations kept for the backward pass, about
+    10 widths and 4 inner widths a token and layer (only the layers' inputs and one layer's activations with gradient
+    checkpointing); logits, their log-softmax and gradient in float32.
+    """
+    micro, lengths = spec.micro_batch_size or spec.batch_size, spec.objective.longest(spec)
+    layer = 10 * counts.width + 4 * counts.inner
+    kept = counts.layers * counts.width + layer if spec.gradient_checkpointing else counts.layers * layer
+    memory = counts.weight_bytes + 12 * counts.num_trainable
+    return memory + micro * (sum(lengths) * kept * estimate.BYTES[spec.dtype] + lengths[-1] * 3 * 4 * counts.vocabulary)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import torch
 
 from lorabench.config.decode import InputError, encode
 from lorabench.data import fingerprints
+from lorabench.launch import estimate
+from lorabench.launch.estimate import BYTES, EFFICIENCY, Counts, History
 from lorabench.models import base_model as models
 from lorabench.models import targets, weights
 from lorabench.models.remarks import remarks
@@ -21,55 +22,17 @@ from lorabench.spec.method import Method
 from lorabench.spec.run_spec import RunSpec, flatten, short, swept_keys
 from lorabench.spec.sweep import Sweep
 from lorabench.spec.task import Task
-from lorabench.store.record import RunRecord, Status
+from lorabench.store.record import Status
 from lorabench.store.store import RunState, Store
 from lorabench.terminal.text import duration, size, text_table
 from lorabench.training import flops
 from lorabench.training.data_check import data_notes, data_now, data_problems, token_problems, usable_of
 from lorabench.training.examples import shared_options
 from lorabench.training.meter import GIB
-from lorabench.training.peak import PEAK_FLOPS, peak_flops
 from lorabench.training.trial import from_json, try_out
 
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
-"""Of a weight; nf4 with an 8-bit scale for each block of 64."""
-EFFICIENCY = 0.4
-"""Share of the matrix product's FLOP rate that training is taken to reach, until a finished run tells."""
-USUAL_GPU = "A100"
-"""What a GPU that is neither here nor known by its name is taken for."""
 LARGEST_RANDOM = 500e6
 """Parameters of the largest model that is made of random weights to attach a method to it."""
-CPU_OVERHEAD_BYTES = 0.2 * GIB
-"""What PyTorch's libraries themselves take in a process on the CPU (measured: tiny-llama, a few MiB of tensors)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """What a model with its method attached says without weights; equal for runs that differ in other keys."""
-
-    num_parameters: int
-    num_trainable: int
-    weight_bytes: float
-    layers: int
-    width: int
-    inner: int
-    vocabulary: int
-    """Logits of a token; 0 where only one position gives any."""
-    step_flops: Callable[[flops.Shape, int], float]
-    """Of a step with so many passes of a shape."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """Of one run: peak memory of training in GiB, and wall time of training and of all else in seconds."""
-
-    peak_gib: float
-    train_seconds: float
-    other_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self.train_seconds + self.other_seconds
 
 
 def make_plan(sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | None = None) -> dict[str, Any]:
@@ -81,7 +44,7 @@ def make_plan(sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | 
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
     states = list(store.states(list(sweep.runs)))
     counts = _count_all(sweep, states)
-    history = History(store, sweep.runs, device, gpu)
+    history = History(store, sweep.runs, count, device, gpu)
     runs = []
     for spec, state in zip(sweep.runs, states, strict=True):
         done = state.status == Status.DONE
@@ -238,12 +201,14 @@ def counted(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> Co
     return Counts(
         num_parameters=weights.count(tuned),
         num_trainable=sum(p.numel() for p in trainable),
+        num_tensors=len(trainable),
         weight_bytes=weight_bytes + added,
         layers=config.num_hidden_layers,
         width=width,
         inner=getattr(config, "intermediate_size", None) or 4 * width,
         vocabulary=0 if "Classification" in spec.task.auto_class else config.vocab_size,
         step_flops=_step_flops(tuned, spec.method),
+        profile=_profile(tuned),
     )
 
 
@@ -263,6 +228,32 @@ def _step_flops(tuned: torch.nn.Module, method: Method) -> Callable[[flops.Shape
             return 6.0 * weights.count(tuned) * times * flops.num_positions(shape)
 
     return of_step
+
+
+def _profile(tuned: torch.nn.Module) -> Callable[[flops.Shape], flops.Profile]:
+    """A pass's profile when it is asked for, and kept; a guess where a model cannot be gone through."""
+
+    @cache
+    def skeleton() -> torch.nn.Module:
+        return flops.without_numbers(tuned)
+
+    @cache
+    def profile(shape: flops.Shape) -> flops.Profile:
+        try:
+            return flops.profile(skeleton(), shape)
+        except (RuntimeError, AttributeError, TypeError, ValueError) as error:
+            print(f"what {type(tuned).__name__} computes is guessed: {error}", file=sys.stderr)
+            config: Any = tuned.config
+            positions = flops.num_positions(shape)
+            written = 4.0 * positions * config.num_hidden_layers * 30 * config.hidden_size
+            forward = flops.Cost(
+                flops=2.0 * weights.count(tuned) * positions,
+                written=written,
+                operations=60.0 * config.num_hidden_layers,
+            )
+            return flops.Profile(forward=forward, both=forward * 3, kept=written)
+
+    return profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,141 +320,12 @@ def _weight_bytes(spec: RunSpec, base: torch.nn.Module) -> float:
     return total - (exact - BYTES[spec.quantization]) * quantized
 
 
-def memory_bytes(spec: RunSpec, counts: Counts) -> float:
-    """Peak memory of training by formula, what libraries take apart.
-
-    Weights; gradient and AdamW's two moments in float32 for what trains; activations kept for the backward pass, about
-    10 widths and 4 inner widths a token and layer (only the layers' inputs and one layer's activations with gradient
-    checkpointing); logits, their log-softmax and gradient in float32.
-    """
-    micro, lengths = spec.micro_batch_size or spec.batch_size, spec.objective.longest(spec)
-    layer = 10 * counts.width + 4 * counts.inner
-    kept = counts.layers * counts.width + layer if spec.gradient_checkpointing else counts.layers * layer
-    memory = counts.weight_bytes + 12 * counts.num_trainable
-    return memory + micro * (sum(lengths) * kept * BYTES[spec.dtype] + lengths[-1] * 3 * 4 * counts.vocabulary)
-
-
-def formula(spec: RunSpec, counts: Counts, device: torch.device, gpu: str | None = None) -> Estimate:
-    """Peak memory and training time from first principles.
-
-    Time: model FLOPs at EFFICIENCY of the device's rate; loading and evaluation apart.
-    """
-    memory = memory_bytes(spec, counts)
-    memory += CPU_OVERHEAD_BYTES if device.type == "cpu" else 0
-    rate, _ = flop_rate(device, spec.dtype, spec.threads, gpu)
-    seconds = flops_per_step(spec, counts) * spec.total_steps / (EFFICIENCY * rate)
-    return Estimate(peak_gib=memory / GIB, train_seconds=seconds)
-
-
-def flops_per_step(spec: RunSpec, counts: Counts) -> float:
-    """As a run's record has it, where every example is as long as can be."""
-    micro = spec.micro_batch_size or spec.batch_size
-    return counts.step_flops((micro, *spec.objective.longest(spec)), spec.batch_size // micro)
-
-
-def updates_bytes(spec: RunSpec, counts: Counts) -> float:
-    """About what a run keeps of ΔW on disk in float32, its snapshots included.
-
-    Of `svd:K`, K singular vectors of both sides of every linear layer of the blocks: four of attention, three between.
-    """
-    whole = 4.0 * counts.num_trainable
-    if spec.keep.startswith("svd:"):
-        sides = counts.layers * (8 * counts.width + 3 * (counts.width + counts.inner))
-        whole = min(whole, 4.0 * int(spec.keep.removeprefix("svd:")) * sides)
-    num_kept = 1 + ((spec.total_steps - 1) // spec.snapshot_every if spec.snapshot_every else 0)
-    return 0.0 if spec.keep == "none" else whole * num_kept
-
-
-@cache
-def flop_rate(device: torch.device, dtype: str, threads: int, gpu: str | None = None) -> tuple[float, str]:
-    """FLOP per second of a matrix product on this device with so many threads, and how it is known.
-
-    Where this machine has no such device (a login node), by the data sheet of what `gpu` names.
-    """
-    if device.type == "cuda" and not torch.cuda.is_available():
-        known = [key for key in PEAK_FLOPS if gpu and key.lower().replace(" ", "_") in gpu.lower().replace("-", "_")]
-        rates = PEAK_FLOPS[known[0] if known else USUAL_GPU]
-        source = f"data sheet of {known[0] if known else USUAL_GPU}, {dtype}"
-        return rates[dtype != "bfloat16"] or rates[1], source if known else f"{source}: taken for want of a better"
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return peak_flops(device, dtype)
-    finally:
-        torch.set_num_threads(before)
-
-
-class History:
-    """What the store's finished runs of the specs' models on the same kind of device say of the formula."""
-
-    def __init__(self, store: Store, specs: Sequence[RunSpec], device: torch.device, gpu: str | None = None):
-        self.device, self.gpu = device, gpu
-        self._known = {spec.id: spec for spec in specs}  # decoded already: thousands take many seconds
-        model_names = {spec.model for spec in specs}
-        self._factors: dict[tuple[str, ...], list[tuple[float, float, float]]] = {}
-        self._medians: dict[tuple[str, ...], list[float]] = {}
-        for state in store.states():
-            if state.status == Status.DONE and state.record and state.spec.get("model") in model_names:
-                self._learn(state.record)
-
-    def _learn(self, record: RunRecord) -> None:
-        measures = record.measures
-        needed = ("peak_gib", "train_seconds", "total_seconds")
-        same = record.environment.get("hardware", {}).get("device") == self.device.type
-        if not same or not all(measures.get(key) for key in needed):
-            return
-        try:
-            spec = self._known.get(record.run_id) or RunSpec.from_json(record.spec)
-            expected = formula(spec, count(spec), self.device, self.gpu)
-        except InputError:
-            return  # made by another version, or its model or data is gone
-        in_steps = measures["train_seconds"] + measures.get("rollout_seconds", 0.0)
-        seen = (
-            measures["peak_gib"] / expected.peak_gib,
-            in_steps / expected.train_seconds,
-            measures["total_seconds"] - in_steps,
-        )
-        for key in self._keys(spec):
-            self._factors.setdefault(key, []).append(seen)
-
-    def _median(self, key: tuple[str, ...]) -> list[float]:
-        if key not in self._medians:
-            self._medians[key] = [statistics.median(column) for column in zip(*self._factors[key], strict=True)]
-        return self._medians[key]
-
-    @staticmethod
-    def _keys(spec: RunSpec) -> list[tuple[str, ...]]:
-        """From the most similar runs to the least."""
-        full = (spec.model, spec.objective.name, spec.task.name, spec.method.name, spec.quantization)
-        return [full, full[:4], full[:2]]
-
-    def estimate(self, spec: RunSpec, counts: Counts) -> dict[str, Any]:
-        expected, basis, num_similar = formula(spec, counts, self.device, self.gpu), "formula", 0
-        key = next((key for key in self._keys(spec) if key in self._factors), None)
-        if key:
-            memory, train, other = self._median(key)
-            expected = Estimate(
-                peak_gib=expected.peak_gib * memory,
-                train_seconds=expected.train_seconds * train,
-                other_seconds=other,
-            )
-            basis, num_similar = "similar runs", len(self._factors[key])
-        return {
-            "num_parameters": counts.num_parameters,
-            "num_trainable": counts.num_trainable,
-            "updates_bytes": updates_bytes(spec, counts),
-            "peak_gib": expected.peak_gib,
-            "seconds": expected.seconds,
-            "basis": basis,
-            "num_similar": num_similar,
-        }
-
-
 def _measured(state: RunState) -> dict[str, Any]:
     assert state.record is not None
     measures = state.record.measures
     keys = ("num_parameters", "num_trainable", "updates_bytes", "peak_gib")
-    found = {key: measures.get(key, 0) for key in keys} | {"seconds": measures.get("total_seconds", 0.0)}
+    found: dict[str, Any] = {key: measures.get(key, 0) for key in keys}
+    found |= {"seconds": measures.get("total_seconds", 0.0)}
     return found | {"basis": "measured", "num_similar": 0}
 
 
@@ -485,13 +347,17 @@ def _assumptions(sweep: Sweep, runs: list[dict[str, Any]], device: torch.device,
     lines = []
     if "formula" in bases:
         kinds = dict.fromkeys((spec.dtype, spec.threads) for spec in sweep.runs)
-        for rate, source in (flop_rate(device, *kind, gpu) for kind in kinds):
-            lines.append(f"formula: training at {EFFICIENCY:.0%} of {rate / 1e12:.3g} TFLOP/s ({source})")
-        writing = any(task.generation for spec in sweep.runs for task in spec.stages)
-        what = "loading, evaluation and the writing of answers" if writing else "loading and evaluation"
-        lines.append(f"formula: {what} are not in the time; memory from tensor sizes")
+        share = EFFICIENCY["cuda" if device.type == "cuda" else "cpu"]
+        for rate, source in (estimate.flop_rate(device, *kind, gpu) for kind in kinds):
+            lines.append(f"formula: training at {share:.0%} of {rate / 1e12:.3g} TFLOP/s ({source})")
+        lines.append(
+            "formula: time and memory from the shapes of what is computed, and from the lengths of the examples"
+        )
+        if any(task.generation for spec in sweep.runs for task in spec.stages):
+            lines.append("formula: every answer is taken to be as long as it may be")
         left_out = dict.fromkeys(spec.objective.not_estimated(spec) for spec in sweep.runs)
         lines += [f"formula: {what} is neither in the time nor in the memory" for what in left_out if what]
     if "similar runs" in bases:
-        lines.append("similar runs: the formula times the median ratio that finished runs of this model have shown")
+        what = "of each part, that the finished runs of this model have shown which are nearest in size"
+        lines.append(f"similar runs: the formula times the median ratio {what}")
     return lines

@@ -12,14 +12,15 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.decode import InputError
-from lorabench.config.quote import show_path
+from lorabench.config.plugins import unknown
+from lorabench.config.quote import clip, show_path
 from lorabench.data.fingerprints import named
 from lorabench.launch.exit_status import Ending, common_cause, record_stamp, write_ending
 from lorabench.launch.worker import PRELOAD, RankProcess, Settings, Target, check_main, execute_run, start_server
@@ -47,6 +48,18 @@ SERVER_DEATHS = 5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REPEATABLE = (*FAILURES, Status.CORRUPT)
 """What `--retry` can name."""
+
+
+def repeatable(text: str | Iterable[str]) -> frozenset[Status]:
+    """What `--retry` names: statuses with commas between them, or one by one. InputError with the choices."""
+    given = text.split(",") if isinstance(text, str) else text
+    names = [name.strip() for name in given if name.strip()]
+    choices = [str(status) for status in REPEATABLE]
+    valid = [*choices, "all"]
+    wrong = [f"--retry {clip(name)}: {unknown('status', name, valid)}" for name in names if name not in valid]
+    if wrong:
+        raise InputError(wrong)
+    return frozenset(status for status in REPEATABLE if str(status) in names or "all" in names)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,8 @@ class Server:
             self.ensure_running()
             server = _server_pid()
             process = self.context.Process(target=target, args=arguments, daemon=daemon)
-            with contextlib.suppress(EOFError, ConnectionError), self._inherited():
+            hidden = contextlib.nullcontext() if target.__module__ == "__main__" else _main_not_told()
+            with contextlib.suppress(EOFError, ConnectionError), self._inherited(), hidden:
                 process.start()
                 _KINDS.setdefault(_server_pid() or 0, self.kind)
                 if server is not None and server != _server_pid():
@@ -116,6 +118,23 @@ class Server:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for key in added:
                 del os.environ[key]
+
+
+@contextlib.contextmanager
+def _main_not_told() -> Iterator[None]:
+    """Let a process not learn which script started it all.
+
+    multiprocessing has each process import that script, for what it defines and the process may need: one that calls
+    `lorabench.run` without `if __name__ == "__main__"` would begin again in every run.
+    """
+    main = vars(sys.modules["__main__"])
+    before: dict[str, Any] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        del main["__spec__"]
+        main.update(before)
 
 
 def start_server(log: Path, preload: Sequence[str], environment: dict[str, str], kind: str = "") -> Server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 from lorabench.config.decode import InputError
@@ -24,8 +25,10 @@ def has_gpu_driver() -> bool:
 def visible_gpus(device: str) -> tuple[str, ...]:
     """Values of CUDA_VISIBLE_DEVICES, one for each GPU that `device` (auto, cpu, cuda, cuda:1) means.
 
-    InputError if it asks for one that is not there.
+    InputError if it means nothing, or one that is not there.
     """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise InputError(f"--device {clip(device)}: must be auto, cpu, cuda or cuda:N")
     if device == "cpu" or (device == "auto" and not has_gpu_driver()):
         return ()
     import torch

@@ -5,13 +5,15 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg", force=False)
+if matplotlib.get_backend(auto_select=False) is None:  # a notebook's own stays
+    matplotlib.use("Agg")
 
 import numpy as np
 import pandas as pd
@@ -20,10 +22,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from lorabench.config.decode import InputError
 from lorabench.report.aggregate import LARGEST
 from lorabench.report.results import Results, grouped, ordered
 
@@ -126,34 +129,100 @@ def setting_looks(results: Results) -> SettingLooks:
     return SettingLooks(looks(values for values, _ in families), ranks)
 
 
+_CANVAS: ContextVar[Axes | FigureBase | None] = ContextVar("canvas", default=None)
+"""A person's own, on which figures are drawn instead of on new ones, in the person's own style."""
+
+
+@contextmanager
+def onto(canvas: Axes | FigureBase) -> Iterator[None]:
+    """Inside, figures are drawn on these axes, or in this figure or subfigure. InputError where axes are not enough."""
+    token = _CANVAS.set(canvas)
+    try:
+        with plt.rc_context({"text.parse_math": False}):
+            yield
+    finally:
+        _CANVAS.reset(token)
+
+
+class Panels:
+    """What figures use of a `FacetGrid`, on a person's own canvas."""
+
+    def __init__(self, canvas: Axes | FigureBase, names: Sequence[str], columns: int, **shared: bool):
+        if isinstance(canvas, Axes) and len(names) > 1:
+            raise InputError(f"ax: the figure has {len(names)} panels; give it fig=, a Figure or a SubFigure")
+        self.ncols, self.nrows = columns, -(-len(names) // columns)
+        if isinstance(canvas, Axes):
+            self.figure: Any = canvas.figure
+            panels = [canvas]
+        else:
+            self.figure = canvas
+            sharing: dict[str, Any] = {"sharex": True, "sharey": True, **shared}
+            panels = [*canvas.subplots(self.nrows, columns, squeeze=False, **sharing).flat]
+            for unused in panels[len(names) :]:
+                unused.remove()
+        self.axes = np.array(panels[: len(names)], dtype=object)
+        self.axes_dict = dict(zip(names, self.axes, strict=True))
+
+    def set(self, **properties: Any) -> Panels:
+        for axes in self.axes.flat:
+            axes.set(**properties)
+        return self
+
+    def set_xlabels(self, label: str) -> None:
+        for place, axes in enumerate(self.axes.flat):
+            axes.set_xlabel(label if place + self.ncols >= len(self.axes) else "")
+
+    def set_ylabels(self, label: str) -> None:
+        for place, axes in enumerate(self.axes.flat):
+            axes.set_ylabel(label if place % self.ncols == 0 else "")
+
+    def set_axis_labels(self, x: str, y: str) -> None:
+        self.set_xlabels(x)
+        self.set_ylabels(y)
+
+
+def inches(figure: FigureBase) -> tuple[float, float]:
+    """Width and height, of a subfigure too."""
+    return figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi  # type: ignore[attr-defined]
+
+
 @contextmanager
 def facets(
     names: Iterable[str], width: str | None = None, *, height: float = 2.3, columns: int | None = None,
     theme: str = "whitegrid", **shared: bool,
-) -> Iterator[sns.FacetGrid]:  # fmt: skip
+) -> Iterator[Any]:  # fmt: skip
     """A panel for each of the names, which are their titles and the keys of `axes_dict`; inside, the theme holds.
 
-    One print column wide for a single panel and the page wide for more, unless `width` says which, and `height` inches
-    a row. So many `columns` of panels on the page (else four as two by two, others three in a row); in a print column
-    one below the other.
+    A seaborn `FacetGrid`, or inside `onto` what is like it. One print column wide for a single panel and the page wide
+    for more, unless `width` says which, and `height` inches a row. So many `columns` of panels on the page (else four
+    as two by two, others three in a row); in a print column one below the other.
     """
     names = list(names)
-    inches = INCHES[width or ("column" if len(names) == 1 else "page")]
-    columns = 1 if inches == COLUMN_INCHES else columns or (2 if len(names) == 4 else min(3, len(names)))
+    wide = INCHES[width or ("column" if len(names) == 1 else "page")]
+    columns = 1 if wide == COLUMN_INCHES else columns or (2 if len(names) == 4 else min(3, len(names)))
+    if (canvas := _CANVAS.get()) is not None:
+        grid: Any = Panels(canvas, names, columns, **shared)
+        _prepare(grid, names, columns, shared)
+        yield grid
+        return
     how: dict[str, Any] = {"col_order": names, "col_wrap": columns, "height": height, **shared}
     with style(theme):
         with plt.rc_context({"figure.constrained_layout.use": False}):  # else seaborn's own layout warns of it
             grid = sns.FacetGrid(pd.DataFrame({"panel": names}), col="panel", **how)
         grid.figure.set_layout_engine("constrained")
-        grid.figure.set_size_inches(inches, height * -(-len(names) // columns))
-        for place, (name, axes) in enumerate(grid.axes_dict.items()):
-            axes.set_title(name)
-            axes.tick_params(
-                labelbottom=place + columns >= len(names) or not shared.get("sharex", True),
-                labelleft=place % columns == 0 or not shared.get("sharey", True),
-            )  # else ticks that are set later have labels inside too
-        grid.set_axis_labels("", "")
+        grid.figure.set_size_inches(wide, height * -(-len(names) // columns))
+        _prepare(grid, names, columns, shared)
         yield grid
+
+
+def _prepare(grid: Any, names: Sequence[str], columns: int, shared: Mapping[str, bool]) -> None:
+    for place, (name, axes) in enumerate(grid.axes_dict.items()):
+        axes.set_title(name)
+        axes.tick_params(
+            labelbottom=place + columns >= len(names) or not shared.get("sharex", True),
+            labelleft=place % columns == 0 or not shared.get("sharey", True),
+        )  # else ticks that are set later have labels inside too
+    grid.set_axis_labels("", "")
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
@@ -174,6 +243,13 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return files
 
 
+def finish(figure: Figure) -> None:
+    """Lay a figure out that is not saved, and leave it to who has it: pyplot would show it a second time."""
+    with style():
+        wrap_titles(figure)
+    plt.close(figure)
+
+
 def legend_below(figure: Figure, entries: Mapping[str, Any], null: str | None = None, *, lines: bool = True) -> None:
     """A legend of label -> look (or handle) under the panels, where it covers no data.
 
@@ -182,7 +258,10 @@ def legend_below(figure: Figure, entries: Mapping[str, Any], null: str | None = 
     entries = {**entries, **({null: NULL} if null else {})}
     looks = [look if lines or not isinstance(look, Look) else replace(look, dashes="none") for look in entries.values()]
     handles = [look.handle if isinstance(look, Look) else look for look in looks]
-    wide = figure.get_figwidth() > COLUMN_INCHES
+    if isinstance(canvas := _CANVAS.get(), Axes):  # of which nothing is outside
+        canvas.legend(handles, list(entries))
+        return
+    wide = inches(figure)[0] > COLUMN_INCHES
     fitting = max(1, int((110 if wide else 52) / (max(map(len, entries), default=1) + 7)))
     figure.legend(handles, list(entries), loc="outside lower center", ncols=min(len(handles), fitting))
 

@@ -15,7 +15,7 @@ from lorabench.config.durable import write_json
 from lorabench.config.plugins import unknown
 from lorabench.config.quote import clip, show_path
 from lorabench.spec.sweep import Sweep, read_sweep
-from lorabench.store.store import Store
+from lorabench.store.store import KEPT, Store
 from lorabench.training.environment import source_digest
 
 STAMP_FILE = ".analyze.json"
@@ -57,18 +57,25 @@ class SweepFile:
 
 
 def analysis_key(store: Store, text: str, run_ids: Iterable[str]) -> str:
-    """Hash of all that the output depends on: the sweep's text, lorabench's own source, and each run's record.
+    """Hash of all that the output depends on: the sweep's text, lorabench's own source, each run's record, and what was
+    asked of finished adapters.
 
     InputError where an id is no name of a run's folder.
     """
     digest = hashlib.sha256(f"{source_digest()} {text}".encode())
+    names = []
     for run_id in run_ids:
         json_file.check_name(run_id)
+        names.append(f"runs/{run_id}/record.json")
+    names += [
+        str(file.relative_to(store.root)) for kind in KEPT for file in sorted(store.root.glob(f"{kind}/*/record.json"))
+    ]
+    for name in names:
         try:
-            found = (store.folder(run_id) / "record.json").stat()
-            digest.update(f"\0{run_id} {found.st_mtime_ns} {found.st_size}".encode())
+            found = (store.root / name).stat()
+            digest.update(f"\0{name} {found.st_mtime_ns} {found.st_size}".encode())
         except OSError:
-            digest.update(f"\0{run_id} -".encode())
+            digest.update(f"\0{name} -".encode())
     return digest.hexdigest()
 
 

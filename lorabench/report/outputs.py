@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
@@ -34,8 +35,9 @@ from lorabench.report.labels import (
     value_label,
     with_unit,
 )
-from lorabench.report.page import Attempts, Broken, Drawn, fill, picture
+from lorabench.report.page import Attempts, Broken, Drawn, Part, drawn, fill
 from lorabench.report.results import Results, selected
+from lorabench.report.run_details import cost_against_quality, run_details
 from lorabench.report.tables import build_tables, write_tables
 from lorabench.report.typeset import Sheet
 from lorabench.report.update_table import changes_sheet
@@ -68,6 +70,12 @@ class Content:
     claims: Sheet | Broken | None = None
     comparisons: Sheet | Broken | None = None
     answers: list[Shown] = field(default_factory=list)
+    kept: list[Part] = field(default_factory=list)
+    """What merging, compressing and intervening have kept of the sweep's runs."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What `run_details` gives."""
+    costs: dict[str, Any] = field(default_factory=dict)
+    """What `cost_against_quality` gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +95,8 @@ class Report:
     errors: dict[str, str] = field(default_factory=dict)
 
 
-def write_report(results: Results, folder: Path) -> Report:
-    """Write `tables/`, `figures/`, `sweep.toml` and `report.html` below `folder`.
+def write_report(results: Results, folder: Path, kept: Sequence[Part] = ()) -> Report:
+    """Write `tables/`, `figures/`, `sweep.toml` and `report.html` below `folder`; `kept` has sections of its own.
 
     The same results give the same bytes, since nothing tells when or where the report was made; where the files are
     there already, made of the same results by the same code, they stay. Files of an earlier report that this one no
@@ -96,12 +104,15 @@ def write_report(results: Results, folder: Path) -> Report:
     """
     attempt = Attempts()
     answers = attempt("answers", lambda: read_answers(results))
-    inputs = attempt("digest", lambda: _digest(results, answers))
+    details = attempt("run details", lambda: run_details(results))
+    inputs = attempt("digest", lambda: _digest(results, [answers, details, *kept]))
     before = _read_manifest(folder)
     there = [file for name in before.files if (file := _own_file(folder, name))]
     if before.inputs == inputs and len(there) == len(before.files):
         return Report(files=there, errors=_named(results.broken))
-    made = attempt("report", lambda: _write(results, answers, folder, attempt))
+    more = {"answers": answers, "details": details, "kept": list(kept)}
+    more = {name: value for name, value in more.items() if not isinstance(value, Broken)}
+    made = attempt("report", lambda: _write(results, more, folder, attempt))
     files = [_write_page(results, folder, attempt)] if isinstance(made, Broken) else made
     errors = _named(results.broken) | attempt.errors
     for stale in set(there) - set(files):
@@ -115,7 +126,8 @@ def _named(broken: dict[str, str]) -> dict[str, str]:
     return {f"analysis {name}": error for name, error in broken.items()}
 
 
-def _write(results: Results, answers: list[Shown] | Broken, folder: Path, attempt: Attempts) -> list[Path]:
+def _write(results: Results, more: dict[str, Any], folder: Path, attempt: Attempts) -> list[Path]:
+    """`more`: fields of `Content` that are made already."""
     summary, *tables = build_tables(results, attempt)
     name = distinct("changes", [sheet.name for sheet in tables])
     changes = attempt("table changes", lambda: changes_sheet(results, selected(results), name))
@@ -127,20 +139,21 @@ def _write(results: Results, answers: list[Shown] | Broken, folder: Path, attemp
     shown: dict[str, list[Drawn | Broken]] = {section: [] for section in SECTIONS}
     empty = []
     for name, figure in _figures(results).items():
-        drawn = attempt(f"figure {name}", partial(_draw, results, name, figure, folder / "figures"))
-        if drawn is None:
+        made = attempt(f"figure {name}", partial(_draw, results, name, figure, folder / "figures"))
+        if made is None:
             empty += [name] if figure in results.sweep.figures or not results.sweep.figures else []
         else:
-            shown[figure.section].append(drawn)
-            files += drawn.files if isinstance(drawn, Drawn) else []
+            shown[figure.section].append(made)
+            files += made.files if isinstance(made, Drawn) else []
     drawing.plt.close("all")  # those that raised before they were saved
     write_bytes(folder / "sweep.toml", results.sweep.text.encode())
+    costs = attempt("cost against quality", lambda: cost_against_quality(results))
     errors = _named(results.broken) | attempt.errors
     sentences = [*(told.sentences if isinstance(told, Outcome) else []), *instabilities(results)]
     page = Content(
         summary=summary, changes=changes, tables=tables, figures=shown, empty=empty, errors=errors,
         outcome=sentences, claims=claims, comparisons=compared,
-        answers=[] if isinstance(answers, Broken) else answers,
+        costs={} if isinstance(costs, Broken) else costs, **more,
     )  # fmt: skip
     return [*files, folder / "sweep.toml", _write_page(results, folder, attempt, page)]
 
@@ -156,11 +169,8 @@ def _draw(results: Results, name: str, figure: Figure, folder: Path) -> Drawn | 
     canvas = figure.draw(results)
     if canvas is None:
         return None
-    inches = float(canvas.get_figwidth())
-    pdf, png = drawing.save(canvas, folder / name)
-    return picture(
-        name, f"{figure.caption()} {figure_notes(results, figure)}".strip(), png.read_bytes(), inches, [pdf, png]
-    )
+    files = drawing.save(canvas, folder / name)
+    return drawn(name, f"{figure.caption()} {figure_notes(results, figure)}".strip(), canvas, files)
 
 
 def _errors_alone(results: Results, attempt: Attempts) -> str:
@@ -170,7 +180,7 @@ def _errors_alone(results: Results, attempt: Attempts) -> str:
     return "\n".join(["<!doctype html>", f"<h1>{escape(results.sweep.name)}</h1>", *lines, ""])
 
 
-def _digest(results: Results, answers: list[Shown] | Broken) -> str:
+def _digest(results: Results, more: list[Any]) -> str:
     """Of all that a report is made of: results, this package's code, and the libraries that draw."""
     digest = hashlib.sha256(
         f"{matplotlib.__version__} {sns.__version__} {pd.__version__} {source_digest()} {results.sweep.text}".encode()
@@ -178,7 +188,7 @@ def _digest(results: Results, answers: list[Shown] | Broken) -> str:
     digest.update(results.runs.to_csv().encode())
     digest.update(
         json.dumps(
-            [results.environments, results.provenance, results.unread, results.broken, answers],
+            [results.environments, results.provenance, results.unread, results.broken, more],
             sort_keys=True,
             default=str,
         ).encode()
@@ -208,6 +218,7 @@ def _own_file(folder: Path, name: str) -> Path | None:
 def render(results: Results, page: Content) -> str:
     """The page's HTML."""
     counts = Counter(results.runs["status"])
+    sheets = [page.summary, page.comparisons, page.claims, page.changes, *page.tables]
     return fill(
         TEMPLATE,
         sweep=results.sweep,
@@ -219,12 +230,24 @@ def render(results: Results, page: Content) -> str:
         page=page,
         sections=[(SECTIONS[section], drawn) for section, drawn in page.figures.items() if drawn],
         runs=_run_rows(results),
+        notes=notes_once([sheet for sheet in sheets if isinstance(sheet, Sheet)]),
         provenance=_provenance(results.environments),
         made=_provenance(results.provenance),
         has_dirty=any(item.get("git", {}).get("dirty") for item in results.environments.values()),
         failed=[str(status) for status in FAILED],
         is_bad=lambda text: any(re.search(rf"\b{status}\b", str(text)) for status in FAILED),
     )
+
+
+def notes_once(sheets: Sequence[Sheet]) -> dict[str, tuple[list[str], list[str]]]:
+    """By a table's name: the notes that stand under it, and the captions of the tables under which its others stand."""
+    told: dict[str, str] = {}
+    found = {}
+    for sheet in sheets:
+        own = [note for note in sheet.notes if note not in told]
+        found[sheet.name] = own, list(dict.fromkeys(told[note] for note in sheet.notes if note in told))
+        told |= dict.fromkeys(own, sheet.caption)
+    return found
 
 
 def read_header(text: str) -> dict[str, str]:
@@ -280,17 +303,16 @@ def _run_rows(results: Results) -> dict[str, Any]:
     keys = list(dict.fromkeys(["method.name", *results.keys]))
     chosen = set(selected(results).run_ids)
     factors = {name: shown_factor(name) for name in names}
-    rows = []
-    for run_id, run in results.runs.iterrows():
-        numbers = [_measured(factors[name] * run[name]) for name in names]
-        about = results.provenance.get(str(run_id), {}).get("unstable")
-        error = run["error"] or (f"unstable: {about}" if about else "")
-        rows.append({
-            "id": run_id, "status": run["status"], "selected": run_id in chosen, "error": error,
-            "keys": [value_label(run[key]) for key in keys], "numbers": numbers,
-        })  # fmt: skip
-    heads = [capitalized(with_unit(name)) for name in names]
-    return {"keys": [capitalized(key_label(key)) for key in keys], "heads": heads, "rows": rows}
+    tables = [[value_label(value) for value in results.runs[key]] for key in keys]
+    tables += [list(results.runs["status"]), ["✓" if run_id in chosen else "" for run_id in results.runs.index]]
+    tables += [[_measured(factors[name] * value) for value in results.runs[name]] for name in names]
+    about = {run_id: notes.get("unstable") for run_id, notes in results.provenance.items()}
+    unstable = [f"unstable: {about[run_id]}" if about.get(run_id) else "" for run_id in results.runs.index]
+    tables.append([error or note for error, note in zip(results.runs["error"], unstable, strict=True)])
+    numeric = [capitalized(with_unit(name)) for name in names]
+    heads = ["Run", *(capitalized(key_label(key)) for key in keys), "Status", "Used", *numeric, "Error"]
+    rows = [[str(run_id), *texts] for run_id, *texts in zip(results.runs.index, *tables, strict=True)]
+    return {"heads": heads, "numeric": numeric, "rows": rows}
 
 
 def _measured(value: float) -> str:

@@ -51,6 +51,8 @@ class Results:
     """Run id -> where the log of its steps is, of those that have ended."""
     broken: dict[str, str] = field(default_factory=dict)
     """Analysis -> what it raised: what it would have found is missing, in part or as a whole."""
+    root: Path | None = None
+    """The results folder that the runs lie in, where they lie in one."""
 
     @cached_property
     def keys(self) -> list[str]:
@@ -163,6 +165,7 @@ def load_results(
             if record.generations_sha256
         },
         logs=logs,
+        root=store.root,
     )
     if analyze is None:
         return results

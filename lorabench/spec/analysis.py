@@ -38,6 +38,9 @@ class Analysis(Plugin, ABC):
     """Where `needs` is not `layer`: the metrics that are one number a layer, for tables -> their unit."""
     columns: ClassVar[dict[str, str]] = {}
     """Column -> what it is; what is in COLUMNS need not be told again."""
+    values: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Where rows have a column for each metric, not `metric` and `value`: these columns -> those of what chance gives,
+    its mean and its standard deviation."""
     max_pairs: ClassVar[int] = 2048
     """Pairs along one axis, at most, that it is made of; of more a sample (`lorabench.analysis.pairs`)."""
 

@@ -18,7 +18,8 @@ from lorabench.spec.sweep import parse_sweep
 
 NUM_ROWS = 200
 """That are looked at."""
-MODELS = {"AutoModelForCausalLM": "builtin:tiny-llama", "AutoModelForSequenceClassification": "builtin:tiny-llama"}
+MODELS = {"AutoModelForCausalLM": "builtin:tiny-llama", "AutoModelForSequenceClassification": "builtin:tiny-llama",
+          "AutoModelForSeq2SeqLM": "builtin:tiny-t5"}  # fmt: skip
 """The transformers class that a task loads -> the built-in model that does, until one names another."""
 ORDER = ("chat", "multiple_choice", "classification", "regression", "completion", "text")
 """In which tasks are tried, the more particular first; others come behind."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Annotated, Any
 
 from lorabench.config import plugins
-from lorabench.config.decode import InputError, Pattern, decode, decode_plugin, read_toml, show
+from lorabench.config.decode import InputError, Pattern, decode, decode_plugin, parse_toml, read_toml, show
 from lorabench.config.quote import clip, show_path
 from lorabench.data.dataset import builtin_data
 from lorabench.models.base_model import builtin_models
@@ -85,6 +85,8 @@ class Sweep:
     """Keys that move together and count as one axis."""
     labels: dict[str, str] = field(default_factory=dict)
     """Run id -> what tables and figures call its setting; empty where the sweep names none."""
+    given: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Run id -> the flattened keys that the file gives it: all others have their defaults."""
     select: Select | None = None
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
@@ -98,8 +100,10 @@ class Sweep:
         return [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
 
 
-def read_sweep(path: Path, default_name: str | None = None, stored: bool = False) -> Sweep:
-    """The sweep in a TOML file, named by it, else `default_name`, else as the file is.
+def read_sweep(
+    path: Path, default_name: str | None = None, stored: bool = False, edit: Callable[[str], str] | None = None
+) -> Sweep:
+    """The sweep in a TOML file, named by it, else `default_name`, else as the file is; `edit` may change its text.
 
     One that is `stored` has been run: where it is of an older version and lacks the model or the data of a run, these
     are what they were then. Raises InputError with all of its problems at once.
@@ -109,6 +113,8 @@ def read_sweep(path: Path, default_name: str | None = None, stored: bool = False
     except FileNotFoundError:
         raise InputError(f"{show_path(path)}: no such sweep file") from None
     try:
+        if edit and (edited := edit(text)) != text:
+            table, text = parse_toml(edited), edited
         return parse_sweep(table, text, default_name=default_name or path.stem, stored=stored)
     except InputError as error:
         raise InputError(error.problems, str(path)) from None
@@ -123,7 +129,7 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
     name = table.get("name", default_name)
     if not isinstance(name, str) or name in RESERVED or not re.fullmatch(FILE_NAME.regex, name):
         problems.append(f"name = {show(name)}: must be {FILE_NAME.choices}; not {', '.join(RESERVED)}")
-    runs, zips, labels = _expand(table, problems, stored)
+    runs, zips, labels, given = _expand(table, problems, stored)
     known, measures = [*_known_keys(runs), *(["label"] if labels else [])], known_measures(runs)
     select = _collect(problems, lambda: decode(Select, table["select"], "select.")) if "select" in table else None
     tables = [
@@ -146,11 +152,11 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
     over = {key for group in zips if select and select.over in group for key in group}
     problems += _pooled(labels, runs, over | {"seed", select.over if select else "seed"})
     for number, figure in enumerate(figures, 1):
-        problems += _unknown_measures(figure.measures if figure else [], measures, f"figure {number}: figure")
+        problems += unknown_measures(figure.measures if figure else [], measures, f"figure {number}: figure")
     if problems:
         raise InputError(_once(problems))
     return Sweep(
-        name=name, text=text, runs=tuple(runs), zips=tuple(zips), labels=labels, select=select,
+        name=name, text=text, runs=tuple(runs), zips=tuple(zips), labels=labels, given=given, select=select,
         tables=tuple(tables), figures=tuple(figures), claims=tuple(claims),
     )  # fmt: skip
 
@@ -165,7 +171,7 @@ def _unfit_to_select(by: str, measures: Mapping[str, Measure], stored: bool) -> 
     if not stored:
         heads, ends = (TEST, "base_"), (*ENDS[1:], "num_generated", "_before")
         choices = {name: choices[name] for name in choices if not (name.startswith(heads) or name.endswith(ends))}
-    return _unknown_measures([by], choices, "select.by")
+    return unknown_measures([by], choices, "select.by")
 
 
 def _untestable(
@@ -177,7 +183,7 @@ def _untestable(
         problem
         for side, name in claim.measures.items()
         if side == "where" or name != claim.measure
-        for problem in _unknown_measures([name], measures, f"{where}{'' if side == 'where' else f'{side}.'}measure")
+        for problem in unknown_measures([name], measures, f"{where}{'' if side == 'where' else f'{side}.'}measure")
     ]
     for key, wanted in claim.sides.items():
         unknown = _unknown_keys(list(wanted), known, f"{where}{key}")
@@ -214,8 +220,8 @@ def _blocks(table: dict[str, Any], key: str, problems: list[str]) -> list[dict[s
 
 def _expand(
     table: dict[str, Any], problems: list[str], stored: bool
-) -> tuple[list[RunSpec], list[tuple[str, ...]], dict[str, str]]:
-    """All runs of all grid blocks, each once, the groups of keys that move together, and the runs' labels."""
+) -> tuple[list[RunSpec], list[tuple[str, ...]], dict[str, str], dict[str, tuple[str, ...]]]:
+    """All runs of all grid blocks, each once, the groups of keys that move together, the runs' labels and own keys."""
     base = table.get("base", {})
     for key in ("zip", "exclude", "label"):
         if isinstance(base, dict) and key in base:
@@ -223,8 +229,9 @@ def _expand(
             base = {name: value for name, value in base.items() if name != key}
     if not isinstance(base, dict):
         problems.append("base: must be a table, [base]")
-        return [], [], {}
+        return [], [], {}, {}
     labels: dict[str, str] = {}
+    given: dict[str, tuple[str, ...]] = {}
     specs: dict[str, RunSpec] = {}
     zips: dict[tuple[str, ...], None] = {}
     keys: dict[str, None] = {}
@@ -247,6 +254,7 @@ def _expand(
             spec = _collect(problems, lambda cell=cell, where=where: decode(RunSpec, unflatten(cell), where))
             if spec:
                 specs.setdefault(spec.id, spec)
+                given.setdefault(spec.id, tuple(cell))
                 if label is not None:
                     labels.setdefault(spec.id, _label(label, spec, where, problems))
     known = [*keys, *_known_keys(list(specs.values()))]
@@ -256,7 +264,7 @@ def _expand(
         problems.append("exclude: leaves no run")
     if labels and len(labels) < len(specs):
         problems.append("label: is missing in some [[grid]] blocks: give one to each, or to none")
-    return list(specs.values()), list(zips), labels
+    return list(specs.values()), list(zips), labels, given
 
 
 def _unnamed(cell: dict[str, Any]) -> Iterator[str]:
@@ -450,13 +458,13 @@ def _why(value: str, known: Mapping[str, Measure]) -> str:
 UNMEASURED = "is measured by no run of this sweep, or cannot be used here (answers: see task.generate.splits)"
 
 
-def _unknown_measures(values: list[str], known: Mapping[str, Measure], where: str) -> list[str]:
+def unknown_measures(values: list[str], known: Mapping[str, Measure], where: str) -> list[str]:
     return [f"{where} = {show(value)}: {_why(value, known)}" for value in values if value not in known]
 
 
 def _checked(table: Table, known: list[str], measures: Mapping[str, Measure], where: str) -> Table:
     """The table, once its keys and measures are known to exist."""
-    problems = _unknown_measures(table.values, measures, f"{where}value")
+    problems = unknown_measures(table.values, measures, f"{where}value")
     if known:
         problems += _unknown_keys(table.rows, known, f"{where}rows")
         problems += _unknown_keys([table.columns] if table.columns else [], known, f"{where}columns")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from lorabench.terminal.notebook import NotebookBars, in_notebook
 
 if TYPE_CHECKING:
     from lorabench.store.store import RunState
@@ -41,6 +45,25 @@ def talk(text: str) -> None:
     print(f"lorabench: {visible(text)}", file=sys.stderr, flush=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextTable:
+    """Rows by their heads, under a title; a terminal and a page show the same."""
+
+    title: str
+    heads: list[str]
+    rows: Sequence[dict[str, Any]]
+
+    @property
+    def text(self) -> str:
+        """For a terminal; a title only where there is one."""
+        return "\n".join([*filter(None, [self.title]), text_table(self.rows, self.heads)])
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """A text a head of each row; an en dash where there is none."""
+        return [["–" if row.get(head) in (None, "") else str(row[head]) for head in self.heads] for row in self.rows]
+
+
 def text_table(rows: Iterable[dict[str, Any]], columns: list[str]) -> str:
     """An aligned table, one line a row, so that `grep` and `sort` work on it; numbers are right-aligned."""
     table = [[_cell(row.get(column)) for column in columns] for row in rows]
@@ -64,14 +87,29 @@ def _is_number(cell: str) -> bool:
 
 
 def tracked(items: Iterable[Item], total: int, text: str) -> Iterator[Item]:
-    """The items, with a bar on stderr while they are taken where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
+    """The items, with a bar while they are taken where there is a terminal or a notebook."""
+    with progress_bar(text, total) as advance:
+        for item in items:
+            yield item
+            advance(1)
 
-    yield from track(items, description=text, total=total, console=Console(stderr=True), transient=True)
+
+@contextmanager
+def progress_bar(text: str, total: float) -> Iterator[Callable[[float], None]]:
+    """A bar on stderr, or in a notebook, where either can show one; gives what is told how much more is done."""
+    if in_notebook():
+        bars: Any = NotebookBars()
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        bars = Progress(console=Console(stderr=True), transient=True)
+    else:
+        yield lambda amount: None
+        return
+    with bars:
+        task = bars.add_task(text, total=total)
+        yield lambda amount: bars.advance(task, amount)
 
 
 def duration(seconds: float) -> str:
@@ -96,7 +134,7 @@ def count_statuses(states: Iterable[RunState]) -> str:
 
 
 class Display:
-    """A sweep's progress on stderr: bars on a terminal, else one plain line for each run that ends.
+    """A sweep's progress on stderr: bars on a terminal or in a notebook, else a plain line for each run that ends.
 
     Use as a context manager. `labels` maps a run's id to what sets it apart (`method.rank=4 seed=1`).
     """
@@ -110,8 +148,8 @@ class Display:
         self._name = name
 
     def __enter__(self) -> Display:
-        if self._stream.isatty():
-            self._bars = _bars(self._stream)
+        if self._stream.isatty() or (self._stream is sys.stderr and in_notebook()):
+            self._bars = _bars(self._stream) if self._stream.isatty() else NotebookBars()
             self._bars.start()
             self._sweep = self._bars.add_task(self._name, total=len(self._labels), text="")
         return self

@@ -13,7 +13,7 @@ from lorabench.data.rows_file import place
 from lorabench.models.base_model import load_tokenizer, sequence_end
 from lorabench.spec.run_spec import RunSpec, in_stage
 from lorabench.spec.task import Example, Task
-from lorabench.training.examples import Usable, read_usable, tokenized
+from lorabench.training.examples import Usable, read_usable, reader, tokenized
 
 CHECKED_CHARACTERS = 200_000
 """Of each split as much is tokenized; what shows without a tokenizer is checked in all rows."""
@@ -33,7 +33,7 @@ def token_problems(spec: RunSpec) -> list[str]:
     return [
         in_stage(problem, number, spec.tasks)
         for number, task in enumerate(spec.stages, 1)
-        for problem in _token_problems(spec.model, spec.revision, task, spec.seq_len)
+        for problem in _tokens(spec.model, spec.revision, task, spec.seq_len).problems
     ]
 
 
@@ -82,8 +82,32 @@ def _unanswered(task: Task) -> tuple[str, ...]:
     return ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """How long the examples of a split are: of some, the tokens of each of the task's `sequences`; and how many there
+    are, as far as these tell."""
+
+    count: int
+    sample: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """What is known of a task's examples without making all of them."""
+
+    problems: tuple[str, ...] = ()
+    splits: dict[str, Lengths] = field(default_factory=dict)
+    characters: int = 0
+    """Of all rows that a run reads."""
+
+
+def tokens_of(spec: RunSpec) -> list[Tokens]:
+    """Of each of the run's tasks."""
+    return [_tokens(spec.model, spec.revision, task, spec.seq_len) for task in spec.stages]
+
+
 @cache
-def _token_problems(model: str, revision: str | None, task: Task, seq_len: int) -> tuple[str, ...]:
+def _tokens(model: str, revision: str | None, task: Task, seq_len: int) -> Tokens:
     usable = usable_of(task)
     try:
         if isinstance(usable, InputError):
@@ -93,8 +117,26 @@ def _token_problems(model: str, revision: str | None, task: Task, seq_len: int) 
         if task.auto_class.endswith("ForSequenceClassification"):
             _check_ends(model, sequence_end(model, revision), tokenizer, splits, usable)
     except InputError as error:
-        return tuple(error.problems)
-    return ()
+        return Tokens(problems=tuple(error.problems))
+    sizes = {split: [_characters(row) for row in rows] for split, rows in usable.rows.items()}
+    found = {split: _lengths(task, split, examples, sizes[split]) for split, examples in splits.items() if examples}
+    return Tokens(splits=found, characters=sum(map(sum, sizes.values())))
+
+
+def _lengths(task: Task, split: str, examples: list[Example], sizes: list[int]) -> Lengths:
+    """Of a split of which as many rows were tokenized as hold CHECKED_CHARACTERS."""
+    reads = reader(task, split)
+    most = task.max_train if split == "train" else reads.max_eval
+    share = max(1.0, sum(sizes) / CHECKED_CHARACTERS)
+    count = len(examples) if most is not None and len(examples) >= most else round(share * len(examples))
+    sample = [
+        tuple(len(example[key]) for key in reads.sequences) for example in examples[:: max(1, len(examples) // 512)]
+    ]
+    return Lengths(count=count if most is None else max(len(examples), min(count, most)), sample=tuple(sample))
+
+
+def _characters(row: Any) -> int:
+    return sum(len(value) for value in row.values() if isinstance(value, str))
 
 
 def _check_ends(model: str, end: int | None, tokenizer: Any, splits: dict[str, list[Example]], usable: Usable) -> None:

@@ -16,6 +16,7 @@ import copy
 import itertools
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,6 +128,62 @@ def _no_autocast() -> Iterator[None]:
         torch.autocast = autocast  # type: ignore[misc]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What something computes: FLOPs of matrix products, bytes that all its operations write, and their number."""
+
+    flops: float = 0.0
+    written: float = 0.0
+    operations: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            flops=self.flops + other.flops,
+            written=self.written + other.written,
+            operations=self.operations + other.operations,
+        )
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(flops=times * self.flops, written=times * self.written, operations=times * self.operations)
+
+    def at(self, size: float) -> Cost:
+        """Of as many operations on so many times the positions."""
+        return Cost(flops=size * self.flops, written=size * self.written, operations=self.operations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A pass by its shape: what the forward pass alone costs, what both do, and bytes that the one keeps for the other
+    (squares of attention apart, which fused kernels do not keep)."""
+
+    forward: Cost
+    both: Cost
+    kept: float
+
+
+def profile(copied: nn.Module, shape: Shape) -> Profile:
+    """Of a forward and backward pass, in float32; see `of_pass`."""
+    n, *lengths = shape
+    ids = [torch.zeros(n, length, dtype=torch.long, device="meta") for length in lengths]
+    inputs = dict(zip(("input_ids", "decoder_input_ids"), ids, strict=False))
+    weights = {t.untyped_storage()._cdata for t in itertools.chain(copied.parameters(), copied.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights and not (tensor.ndim == 4 and {*tensor.shape[-2:]} <= {*lengths}):
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.random.fork_rng(devices=[]), _no_autocast(), _Counter() as counter, hooks:
+        logits = copied(**inputs).logits
+        forward = counter.cost
+        logits.sum().backward()
+    copied.zero_grad()
+    return Profile(forward=forward, both=counter.cost, kept=float(sum(kept.values())))
+
+
 def _of_penalty(copied: nn.Module, method: Method) -> int:
     with _Counter() as counter:
         penalty = method.penalty(copied)
@@ -142,6 +199,12 @@ class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
+        self.written = 0
+        self.operations = 0
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(flops=float(self.total), written=float(self.written), operations=float(self.operations))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
@@ -150,6 +213,11 @@ class _Counter(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=found)
+        returned = func._schema.returns
+        if returned and (returned[0].alias_info is None or returned[0].alias_info.is_write):  # else it is a view
+            self.operations += 1
+            outputs = found if isinstance(found, tuple | list) else (found,)
+            self.written += sum(t.nbytes for t in outputs if isinstance(t, Tensor))
         return found
 
 

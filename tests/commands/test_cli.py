@@ -247,6 +247,10 @@ def test_a_stamp_holds_until_a_record_the_sweep_or_an_output_changes(sweep: Path
     assert found.up_to_date(store) is None
     stamp()
     assert found.up_to_date(store) == [output]
+    write_bytes(root / "merges" / "linear-0" / "record.json", b"{}")  # which the page shows too
+    assert found.up_to_date(store) is None
+    stamp()
+    assert found.up_to_date(store) == [output]
     stored(root, sweep, status=Status.FAILED)
     assert found.up_to_date(store) is None
     stamp()

@@ -55,8 +55,8 @@ def test_everything_is_written(light, tmp_path):
 
 def test_page_needs_no_other_file(page):
     assert not re.search(r'(?:src|url\()\s*=?\s*"?(?!data:)(?:https?:|//|figures)', page)
-    assert "<script" not in page and "<link" not in page
-    assert "data:image/png;base64," in page
+    assert "<script src" not in page and "<link" not in page
+    assert "data:image/svg+xml;base64," in page and "default-src 'none'" in page
 
 
 def test_page_says_what_was_asked_and_what_failed(page):

@@ -14,7 +14,7 @@ import pytest
 from lorabench.cli import main
 from lorabench.config.decode import InputError
 from lorabench.data.columns import called, numbered
-from lorabench.spec.new_sweep import new_sweep
+from lorabench.spec.new_sweep import MODELS, new_sweep
 from lorabench.spec.sweep import read_sweep
 
 NUMBERS = range(40)
@@ -89,8 +89,11 @@ def test_the_choices_of_a_question_may_be_columns(tmp_path: Path) -> None:
     assert (task["name"], task["choices"], task["answer_is"]) == ("multiple_choice", "option_a, option_b", "number")
 
 
-def test_a_model_of_its_own_kind_must_be_named(tmp_path: Path) -> None:
+def test_a_model_of_a_kind_that_is_not_built_in_must_be_named(tmp_path: Path, monkeypatch) -> None:
     data = str(written("completion", tmp_path))
+    base = tomllib.loads(new_sweep("seq2seq", data, None))["base"]
+    assert (base["model"], base["task"]["name"]) == ("builtin:tiny-t5", "seq2seq")
+    monkeypatch.delitem(MODELS, "AutoModelForSeq2SeqLM")
     with pytest.raises(InputError, match="--model: is missing: seq2seq needs one that AutoModelForSeq2SeqLM loads"):
         new_sweep("seq2seq", data, None)
     task = tomllib.loads(new_sweep("seq2seq", data, "t5-small"))["base"]["task"]

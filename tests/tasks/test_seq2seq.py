@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from lorabench.config import plugins
 from lorabench.config.decode import InputError, encode
+from lorabench.data.dataset import read_data
 from lorabench.launch import plan
 from lorabench.launch.plan import refusals
 from lorabench.methods._peft import tuner_layers
@@ -23,6 +25,7 @@ from lorabench.models.remarks import remarks
 from lorabench.models.targets import PRESETS, head_modules, linear_layers, match, quantized_layers
 from lorabench.spec.generate import Generate
 from lorabench.spec.measures import MEASURES
+from lorabench.spec.sweep import read_sweep
 from lorabench.spec.task import IGNORE
 from lorabench.store.generations import read_generations
 from lorabench.store.record import Status
@@ -37,6 +40,7 @@ from tests.conftest import make_spec
 from tests.methods.test_methods import CPU, add, load_base, tuned
 from tests.training.test_generation import some_prompts, written
 
+ROOT = Path(__file__).parents[2]
 METHODS = plugins.names("methods")
 BASES = ["t5", "bart"]
 IMPOSSIBLE = {("bitfit", "t5"): "no biases"}
@@ -212,6 +216,19 @@ def test_a_run_from_its_data_to_its_record(encoder_decoders, tmp_path):
     assert served <= set(found) and "serving" not in record.provenance and found["merge_error"] < 1e-3
     steps = [json.loads(line) for line in (store.folder(spec.id) / "steps.jsonl").read_text().splitlines()]
     assert len([row for row in steps if "grad_norm" in row]) == 30
+
+
+def test_the_shipped_sweep_runs_on_what_is_built_in(tmp_path):
+    """Nothing of it is refused, and two steps of one of its runs go from the data to answers."""
+    sweep, store = read_sweep(ROOT / "sweeps" / "seq2seq.toml"), Store(tmp_path)
+    assert refusals(sweep.runs) == []
+    spec = replace(sweep.runs[0], steps=2, task=replace(sweep.runs[0].task, max_train=16, max_eval=4))
+    store.write_spec(spec)
+    assert execute(spec, store, Options(device="cpu")) == Status.DONE
+    found = store.read(spec.id).measures
+    assert found["valid_loss"] < found["base_valid_loss"] and found["test_exact_match"] == 0.0
+    rows, given = read_generations(store.folder(spec.id) / "generations.jsonl"), read_data(spec.task.data)
+    assert [(r.prompt, r.reference) for r in rows] == [(r["prompt"], r["response"]) for r in given.splits["test"][:4]]
 
 
 def test_tokens_of_both_sides_count(encoder_decoders):

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorabench.config import plugins
 from lorabench.config.decode import encode
-from lorabench.launch import plan
+from lorabench.launch import estimate, plan
 from lorabench.models import base_model as models
 from lorabench.models import weights
 from lorabench.store.record import Status
@@ -160,7 +160,7 @@ def test_the_plan_says_what_the_record_does(changes, quick, tmp_path):
     spec, store = quick(**changes), Store(tmp_path)
     assert execute(spec, store, Options(log_to_file=False, device="cpu")) == Status.DONE
     record, planned = store.read(spec.id), plan.count(spec)
-    assert record.measures["flops_per_step"] == pytest.approx(plan.flops_per_step(spec, planned), rel=1e-12)
+    assert record.measures["flops_per_step"] == pytest.approx(estimate.flops_per_step(spec, planned), rel=1e-12)
     assert record.measures["num_parameters"] == planned.num_parameters
     assert record.provenance["flops_per_step"] == flops.ABOUT
 

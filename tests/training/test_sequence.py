@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from lorabench.cluster.run_states import standings
 from lorabench.config.decode import InputError
-from lorabench.launch import plan as plans
-from lorabench.launch.plan import count, formula, make_plan, plan_text
+from lorabench.launch import estimate as estimates
+from lorabench.launch.estimate import formula
+from lorabench.launch.plan import count, make_plan, plan_text
 from lorabench.report.figures.transfer import TransferMatrix
 from lorabench.report.results import load_results, selected
 from lorabench.report.tables import build_tables, write_tables
@@ -362,7 +363,7 @@ def test_a_task_that_cannot_be_read_is_named(tmp_path) -> None:
 def test_plan_status_and_tables_count_all_tasks(reference, tmp_path, monkeypatch) -> None:
     import torch
 
-    monkeypatch.setattr(plans, "flop_rate", lambda *_: (1e9, "set by the test"))
+    monkeypatch.setattr(estimates, "flop_rate", lambda *_: (1e9, "set by the test"))
     spec = SPECS["lora"]
     single = make_spec(task=CODE, steps=4)
     times = [formula(each, count(each), torch.device("meta")).train_seconds for each in (spec, single)]

@@ -10,8 +10,9 @@ from typing import Any
 from lorabench.config.decode import InputError
 from lorabench.config.quote import show_path
 from lorabench.report.aggregate import number, plain
+from lorabench.report.page import Part
 from lorabench.store.store import Store
-from lorabench.terminal.text import text_table
+from lorabench.terminal.text import TextTable
 from lorabench.updates.weightfile import some
 
 COLUMNS = ["body", "kept_%", "error", "rank", "parameters", "kib"]
@@ -22,13 +23,28 @@ METRICS = {
 
 
 def compression_text(store: Store, records: Sequence[dict[str, Any]]) -> str:
+    """The table, what must be said beside it, and where the adapters are."""
+    paths = [f"{r['body']}: {adapter_folder(store, r)}" for r in records if "kept" in r]
+    return "\n".join([compression_table(records).text, "", *_remarks(records), *paths])
+
+
+def compression_part(name: str, records: Sequence[dict[str, Any]]) -> Part:
+    """A page's section of what was made of one adapter."""
+    text = (
+        "Each layer cut to the smallest rank whose singular values hold a share of Σσ² of ΔW; evaluated on the "
+        "validation split. Error: ‖ΔW − ΔW_r‖ / ‖ΔW‖. Rank: least, median and largest over the layers."
+    )
+    return Part(
+        title=f"Compressions of {name}", text=text, tables=[compression_table(records)], notes=_remarks(records)
+    )  # fmt: skip
+
+
+def compression_table(records: Sequence[dict[str, Any]]) -> TextTable:
     """Kept share of Σσ², ‖ΔW − ΔW_r‖ / ‖ΔW‖, ranks, sizes, and the metrics there are."""
     shown = [name for name in METRICS if any(name in record["metrics"] for record in records)]
     heads = {name: f"{name}_%" if METRICS[name] == 100 else name for name in shown}
     rows = [_sizes(record) | {heads[name]: _metric(record["metrics"], name) for name in shown} for record in records]
-    table = text_table(rows, [*COLUMNS, *heads.values()])
-    paths = [f"{r['body']}: {adapter_folder(store, r)}" for r in records if "kept" in r]
-    return "\n".join([table, "", *_remarks(records), *paths])
+    return TextTable(title="", heads=[*COLUMNS, *heads.values()], rows=rows)
 
 
 def _sizes(record: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from lorabench.adapters.examine import comparison_figures
 from lorabench.adapters.examine.comparison import Row
 from lorabench.adapters.examine.comparison_text import facts, left_out, measured
 from lorabench.adapters.examine.inspection import by_kind
-from lorabench.report.page import embedded, fill
+from lorabench.report.page import drawn, fill
 
 CAPTIONS = {
     "phi_grids": "Subspace similarity φ(i, j): the top i directions of A against the top j of B, the mean over the "
@@ -31,7 +31,7 @@ def comparison_page(found: dict[str, Any]) -> str:
         header=[("A", found["a"]["source"]), ("B", found["b"]["source"]), *facts(found)],
         notes=[*found["notes"], *left_out(found)],
         sides=sides if rows else [],
-        figures=[embedded(name, CAPTIONS[name], figure) for name, figure in figures.items()],
+        figures=[drawn(name, CAPTIONS[name], figure) for name, figure in figures.items()],
         layers=_table(["Layer", "Side"], [([row["layer"], row["side"]], [row]) for row in rows]),
     )
 

@@ -10,7 +10,7 @@ from lorabench.adapters.examine import inspection_figures
 from lorabench.adapters.examine.inspection import Row, by_kind, current_parameters, facts
 from lorabench.adapters.examine.inspection_text import pasted
 from lorabench.report.aggregate import plain
-from lorabench.report.page import Drawn, embedded, fill
+from lorabench.report.page import Drawn, drawn, fill
 
 METRICS = {
     "rank_90": "rank_90",
@@ -53,7 +53,7 @@ def _figures(rows: list[Row]) -> Iterator[Drawn]:
     for name, caption in CAPTIONS.items():
         figure = getattr(inspection_figures, name)(rows)
         if figure is not None:
-            yield embedded(name, caption, figure)
+            yield drawn(name, caption, figure)
 
 
 def _table(first: list[str], metrics: dict[str, str], groups: Any) -> dict[str, Any]:

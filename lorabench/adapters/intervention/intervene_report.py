@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorabench.adapters.intervention.directions import INTRUDERS, KINDS
 from lorabench.adapters.intervention.intervene import BASE, TUNED, Intervention
@@ -15,8 +15,12 @@ from lorabench.config.decode import InputError
 from lorabench.config.quote import show_path
 from lorabench.report.aggregate import Cell, interval, number, plain, value_text
 from lorabench.report.labels import capitalized, key_label, measure, measure_label, shown_factor, value_label
+from lorabench.report.page import Part, drawn
 from lorabench.spec.run_spec import brief, canonical_json, flatten, swept_keys
-from lorabench.terminal.text import text_table
+from lorabench.terminal.text import TextTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = ("valid_loss", "valid_accuracy", "retain_loss", "forgetting")
 CHANGES = {name: f"{name}_change" for name in ("valid_loss", "valid_accuracy", "forgetting")}
@@ -27,6 +31,13 @@ FAR = 0.01
 """Relative difference of λ = 1 from the run's own record of which the table speaks: float32 is not the run's dtype."""
 UNCHANGED = Cell(mean=0.0, half=0.0, n=1, num_seeds=1, num_runs=1)
 """λ = 1 in the figure, by definition."""
+ABOUT = (
+    "λ scales the singular values of all intruders, of as many other directions (control), or changes the weights",
+    "by as much in random directions; means ± 95% intervals over runs, Δ: change relative to λ = 1",
+)
+CAPTION = (
+    "Change of the task's loss and of forgetting with λ, relative to λ = 1; hollow: runs are too few for an interval."
+)
 FIGURE_SUFFIXES = (".pdf", ".png")
 
 Record = dict[str, Any]
@@ -126,14 +137,27 @@ def correlation(records: Sequence[Record]) -> dict[str, Any]:
 
 def intervention_text(records: Sequence[Record], rows: Sequence[Row]) -> str:
     """Settings, kinds and λ by measures, and what the correlation is."""
-    lines = [
-        "λ scales the singular values of all intruders, of as many other directions (control), or changes the weights",
-        "by as much in random directions; means ± 95% intervals over runs, Δ: change relative to λ = 1",
-    ]
+    return "\n".join([*ABOUT, _table(rows).text, *_remarks(records)])
+
+
+def intervention_part(records: Sequence[Record], rows: Sequence[Row]) -> Part:
+    """A page's section: the same, with the figure where there is one."""
+    top, epsilon = (records[0]["key"][name] for name in ("top", "epsilon"))
+    figure = _figure(rows)
+    return Part(
+        title=f"Interventions on intruders (top {top}, ε = {epsilon:g})",
+        text=f"{' '.join(ABOUT)}.",
+        tables=[_table(rows)],
+        figures=[drawn("interventions", CAPTION, figure)] if figure else [],
+        notes=_remarks(records),
+    )
+
+
+def _table(rows: Sequence[Row]) -> TextTable:
     names = [name for name in SHOWN if any(name in row.cells for row in rows)]
     several = len({row.setting for row in rows}) > 1
     table = [({"setting": row.setting} if several else {}) | _text_row(row) for row in rows]
-    return "\n".join([*lines, text_table(table, _heads(names, several)), *_remarks(records)])
+    return TextTable(title="", heads=_heads(names, several), rows=table)
 
 
 def _heads(names: list[str], several: bool) -> list[str]:
@@ -184,13 +208,21 @@ def check_figure(file: Path) -> None:
 
 
 def draw(rows: Sequence[Row], file: Path) -> list[Path]:
-    """λ against the change of task loss and of forgetting, a row of panels a setting; the files, pdf and png."""
+    """The figure, if there is anything to draw; the files, pdf and png."""
+    from lorabench.report import drawing
+
+    figure = _figure(rows)
+    return drawing.save(figure, file.with_suffix("")) if figure else []
+
+
+def _figure(rows: Sequence[Row]) -> Figure | None:
+    """λ against the change of task loss and of forgetting, a row of panels a setting."""
     from lorabench.report import drawing
 
     settings = list(dict.fromkeys(row.setting for row in rows if row.scaled == INTRUDERS))
     names = [name for name in ("valid_loss", "forgetting") if any(CHANGES[name] in row.cells for row in rows)]
     if not settings or not names:
-        return []
+        return None
     looks, drawn = drawing.looks(KINDS), set()
     panels = {f"{setting} {name}": (setting, name) for setting in settings for name in names}
     width = "column" if len(names) == 1 else "page"
@@ -203,7 +235,7 @@ def draw(rows: Sequence[Row], file: Path) -> list[Path]:
             axes.set_title("")
         grid.set_xlabels("λ")
         drawing.legend_below(grid.figure, {kind: look for kind, look in looks.items() if kind in drawn})
-    return drawing.save(grid.figure, file.with_suffix(""))
+    return grid.figure
 
 
 def _draw_panel(axes: Any, rows: Sequence[Row], name: str, looks: dict[str, Any]) -> set[str]:

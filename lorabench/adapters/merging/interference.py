@@ -15,8 +15,10 @@ from lorabench.adapters.merging.bodies import ADAPTER, Body
 from lorabench.adapters.merging.compose import own_columns
 from lorabench.analysis.analyze import compare
 from lorabench.report.aggregate import interval, number, places, plain
+from lorabench.report.labels import listed
+from lorabench.report.page import Part
 from lorabench.store.store import Store
-from lorabench.terminal.text import text_table
+from lorabench.terminal.text import TextTable
 
 ANALYSIS = "interference"
 
@@ -73,7 +75,7 @@ def metric_shown(records: Sequence[dict[str, Any]]) -> str:
     return "valid_accuracy" if all("valid_accuracy" in cell for cell in cells) else "valid_loss"
 
 
-def merge_text(records: Sequence[dict[str, Any]], wanted: Sequence[Body]) -> str:
+def merge_table(records: Sequence[dict[str, Any]], wanted: Sequence[Body]) -> TextTable:
     """Bodies by tasks; DARE's seeds as mean ± 95% interval."""
     name, factor, unit = _shown(records)
     heads = records[0]["tasks"]
@@ -81,8 +83,7 @@ def merge_text(records: Sequence[dict[str, Any]], wanted: Sequence[Body]) -> str
     for label, group in _by_label(records, wanted):
         values = [[factor * record["metrics"][i][name] for record in group] for i in range(len(heads))]
         rows.append({"body": label} | {head: _cell(column) for head, column in zip(heads, values, strict=True)})
-    measure = f"{name} ({unit})"
-    return "\n".join([f"{measure}, by body and task", text_table(rows, ["body", *heads])])
+    return TextTable(title=f"{name} ({unit}), by body and task", heads=["body", *heads], rows=rows)
 
 
 def _shown(records: Sequence[dict[str, Any]]) -> tuple[str, int, str]:
@@ -108,7 +109,7 @@ def _signed(values: list[float]) -> str:
     return text if text.startswith("−") or not any(values) else f"+{text}"
 
 
-def change_text(records: Sequence[dict[str, Any]], wanted: Sequence[Body]) -> str:
+def change_table(records: Sequence[dict[str, Any]], wanted: Sequence[Body]) -> TextTable:
     """Merges by runs: what each adapter loses (or gains) on its own task by being merged. Of `with_changes`."""
     name, factor, unit = _shown(records)
     rows = []
@@ -120,10 +121,10 @@ def change_text(records: Sequence[dict[str, Any]], wanted: Sequence[Body]) -> st
             rows.append({"body": label} | {run_id: _signed(values) for run_id, values in changes.items()})
     heads = list(rows[0])[1:] if rows else []
     title = f"change of {name} ({unit}) on each run's own task, against its adapter alone"
-    return "\n".join([title, text_table(rows, ["body", *heads])])
+    return TextTable(title=title, heads=["body", *heads], rows=rows)
 
 
-def interference_text(found: Sequence[dict[str, Any]]) -> str:
+def interference_table(found: Sequence[dict[str, Any]]) -> TextTable:
     """A row for each pair and metric: mean and standard deviation over the layers, and what chance gives."""
     rows = [
         {
@@ -138,4 +139,10 @@ def interference_text(found: Sequence[dict[str, Any]]) -> str:
         for metric, numbers in pair["metrics"].items()
     ]
     title = "interference of every two adapters, mean and standard deviation over the layers"
-    return "\n".join([title, text_table(rows, ["run_a", "run_b", "metric", "mean", "std", "chance"])])
+    return TextTable(title=title, heads=["run_a", "run_b", "metric", "mean", "std", "chance"], rows=rows)
+
+
+def merge_part(run_ids: Sequence[str], tables: Sequence[TextTable]) -> Part:
+    """A page's section of these runs' merges."""
+    text = "The base, each adapter alone and each merge, on the validation split of every run's own task."
+    return Part(title=f"Merges of {listed(run_ids)}", text=text, tables=[*tables])

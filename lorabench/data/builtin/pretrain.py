@@ -9,14 +9,14 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lorabench.data.builtin.collect import HERE, write_fingerprints
 
@@ -90,9 +90,9 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> Te
     return torch.tensor([token for ids in encoded for token in (bos, *ids, eos)])
 
 
-def blocks(stream: Tensor) -> Tensor:
-    """The stream cut into `(num_blocks, BLOCK)`; the rest that fills no block is left out."""
-    return stream[: len(stream) // BLOCK * BLOCK].view(-1, BLOCK)
+def blocks(stream: Tensor, block: int = BLOCK) -> Tensor:
+    """The stream cut into `(num_blocks, block)`; the rest that fills no block is left out."""
+    return stream[: len(stream) // block * block].view(-1, block)
 
 
 @torch.no_grad()
@@ -103,12 +103,12 @@ def mean_loss(model: LlamaForCausalLM, stream_blocks: Tensor) -> float:
     return total / len(stream_blocks)
 
 
-def random_batches(stream: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
-    """`(BATCH, BLOCK)` pieces of the stream from random starts."""
-    generator = torch.Generator().manual_seed(seed)
+def random_pieces(stream: Tensor, steps: int, batch: int, block: int) -> Iterator[Tensor]:
+    """`(batch, block)` pieces of the stream from random starts, for each step."""
+    generator = torch.Generator().manual_seed(SEED)
     for _ in range(steps):
-        starts = torch.randint(len(stream) - BLOCK, (BATCH, 1), generator=generator)
-        yield stream[starts + torch.arange(BLOCK)]
+        starts = torch.randint(len(stream) - block, (batch, 1), generator=generator)
+        yield stream[starts + torch.arange(block)]
 
 
 def lr_share(step: int, steps: int) -> float:
@@ -120,7 +120,7 @@ def lr_share(step: int, steps: int) -> float:
     return FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimizer_for(model: LlamaForCausalLM) -> torch.optim.AdamW:
+def optimizer_for(model: PreTrainedModel) -> torch.optim.AdamW:
     """Weight decay on matrices, none on the norms."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -128,20 +128,22 @@ def optimizer_for(model: LlamaForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
 
 
-def train(model: LlamaForCausalLM, stream: Tensor, steps: int, validation: Tensor) -> None:
+def train(
+    model: PreTrainedModel, batches: Iterator[dict[str, Tensor]], steps: int, validate: Callable[[], float]
+) -> None:
     """The loop; prints the training and validation loss from time to time."""
     optimizer = optimizer_for(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, steps))
-    for step, batch in enumerate(random_batches(stream, steps, SEED), start=1):
+    for step, batch in enumerate(batches, start=1):
         model.train()
-        loss = model(input_ids=batch, labels=batch).loss
+        loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         if step % 500 == 0:
-            print(f"step {step}: {loss.item():.4f}, validation {mean_loss(model, validation):.4f}", flush=True)
+            print(f"step {step}: {loss.item():.4f}, validation {validate():.4f}", flush=True)
 
 
 def losses(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
@@ -168,11 +170,12 @@ def fit(steps: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, Tensor]:
     validation = blocks(token_stream(tokenizer, texts("english-docs", "validation")))
     model = new_model(tokenizer)
     print(f"{model.num_parameters()} parameters, {len(stream)} tokens, {len(validation)} validation blocks")
-    train(model, stream, steps, validation)
+    pieces = ({"input_ids": piece, "labels": piece} for piece in random_pieces(stream, steps, BATCH, BLOCK))
+    train(model, pieces, steps, lambda: mean_loss(model, validation))
     return model, tokenizer, stream
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """An ordinary Hugging Face folder."""
     tokenizer.save_pretrained(out)
     # transformers 5 writes a class name that transformers 4 does not know; both read this one.
@@ -206,15 +209,16 @@ def pretrain(out: Path, steps: int) -> None:
     print(json.dumps(record, indent=2))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE / "tiny-llama", help="where the model goes")
-    parser.add_argument("--steps", type=int, default=STEPS, help="a short run, for a test")
+def command(about: str, name: str, steps: int, make: Callable[[Path, int], None]) -> None:
+    """The command line of a script that makes the built-in model `name`, in so many steps if not told otherwise."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=HERE / name, help="where the model goes")
+    parser.add_argument("--steps", type=int, default=steps, help="fewer: an earlier model, or a test")
     arguments = parser.parse_args()
-    pretrain(arguments.out, arguments.steps)
+    make(arguments.out, arguments.steps)
     if arguments.out.resolve().parent == HERE.resolve():
         write_fingerprints()
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__, "tiny-llama", STEPS, pretrain)

@@ -3,22 +3,23 @@
 Where reinforcement learning begins: from `tiny-llama` itself no answer is ever right, and so nothing is rewarded.
 """
 
-import argparse
 import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lorabench.config.decode import decode
-from lorabench.data.builtin.collect import HERE, write_fingerprints
+from lorabench.data.builtin.collect import HERE
+from lorabench.data.builtin.pretrain import command
 from lorabench.models.base_model import load_base
 from lorabench.spec.run_spec import RunSpec
 from lorabench.store.store import Store
 from lorabench.training.execute import Options, execute
 
-SPEC = {
+SPEC: dict[str, Any] = {
     "model": "builtin:tiny-llama",
     "method": {"name": "full"},
     "task": {
@@ -56,15 +57,5 @@ def warm_start(out: Path, steps: int) -> None:
     print(json.dumps(about, indent=2))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE / "tiny-llama-arithmetic", help="where the model goes")
-    parser.add_argument("--steps", type=int, default=SPEC["steps"], help="fewer: an earlier start, or a test")
-    arguments = parser.parse_args()
-    warm_start(arguments.out, arguments.steps)
-    if arguments.out.resolve().parent == HERE.resolve():
-        write_fingerprints()
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, "tiny-llama-arithmetic", SPEC["steps"], warm_start)

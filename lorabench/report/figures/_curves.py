@@ -10,6 +10,7 @@ import seaborn as sns
 
 from lorabench.report.aggregate import FEWEST, FREE, cell, drawn_interval
 from lorabench.report.drawing import NULL_DASHES, Look, setting_looks
+from lorabench.report.hover import name_points
 from lorabench.report.results import kept_rows
 from lorabench.report.update_metrics import NULL, VALUE, by_setting, shown_settings
 
@@ -65,6 +66,7 @@ def draw_lines(
             axes, line, look, x, null_color=null, errorbar=lambda values: drawn_interval(values, within),
             markerfacecolor="white" if seeds.max() < FEWEST else look.color, **(bars if is_short else band),
         )  # fmt: skip
+        axes.lines[-1].set_label(name)
         means = pd.DataFrame(axes.lines[-1].get_xydata(), columns=[x, VALUE])
         hollow = means[means[x].isin(line[seeds < FEWEST][x]) & is_short]
         how: dict[str, Any] = {"x": x, "y": VALUE, "ax": axes, "legend": False, "zorder": 3.5}
@@ -110,7 +112,7 @@ def measured(runs: pd.DataFrame, name: str, at: str = "y", within: tuple[float, 
 def draw_points(axes: Axes, points: pd.DataFrame) -> None:
     """Points with their intervals both ways, hollow where the seeds are too few for one.
 
-    Columns: x, y, with their _low and _high, seeds, color and marker.
+    Columns: x, y, with their _low and _high, seeds, color and marker; and `name`, where they have one each.
     """
     for p in points.itertuples():
         xerr, yerr = [[p.x - p.x_low], [p.x_high - p.x]], [[p.y - p.y_low], [p.y_high - p.y]]
@@ -121,3 +123,4 @@ def draw_points(axes: Axes, points: pd.DataFrame) -> None:
             chunk, x="x", y="y", ax=axes, marker=marker, s=18, facecolor="white" if few else color, edgecolor=color,
             linewidth=1.0, legend=False, zorder=3,
         )  # fmt: skip
+        name_points(axes, chunk.get("name", ()))

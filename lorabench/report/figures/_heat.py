@@ -14,7 +14,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 
 from lorabench.report.aggregate import number
-from lorabench.report.drawing import LOG_FACTOR, POINTS, facets, plain_logarithmic
+from lorabench.report.drawing import LOG_FACTOR, POINTS, facets, inches, plain_logarithmic
+from lorabench.report.hover import name_cells
 from lorabench.report.labels import value_label
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def draw_tables(
             annot=None if text is None else text.to_numpy(), fmt="", annot_kws={"size": POINTS, "zorder": 3},
             xticklabels=False, yticklabels=False,
         )  # fmt: skip
+        name_cells(axes, table)
         for axis, names in ((axes.xaxis, table.columns), (axes.yaxis, table.index)):
             places = _marked(list(names))
             axis.set_ticks([place + 0.5 for place in places], [str(names[place]) for place in places])
@@ -84,7 +86,9 @@ def _fitting(tables: Sequence[pd.DataFrame], grid: Any) -> list[Any]:
     texts = [table.map(lambda value: "" if value != value else short(float(value))) for table in tables]
     widest = max((len(text) for table in texts for text in table.to_numpy().flat), default=0)
     rows, columns = (max(len(table.axes[axis]) for table in tables) for axis in (0, 1))
-    width, height = grid.figure.get_size_inches()  # less labels, titles and the bar, about
+    if grid is None:  # axes that stand in no grid
+        return [None] * len(texts)
+    width, height = inches(grid.figure)  # less labels, titles and the bar, about
     across, down = (width - BAR_INCHES) / grid.ncols - 0.1, height / grid.nrows - 0.4
     has_room = widest * 0.62 * POINTS + 3 <= 72 * across / columns and 72 * down / rows >= POINTS + 3
     return texts if has_room else [None] * len(texts)

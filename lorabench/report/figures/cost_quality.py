@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lorabench.report.labels import measure, series_label, value_label
 from lorabench.report.update_metrics import RANK, axis_label
-from lorabench.spec.figure import Canvas, Figure, Frame
+from lorabench.spec.figure import Axes, Canvas, Figure, Frame
 
 FEW = 8
 """Settings that colours and markers alone tell apart."""
@@ -38,6 +40,7 @@ class CostQuality(Figure):
         with drawing.facets(points["cost"].unique(), self.width, height=2.6, sharex=False) as grid:
             for cost, axes in grid.axes_dict.items():
                 draw_points(axes, points[points["cost"] == cost])
+                _draw_front(axes, points[points["cost"] == cost], cost, value)
                 drawing.limit([axes], "x")
                 if axes.get_xscale() == "linear":  # else numbers of many digits run into one another
                     axes.locator_params(axis="x", nbins=5)
@@ -55,7 +58,10 @@ class CostQuality(Figure):
         return self.value or f"valid_{results.quality}"
 
     def caption(self) -> str:
-        return "Quality against memory and throughput, one point a setting, the mean over seeds in both directions."
+        return (
+            "Quality against memory and throughput, one point a setting, the mean over seeds in both directions. Grey: "
+            "the settings that no other beats in both (the Pareto front)."
+        )
 
     def notes(self, results: Any) -> list[str]:
         from lorabench.report import drawing
@@ -66,6 +72,36 @@ class CostQuality(Figure):
 
 
 EXAMPLE = CostQuality()
+
+
+def pareto_front(points: Sequence[tuple[float, float]], more: tuple[bool, bool]) -> list[int]:
+    """Places of the points than which no other is at least as good in both and better in one, from the best x on.
+
+    `more`: whether more is better, of x and of y.
+    """
+    signs = [-1 if better else 1 for better in more]
+    costs = [tuple(sign * value for sign, value in zip(signs, point, strict=True)) for point in points]
+    order = sorted(range(len(costs)), key=costs.__getitem__)
+    best = math.inf
+    found: list[int] = []
+    for place in order:
+        if costs[place][1] < best or (found and costs[place] == costs[found[-1]]):
+            best = costs[place][1]
+            found.append(place)
+    return found
+
+
+def _draw_front(axes: Axes, points: Frame, cost: str, value: str) -> None:
+    """A line through the settings that no other beats in both, where both have a better side."""
+    from matplotlib.collections import LineCollection
+
+    from lorabench.report import drawing
+
+    more = measure(cost).higher_is_better, measure(value).higher_is_better
+    if None not in more:
+        pairs = [*points[["x", "y"]].itertuples(index=False, name=None)]
+        front = [pairs[place] for place in pareto_front(pairs, (bool(more[0]), bool(more[1])))]
+        axes.add_collection(LineCollection([front], colors=drawing.REFERENCE, linewidths=0.8, zorder=1))
 
 
 def _families(results: Any, runs: Frame) -> list[Any]:
@@ -96,6 +132,7 @@ def _points(results: Any, runs: Frame, costs: tuple[str, ...], value: str) -> Fr
         else:
             row |= {"label": series_label(keys, [*family.values()]), "look": look(family)}
             row |= {"text": "" if rank is None else value_label(rank)}
+        row["name"] = series_label(results.settings, values)
         both = {cost: drawing.finite(chunk, cost) for cost in costs}
         rows += [
             {"cost": cost} | row | measured(found, cost, "x") | measured(found, value)

@@ -36,7 +36,7 @@ class HeatMap(Figure):
         height = 0.5 + 0.17 * len(kinds)
         names = [f"{value} {title}" for value in maps for title in titles]
         with drawing.facets(names, self.width, height=height, columns=len(titles), theme="white") as grid:
-            is_narrow = grid.figure.get_figwidth() == drawing.COLUMN_INCHES
+            is_narrow = drawing.inches(grid.figure)[0] == drawing.COLUMN_INCHES
             for row, (value, found) in enumerate(maps.items()):
                 panels = grid.axes.flat[row * len(titles) : (row + 1) * len(titles)]
                 whole = [found.get(title, drawn[0][:0]).reindex(index=kinds, columns=depths) for title in titles]

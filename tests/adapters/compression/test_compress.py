@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -13,6 +14,7 @@ from peft import PeftModel
 from lorabench.adapters.compression.compress import compress
 from lorabench.adapters.compression.compressible import open_subject
 from lorabench.adapters.compression.compression_text import compression_text, copy_adapters
+from lorabench.adapters.kept import kept_parts
 from lorabench.cli import main
 from lorabench.config.decode import InputError
 from lorabench.models.weights import add_update
@@ -224,7 +226,7 @@ def test_the_command(runs, tmp_path, capsys) -> None:
     store, ids = runs
     command = ["compress", str(store.folder(ids["full"])), "--energy", "0.5,0.9", "--device", "cpu"]
     command += ["--results", str(store.root)]
-    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    assert main([*command, "--output", str(tmp_path / "out"), "--html", str(tmp_path / "page.html")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:6] == ["body", "kept_%", "error", "rank", "parameters", "kib"]
     assert [line.split("  ")[0] for line in lines[1:5]] == ["base", "full", "energy 0.5", "energy 0.9"]
@@ -238,6 +240,13 @@ def test_the_command(runs, tmp_path, capsys) -> None:
     shown = json.loads(capsys.readouterr().out)
     assert shown["format"] == "lorabench" and len(shown["compressions"]) == 4
     assert shown["compressions"][2]["kept"] >= 0.5 and shown["compressions"][2]["rank_advice"]["r"] >= 1
+    (part,) = (part for part in kept_parts(store, [ids["full"]]) if part.title == f"Compressions of {ids['full']}")
+    cells, page = {row[0]: row for row in part.tables[0].cells}, (tmp_path / "page.html").read_text()
+    for line in lines[1:5]:
+        row = re.split("  +", line)
+        assert cells[row[0]] == ["–" if text == "-" else text for text in row]
+        assert all(f">{text}</td>" in page for text in cells[row[0]])
+    assert any(note.startswith("left out: 5 vectors") for note in part.notes)
     assert main(["compress", "nowhere", "--results", str(store.root)]) == 2
     assert "ADAPTER = nowhere: no such file or folder, and no run of" in capsys.readouterr().err
     assert main(["compress", "lora", "--results", str(store.root)]) == 2

@@ -147,7 +147,7 @@ def test_a_page_holds_all_layers_and_needs_no_other_file(pair, found, capsys, tm
     code, out, err = run(capsys, *pair[:2], "--json", "--html", tmp_path / "c.html")
     page = (tmp_path / "c.html").read_text("utf-8")
     assert code == 0 and json.loads(out) and err == f"lorabench: wrote {tmp_path}/c.html\n"
-    assert page.count("data:image/png;base64,") == 2 and not re.search(r'src="(?!data:)|<script|<link', page)
+    assert page.count("data:image/svg+xml;base64,") == 2 and not re.search(r'src="(?!data:)|<script src|<link', page)
     assert all(row["layer"] in page for row in found["layers"])
     evil = found | {"a": found["a"] | {"source": "<b>x</b>"}}
     assert "<b>x</b>" not in comparison_page(evil)

@@ -108,7 +108,7 @@ def test_a_page_holds_all_layers_and_needs_no_other_file(lora, found, capsys, tm
     code, out, err = run(capsys, lora[0], "--html", tmp_path / "pages" / "a.html")
     page = (tmp_path / "pages" / "a.html").read_text("utf-8")
     assert code == 0 and err == f"lorabench: wrote {tmp_path}/pages/a.html\n" and "rank_pattern" in out
-    assert page.count("data:image/png;base64,") == 3 and not re.search(r'src="(?!data:)|<script|<link', page)
+    assert page.count("data:image/svg+xml;base64,") == 3 and not re.search(r'src="(?!data:)|<script src|<link', page)
     assert all(row["layer"] in page for row in found["layers"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ from lorabench.adapters.intervention import intervene as engine
 from lorabench.adapters.intervention.directions import CONTROL, INTRUDERS, KINDS, RANDOM, find_directions, nearest
 from lorabench.adapters.intervention.intervene import BASE, TUNED, Bench, Intervention, intervene, read_run, scaled
 from lorabench.adapters.intervention.intervene_report import by_setting, correlation, intervention_text, make_rows
+from lorabench.adapters.kept import kept_parts
 from lorabench.analysis.bases import FOLDER, Bases
 from lorabench.cli import main
 from lorabench.config.digests import file_digests
@@ -234,13 +236,13 @@ def test_the_command(tmp_path, capsys) -> None:
     full = {"method": {"name": "full"}, "task": RETAINED}
     ids = [pretend(store, make_spec(seed=seed, **full), [random_update(seed, 20.0)]) for seed in (0, 1, 2)]
     command = ["intervene", *ids, "--lambdas", "0,1", "--device", "cpu", "--results", str(tmp_path)]
-    assert main([*command, "--figure", str(figure)]) == 0
+    assert main([*command, "--figure", str(figure), "--html", str(tmp_path / "page.html")]) == 0
     out, err = capsys.readouterr()
     heads, *lines = out.splitlines()[2:]
     assert heads.split("  ")[0] == "scaled" and "Δ forgetting (%)" in heads
     assert [line.split()[0] for line in lines[:5]] == [BASE, TUNED, *KINDS]
     assert "±" in lines[1] and "[1/5] base" in err
-    assert lines[-1].endswith("with forgetting needs at least 5 runs, and has 3")
+    assert lines[-1].endswith("with forgetting needs at least 5 settings, and has 1")
     assert figure.stat().st_size > 10_000 and figure.with_suffix(".pdf").exists() and "wrote" in err
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -251,6 +253,15 @@ def test_the_command(tmp_path, capsys) -> None:
     assert (at[INTRUDERS]["forgetting"]["mean"], at[INTRUDERS]["forgetting"]["half"]) == interval(values)
     assert min(tuned) > 0 and at[INTRUDERS]["forgetting_change"]["mean"] == pytest.approx(interval(changes)[0])
     assert at[INTRUDERS]["num_directions"] == at[CONTROL]["num_directions"] == 1
+    (part,) = kept_parts(store, ids)
+    page = (tmp_path / "page.html").read_text()
+    assert part.tables[0].heads == re.split("  +", heads) and len(part.figures) == 1 and 'alt="interventions"' in page
+    for line, row in zip(lines, part.tables[0].cells, strict=False):
+        assert row == ["–" if text == "-" else text for text in re.split("  +", line)]
+    assert kept_parts(store, ids[:1])[0].tables[0].cells != part.tables[0].cells
+    (tmp_path / "interventions" / "damaged").mkdir()
+    (tmp_path / "interventions" / "damaged" / "record.json").write_text("{")
+    assert kept_parts(store, ids)[0].tables == part.tables and not kept_parts(store, ["others"])
 
 
 def test_a_run_without_intruders_says_so(tmp_path, capsys) -> None:

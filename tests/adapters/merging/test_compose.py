@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from lorabench.adapters.kept import kept_parts
 from lorabench.adapters.merging.adapters import find_run, read_adapter
 from lorabench.adapters.merging.bodies import COMBINATIONS, FACTOR_WISE, MERGED, Body, bodies
 from lorabench.adapters.merging.compose import Bench, check, compose, put_head
 from lorabench.adapters.merging.compose import merge as add_merge
-from lorabench.adapters.merging.interference import interference, merge_text, with_changes
+from lorabench.adapters.merging.interference import interference, merge_table, with_changes
 from lorabench.adapters.merging.merged_files import merge_folders, write_merges
 from lorabench.analyses.interference import Interference
 from lorabench.cli import main
@@ -437,11 +439,11 @@ def test_files_that_were_changed_are_refused(runs, tmp_path) -> None:
     assert "not those that its record describes" in refusal(lambda: read_adapter(Store(tmp_path), ids["code"]))
 
 
-def test_the_command(runs, capsys) -> None:
+def test_the_command(runs, tmp_path, capsys) -> None:
     store, ids = runs
     command = ["merge", ids["code"], ids["docs"], "--by", "linear,dare_linear", "--seed", "0,1", "--device", "cpu"]
     command += ["--results", str(store.root)]
-    assert main(command) == 0
+    assert main([*command, "--html", str(tmp_path / "merges.html")]) == 0
     out, err = capsys.readouterr()
     lines, changes, pairs = (block.splitlines() for block in out.strip().split("\n\n"))
     assert lines[0] == "valid_loss (nats), by body and task"
@@ -465,6 +467,16 @@ def test_the_command(runs, capsys) -> None:
     assert shown["interference"][0]["metrics"].keys() == Interference.metrics.keys()
     for by in COMBINATIONS:
         assert by in (merge.__doc__ or "")
+    page = (tmp_path / "merges.html").read_text()
+    mine = [
+        part for part in kept_parts(store, ids.values()) if part.title == f"Merges of {ids['code']} and {ids['docs']}"
+    ]
+    assert f"<h2>{mine[0].title}</h2>" in page and len(mine) == 1
+    kept = {row[0]: row[1:] for row in mine[0].tables[0].cells}
+    for line in lines[2:]:
+        body, *cells = re.split("  +", line)
+        assert kept[body] == cells and all(f">{cell}</td>" in page for cell in (body, *cells))
+    assert not any("Merges" in part.title for part in kept_parts(store, [ids["code"]]))
 
 
 @pytest.mark.parametrize(
@@ -531,7 +543,7 @@ def test_the_change_is_against_the_adapter_alone_on_its_own_task(pair, runs) -> 
 def test_text_shows_the_mean_over_seeds() -> None:
     wanted = [Body(by="dare_ties", weights=(1, 1), density=0.5, seed=seed) for seed in (0, 1)]
     records = [{"tasks": ["a"], "metrics": [{"valid_accuracy": value}]} for value in (0.5, 0.7)]
-    assert merge_text(records, wanted).splitlines()[-1].startswith("dare_ties (density 0.5)  60 ± ")
+    assert merge_table(records, wanted).text.splitlines()[-1].startswith("dare_ties (density 0.5)  60 ± ")
 
 
 def test_records_are_below_the_results_folder(runs) -> None:

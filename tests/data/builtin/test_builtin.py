@@ -38,14 +38,6 @@ def recorded() -> dict:
     return json.loads((MODEL / "training.json").read_text())
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_fingerprints_match_the_files():
     assert json.loads((HERE / "fingerprints.json").read_text()) == collect.fingerprints()
 

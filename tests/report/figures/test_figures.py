@@ -176,3 +176,17 @@ def test_subspace_grid_between_seeds(results):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_figure_has_a_heading_in_the_report(name):
     assert plugins.example("figures", name).section in SECTIONS
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drawn_in_a_subfigure_it_is_the_same(name, results):
+    whole = drawn(name, results)
+    part, _ = drawing.plt.figure(figsize=(14, 8), layout="constrained").subfigures(1, 2)
+    with drawing.onto(part):
+        assert drawn(name, results) is part
+    for own, other in zip(part.axes, whole.axes, strict=True):
+        assert (own.get_title(), own.get_xlabel()) == (other.get_title(), other.get_xlabel())
+        assert [len(own.lines), len(own.collections)] == [len(other.lines), len(other.collections)]
+    assert [t.get_text() for legend in part.legends for t in legend.get_texts()] == [
+        t.get_text() for legend in whole.legends for t in legend.get_texts()
+    ]
