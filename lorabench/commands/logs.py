@@ -1,7 +1,8 @@
 """Print the log of a run, or of its job on a cluster.
 
 RUN is the run's id, or enough of its beginning. The job's own log (--job) holds what came before the run and around
-it: the set-up lines, what SLURM had to say, the warm-up.
+it: the set-up lines, what SLURM had to say, the warm-up. With --follow, stderr says what the run
+is doing and how far it is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ ARGUMENTS = [
 ]
 FOLLOWED_LINES = 20
 SAY_SECONDS = 20.0
+"""After so many it is said again where a run is that does the same still."""
 WHOLE = 10**9
 
 

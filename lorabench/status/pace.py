@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,12 +27,13 @@ class Usual:
     @classmethod
     def of(cls, standings: Sequence[Standing]) -> Usual:
         by_kind: dict[bytes, list[tuple[float, float]]] = {}
-        for standing in standings:
-            measures = standing.state.record.measures if standing.state.record else {}
-            if standing.status == Status.DONE and "total_seconds" in measures:
-                whole = measures["total_seconds"]
-                times = whole, max(0.0, whole - measures.get("train_seconds", whole))
-                by_kind.setdefault(_kind(standing.state.spec), []).append(times)
+        if any(standing.status == Status.RUNNING for standing in standings):  # else nobody asks
+            for standing in (standing for standing in standings if standing.status == Status.DONE):
+                measures = standing.state.record.measures if standing.state.record else {}
+                whole, train = measures.get("total_seconds", math.nan), measures.get("train_seconds", math.nan)
+                if math.isfinite(whole):
+                    times = whole, max(0.0, whole - train) if math.isfinite(train) else 0.0
+                    by_kind.setdefault(_kind(standing.state.spec), []).append(times)
         return cls(by_kind=by_kind)
 
     def like(self, spec: dict[str, Any]) -> tuple[float, float] | None:
@@ -54,7 +57,7 @@ def seconds_left(standing: Standing, usual: Usual) -> float | None:
         return None
     pace, step, steps = (claim.progress.get(key) for key in ("step_seconds_median", "step", "steps"))
     like = usual.like(standing.state.spec)
-    elapsed = time.time() - datetime.fromisoformat(record.started).timestamp() if record and record.started else None
+    elapsed = _seconds_since(record.started) if record else None
     if not pace or step is None or not steps:
         return max(0.0, like[0] - elapsed) if like and elapsed is not None else None
     left = float(pace * (steps - step))
@@ -62,6 +65,13 @@ def seconds_left(standing: Standing, usual: Usual) -> float | None:
         spent = elapsed - pace * (step - ((record.resumed_from_step if record else None) or 0))
         return left + max(0.0, like[1] - max(0.0, spent))
     return left + claim.progress.get("evaluate_seconds", 0.0)
+
+
+def _seconds_since(text: str) -> float | None:
+    """Since a time as records have it; None of anything else."""
+    with contextlib.suppress(ValueError):
+        return time.time() - datetime.fromisoformat(text).timestamp()
+    return None
 
 
 def all_seconds_left(standings: Sequence[Standing], usual: Usual) -> float | None:

@@ -92,8 +92,9 @@ def instability(
     """
     column, is_loss = spec.objective.watched
     series = [row[column] for row in rows if column in row]
-    if spec.steps < FEWEST or len(series) < spec.total_steps:
+    if spec.steps < FEWEST or len(series) < spec.total_steps or not all(map(math.isfinite, series)):
         return {}, {}
+    starts = [*starts, *[None] * len(spec.stages)][: len(spec.stages)]
     parts = [series[stage * spec.steps : (stage + 1) * spec.steps] for stage in range(len(starts))]
     courses = [
         course(part, start) if is_loss else course([-value for value in part], scale=1.0)
@@ -111,7 +112,8 @@ def from_record(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """The same of a run that was recorded before this was measured."""
     losses = record.sequence.get("matrices", {}).get("loss", [])
-    before = [losses[i][i] for i in range(len(losses) - 1)] or [record.measures.get("base_valid_loss")]
+    before = [row[i] for i, row in enumerate(losses[:-1]) if i < len(row)]
+    before = before or [record.measures.get("base_valid_loss")]
     return instability(spec, rows, before)
 
 
@@ -121,7 +123,7 @@ def judged(states: Sequence[RunState]) -> list[RunState]:
     Standard errors of k seeds make those of their sum, divided by √k (Stouffer's method).
     """
     done = [state.record for state in states if state.record and state.status == Status.DONE]
-    measured = [record for record in done if "train_climb" in record.measures]
+    measured = [record for record in done if {"train_climb", "train_climb_errors"} <= record.measures.keys()]
     settings: dict[bytes, list[RunRecord]] = {}
     for record in measured if any(map(_may_be, measured)) else ():
         settings.setdefault(canonical_json({**record.spec, "seed": None}), []).append(record)

@@ -42,30 +42,32 @@ def running(tmp_path):
 
 
 def test_what_comes_beside_the_steps_is_that_of_the_runs_before_less_what_has_passed(running):
-    usual = Usual.of([done(1, 160, 100), done(2, 140, 100), done(3, 1000, 10, method={"name": "full"})])
+    usual = Usual.of([running(), done(1, 160, 100), done(2, 140, 100), done(3, 1000, 10, method={"name": "full"})])
     assert seconds_left(running(began=30), usual) == pytest.approx(75 + 50 - 5, abs=1)
     assert seconds_left(running(began=100), usual) == pytest.approx(75, abs=1)  # all has passed: more than usual
     assert seconds_left(running(progress={"phase": "load"}, began=30), usual) == pytest.approx(150 - 30, abs=1)
 
 
 def test_of_another_kind_all_that_is_done_is_taken_and_of_none_the_base_s_evaluation(running):
-    usual = Usual.of([done(1, 160, 100), done(3, 80, 40, method={"name": "full"})])
+    usual = Usual.of([running(), done(1, 160, 100), done(3, 80, 40, method={"name": "full"})])
     run = running(method={"name": "bitfit"}, began=25)
     assert seconds_left(run, usual) == pytest.approx(75 + (60 + 40) / 2, abs=1)
     nothing = Usual.of([])
     assert seconds_left(running(progress=PACE | {"evaluate_seconds": 8.0}), nothing) == 75 + 8
     assert seconds_left(running(progress={"phase": "load"}), nothing) is None
     assert seconds_left(done(1, 160, 100), usual) is None
+    damaged = running(began=25)
+    damaged.state.record.started = "yesterday"
+    assert seconds_left(damaged, usual) == 75
 
 
 def test_runs_not_begun_are_counted(running):
     before = [done(1, 160, 100), done(2, 160, 100)]
-    usual = Usual.of(before)
     two = [
         running(seed=3, began=25, progress=PACE | {"waiting": 7}),
         running(seed=4, began=25, progress=PACE | {"waiting": 6}),
     ]
-    each = 75 + 60
+    usual, each = Usual.of([*before, *two]), 75 + 60
     assert all_seconds_left([*before, *two], usual) == pytest.approx((6 * 160 + 2 * each) / 2, abs=1)
     missing = [standing(make_spec(seed=seed), Status.MISSING) for seed in range(10, 20)]
     assert all_seconds_left([*before, *two, *missing], usual) == pytest.approx((10 * 160 + 2 * each) / 2, abs=1)

@@ -1,6 +1,7 @@
 """Which training is called unstable: series whose answer is known, and how often noise alone is."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -71,9 +72,31 @@ def test_too_few_steps_and_a_log_that_lacks_some_tell_nothing():
     assert verdict(FALLS[:80]) is None
 
 
-def test_a_jump_where_a_task_begins_is_none():
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_log_with_what_is_no_number_tells_nothing(value):
+    assert verdict(np.where(STEPS == 50, value, FALLS)) is None
+
+
+def two_tasks():
     tasks = [{"name": "text", "data": data} for data in ("builtin:python-code", "builtin:english-docs")]
-    spec = decode(RunSpec, {"method": {"name": "lora"}, "model": "builtin:tiny-llama", "tasks": tasks, "steps": 100})
+    return decode(RunSpec, {"method": {"name": "lora"}, "model": "builtin:tiny-llama", "tasks": tasks, "steps": 100})
+
+
+@pytest.mark.parametrize("before, unstable", [(6.0, 0.0), (4.0, 1.0)])
+def test_of_an_older_record_each_task_begins_where_its_matrix_says(before, unstable):
+    """The second task's first batches are easy: that 5 nats are no climb from 4 is told by the matrix alone."""
+    spec = two_tasks()
+    second = np.where(STEPS < 10, 4.0, 3.5 + 2.5 * np.exp(-STEPS / 20))
+    matrix = [[4.0, 9.0], [3.0, before], [3.0, 5.0]]
+    record = RunRecord(run_id=spec.id, spec=spec.to_json(), status=Status.DONE, sequence={"matrices": {"loss": matrix}})
+    rows = [{"loss": value} for value in (*FALLS, *second)]
+    assert from_record(spec, record, rows)[0]["unstable"] == unstable
+    record.sequence["matrices"]["loss"] = [[], [3.0], []]  # as nobody writes it
+    assert from_record(spec, record, rows)[0]["unstable"] == 1.0
+
+
+def test_a_jump_where_a_task_begins_is_none():
+    spec = two_tasks()
     second = FALLS + 2
     assert verdict([*FALLS, *second], spec, (4.0, 6.0)) == 0.0
     climbs = np.where(STEPS > 60, 5.9, second)

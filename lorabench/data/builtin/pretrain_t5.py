@@ -79,8 +79,8 @@ def mean_loss(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerF
     """Cross-entropy in nats a token of the whole, over a split cut into blocks; the gaps are the same each time."""
     model.eval()
     parts = blocks(token_stream(tokenizer, texts(name, split)), BLOCK)
-    found = [model(**batch).loss for batch in batches(iter(parts.split(64)), tokenizer)]
-    return torch.stack(found).mean().item()
+    cut = batches(iter(parts.split(64)), tokenizer)
+    return sum(model(**batch).loss.item() * len(batch["labels"]) for batch in cut) / len(parts)
 
 
 def fit(steps: int) -> tuple[T5ForConditionalGeneration, PreTrainedTokenizerFast]:
