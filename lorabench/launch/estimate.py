@@ -8,7 +8,6 @@ How long examples are is seen in the data.
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -148,9 +147,9 @@ class _Passes:
         if spec.objective.writes or not trained:
             shape, longest = most, most
         else:
-            sample = [row for lengths in trained for row in lengths.sample]
-            shape = tuple(map(round, _padded(sample, self.micro, shuffled=True)))
-            longest = tuple(min(a, max(b)) for a, b in zip(most, zip(*sample, strict=True), strict=True))
+            usual = [lengths.padded(self.micro, shuffled=True) for lengths in trained]
+            shape = tuple(round(sum(each) / len(each)) for each in zip(*usual, strict=True))
+            longest = tuple(map(max, zip(*(lengths.longest for lengths in trained), strict=True)))
         self.profile = counts.profile((self.micro, *(max(1, length) for length in shape)))
         self.usual, self.longest, self.longest_last = max(1, sum(shape)), sum(longest), longest[-1]
 
@@ -168,7 +167,7 @@ class _Passes:
         return num_parts * machine.seconds(part) + machine.seconds(update)
 
     def _split_seconds(self, machine: Machine, lengths: Lengths) -> float:
-        usual = sum(_padded(lengths.sample, self.micro))
+        usual = sum(lengths.padded(self.micro))
         return math.ceil(lengths.count / self.micro) * machine.seconds(self._forward(self.micro * usual))
 
     def evaluation_seconds(self, machine: Machine, first: bool) -> float:
@@ -189,7 +188,7 @@ class _Passes:
         for split in task.generation.measured_splits if task.generation else ():
             if task.generation and (lengths := self.stages[-1].get(split)):
                 size = min(task.generation.batch_size, lengths.count)
-                prompt = machine.seconds(self._forward(size * sum(_padded(lengths.sample, size)), share=0.0))
+                prompt = machine.seconds(self._forward(size * sum(lengths.padded(size)), share=0.0))
                 batch = prompt + task.generation.max_new_tokens * self._token_seconds(machine, size)
                 found += math.ceil(lengths.count / size) * batch
         return found * (2 if first else 1)
@@ -201,9 +200,7 @@ class _Passes:
 
     def serving_seconds(self, machine: Machine) -> float:
         """Races of base, unmerged and merged model at each batch size, and of adapters; loading several of them."""
-        length = max(
-            (max(map(sum, each["validation"].sample)) for each in self.stages if "validation" in each), default=1
-        )
+        length = max((sum(each["validation"].longest) for each in self.stages if "validation" in each), default=1)
         models = 2 if self.spec.method.trains_base else 3
         total = 0.3
         for size in BATCH_SIZES:
@@ -217,7 +214,7 @@ class _Passes:
 
     def saving_seconds(self, updates: float) -> float:
         """FLOPs are counted, of several shapes where batches differ; ΔW is written and hashed."""
-        differ = any(len({*lengths.sample}) > 1 for each in self.stages for lengths in each.values())
+        differ = any(lengths.differ for each in self.stages for lengths in each.values())
         counting = (5 if differ else 1) * self.profile.both.operations * 15e-6
         reading = 2 * self.counts.weight_bytes / 1e9 if self.spec.method.trains_base else 0.0
         return 0.08 + counting + updates / 200e6 + reading
@@ -226,16 +223,6 @@ class _Passes:
 def _race_seconds(round_seconds: float) -> float:
     rounds = min(inference.MAX_ROUNDS * round_seconds, inference.SECONDS)
     return round_seconds + max(inference.MIN_ROUNDS * round_seconds, rounds)
-
-
-def _padded(sample: Sequence[tuple[int, ...]], size: int, shuffled: bool = False) -> tuple[float, ...]:
-    """The mean length of batches of that size, each as long as its longest example; of each sequence."""
-    rows = list(sample)
-    if shuffled:
-        random.Random(0).shuffle(rows)
-    chunks = [rows[i : i + size] for i in range(0, max(1, len(rows) - size + 1), size)]
-    longest = [tuple(map(max, zip(*chunk, strict=True))) for chunk in chunks]
-    return tuple(map(statistics.mean, zip(*longest, strict=True)))
 
 
 def flops_per_step(spec: RunSpec, counts: Counts) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 from lorabench.config.decode import InputError
@@ -82,13 +83,32 @@ def _unanswered(task: Task) -> tuple[str, ...]:
     return ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Lengths:
     """How long the examples of a split are: of some, the tokens of each of the task's `sequences`; and how many there
     are, as far as these tell."""
 
     count: int
     sample: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def longest(self) -> tuple[int, ...]:
+        """Of each sequence."""
+        return tuple(map(max, zip(*self.sample, strict=True)))
+
+    @cached_property
+    def differ(self) -> bool:
+        return len({*self.sample}) > 1
+
+    @cache  # noqa: B019  # of a few splits, which are kept anyway
+    def padded(self, size: int, shuffled: bool = False) -> tuple[float, ...]:
+        """The mean length of batches of that size, each as long as its longest example; of each sequence."""
+        rows = list(self.sample)
+        if shuffled:
+            random.Random(0).shuffle(rows)
+        chunks = [rows[i : i + size] for i in range(0, max(1, len(rows) - size + 1), size)]
+        longest = [tuple(map(max, zip(*chunk, strict=True))) for chunk in chunks]
+        return tuple(sum(each) / len(each) for each in zip(*longest, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
