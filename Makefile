@@ -33,10 +33,10 @@ test: $(VENV)/.installed-dev
 	$(MAKE) -j2 lint suite
 
 # Where Python is told to write no bytecode, each of the tests' hundreds of processes would compile all sources anew.
-# Two workers more than cores: the tests on a real SLURM mostly wait.
+# Four workers more than cores: the tests on a real SLURM, and of what several processes say to each other, mostly wait.
 suite: $(VENV)/.installed-dev
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m compileall -q lorabench tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() + 2)') --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() + 4)') --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
