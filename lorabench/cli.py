@@ -46,19 +46,19 @@ COMMANDS = (
 """In the order of `--help`."""
 UNWRITABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-    errno.ENAMETOOLONG,
+    errno.ENAMETOOLONG, errno.ENOENT,
 )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     _hear_interrupts()
-    arguments, strange = make_parser().parse_known_args(argv)
-    if strange:  # argparse itself would say so of no command
-        arguments.parser.error(f"unrecognized arguments: {' '.join(strange)}")
     for name, value in PATIENT_THREADS.items():
         os.environ.setdefault(name, value)
     try:
+        arguments, strange = make_parser().parse_known_args(argv)
+        if strange:  # argparse itself would say so of no command
+            arguments.parser.error(f"unrecognized arguments: {' '.join(strange)}")
         code = arguments.function(arguments)
         sys.stdout.flush()
     except InputError as error:

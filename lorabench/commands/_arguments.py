@@ -81,7 +81,22 @@ BASE = argument(
     metavar="BASE",
 )
 ALPHA = argument("--alpha", "α of a format that does not keep its own", type=float, metavar="ALPHA")
-HTML = argument("--html", "write a page with figures too", type=Path, metavar="FILE")
+
+
+def page_file(text: str) -> Path:
+    """A page that can be written: said before anything is computed, and never over what is no page."""
+    path, what = Path(text), f"--html {show_path(text)}"
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{what}: must end in .html")
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise InputError(f"{what}: is there, and is no file")
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not os.path.isdir(folder):
+        raise InputError(f"{what}: {show_path(folder)} is no folder")
+    return path
+
+
+HTML = argument("--html", "write a page with figures too", type=page_file, metavar="FILE.html")
 RETRY = argument(
     "--retry",
     "repeat what has ended as: failed, oom, timeout, diverged, corrupt (every file of a run is read) or all "

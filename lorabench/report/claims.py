@@ -61,7 +61,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
     seeds, ids = tuple(map(len, sides)), tuple(dict.fromkeys(run_ids))
     if not all(sides):
         empty = list(claim.sides)[[bool(side) for side in sides].index(False)]
-        why = f"no run of {empty} is done and has the measure"
+        why = f'no run of "{empty}" is done and has the measure'
         return Verdict(claim=claim, verdict=OPEN, estimate=None, why=why, seeds=seeds, run_ids=ids)
     if claim.ratio_to is not None and any(value <= 0 for side in sides for value in side.values()):
         why = "a ratio is of positive values"
@@ -252,6 +252,6 @@ def _number(estimate: Estimate | None) -> str:
         return "–"
     if not estimate.error or estimate.low is None or estimate.high is None:
         return plain(estimate.value)
-    decimals = places((estimate.high - estimate.low) / 2)
+    decimals = places(min(estimate.value - estimate.low, estimate.high - estimate.value))  # of a ratio they differ
     low, value, high = (number(value, decimals) for value in (estimate.low, estimate.value, estimate.high))
     return f"{value} [{low}, {high}]"

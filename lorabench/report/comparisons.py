@@ -138,6 +138,8 @@ def sentences(results: Results, selection: Selection, found: Comparisons) -> lis
 
 
 def _beside(item: Comparison, who: str, unit: str) -> str:
+    if item.behind == 0 and not item.estimate.error:
+        return f"{who}, {item.other.name}, is level with it in each of {item.estimate.n} seeds."
     where = "behind" if item.behind >= 0 else "ahead in the seeds that both have"
     text = f"{who}, {item.other.name}, is {_with_unit(plain(abs(item.behind)), unit)} {where}"
     if item.estimate.low is None:
@@ -204,7 +206,8 @@ def instabilities(results: Results) -> list[str]:
     shown = f"{num_shown} of them {'stand' if num_shown > 1 else 'stands'}" if num_shown else "none of them stands"
     return [
         f"Training was unstable in {len(ids)} of {_count(len(results.runs), 'run')} ({'; '.join(settings[:6])}{more}): "
-        f"the loss climbed and stayed up; {shown} behind the tables and figures below, where unstable runs are marked."
+        f"the loss climbed above that of its start, or ended above its lowest; {shown} behind the tables and figures "
+        "below, where unstable runs are marked."
     ]
 
 

@@ -312,7 +312,7 @@ def _select(results: Results) -> Selection:
         scored = [(_score(chunk, select.by), ordinal(values[0]), values, chunk) for values, chunk in tried]
         score, _, values, chunk = min(scored, key=lambda item: item[:2])
         kept += list(chunk.index)
-        edge = _edge(values[0], [values[0] for values, _ in tried])
+        edge = _edge(values[0], [values[0] for score, _, values, _ in scored if score[0] < 2])
         row = dict(zip(keys, setting, strict=True)) | dict(zip(over, values, strict=True))
         rows.append(row | {"num_values": len(tried), "edge": edge, "complete": score[0] == 0})
     chosen = set(kept)

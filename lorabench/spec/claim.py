@@ -8,6 +8,7 @@ from typing import Any
 
 from lorabench.config.quote import show
 from lorabench.models.shapes import Shape
+from lorabench.spec.measures import find
 from lorabench.spec.run_spec import flatten
 
 SIDES = ("where", "ratio_to", "minus")
@@ -55,6 +56,15 @@ class Claim:
             yield f"at_least = {self.at_least:g}: is above at_most = {self.at_most:g}"
         if self.ratio_to is not None and self.minus is not None:
             yield f"minus = {show(self.minus)}: not beside ratio_to"
+        if self.ratio_to is not None and self.at_most is not None and self.at_most <= 0:
+            yield f"at_most = {self.at_most:g}: a ratio is of positive values"
+        units = {name: known.unit for name in self.measures.values() if (known := find(name))}
+        if len({*units.values()}) > 1:
+            told = " and ".join(f"{name} in {unit or 'no unit'}" for name, unit in units.items())
+            yield f"measure = {show(self.measure)}: cannot be held against the other side's: {told}"
+        sides = [*self.sides.values()]
+        if len(sides) == 2 and sides[0] == sides[1] and len({*self.measures.values()}) == 1:
+            yield f"where = {show(self.where)}: are the runs that these are held against"
         for name in self.measures.values() if self.counted_on else ():
             if name not in COUNTABLE:
                 yield f"measure = {show(name)}: is nothing that can be counted. Choices: {', '.join(COUNTABLE)}"

@@ -26,6 +26,7 @@ ORDER = ("chat", "multiple_choice", "classification", "regression", "completion"
 
 TEXT = """\
 # Question: how near does LoRA come to full fine-tuning on {head}, and what rank does it need?
+
 # Written by `lorabench new`: read it, change it, then
 #     lorabench plan {file}      # what will run, and what it will take; checks all of the data
 #     lorabench run {file}

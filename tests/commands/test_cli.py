@@ -333,3 +333,22 @@ def test_what_cannot_be_written_is_said_in_a_line(
     monkeypatch.setattr("lorabench.commands.list.main", fails)
     assert main(["list"]) == 2
     assert capsys.readouterr().err.startswith(f"lorabench: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter_model.safetensors", "must end in .html"),
+        ("adapter_model.safetensors/pages/page.html", "adapter_model.safetensors is no folder"),
+        ("folder.html", "is there, and is no file"),
+    ],
+)
+def test_a_page_is_written_over_nothing_but_a_page(
+    file: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "folder.html").mkdir()
+    assert main(["inspect", str(tmp_path / "no adapter"), "--html", str(tmp_path / file)]) == 2
+    error = capsys.readouterr().err  # said before anything is read or computed
+    assert error.startswith("lorabench: error: --html ") and message in error
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == b"weights"

@@ -121,7 +121,7 @@ def test_what_is_not_there_decides_nothing(tmp_path: Any) -> None:
     measures |= {(8, 0): {"peak_gib": 1.0}}
     results = results_of(tmp_path, measures)
     assert verdict(judge(claim(where={"method": {"rank": 8}}, at_most=9), results)) == (
-        OPEN, "no run of where is done and has the measure",
+        OPEN, "no run of \"where\" is done and has the measure",
     )  # fmt: skip
     assert verdict(judge(claim(where=LORA, ratio_to=FULL, at_most=9), results)) == (
         OPEN,
@@ -335,3 +335,31 @@ def test_what_cannot_be_counted_is_told(tmp_path: Any) -> None:
     results = load_results(Store(tmp_path), parse_sweep(table))
     found = judge(claim(measure="num_trainable", at_most=1, counted_on="llama-2-7b"), results)
     assert found.verdict == OPEN and "bitfit" in found.why
+
+
+def test_a_ratio_is_written_as_exactly_as_its_nearer_end_allows(tmp_path: Any) -> None:
+    measures = losses(rank_4=[9.0, 1e-2, 9e3], full=[1.0, 1.0, 1.0])
+    own = claim(where=LORA, ratio_to=FULL, at_most=1)
+    sheet = claims_sheet(results_of(tmp_path, measures, claim=[encode(own)]))
+    found = judge(own, results_of(tmp_path / "again", measures)).estimate
+    assert sheet and found and found.low is not None and found.low < 0.01 < 9 < found.value
+    assert f"over full: {found.value:.0f} [0, " in str(sheet.rows[0][1])
+
+
+def test_settings_that_are_alike_in_every_seed_are_level(tmp_path: Any) -> None:
+    results = results_of(tmp_path, losses(rank_4=[1.0, 1.0], full=[1.0, 1.0]))
+    found = outcome(results, selected(results))
+    assert found and "is level with it in each of 2 seeds." in found.sentences[1]
+
+
+def test_the_edge_is_of_what_is_done(tmp_path: Any) -> None:
+    table = {
+        "base": TOY | {"lr": [1e-3, 2e-3]},
+        "grid": [{"method": {"name": "lora"}}, {"method": {"name": "full"}}],
+        "select": {"over": "lr", "by": "valid_loss"},
+    }
+    results = load_results(Store(tmp_path), parse_sweep(table))
+    assert list(selected(results).choices["edge"]) == [None, None]
+    runs = results.runs.assign(status=Status.DONE, valid_loss=[2.0, 1.0, 1.0, math.nan])
+    runs.loc[runs.index[3], "status"] = "missing"
+    assert list(selected(dataclasses.replace(results, runs=runs)).choices["edge"]) == ["largest", None]

@@ -380,6 +380,12 @@ CLAIM = BASE + 'method.rank = [4, 8]\n[[claim]]\nsays = "so it is"\nmeasure = "v
         ('at_most = 1\nminus = { measure = "los" }\n', 'claim 1: minus.measure = "los": unknown measure'),
         ('at_most = 1\ncounted_on = "gpt"\n', 'claim 1: counted_on = "gpt": unknown value'),
         ('at_most = 1\ncounted_on = "bert-base"\n', 'claim 1: measure = "valid_loss": is nothing that can be counted'),
+        ("at_most = -1\nwhere = { method.rank = 4 }\nratio_to = {}\n", "claim 1: at_most = -1: a ratio is of positive"),
+        (
+            'at_most = 1\nwhere = { method.rank = 4 }\nminus = { measure = "peak_gib" }\n',
+            'claim 1: measure = "valid_loss": cannot be held against the other side\'s: valid_loss in nats and ',
+        ),
+        ("at_most = 1\nwhere = {}\nratio_to = {}\n", "claim 1: where = {}: are the runs that these are held against"),
         ("at_most = 1\nbound = 1\n", "claim 1: bound = 1: unknown key 'bound'"),
         ('at_most = 1\n[[claim]]\nsays = ""\nmeasure = "x"\nat_most = 1\n', 'claim 2: says = "": needs the claim\'s'),
         ('at_most = 1\n[[claim]]\nsays = "a"\nmeasure = "x"\nat_most = 1\n', 'claim 2: measure = "x": unknown meas'),
