@@ -6,6 +6,8 @@ told as a sweep file has it, in full; what is to be known of it stands behind a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 WORDS = {
     # the model and its weights
     "model_name_or_path": "model",
@@ -97,8 +99,27 @@ WORDS = {
     "train_runtime": "train_seconds",
 }
 
+METHODS = {
+    "qlora": 'lora: with quantization = "nf4"',
+    "dora": "lora: with method.dora = true",
+    "rslora": "lora: with method.rslora = true",
+    "lora+": "lora: with method.lr_ratio = 16.0",
+    "loraplus": "lora: with method.lr_ratio = 16.0",
+    "pissa": 'lora: with method.init = "pissa"',
+    "olora": 'lora: with method.init = "olora"',
+    "loftq": 'lora: with method.init = "loftq"',
+    "adapters": "adapter",
+    "bottleneck": "adapter",
+    "prompt_tuning": "prompt",
+    "prefix_tuning": "prefix",
+    "p_tuning": "ptuning",
+    "full_finetuning": "full",
+    "fft": "full",
+}
+"""What elsewhere is called a method, and here may be a field of one."""
 
-def hint(word: str) -> str:
+
+def hint(word: str, words: Mapping[str, str] = WORDS) -> str:
     """`Did you mean 'steps'? The length of a run is told in steps, not in epochs.`; empty of a word of no tool."""
-    name, _, note = WORDS.get(word.rpartition(".")[2].lower(), "").partition(": ")
+    name, _, note = words.get(word.rpartition(".")[2].lower(), "").partition(": ")
     return f"Did you mean '{name}'?{f' {note[0].upper()}{note[1:]}.' if note else ''}" if name else ""

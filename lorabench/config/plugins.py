@@ -79,7 +79,8 @@ def plugin_class(folder: str, name: str) -> type:
 def unknown(what: str, given: object, choices: list[str]) -> str:
     """`unknown method 'lorra'. Did you mean 'lora'? Choices: full, lora`; keys, measures by other tools' words too."""
     text = clip(given)
-    theirs = other_words.hint(text) if what in ("key", "measure") else ""
+    tables = {"key": other_words.WORDS, "measure": other_words.WORDS, "method": other_words.METHODS}
+    theirs = other_words.hint(text, tables.get(what, {}))
     close = difflib.get_close_matches(text, choices, n=1)
     hint = f" {theirs}" if theirs else f" Did you mean '{close[0]}'?" if close else ""
     if len(", ".join(choices)) > MOST_LISTED:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tomllib
 
 import pytest
 
 from lorabench.config import plugins
 from lorabench.config.decode import InputError
-from lorabench.config.other_words import WORDS
+from lorabench.config.other_words import METHODS, WORDS
 from lorabench.spec import described
 from lorabench.spec.measures import MEASURES
 from lorabench.spec.run_spec import RunSpec
@@ -32,6 +33,8 @@ def test_every_word_leads_somewhere_and_is_no_key_itself() -> None:
     known = keys() | MEASURES.keys()
     assert {re.split(": | = ", text)[0] for text in WORDS.values()} <= known
     assert not WORDS.keys() & known
+    methods = plugins.names("methods")
+    assert {text.partition(":")[0] for text in METHODS.values()} <= {*methods} and not METHODS.keys() & {*methods}
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,17 @@ def test_a_key_of_another_tool_is_known(base: dict, said: str) -> None:
     with pytest.raises(InputError) as error:
         parse_sweep({"base": TOY | {"method": {"name": "lora"}} | base})
     assert len(error.value.problems) == 1 and said in error.value.problems[0]
+
+
+@pytest.mark.parametrize(("name", "text"), METHODS.items())
+def test_what_elsewhere_is_a_method_is_known(name: str, text: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse_sweep({"base": TOY | {"method": {"name": name}}})
+    method, _, field = text.partition(": with ")
+    assert f"Did you mean '{method}'?{f' With {field}.' if field else ''}" in str(error.value)
+    if field:  # which the method has, with such a value
+        on = {"quantization": "nf4"} if name == "loftq" else {}
+        parse_sweep({"base": TOY | {"method": {"name": method}} | on, "grid": [tomllib.loads(field)]})
 
 
 def test_a_measure_of_another_tool_is_known() -> None:
