@@ -451,7 +451,12 @@ def _layer_measures(analyses: Iterable[Any]) -> dict[str, Measure]:
 
 
 def _why(value: str, known: Mapping[str, Measure]) -> str:
-    is_written = any(metric in value for metric in METRICS) and find(value) is not None
+    found = find(value)
+    is_written = any(metric in value for metric in METRICS) and found is not None
+    if found is not None and value.startswith(("forgetting", "retain_")):
+        return "is measured by no run of this sweep: give task.retain, the data that show what is forgotten"
+    if found is not None and found.group == "serving":
+        return "is measured by no run of this sweep: all of them have serving = false"
     return UNMEASURED if is_written else plugins.unknown("measure", value, list(known))
 
 

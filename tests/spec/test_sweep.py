@@ -497,3 +497,16 @@ def test_a_wrong_label_is_an_error(old, new, problem):
     with pytest.raises(InputError) as error:
         parse(TOY + LABELLED.replace(old, new))
     assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("base", "measure", "says"),
+    [
+        ("", "forgetting", "give task.retain"),
+        ("", "retain_loss_after", "give task.retain"),
+        ("serving = false\n", "merge_error", "all of them have serving = false"),
+    ],
+)
+def test_a_measure_that_these_runs_lack_says_what_would_give_it(base: str, measure: str, says: str) -> None:
+    (found,) = problems(BASE + base + f'[[table]]\nrows = ["method.name"]\nvalue = "{measure}"\n')
+    assert found.startswith(f'table 1: value = "{measure}": is measured by no run of this sweep: ') and says in found
