@@ -184,10 +184,13 @@ def _edges(results: Results, selection: Selection) -> Iterator[str]:
     """The settings whose best value lies at an end of those tried."""
     key = results.over[0] if results.over else ""
     ends: dict[str, list[str]] = {}
+    keys = [name for name in selection.choices if name in results.sweep.axes and name not in results.over]
+    labels = {repr(values): runs["label"].iloc[0] for values, runs in grouped(results.runs, keys) if "label" in runs}
     for row in selection.rows:
         if row["edge"]:
-            names = [key for key in results.settings if key in row]
-            name = series_label(names, [row[name] for name in names]) or "the runs"
+            setting = tuple(row[name] for name in keys)
+            own = [name for name in results.settings if name in row]
+            name = labels.get(repr(setting)) or series_label(own, [row[name] for name in own]) or "the runs"
             ends.setdefault(row["edge"], []).append(f"{name} ({value_label(row[key])})")
     for edge, names in ends.items():
         shown = list(dict.fromkeys(names))

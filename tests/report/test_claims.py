@@ -363,3 +363,19 @@ def test_the_edge_is_of_what_is_done(tmp_path: Any) -> None:
     runs = results.runs.assign(status=Status.DONE, valid_loss=[2.0, 1.0, 1.0, math.nan])
     runs.loc[runs.index[3], "status"] = "missing"
     assert list(selected(dataclasses.replace(results, runs=runs)).choices["edge"]) == ["largest", None]
+
+
+def test_an_edge_is_told_by_the_label_of_its_setting(tmp_path: Any) -> None:
+    table = {
+        "base": TOY | {"lr": [1e-3, 2e-3]},
+        "grid": [{"label": "ours", "method": {"name": "lora"}}, {"label": "theirs", "method": {"name": "full"}}],
+        "select": {"over": "lr", "by": "valid_loss"},
+    }
+    results = load_results(Store(tmp_path), parse_sweep(table))
+    runs = results.runs.assign(status=Status.DONE, valid_loss=[2.0, 1.0, 1.0, 2.0])
+    results = dataclasses.replace(results, runs=runs)
+    found = outcome(results, selected(results))
+    assert found and found.sentences[-2:] == [
+        "The best learning rate is the largest that was tried of ours (0.002): try further.",
+        "The best learning rate is the smallest that was tried of theirs (0.001): try further.",
+    ]
