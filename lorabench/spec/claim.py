@@ -56,6 +56,12 @@ class Claim:
             yield f"at_least = {self.at_least:g}: is above at_most = {self.at_most:g}"
         if self.ratio_to is not None and self.minus is not None:
             yield f"minus = {show(self.minus)}: not beside ratio_to"
+        for name in self.measures.values() if self.counted_on else ():
+            if name not in COUNTABLE:
+                yield f"measure = {show(name)}: is nothing that can be counted. Choices: {', '.join(COUNTABLE)}"
+
+    def senseless(self) -> Iterator[str]:
+        """Why no answer would mean anything. A sweep that has been run with such a claim is analyzed all the same."""
         if self.ratio_to is not None and self.at_most is not None and self.at_most <= 0:
             yield f"at_most = {self.at_most:g}: a ratio is of positive values"
         units = {name: known.unit for name in self.measures.values() if (known := find(name))}
@@ -65,9 +71,6 @@ class Claim:
         sides = [*self.sides.values()]
         if len(sides) == 2 and sides[0] == sides[1] and len({*self.measures.values()}) == 1:
             yield f"where = {show(self.where)}: are the runs that these are held against"
-        for name in self.measures.values() if self.counted_on else ():
-            if name not in COUNTABLE:
-                yield f"measure = {show(name)}: is nothing that can be counted. Choices: {', '.join(COUNTABLE)}"
 
     @property
     def sides(self) -> dict[str, dict[str, Any]]:

@@ -146,6 +146,7 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
     ]
     for number, claim in enumerate(claims if runs else (), 1):
         problems += _untestable(claim, runs, labels, known, measures, f"claim {number}: ") if claim else []
+        problems += [f"claim {number}: {text}" for text in (claim.senseless() if claim and not stored else ())]
     if select and runs:
         problems += _unknown_keys([select.over], [key for key in known if key not in ("seed", "label")], "select.over")
         problems += _unfit_to_select(select.by, measures, stored)

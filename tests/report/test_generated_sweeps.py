@@ -392,7 +392,7 @@ def test_a_sweep_made_at_random_has_its_report(tmp_path, light, capsys, batch):
         file = store.root / name / "sweep.toml"
         message = write_case(rng, file)
         has_files = rng.random() < 0.25
-        for spec in () if message else read_sweep(file).runs:
+        for spec in () if message else read_sweep(file, stored=True).runs:
             write_record(rng, store, spec, has_files)
         code = main(["analyze", str(store.root), name])
         refused += message is not None
