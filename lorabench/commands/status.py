@@ -50,7 +50,7 @@ ARGUMENTS = [
 def main(arguments: argparse.Namespace) -> int:
     from lorabench.cluster.run_states import standings
     from lorabench.report.freshness import find_sweeps
-    from lorabench.status.overview import MANY, status_json, status_text
+    from lorabench.status.overview import MANY, not_begun, status_json, status_text
     from lorabench.store.record import Status
 
     settle_place(arguments)
@@ -65,12 +65,13 @@ def main(arguments: argparse.Namespace) -> int:
         return _watch(arguments, store, look)
     found = look()
     many = len(found) if arguments.all else MANY
-    tell(as_json(status_json(store, found)) if arguments.json else status_text(store, found, many))
+    waiting = {} if arguments.sweep else not_begun(store, found)  # else they are among those found
+    tell(as_json(status_json(store, found, waiting)) if arguments.json else status_text(store, found, many, waiting))
     return int(arguments.verify and any(standing.status == Status.CORRUPT for standing in found))
 
 
 def _watch(arguments: argparse.Namespace, store: Store, look: Callable[[], list[Standing]]) -> int:
-    from lorabench.status.overview import MANY, reason, status_row, status_text
+    from lorabench.status.overview import MANY, not_begun, reason, status_row, status_text
     from lorabench.status.pace import Usual
     from lorabench.status.watch import changes, redrawn, watch
     from lorabench.store.record import Status
@@ -88,7 +89,7 @@ def _watch(arguments: argparse.Namespace, store: Store, look: Callable[[], list[
     def draw(found: list[Standing]) -> str:
         lines = shutil.get_terminal_size().lines
         many = len(found) if arguments.all else min(MANY, max(5, lines - 5))
-        return status_text(store, found, many)
+        return status_text(store, found, many, {} if arguments.sweep else not_begun(store, found))
 
     if sys.stdout.isatty() and not arguments.json:
         with redrawn(draw) as show:

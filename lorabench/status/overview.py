@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from lorabench.cluster.run_states import Standing
+from lorabench.config.decode import InputError
+from lorabench.config.quote import show_path
 from lorabench.spec.run_spec import brief, flatten, short, swept_keys
+from lorabench.spec.sweep import read_sweep
 from lorabench.status.logs import last_lines, run_log
 from lorabench.status.pace import Usual, all_seconds_left, seconds_left
 from lorabench.store.record import FAILURES, Status
@@ -27,10 +32,29 @@ NUM_LINES, MAX_LOGS = 5, 3
 """Of the log of a failed run, and logs in a table's end."""
 
 
-def status_json(store: Store, standings: Sequence[Standing]) -> dict[str, Any]:
-    """`{"runs": [{"run_id", "status", "spec", "error", "progress", "measures", "queue", …}]}`."""
+def status_json(
+    store: Store, standings: Sequence[Standing], waiting: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """`{"runs": [{"run_id", "status", "spec", "error", "progress", "measures", "queue", …}], "not_begun"}`."""
     usual = Usual.of(standings)
-    return {"runs": [status_row(store, standing, usual) for standing in standings]}
+    return {"runs": [status_row(store, standing, usual) for standing in standings], "not_begun": dict(waiting or {})}
+
+
+def not_begun(store: Store, standings: Sequence[Standing]) -> dict[str, int]:
+    """Sweep -> how many of its runs nobody has begun or submitted, of the sweeps that the results folder keeps."""
+    seen = {standing.run_id for standing in standings}
+    files = {file.parent.name: file for file in sorted(store.root.glob("*/sweep.toml"))}
+    counts = {name: len(_runs_of(file, file.stat().st_mtime_ns) - seen) for name, file in files.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+@cache
+def _runs_of(file: Path, changed: int) -> frozenset[str]:
+    """The runs of a kept sweep; none of one that this version cannot read, which `analyze` says."""
+    try:
+        return frozenset(run.id for run in read_sweep(file, file.parent.name, stored=True).runs)
+    except (InputError, OSError):
+        return frozenset()
 
 
 def status_row(store: Store, standing: Standing, usual: Usual) -> dict[str, Any]:
@@ -75,8 +99,13 @@ def error_lines(store: Store, standing: Standing) -> list[str]:
     return []
 
 
-def status_text(store: Store, standings: Sequence[Standing], many: int = MANY) -> str:
-    """A line a run with the keys in which the runs differ, or a summary of more than `many`; the counts come last."""
+def status_text(
+    store: Store, standings: Sequence[Standing], many: int = MANY, waiting: Mapping[str, int] | None = None
+) -> str:
+    """A line a run with the keys in which the runs differ, or a summary of more than `many`; the counts come last.
+
+    `waiting` is what `not_begun` counts.
+    """
     flats = [flatten(standing.state.spec) for standing in standings]
     swept = swept_keys(flats)
     shown = list(zip(standings, flats, strict=True))
@@ -92,6 +121,9 @@ def status_text(store: Store, standings: Sequence[Standing], many: int = MANY) -
     if len(shown) > many:
         blocks.append(f"… and {len(shown) - many} more: --all shows every run")
     blocks += [*_logs(store, [standing for standing, _ in shown]), *_waiting(standings)]
+    for name, count in (waiting or {}).items():
+        file = show_path(store.root / name / "sweep.toml")
+        blocks.append(f"{name}: {count} of its runs not begun; `run` or `submit` with {file} begins them")
     left = all_seconds_left(standings, usual)
     blocks += [] if left is None else [f"about {duration(left)} left, if as many go on to run at a time"]
     return "\n".join([*filter(None, blocks), count_statuses(standing.state for standing in standings)])

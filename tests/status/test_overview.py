@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lorabench.cli import main
+from lorabench.spec.sweep import read_sweep
 from lorabench.store.claim import take
 from lorabench.store.record import Status
 from lorabench.store.store import Store
@@ -204,3 +205,17 @@ def test_watching_draws_anew_in_a_terminal(store: Store, slurm_commands: FakeSlu
     text = written.decode()
     assert "1 pending" in text and "1 running" in text and "1 done" in text
     assert "\x1b[1A" in text  # the cursor goes up: the new picture is drawn over the old one
+
+
+def test_runs_that_nobody_has_begun_are_told_of(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though no launcher lives that would say so: each sweep that was run is kept in the results."""
+    (store.root / "lr").mkdir(parents=True)
+    file = store.root / "lr" / "sweep.toml"
+    file.write_text(BASE + "lr = [1e-3, 2e-3, 3e-3]\n[[grid]]\nmethod.name = 'lora'\n")
+    (store.root / "broken").mkdir()
+    (store.root / "broken" / "sweep.toml").write_text("[base]\nmodel = 3\n")
+    record(store, read_sweep(file).runs[0], Status.DONE)
+    assert json.loads(status(store, capsys, "--json"))["not_begun"] == {"lr": 2}
+    assert f"lr: 2 of its runs not begun; `run` or `submit` with {file} begins them" in status(store, capsys)
+    named = json.loads(status(store, capsys, "lr", "--json"))
+    assert named["not_begun"] == {} and [row["status"] for row in named["runs"]] == ["done", "missing", "missing"]
