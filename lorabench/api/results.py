@@ -157,12 +157,12 @@ class SweepResults:
             raise InputError("fig: not beside ax")
         figure, canvas = self._figure(name, options), ax if ax is not None else fig
         if canvas is None:
-            drawn = figure.draw(self.analyzed)
+            drawn = figure.draw(self.analyzed.of(figure.where))
             if drawn is not None:
                 drawing.finish(drawn)
         else:
             with drawing.onto(canvas):
-                drawn = figure.draw(self.analyzed)
+                drawn = figure.draw(self.analyzed.of(figure.where))
         if drawn is None:
             raise InputError(f"figure {name}: there is nothing to draw in these results")
         return drawn
@@ -171,13 +171,15 @@ class SweepResults:
         from lorabench.config.decode import InputError, decode_plugin
         from lorabench.config.toml_text import plain
         from lorabench.spec.figure import Figure
-        from lorabench.spec.sweep import known_measures, unknown_measures
+        from lorabench.spec.sweep import known_measures, unknown_measures, unknown_runs
 
         own = [figure for figure in self.sweep.figures if figure.name == name]
         if own and not options:
             return own[0]
         figure = decode_plugin(Figure, {"name": name, **plain(options, "figure")}, "figure")
-        if problems := unknown_measures(figure.measures, known_measures(self.sweep.runs), f"figure {name}"):
+        problems = unknown_measures(figure.measures, known_measures(self.sweep.runs), f"figure {name}")
+        problems += unknown_runs(figure.where, self.sweep.runs, self.sweep.labels, "where", f"figure {name}: ")
+        if problems:
             raise InputError(problems)
         return figure
 

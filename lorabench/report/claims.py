@@ -19,7 +19,7 @@ from lorabench.report.differences import Estimate, Seeds, difference, mean, rati
 from lorabench.report.labels import capitalized, measure, measure_label, series_label, shown_factor
 from lorabench.report.results import Results, grouped, kept_rows, selected
 from lorabench.report.typeset import Column, Sheet
-from lorabench.spec.claim import Claim, matches
+from lorabench.spec.claim import Claim
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not enough data"
 COUNTED = ("model_gib", "optimizer_state_gib", "tensor_peak_gib", "resident_adapter_gib", "flops_per_step")
@@ -50,11 +50,12 @@ def judge(claim: Claim, results: Results) -> Verdict:
     if claim.counted_on is not None:
         return _by_counting(claim, claim.counted_on, results)
     runs = selected(results).done
-    flats = _flats(results)
     sides, run_ids, left_out = [], [], []
     for side, wanted in claim.sides.items():
-        own = kept_rows(runs, [matches(flats[run_id], wanted) for run_id in runs.index])
-        own, lacking = _whole(own, results.settings, claim.measures[side])
+        named = set(results.of(wanted).runs.index)
+        own, lacking = _whole(
+            kept_rows(runs, [run_id in named for run_id in runs.index]), results.settings, claim.measures[side]
+        )
         sides.append(seed_means(own, claim.measures[side]))
         run_ids += list(own.index)
         left_out += lacking
@@ -73,22 +74,17 @@ def judge(claim: Claim, results: Results) -> Verdict:
     return Verdict(claim=claim, verdict=verdict, estimate=estimate, why=why, seeds=seeds, run_ids=ids)
 
 
-def _flats(results: Results) -> dict[str, dict[str, Any]]:
-    """Run id -> what a claim may name it by."""
-    return {run.id: run.flat | {"label": results.sweep.labels.get(run.id)} for run in results.sweep.runs}
-
-
 def _by_counting(claim: Claim, shape: Shape, results: Results) -> Verdict:
     """The mean over the settings that are named, done or not: a count depends on no run, nor on the selection."""
     from lorabench.launch.counted import count_on
 
-    specs, flats, values = {spec.id: spec for spec in results.sweep.runs}, _flats(results), []
+    specs, values = {spec.id: spec for spec in results.sweep.runs}, []
     why = f"counted on the shapes of {NAMES[shape]}"
     try:
         for side, wanted in claim.sides.items():
             name = claim.measures[side]
-            named = kept_rows(results.runs, [matches(flats[run_id], wanted) for run_id in results.runs.index])
-            counts = [count_on(specs[runs.index[0]], shape)[name] for _, runs in grouped(named, [*results.settings])]
+            named = grouped(results.of(wanted).runs, [*results.settings])
+            counts = [count_on(specs[runs.index[0]], shape)[name] for _, runs in named]
             values.append(shown_factor(name) * fmean(counts))
     except InputError as error:
         return Verdict(claim=claim, verdict=OPEN, estimate=None, why=f"{why}: {error}")

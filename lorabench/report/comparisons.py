@@ -13,7 +13,7 @@ import pandas as pd
 
 from lorabench.report.aggregate import CONFIDENCE, number, places, plain, seed_means, unstable
 from lorabench.report.differences import Estimate, Seeds, difference, holm, seeds_needed
-from lorabench.report.labels import key_label, measure, measure_label, series_label, value_label
+from lorabench.report.labels import key_label, measure, measure_label, series_label, value_label, with_unit
 from lorabench.report.results import Results, Selection, grouped
 from lorabench.report.typeset import Column, Sheet
 from lorabench.spec.generate import METRICS
@@ -76,12 +76,17 @@ class Outcome:
     sheet: Sheet
 
 
-def outcome(results: Results, selection: Selection) -> Outcome | None:
-    """None where there is nothing to compare."""
-    found = compare(results, selection)
-    if found is None:
+def outcome(results: Results) -> Outcome | None:
+    """None where there is nothing to compare. What is measured on different data is never compared."""
+    parts = [(task, part, compare(part, part.selection)) for task, part in results.by_task.items()]
+    told = {task: (part, found) for task, part, found in parts if found}
+    if not told:
         return None
-    return Outcome(sentences=sentences(results, selection, found), sheet=comparisons_sheet(found))
+    lines = [
+        f"{task}: {line}" if task else line for task, (part, found) in told.items() for line in sentences(part, found)
+    ]
+    sheet = comparisons_sheet({task: found for task, (_, found) in told.items()})
+    return Outcome(sentences=[*lines, *_edges(results, results.selection)], sheet=sheet)
 
 
 def compare(results: Results, selection: Selection) -> Comparisons | None:
@@ -91,11 +96,16 @@ def compare(results: Results, selection: Selection) -> Comparisons | None:
     """
     name = best_by(results)
     better = measure(name).higher_is_better
+    shown = [not (results.whole and key.startswith("task")) for key in results.settings]  # the part is called by it
+    keys = list(itertools.compress(results.settings, shown))
     settings = [
-        Setting(values=values, name=series_label(results.settings, values) or "all runs", seeds=seeds, runs=runs)
+        Setting(
+            values=values, seeds=seeds, runs=runs,
+            name=series_label(keys, list(itertools.compress(values, shown))) or "all runs",
+        )
         for values, runs in grouped(selection.done, results.settings)
         if (seeds := seed_means(runs, name))
-    ]
+    ]  # fmt: skip
     if not 2 <= len(settings) <= MOST_SETTINGS or better is None:
         return None
     settings.sort(key=lambda setting: -setting.mean if better else setting.mean)
@@ -124,7 +134,7 @@ def best_by(results: Results) -> str:
     return next((each for each in tested if each in results.runs and results.runs[each].notna().any()), name)
 
 
-def sentences(results: Results, selection: Selection, found: Comparisons) -> list[str]:
+def sentences(results: Results, found: Comparisons) -> list[str]:
     """What came out, for people."""
     unit = measure(found.measure).unit
     what = f"{measure_label(found.measure)} {_with_unit(plain(found.best.mean), unit)}"
@@ -133,8 +143,7 @@ def sentences(results: Results, selection: Selection, found: Comparisons) -> lis
     lines += [_beside(found.others[0], "The next", unit)]
     if full and full is not found.others[0]:
         lines.append(_beside(full, "Full fine-tuning", unit))
-    lines += _cost(results, found, full)
-    return [*lines, *_edges(results, selection)]
+    return [*lines, *_cost(results, found, full)]
 
 
 def _beside(item: Comparison, who: str, unit: str) -> str:
@@ -222,35 +231,59 @@ def _with_unit(text: str, unit: str) -> str:
     return f"{text} {unit}" if unit else text
 
 
-def comparisons_sheet(found: Comparisons, name: str = "comparisons") -> Sheet:
-    """A row a setting: its mean, and its difference from the best one."""
-    unit = measure(found.measure).unit
+def comparisons_sheet(by_task: dict[str, Comparisons], name: str = "comparisons") -> Sheet:
+    """A row a setting: its mean, and its difference from the best one of its task."""
+    found = next(iter(by_task.values()))
+    measures = {each.measure for each in by_task.values()}
+    what, unit = (measure_label(found.measure), measure(found.measure).unit) if len(measures) == 1 else ("mean", "")
+    several = len(by_task) > 1
     columns = [
-        Column(label="setting", numeric=False), Column(label=measure_label(found.measure), unit=unit),
+        *([Column(label="task", numeric=False)] if several else []),
+        *([Column(label="by", numeric=False)] if len(measures) > 1 else []),
+        Column(label="setting", numeric=False), Column(label=what, unit=unit),
         Column(label="best less this", unit=unit), Column(label="p (Holm)"), Column(label="seeds"),
         Column(label="more than chance", numeric=False), Column(label="seeds needed"),
     ]  # fmt: skip
+    rows, tidy = [], []
+    for task, each in by_task.items():
+        by = with_unit(each.measure)
+        heads = [*([task] if several else []), *([by] if len(measures) > 1 else [])]
+        own = {"task": task, "measure": each.measure} if several else {}
+        rows += [[*heads, *row] for row in _rows(each)]
+        tidy += [own | row for row in _tidy(each)]
+    pairs = " and ".join(dict.fromkeys(str(each.num_pairs) for each in by_task.values()))
+    notes = [
+        f"Student's t over seeds: of the pairs where two or more seeds are shared, else Welch's; intervals are of "
+        f"{CONFIDENCE:.0%} each. p is corrected over all {pairs} pairs of settings{' of a task' if several else ''} "
+        "(Holm), for the best was chosen among all. Seeds needed: for a difference as large as was seen, with its "
+        "spread."
+    ]
+    caption = f"Each setting beside the best{' of its task' if several else ''}"
+    caption += f", by {what}" if len(measures) == 1 else ""
+    return Sheet(name=name, caption=caption, columns=columns, rows=rows, notes=notes, tidy=pd.DataFrame(tidy))
+
+
+def _rows(found: Comparisons) -> list[list[str]]:
     rows = [[found.best.name, plain(found.best.mean), "–", "–", str(len(found.best.seeds)), "best", "–"]]
-    tidy: list[dict[str, Any]] = [{"setting": found.best.name, "mean": found.best.mean, "n": len(found.best.seeds)}]
     for item in found.others:
-        estimate = item.estimate
         told = "yes" if item.is_told else NO_DIFFERENCE
         rows.append([
-            item.other.name, plain(item.other.mean), _interval(estimate), "–" if item.p is None else _p(item.p),
+            item.other.name, plain(item.other.mean), _interval(item.estimate), "–" if item.p is None else _p(item.p),
             str(len(item.other.seeds)), told, str(item.needed) if item.needed and not item.is_told else "–",
         ])  # fmt: skip
-        tidy.append({
+    return rows
+
+
+def _tidy(found: Comparisons) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [{"setting": found.best.name, "mean": found.best.mean, "n": len(found.best.seeds)}]
+    for item in found.others:
+        estimate = item.estimate
+        rows.append({
             "setting": item.other.name, "mean": item.other.mean, "n": len(item.other.seeds),
             "difference": estimate.value, "low": estimate.low, "high": estimate.high, "paired": estimate.is_paired,
             "p": estimate.p, "p_holm": item.p, "num_seeds_needed": item.needed,
         })  # fmt: skip
-    notes = [
-        f"Student's t over seeds: of the pairs where two or more seeds are shared, else Welch's; intervals are of "
-        f"{CONFIDENCE:.0%} each. p is corrected over all {found.num_pairs} pairs of settings (Holm), for the best was "
-        "chosen among all. Seeds needed: for a difference as large as was seen, with its spread."
-    ]
-    caption = f"Each setting beside the best, by {measure_label(found.measure)}"
-    return Sheet(name=name, caption=caption, columns=columns, rows=rows, notes=notes, tidy=pd.DataFrame(tidy))
+    return rows
 
 
 def _interval(estimate: Estimate) -> str:

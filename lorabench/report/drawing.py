@@ -123,7 +123,8 @@ class SettingLooks:
 
 
 def setting_looks(results: Results) -> SettingLooks:
-    """From all runs of the sweep, done or not, so that a look stays as runs end."""
+    """From all runs of the sweep, done or not and shown or not, so that a look stays as runs end."""
+    results = results.whole or results
     families = grouped(results.runs, [key for key in results.settings if key != RANK])
     ranks = ordered(results.runs[RANK].dropna()) if RANK in results.settings else []
     return SettingLooks(looks(values for values, _ in families), ranks)

@@ -132,7 +132,7 @@ def _write(results: Results, more: dict[str, Any], folder: Path, attempt: Attemp
     name = distinct("changes", [sheet.name for sheet in tables])
     changes = attempt("table changes", lambda: changes_sheet(results, selected(results), name))
     claims = attempt("table claims", lambda: claims_sheet(results))
-    told = attempt("table comparisons", lambda: outcome(results, selected(results)))
+    told = attempt("table comparisons", lambda: outcome(results))
     compared = told.sheet if isinstance(told, Outcome) else told
     sheets = [sheet for sheet in (claims, summary, compared, changes, *tables) if isinstance(sheet, Sheet)]
     files = write_tables(results, sheets, folder / "tables", attempt)
@@ -166,6 +166,7 @@ def _write_page(results: Results, folder: Path, attempt: Attempts, page: Content
 
 
 def _draw(results: Results, name: str, figure: Figure, folder: Path) -> Drawn | None:
+    results = results.of(figure.where)
     canvas = figure.draw(results)
     if canvas is None:
         return None

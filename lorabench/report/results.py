@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from lorabench.report.steps import StepLog, steps_frame
-from lorabench.spec.measures import MEASURES
-from lorabench.spec.run_spec import RunSpec, complete, is_tables, task_names
+from lorabench.spec.claim import matches
+from lorabench.spec.measures import MEASURES, find
+from lorabench.spec.run_spec import RunSpec, complete, flatten, is_tables, task_names
 from lorabench.spec.sweep import Sweep, known_measures
 from lorabench.store.record import FAILURES, GENERATIONS_FILE, STEPS_FILE, RunRecord, Status
 from lorabench.store.store import RunState, Store
@@ -53,10 +54,42 @@ class Results:
     """Analysis -> what it raised: what it would have found is missing, in part or as a whole."""
     root: Path | None = None
     """The results folder that the runs lie in, where they lie in one."""
+    whole: Results | None = None
+    """The results that these are a part of: settings are called and look as there."""
+
+    def of(self, wanted: Mapping[str, Any]) -> Results:
+        """Those of the runs that are named by (flattened) keys, as in a claim's `where`; all where none is."""
+        if not wanted:
+            return self
+        flats = {run.id: run.flat | {"label": self.sweep.labels.get(run.id)} for run in self.sweep.runs}
+        return self.part(run_id for run_id in self.runs.index if matches(flats[run_id], flatten(dict(wanted))))
+
+    def part(self, run_ids: Iterable[str]) -> Results:
+        """These runs alone, with the measures that any of them has."""
+        kept = set(run_ids)
+        runs = kept_rows(self.runs, [run_id in kept for run_id in self.runs.index])
+        runs = runs.drop(columns=[name for name in runs if find(str(name)) and runs[name].isna().all()])
+        frames = {name: _of_runs(frame, kept) for name, frame in self.analyses.items()}
+        return dataclasses.replace(self, runs=runs, analyses=frames, whole=self.whole or self)
+
+    @cached_property
+    def by_task(self) -> dict[str, Results]:
+        """The runs that are measured on the same data, by what that is called; all as one where it is the same."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for run in self.sweep.runs:
+            last = run.stages[-1]
+            found.setdefault((last.name, str(getattr(last, "data", ""))), []).append(run.id)
+        if len(found) == 1:
+            return {"": self}
+        differ = [len({key[i] for key in found}) > 1 for i in (0, 1)]
+        names = {key: ", ".join(part for part, tells in zip(key, differ, strict=True) if tells) for key in found}
+        return {names[key]: self.part(run_ids) for key, run_ids in found.items()}
 
     @cached_property
     def keys(self) -> list[str]:
         """The swept keys: those with two values among the runs that have them, and what else tells like runs apart."""
+        if self.whole:
+            return self.whole.keys
         several = [key for key in self.sweep.axes if self.runs[key].dropna().map(repr).nunique() > 1]
         return complete(several, [run.flat for run in self.sweep.runs], ("seed", *self.over))
 
@@ -283,6 +316,12 @@ def whole_layers(frame: pd.DataFrame) -> pd.DataFrame:
     parts = [layer for layer in frame["layer"].unique() if layer.endswith(f"[{DORA_PART}]")]
     whole = frame[~frame["layer"].isin(parts)] if parts else frame
     return frame if whole.empty else whole
+
+
+def _of_runs(frame: pd.DataFrame, run_ids: set[str]) -> pd.DataFrame:
+    """The rows of an analysis that are of these runs; of pairs, where both are."""
+    columns = [name for name in ("run_id", "run_a", "run_b") if name in frame]
+    return frame[frame[columns].isin(run_ids).all(axis=1)]
 
 
 def kept_rows(frame: pd.DataFrame, keep: Iterable[bool]) -> pd.DataFrame:

@@ -98,7 +98,8 @@ def build_tables(results: Results, attempt: Attempt = directly) -> list[Any]:
     for table in results.sweep.tables:
         name = distinct(table.title, taken)
         taken.add(name)
-        sheets.append(attempt(f"table {name}", partial(declared, results, selection, table, name)))
+        own = results.of(table.where)
+        sheets.append(attempt(f"table {name}", partial(declared, own, selected(own), table, name)))
     return sheets
 
 

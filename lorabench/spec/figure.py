@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorabench.config.plugins import Plugin
@@ -41,6 +41,8 @@ class Figure(Plugin, ABC):
     most: ClassVar[int | None] = None
     """How many settings it has room for; of more it shows some, and its caption says so."""
 
+    where: dict[str, Any] = field(default_factory=dict)
+    """The runs that it shows, named by keys of the sweep as in a claim (empty: all)."""
     width: Literal["column", "page"] | None = None
     """How wide it is in print: a column (3.3 in) or the page (6.9 in); None: a column where it is one panel."""
 

@@ -53,6 +53,8 @@ class Table:
     rows: list[str]
     value: str | list[str]
     columns: str | None = None
+    where: dict[str, Any] = field(default_factory=dict)
+    """The runs that it shows, named by keys of the sweep as in a claim (empty: all)."""
     name: Annotated[str, FILE_NAME] | None = None
     """File name of the table (None: made of value and columns)."""
     caption: str | None = None
@@ -145,7 +147,7 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
         for i, c in enumerate(_blocks(table, "claim", problems), 1)
     ]
     for number, claim in enumerate(claims if runs else (), 1):
-        problems += _untestable(claim, runs, labels, known, measures, f"claim {number}: ") if claim else []
+        problems += _untestable(claim, runs, labels, measures, f"claim {number}: ") if claim else []
         problems += [f"claim {number}: {text}" for text in (claim.senseless() if claim and not stored else ())]
     if select and runs:
         problems += _unknown_keys([select.over], [key for key in known if key not in ("seed", "label")], "select.over")
@@ -154,6 +156,9 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
     problems += _pooled(labels, runs, over | {"seed", select.over if select else "seed"})
     for number, figure in enumerate(figures, 1):
         problems += unknown_measures(figure.measures if figure else [], measures, f"figure {number}: figure")
+    for kind, shown in {"table": tables, "figure": figures}.items():
+        for number, each in enumerate(shown if runs else (), 1):
+            problems += unknown_runs(each.where, runs, labels, "where", f"{kind} {number}: ") if each else []
     if problems:
         raise InputError(_once(problems))
     return Sweep(
@@ -176,9 +181,8 @@ def _unfit_to_select(by: str, measures: Mapping[str, Measure], stored: bool) -> 
 
 
 def _untestable(
-    claim: Claim, runs: list[RunSpec], labels: dict[str, str], known: list[str], measures: Mapping[str, Measure],
-    where: str,
-) -> list[str]:  # fmt: skip
+    claim: Claim, runs: list[RunSpec], labels: dict[str, str], measures: Mapping[str, Measure], where: str
+) -> list[str]:
     """Why no runs of the sweep could ever decide it."""
     problems = [
         problem
@@ -186,13 +190,21 @@ def _untestable(
         if side == "where" or name != claim.measure
         for problem in unknown_measures([name], measures, f"{where}{'' if side == 'where' else f'{side}.'}measure")
     ]
-    for key, wanted in claim.sides.items():
-        unknown = _unknown_keys(list(wanted), known, f"{where}{key}")
-        problems += unknown
-        flats = [run.flat | {"label": labels.get(run.id)} for run in runs]
-        if not unknown and not any(matches(flat, wanted) for flat in flats):
-            problems.append(f"{where}{key} = {show(getattr(claim, key))}: is no run of this sweep")
-    return problems
+    return problems + [
+        problem for key, wanted in claim.sides.items() for problem in unknown_runs(wanted, runs, labels, key, where)
+    ]
+
+
+def unknown_runs(
+    wanted: Mapping[str, Any], runs: Sequence[RunSpec], labels: Mapping[str, str], key: str, where: str
+) -> list[str]:
+    """Why `wanted`, the value of a field `key`, names none of the runs."""
+    flat = flatten(dict(wanted))
+    known = [*_known_keys(list(runs)), *(["label"] if labels else [])]
+    unknown = _unknown_keys(list(flat), known, f"{where}{key}")
+    if unknown or any(matches(run.flat | {"label": labels.get(run.id)}, flat) for run in runs):
+        return unknown
+    return [f"{where}{key} = {show(unflatten(flat))}: is no run of this sweep"]
 
 
 def _once(problems: list[str]) -> list[str]:

@@ -199,7 +199,7 @@ def test_of_a_thousand_sweeps_without_a_difference_one_in_twenty_seems_to_have_o
 
 def test_a_difference_that_is_there_is_found_and_told(empty: Results) -> None:
     results = simulated(empty, np.random.default_rng(1), 0.6)
-    told = outcome(results, selected(results))
+    told = outcome(results)
     assert told is not None
     assert told.sentences[0].startswith("Best is full: validation loss ")
     assert told.sentences[1].endswith(": more than chance.")
@@ -216,14 +216,14 @@ def test_a_difference_that_is_there_is_found_and_told(empty: Results) -> None:
 
 def test_with_one_seed_it_says_that_these_are_too_few(tmp_path: Any) -> None:
     results = results_of(tmp_path, losses(rank_1=[2.0], full=[1.0]))
-    told = outcome(results, selected(results))
+    told = outcome(results)
     assert told is not None
     assert "not enough runs to tell (an interval takes two seeds of each)" in told.sentences[1]
 
 
 def test_the_pages_distance_to_full_is_there_where_full_is_neither_best_nor_next(tmp_path: Any) -> None:
     results = results_of(tmp_path, losses(rank_1=[1.0, 1.1], rank_4=[1.2, 1.3], full=[2.0, 2.2]))
-    told = outcome(results, selected(results))
+    told = outcome(results)
     assert told is not None
     assert [
         line
@@ -253,7 +253,7 @@ def test_seeds_that_happen_to_be_alike_decide_nothing_but_of_counts(tmp_path: An
     assert verdict(judge(claim(measure="valid_accuracy", where=LORA, at_most=60), results)) == alike
     assert verdict(judge(claim(measure="valid_accuracy", where=FULL, minus=LORA, at_least=1), results)) == alike
     assert judge(claim(measure="tensor_peak_gib", where=LORA, ratio_to=FULL, at_most=0.5), results).verdict == HOLDS
-    found, told = compare(results, selected(results)), outcome(results, selected(results))
+    found, told = compare(results, selected(results)), outcome(results)
     assert found is not None and told is not None and not found.others[0].is_told
     assert "is 6.250 % behind in each of 2 seeds: not enough runs to tell" in told.sentences[1]
 
@@ -261,7 +261,7 @@ def test_seeds_that_happen_to_be_alike_decide_nothing_but_of_counts(tmp_path: An
 def test_who_is_behind_overall_and_ahead_in_the_shared_seeds_is_told_so(tmp_path: Any) -> None:
     """The best has lost its worst seed: of the two that both have, the other was better."""
     results = results_of(tmp_path, losses(rank_1=[2.0, 2.1], full=[1.9, 2.02, 3.0]))
-    told = outcome(results, selected(results))
+    told = outcome(results)
     assert told is not None
     assert told.sentences[0].startswith("Best is lora")
     assert "Full fine-tuning" not in told.sentences[1]
@@ -348,7 +348,7 @@ def test_a_ratio_is_written_as_exactly_as_its_nearer_end_allows(tmp_path: Any) -
 
 def test_settings_that_are_alike_in_every_seed_are_level(tmp_path: Any) -> None:
     results = results_of(tmp_path, losses(rank_4=[1.0, 1.0], full=[1.0, 1.0]))
-    found = outcome(results, selected(results))
+    found = outcome(results)
     assert found and "is level with it in each of 2 seeds." in found.sentences[1]
 
 
@@ -374,7 +374,7 @@ def test_an_edge_is_told_by_the_label_of_its_setting(tmp_path: Any) -> None:
     results = load_results(Store(tmp_path), parse_sweep(table))
     runs = results.runs.assign(status=Status.DONE, valid_loss=[2.0, 1.0, 1.0, 2.0])
     results = dataclasses.replace(results, runs=runs)
-    found = outcome(results, selected(results))
+    found = outcome(results)
     assert found and found.sentences[-2:] == [
         "The best learning rate is the largest that was tried of ours (0.002): try further.",
         "The best learning rate is the smallest that was tried of theirs (0.001): try further.",
