@@ -64,7 +64,7 @@ EFFICIENCY = {"cpu": 0.6, "cuda": 0.4}
 """Share of the fastest product's rate that a model's products reach. On the CPU measured: `benchmarks/plan.py`."""
 WRITTEN = {"cpu": 20e9, "cuda": 600e9}
 READ = {"cpu": 10e9, "cuda": 1500e9}
-OPERATION = {"cpu": 11e-6, "cuda": 9e-6}
+OPERATION = {"cpu": 9.5e-6, "cuda": 9e-6}
 
 
 @dataclass(frozen=True, kw_only=True)
