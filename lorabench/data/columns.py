@@ -66,6 +66,25 @@ def columns(rows: Sequence[Row], holds: Holds) -> list[str]:
     return [name for name, values in found.items() if None not in values and holds(values)]
 
 
+def without_header(rows: Sequence[Row]) -> list[str]:
+    """Names for the columns of a table whose first line reads as a row: a number, or what its column holds below.
+
+    `label` for the first that holds classes, `text`, else `column`, with its place for the others; none where the line
+    is a header.
+    """
+    source = getattr(rows[0], "source", None)
+    names = list(rows[0])
+    below = {name: {str(row.get(name)) for row in rows} for name in names}
+    if not (source and source.has_header) or not any(are_numbers([name]) or name in below[name] for name in names):
+        return []
+    found: list[str] = []
+    for place, name in enumerate(names, 1):
+        values = [row.get(name) for row in rows]
+        what = "label" if are_labels(values) else "text" if are_texts(values) and not are_numbers(values) else "column"
+        found.append(f"{what}_{place}" if what in found or what == "column" else what)
+    return found
+
+
 def called(names: Sequence[str], words: str) -> str | None:
     """The first of the names that is one of the words, in their order; else one that has such a word in it."""
     whole = [name for word in words.split() for name in names if name.lower() == word]

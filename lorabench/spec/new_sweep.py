@@ -9,6 +9,7 @@ from typing import Any
 from lorabench.config import plugins
 from lorabench.config.decode import InputError, decode
 from lorabench.config.quote import clip, show, show_path
+from lorabench.data.columns import without_header
 from lorabench.data.dataset import read_data
 from lorabench.data.rows_file import Row
 from lorabench.data.values import find
@@ -23,6 +24,10 @@ MODELS = {"AutoModelForCausalLM": "builtin:tiny-llama", "AutoModelForSequenceCla
 """The transformers class that a task loads -> the built-in model that does, until one names another."""
 ORDER = ("chat", "multiple_choice", "classification", "regression", "completion", "text")
 """In which tasks are tried, the more particular first; others come behind."""
+
+Table = dict[str, str]
+"""`data`, and `columns` of what has no header line: fields of any task."""
+HEADLESS = "columns = {} # the first line looks like a row, no header: call the columns what you like"
 
 TEXT = """\
 # Question: how near does LoRA come to full fine-tuning on {head}, and what rank does it need?
@@ -87,37 +92,43 @@ def new_sweep(task: str | None, data: str | None, model: str | None, file: str =
     """The text of a sweep file. InputError where no task, or not the one asked for, can read the data."""
     source = data or "builtin:python-code"
     rows = read_data(source).splits["train"][:NUM_ROWS]
-    found = _asked_for(task, source, rows, model) if task else _first_that_fits(source, rows, model)
-    text = _text(found, source, rows, model or MODELS[found.task.auto_class], file)
+    names = ",".join(without_header(rows))
+    if names:
+        rows = read_data(source, columns=names).splits["train"][:NUM_ROWS]
+    table = {"data": source} | ({"columns": names} if names else {})
+    found = _asked_for(task, table, rows, model) if task else _first_that_fits(table, rows, model)
+    text = _text(found, table, rows, model or MODELS[found.task.auto_class], file)
     parse_sweep(tomllib.loads(text), text)
     return text
 
 
-def _first_that_fits(source: str, rows: list[Row], model: str | None) -> Guessed:
+def _first_that_fits(table: Table, rows: list[Row], model: str | None) -> Guessed:
     for name in dict.fromkeys([*ORDER, *plugins.names("tasks")]):
         cls: Any = plugins.plugin_class("tasks", name)
-        if cls.auto_class in MODELS and (found := _fit(name, source, rows, model)):
+        if cls.auto_class in MODELS and (found := _fit(name, table, rows, model)):
             return found
-    raise InputError(f"--data {show_path(source)}: no task is known by its columns, {_named(rows)}: --task names one")
+    raise InputError(
+        f"--data {show_path(table['data'])}: no task is known by its columns, {_named(rows)}: --task names one"
+    )
 
 
-def _fit(name: str, source: str, rows: list[Row], model: str | None) -> Guessed | None:
+def _fit(name: str, table: Table, rows: list[Row], model: str | None) -> Guessed | None:
     """None where the task cannot read the rows."""
     try:
-        return _asked_for(name, source, rows, model)
+        return _asked_for(name, table, rows, model)
     except InputError:
         return None
 
 
-def _asked_for(name: str, source: str, rows: list[Row], model: str | None) -> Guessed:
+def _asked_for(name: str, table: Table, rows: list[Row], model: str | None) -> Guessed:
     cls: Any = plugins.plugin_class("tasks", name)
     if model is None and cls.auto_class not in MODELS:
         raise InputError(f"--model: is missing: {name} needs one that {cls.auto_class} loads, and none is built in")
     fields = cls.guess(rows, model or MODELS[cls.auto_class])
     if not fields:
-        says = f"no columns of {show_path(source)} are known as what {name} reads: {_named(rows)}"
+        says = f"no columns of {show_path(table['data'])} are known as what {name} reads: {_named(rows)}"
         raise InputError(f"--task {name}: {says}; `lorabench list {name}` shows its fields")
-    task: Any = decode(cls, {"data": source} | fields, "task.")
+    task: Any = decode(cls, table | fields, "task.")
     task.usable("train", rows, {})
     return Guessed(task=task, fields=fields)
 
@@ -126,9 +137,10 @@ def _named(rows: list[Row]) -> str:
     return clip(", ".join(dict.fromkeys(name for row in rows for name in row)), 300)
 
 
-def _text(found: Guessed, source: str, rows: list[Row], model: str, file: str) -> str:
-    name, is_builtin = found.task.name, model in builtin_models()
-    fields = [f"task.{key} = {toml(value)}{_example(value, rows[0])}" for key, value in found.fields.items()]
+def _text(found: Guessed, table: Table, rows: list[Row], model: str, file: str) -> str:
+    name, is_builtin, source = found.task.name, model in builtin_models(), table["data"]
+    fields = [f"task.{HEADLESS}".format(toml(table["columns"]))] if "columns" in table else []
+    fields += [f"task.{key} = {toml(value)}{_example(value, rows[0])}" for key, value in found.fields.items()]
     return TEXT.format(
         head=clip(source.rpartition("/")[2] or source),
         file=file,

@@ -76,6 +76,24 @@ def test_what_is_written_can_be_planned(
     assert "is there already" in capsys.readouterr().err and sweep.read_text() == text
 
 
+def test_a_table_without_a_header_gets_names_for_its_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As SST-2 is passed on: else its first sentence would be a column's name."""
+    data, sweep = tmp_path / "reviews.tsv", tmp_path / "own.toml"
+    data.write_text("".join(f"the film number {i}\t{i % 2}\t0.{i}\n" for i in NUMBERS))
+    assert main(["new", "--data", str(data), "-o", str(sweep)]) == 0
+    task = tomllib.loads(sweep.read_text())["base"]["task"]
+    assert (task["name"], task["columns"]) == ("classification", "text,label,column_3")
+    assert (task["text"], task["label"]) == ("text", "label")
+    capsys.readouterr()
+    assert main(["plan", str(sweep), "--results", str(tmp_path / "results"), "--device", "cpu", "--json"]) == 0
+    header = tmp_path / "named.tsv"
+    header.write_text("words\tlabel\n" + data.read_text().replace("\t0.", " "))
+    assert main(["new", "--data", str(header), "-o", str(tmp_path / "named.toml")]) == 0
+    assert "columns" not in tomllib.loads((tmp_path / "named.toml").read_text())["base"]["task"]
+
+
 def test_without_data_there_is_what_is_built_in(tmp_path: Path) -> None:
     for data, task in ((None, "text"), ("builtin:arithmetic", "completion")):
         (tmp_path / "a.toml").write_text(new_sweep(None, data, None))
