@@ -108,7 +108,9 @@ def _sweeps(results: Path) -> list[str]:
 
 
 def _plugins(results: Path) -> list[str]:
-    return sorted({*plugins.FOLDERS, *(name for folder in plugins.FOLDERS for name in plugins.names(folder))})
+    return sorted(
+        {*plugins.FOLDERS, "measures", *(name for folder in plugins.FOLDERS for name in plugins.names(folder))}
+    )
 
 
 VALUES: dict[str, Callable[[Path], list[str]]] = {

@@ -1,6 +1,7 @@
 """List the methods, tasks, objectives, analyses and figures that a sweep file can name, or show one of them.
 
-Of one, by its name: its fields with types, defaults and meaning, and a block to paste into a sweep file.
+Of one, by its name: its fields with types, defaults and meaning, and a block to paste into a sweep file. `measures` are
+what tables, claims and figures can show: of a run's record, and of ΔW.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ from lorabench.config.decode import InputError
 from lorabench.terminal.text import tell, text_table
 
 ARGUMENTS = [
-    argument("what", f"only these ({', '.join(plugins.FOLDERS)}), or the name of one", nargs="?", metavar="KIND|NAME"),
+    argument(
+        "what", f"only these ({', '.join(plugins.FOLDERS)}; measures), or the name of one", nargs="?",
+        metavar="KIND|NAME",
+    ),
     JSON,
-]
+]  # fmt: skip
+MEASURES = "measures"
 
 
 def main(arguments: argparse.Namespace) -> int:
+    if arguments.what == MEASURES:
+        return _measures(arguments.json)
     if arguments.what is not None and arguments.what not in plugins.FOLDERS:
         return _show(arguments.what, arguments.json)
     folders = [arguments.what] if arguments.what else list(plugins.FOLDERS)
@@ -33,11 +40,24 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _measures(json: bool) -> int:
+    from lorabench.spec.sweep import known_measures
+
+    found = {name: asdict(measure) for name, measure in known_measures().items()}
+    better = {True: "more", False: "less", None: ""}
+    rows = [
+        {"name": name, "unit": each["unit"], "better": better[each["higher_is_better"]], "description": each["text"]}
+        for name, each in found.items()
+    ]
+    tell(as_json(found) if json else text_table(rows, ["name", "unit", "better", "description"]))
+    return 0
+
+
 def _show(name: str, json: bool) -> int:
     """All plug-ins of that name: `dynamics` is an analysis, and a figure."""
     known = sorted({name for folder in plugins.FOLDERS for name in plugins.names(folder)})
     if name not in known:
-        raise InputError(plugins.unknown("kind or name", name, [*plugins.FOLDERS, *known]))
+        raise InputError(plugins.unknown("kind or name", name, [*plugins.FOLDERS, MEASURES, *known]))
     from lorabench.spec import described
 
     found = described.find(name)

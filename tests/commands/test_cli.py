@@ -110,6 +110,15 @@ def test_list_names_every_plugin(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[1] for line in lines] == ["name", *found["methods"]]
 
 
+def test_list_names_what_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "measures", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["valid_loss"]["unit"] == "nats" and found["valid_loss"]["higher_is_better"] is False
+    assert {"spectrum.rank_90", "forgetting", "peak_gib"} <= found.keys()
+    assert main(["list", "measures"]) == 0
+    assert re.search(r"^tokens_per_second +tokens/s +more ", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_list_shows_what_a_plugin_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "dynamics"]) == 0
     shown = capsys.readouterr().out
