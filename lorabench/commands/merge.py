@@ -49,8 +49,8 @@ ARGUMENTS = [
     argument("runs", "a run's id, or what it begins with; two or more", nargs="+", metavar="RUN"),
     argument(
         "--by",
-        "how, one or several with commas (default: linear,svd,ties,dare_linear,dare_ties)",
-        default="linear,svd,ties,dare_linear,dare_ties",
+        "how, one or several with commas (default: linear,svd,ties,dare_linear,dare_ties; of different ranks cat, svd "
+        "and those that end in svd)",
         metavar="NAME",
     ),
     argument("--weights", "one a run, with commas (default: 1 each)", type=numbers(float), metavar="W"),
@@ -69,9 +69,8 @@ ARGUMENTS = [
 
 def main(arguments: argparse.Namespace) -> int:
     store, device = begin(arguments)
-    by = [name.strip() for name in arguments.by.split(",") if name.strip()]
     from lorabench.adapters.merging.adapters import read_adapter
-    from lorabench.adapters.merging.bodies import bodies
+    from lorabench.adapters.merging.bodies import bodies, usual
     from lorabench.adapters.merging.compose import compose
     from lorabench.adapters.merging.interference import (
         change_table,
@@ -86,6 +85,10 @@ def main(arguments: argparse.Namespace) -> int:
 
     adapters = [read_adapter(store, given) for given in arguments.runs]
     run_ids = [adapter.record.run_id for adapter in adapters]
+    if arguments.by is None:
+        by = usual([adapter.ranks for adapter in adapters])
+    else:
+        by = [name.strip() for name in arguments.by.split(",") if name.strip()]
     weights = arguments.weights or [1.0] * len(run_ids)
     wanted = bodies(run_ids, by, weights, arguments.density, arguments.rank, arguments.seed or [0])
     folders = merge_folders(wanted, arguments.output) if arguments.output else {}

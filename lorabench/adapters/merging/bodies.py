@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lorabench.config.decode import InputError
@@ -38,6 +38,13 @@ class Body:
             details.insert(0, "weights " + ":".join(f"{weight:g}" for weight in self.weights))
         name = self.run_id or self.by
         return f"{name} ({', '.join(details)})" if details else name
+
+
+def usual(ranks: Sequence[Mapping[str, int]]) -> list[str]:
+    """The merges of adapters with these ranks, by layer, that are tried where none is asked for."""
+    if all(each == ranks[0] for each in ranks):
+        return ["linear", "svd", "ties", "dare_linear", "dare_ties"]
+    return ["cat", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd"]
 
 
 def bodies(

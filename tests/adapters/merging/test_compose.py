@@ -13,7 +13,7 @@ import torch
 
 from lorabench.adapters.kept import kept_parts
 from lorabench.adapters.merging.adapters import find_run, read_adapter
-from lorabench.adapters.merging.bodies import COMBINATIONS, FACTOR_WISE, MERGED, Body, bodies
+from lorabench.adapters.merging.bodies import COMBINATIONS, FACTOR_WISE, MERGED, Body, bodies, usual
 from lorabench.adapters.merging.compose import Bench, check, compose, put_head
 from lorabench.adapters.merging.compose import merge as add_merge
 from lorabench.adapters.merging.interference import interference, merge_table, with_changes
@@ -419,6 +419,14 @@ def test_what_needs_equal_ranks_is_what_peft_refuses(runs) -> None:
             )
         else:
             add_merge(tuned, ["run_0", "run_1"], merge_of(by))
+
+
+def test_what_is_tried_unasked_can_be_made_of_any_ranks(runs) -> None:
+    for pair, is_alike in (("code", "docs"), True), (("code", "rank 4"), False):
+        adapters = read(runs, *pair)
+        by = usual([adapter.ranks for adapter in adapters])
+        assert ("linear" in by) is is_alike and "svd" in by
+        check(adapters, bodies([adapter.record.run_id for adapter in adapters], by, [1, 1], 0.5, None, [0]))
 
 
 def test_runs_are_found_by_what_their_ids_begin_with(runs) -> None:
