@@ -175,9 +175,9 @@ def _cut(ids: list[int], learned: list[int], seq_len: int, start: list[int]) -> 
 
 
 EXAMPLE = Chat(
-    data="builtin:english-docs",
-    template="{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    data="builtin:questions",
+    template="{% for message in messages %}{{ message['role'] + '\\n' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}",
     max_train=8,
     max_eval=4,
 )
