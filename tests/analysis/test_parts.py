@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as t
 
+import lorabench
 from lorabench.analysis.analyze import analyze
 from lorabench.config.decode import InputError
 from lorabench.data.dataset import BUILTIN
@@ -112,6 +113,21 @@ def test_of_dora_the_share_of_the_factors_has_parts_too(phi):
     layers = values(analyze(store, sweep)["spectrum"], spec.id, "frobenius_norm")
     layer = "model.layers.1.self_attn.qkv_proj"
     assert {f"{layer}[{kind}]{share}" for kind in "qkv" for share in ("", "[sBA]")} <= layers.keys()
+
+
+def test_a_run_that_is_loaded_has_them_beside_the_whole(phi):
+    store, sweep, base = phi
+    for spec in sweep.runs:
+        updates = lorabench.load(store.folder(spec.id))
+        kinds = "qkv" if spec.keep == "updates" else ""
+        layer = "model.layers.1.self_attn.qkv_proj"
+        assert {name for name in updates if name.startswith(layer) and "sBA" not in name} == {
+            layer,
+            *(f"{layer}[{kind}]" for kind in kinds),
+        }
+        if kinds:
+            W0 = base.get_parameter(f"{layer}.weight").detach()[list(PHI["self_attn.qkv_proj"]["k"])]
+            assert updates.layers[f"{layer}[k]"].base_norm == pytest.approx(W0.norm().item(), rel=1e-4)
 
 
 def test_snapshots_have_the_same_parts(phi):
