@@ -91,17 +91,22 @@ def rank_advice(rows: list[Row], energy: float) -> dict[str, Any]:
     """
     import numpy as np
 
-    modules = [row for row in rows if row["part"] in (None, DORA_PART)]
-    named = {row["part_of"] or row["layer"]: row for row in sorted(modules, key=lambda row: row["part"] is not None)}
+    in_order = sorted(unfused(rows), key=lambda row: row["part"] is not None)
+    named = {row["part_of"] or row["layer"]: row for row in in_order}
     ranks = {name: smallest_rank(np.array(row["singular_values"]), energy) for name, row in named.items()}
     usual, pattern = rank_pattern_for(dict(sorted(ranks.items())))
     count = sum(k * sum(named[name]["shape"]) for name, k in ranks.items())
     return {"energy": energy, "r": usual, "rank_pattern": pattern, "num_parameters": count}
 
 
+def unfused(rows: list[Row]) -> list[Row]:
+    """Without the parts of fused layers, which stand beside these."""
+    return [row for row in rows if row["part"] in (None, DORA_PART)]
+
+
 def current_parameters(rows: list[Row]) -> int | None:
     """What the factors hold now, Σ r (M + N); None where some ΔW is dense."""
-    factored = [row for row in rows if row["rank"] is not None and row["part"] in (None, DORA_PART)]
+    factored = [row for row in unfused(rows) if row["rank"] is not None]
     whole = {row["part_of"] or row["layer"] for row in factored} == {row["part_of"] or row["layer"] for row in rows}
     return sum(row["rank"] * sum(row["shape"]) for row in factored) if whole else None
 
@@ -146,7 +151,7 @@ def facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("format", found["format"]),
         ("scale", scale_text(found)),
-        ("layers", f"{found['num_layers']} of {len(by_kind(rows))} kinds, {ranks_text(rows)}"),
+        ("layers", f"{found['num_layers']} of {len(by_kind(unfused(rows)))} kinds, {ranks_text(rows)}"),
         ("‖ΔW‖", f"{plain(found['frobenius_norm'])}{share}"),
     ]
 
