@@ -190,6 +190,25 @@ def test_experts_are_held_against_their_own_weights(family, tmp_path):
     assert not any("experts" in layer for layer in found), "whose cache another version may have filled"
 
 
+@pytest.mark.parametrize("family", ["gpt-oss", "llama4"])
+def test_experts_that_files_keep_stacked_are_held_against_theirs(family, tmp_path):
+    text = TEXT.partition("[[grid]]")[0].replace("snapshot_every = 2\n", "")
+    text += '[[grid]]\nmethod.name = "lora"\nmethod.rank = 2\nmethod.targets = "mlp"\nlr = 1e-2\n'
+    store, sweep, base = trained(family, tmp_path, text)
+    frames = analyze(store, sweep)
+    norms = values(frames["alignment"], sweep.runs[0].id, "base_norm")
+    want = {}
+    for name, stack in ((name, p.detach()) for name, p in base.named_parameters() if p.ndim == 3):
+        parts_of = {"[gate]": slice(0, None, 2), "[up]": slice(1, None, 2)}  # of gpt-oss, the columns in turn
+        if family == "llama4" or name.endswith("down_proj"):
+            parts_of = {"": slice(None)}
+        want |= {f"{name}{kind}[{e}]": expert[:, columns].norm()
+                 for kind, columns in parts_of.items() for e, expert in enumerate(stack)}  # fmt: skip
+    assert {layer for layer in norms if "experts" in layer} == want.keys()
+    assert all(norms[layer] == pytest.approx(float(norm), rel=1e-4) for layer, norm in want.items())
+    assert want.keys() <= set(frames["intruders"]["layer"])
+
+
 def test_names():
     assert parts.part_name("a.qkv_proj.weight", "q") == "a.qkv_proj[q].weight"
     assert parts.part_name("a.gate_up_proj[3].weight", "up") == "a.gate_up_proj[up][3].weight"
