@@ -1,4 +1,5 @@
 import re
+import tomllib
 from collections import Counter
 
 import numpy as np
@@ -6,11 +7,12 @@ import pytest
 from scipy.stats import chisquare
 from transformers import AutoTokenizer
 
-from lorabench.cli import main
 from lorabench.data.builtin import arithmetic, questions
 from lorabench.data.builtin.collect import HERE, jsonl_gz
 from lorabench.data.builtin.questions import Question
 from lorabench.data.dataset import read_data
+from lorabench.spec.new_sweep import new_sweep
+from lorabench.spec.sweep import parse_sweep
 from lorabench.tasks.chat import EXAMPLE
 
 
@@ -90,9 +92,9 @@ def test_each_character_of_a_sum_is_a_token_and_a_whole_chat_is_short(asked):
     assert max(map(len, tokenizer(rendered)["input_ids"])) < 64
 
 
-@pytest.mark.parametrize("task", ["chat", "classification", "multiple_choice", "regression"])
-def test_without_data_a_new_sweep_of_the_task_is_about_them_and_can_be_planned(task, tmp_path, capsys):
-    file = tmp_path / "own.toml"
-    assert main(["new", "--task", task, "-o", str(file)]) == 0
-    assert 'task.data = "builtin:questions"' in file.read_text()
-    assert main(["plan", str(file), "--results", str(tmp_path / "results"), "--device", "cpu"]) == 0
+@pytest.mark.parametrize("name", ["chat", "classification", "multiple_choice", "regression"])
+def test_without_data_a_new_sweep_of_the_task_is_about_them_and_can_use_all(name, every_split):
+    task = parse_sweep(tomllib.loads(new_sweep(name, None, None))).runs[0].task
+    assert (task.name, task.data) == (name, "builtin:questions")
+    for split, rows in read_data(task.data).splits.items():
+        assert len(task.usable(split, rows, {})) == len(every_split[split])
