@@ -109,9 +109,9 @@ class Base:
     def weight(self, parameter: str, old_names: bool = False) -> Tensor | None:
         """W0 (M, N) in float32 as the run had it; None where the files have none (a new task head).
 
-        With `old_names` also by what files call experts, which transformers 5 has stacked.
+        With `old_names` also by what files call experts that they do not keep stacked, as transformers 5 has them.
         """
-        names = names_in_files(parameter) if old_names else [parameter]
+        names = [*names_in_files(parameter), parameter] if old_names else [parameter]
         stored = next((name for name in names if self._weights.find(name)), None)
         if stored is None:
             return None

@@ -21,15 +21,18 @@ def load(path: str | Path, *, base: str | Path | None = None, alpha: float | Non
         updates = lorabench.load("my-adapter")
         updates["model.layers.0.self_attn.q_proj"].S
 
+    Parts of fused layers, as the run or `base` tells them, stand beside these (`….qkv_proj[q]`).
     `base`: the untouched weights, where ΔW is the difference of two checkpoints, or needs W0 (DoRA). `alpha`: the α
     of formats that do not keep theirs. Raises `lorabench.config.decode.InputError` where nothing there can be read, or
     where it is a run's and not what it was when the run ended.
     """
+    from lorabench.adapters.examine.fused_layers import fused_layers, with_parts
     from lorabench.store.store import check_run
     from lorabench.updates.formats import open_adapter
 
     check_run(path)
-    return Updates(open_adapter(path, base=base, alpha=alpha))
+    adapter = open_adapter(path, base=base, alpha=alpha)
+    return Updates(with_parts(adapter, fused_layers(adapter, base)))
 
 
 class _ByLayer(Mapping[str, Value]):

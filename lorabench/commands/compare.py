@@ -27,9 +27,11 @@ ARGUMENTS = [
 
 def main(arguments: argparse.Namespace) -> int:
     from lorabench.adapters.examine.comparison import compare_adapters
+    from lorabench.adapters.examine.fused_layers import in_parts
     from lorabench.terminal.text import tracked
 
     a, b = (open_adapter(source, arguments) for source in (arguments.a, arguments.b))
+    a, b = in_parts(a, b, arguments.base)
     found = compare_adapters(a, b, lambda pairs, total: tracked(pairs, total, "comparing"))
     if arguments.html:
         from lorabench.adapters.examine.comparison_page import comparison_page

@@ -40,10 +40,12 @@ ARGUMENTS = [
 
 def main(arguments: argparse.Namespace) -> int:
     energy = share_of("--energy", arguments.energy)
+    from lorabench.adapters.examine.fused_layers import fused_layers, with_parts
     from lorabench.adapters.examine.inspection import inspect_adapter
     from lorabench.terminal.text import tracked
 
     adapter = open_adapter(arguments.adapter, arguments)
+    adapter = with_parts(adapter, fused_layers(adapter, arguments.base))
     found = inspect_adapter(adapter, energy, lambda layers: tracked(layers, len(adapter.entries), "inspecting"))
     if arguments.html:
         from lorabench.adapters.examine.inspection_page import inspection_page

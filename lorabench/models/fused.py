@@ -11,6 +11,8 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from lorabench.config.decode import InputError
+from lorabench.config.quote import clip
 from lorabench.models.weights import dequantized, expert_name, is_conv1d, is_linear_layer, is_stack
 from lorabench.updates.parts import Part
 
@@ -97,6 +99,26 @@ def fused_parts(model: nn.Module) -> dict[str, Parts]:
                 for index, parts in enumerate(_of_experts(module)):
                     found[expert_name(f"{name}.{key}", index)] = parts
     return found
+
+
+def parts_by_config(table: dict[str, Any], shapes: dict[str, tuple[int, int]], where: str) -> dict[str, Parts]:
+    """The parts of these matrices, (M, N) by parameter, by what the base's `config.json` holds; without ‖W0‖.
+
+    None of one whose name or rows are not as the configuration has them. InputError where that cannot be used.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.for_model(**table).get_text_config()
+        layouts = {leaf: parts(config) for leaf, parts in LAYOUTS.get(config.model_type, {}).items()}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: is no configuration of a model: {clip(error)}") from None
+    found = {name: layouts.get(name.removesuffix(".weight").rpartition(".")[2], {}) for name in shapes}
+    return {name: parts for name, parts in found.items() if parts and _num_rows(parts) == shapes[name][0]}
+
+
+def _num_rows(parts: Parts) -> int:
+    return sum(part.groups * (part.stop - part.start) for part in parts.values())
 
 
 def _of_experts(module: Any) -> Iterator[Parts]:

@@ -22,6 +22,11 @@ NUM_ROWS = 200
 MODELS = {"AutoModelForCausalLM": "builtin:tiny-llama", "AutoModelForSequenceClassification": "builtin:tiny-llama",
           "AutoModelForSeq2SeqLM": "builtin:tiny-t5"}  # fmt: skip
 """The transformers class that a task loads -> the built-in model that does, until one names another."""
+DATA = {
+    "builtin:arithmetic": ("completion", "seq2seq"),
+    "builtin:questions": ("chat", "classification", "multiple_choice", "regression"),
+}
+"""Built-in data -> the tasks that read it where no data are named; any other reads running text."""
 ORDER = ("chat", "multiple_choice", "classification", "regression", "completion", "text")
 """In which tasks are tried, the more particular first; others come behind."""
 
@@ -90,7 +95,7 @@ class Guessed:
 
 def new_sweep(task: str | None, data: str | None, model: str | None, file: str = "FILE.toml") -> str:
     """The text of a sweep file. InputError where no task, or not the one asked for, can read the data."""
-    source = data or "builtin:python-code"
+    source = data or next((own for own, tasks in DATA.items() if task in tasks), "builtin:python-code")
     rows = read_data(source).splits["train"][:NUM_ROWS]
     names = ",".join(without_header(rows))
     if names:

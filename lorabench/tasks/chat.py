@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from lorabench.config.decode import InputError
+from lorabench.config.decode import InputError, later
 from lorabench.config.quote import clip, show, show_path
 from lorabench.data.columns import are_messages, called, columns
 from lorabench.data.rows_file import Row, place
@@ -38,9 +41,11 @@ class Chat(LanguageModeling):
 
     data: str
     messages: str = "messages"
-    """Column that holds a list of objects, with a `role` and a `content` each."""
+    """Column that holds a list of objects, with a `role` and a `content` each, or the assistant's `tool_calls`."""
     train_on: Literal["assistant", "last"] = "assistant"
     """All of the assistant's turns, or the last of them."""
+    tools: str | None = later(None)
+    """Column with a list of the tools (JSON schemas of functions), or its JSON text, for the template to tell of."""
     template: str | None = None
     """A chat template (Jinja) to take in place of the tokenizer's."""
     retain: str | dict[str, Any] | None = None
@@ -51,14 +56,18 @@ class Chat(LanguageModeling):
     def guess(cls, rows: list[Row], model: str) -> dict[str, Any]:
         names = columns(rows, are_messages)
         template = {"template": EXAMPLE.template} if model in builtin_models() else {}  # which have none of their own
-        return {"messages": called(names, "messages conversation") or names[0]} | template if names else {}
+        tools = {"tools": "tools"} if any(row.get("tools") for row in rows) else {}
+        return {"messages": called(names, "messages conversation") or names[0]} | tools | template if names else {}
 
     def usable(self, split: str, rows: list[Row], options: dict[str, Any]) -> list[Row]:
         check_column(rows, "task.messages", self.messages)
+        if self.tools is not None:
+            check_column(rows, "task.tools", self.tools)
         for count, row in enumerate(rows, 1):
             problem = _problem(find(row, self.messages))
             if problem:
                 raise self._wrong(row, count, problem)
+            self._tools(row, count)
         return rows
 
     def examples(self, rows: list[Row], tokenizer: Any, seq_len: int, options: dict[str, Any]) -> Iterator[Example]:
@@ -67,7 +76,7 @@ class Chat(LanguageModeling):
             raise InputError(f"seq_len = {seq_len}: leaves no room behind the tokens that the tokenizer puts in front")
         for count, row in enumerate(rows, 1):
             try:
-                ids, learned = self._tokens(tokenizer, template, find(row, self.messages))
+                ids, learned = self._tokens(tokenizer, template, find(row, self.messages), self._tools(row, count))
             except InputError as error:
                 raise self._wrong(row, count, str(error)) from None
             ids, learned = _cut(ids, learned, seq_len, start)
@@ -83,13 +92,22 @@ class Chat(LanguageModeling):
             raise InputError(f"{model}: its tokenizer is none of the fast ones, which tell where in a text a token is")
         if self.template is None and not tokenizer.chat_template:
             raise InputError(f"{model}: its tokenizer has no chat template; task.template gives one")
-        return self.template or tokenizer.get_chat_template()
+        return self.template or tokenizer.get_chat_template(tools=None if self.tools is None else [])
 
-    def _tokens(self, tokenizer: Any, template: str, messages: list[Message]) -> Tokens:
-        if re.search(MARKED, template):
-            ids, learned = _marked(tokenizer, template, messages)
-        else:
-            ids, learned = _by_prefixes(tokenizer, template, messages)
+    def _tools(self, row: Row, count: int) -> list[Any] | None:
+        """Those that a row names; None where it names none."""
+        value = found = None if self.tools is None else find(row, self.tools)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(value)
+        if value is not None and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
+            where = f"task.tools = {show(self.tools)}: {place(row, count)}"
+            raise InputError(f"{where} is no list of tools, each an object: {shown(found)}")
+        return value or None
+
+    def _tokens(self, tokenizer: Any, template: str, messages: list[Message], tools: list[Any] | None) -> Tokens:
+        find_turns = _marked if re.search(MARKED, template) else _by_prefixes
+        ids, learned = find_turns(tokenizer, template, [*map(_without_empty_calls, messages)], tools)
         if self.train_on == "last":
             first, end = _last_turn(learned)
             learned = [int(first <= position < end) for position in range(len(ids))]
@@ -106,7 +124,12 @@ def _problem(messages: Any) -> str:
     if not isinstance(messages, list):
         return f"is a {type(messages).__name__}, and no list of messages: {shown(messages)}"
     for number, message in enumerate(messages, 1):
+        calls = isinstance(message, dict) and message.get("role") == ANSWER and message.get("tool_calls")
+        if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+            return f"has tool_calls that are no list of objects in message {number}: {shown(message)}"
         for key in ("role", "content"):
+            if calls and message.get(key) is None:  # what is called says it all
+                continue
             value = message.get(key) if isinstance(message, dict) else None
             if not isinstance(value, str):
                 return f"has no text as the {key} of message {number}: {shown(message)}"
@@ -115,6 +138,13 @@ def _problem(messages: Any) -> str:
     if not any(message["role"] == ANSWER for message in messages):
         return f'has no message of the role "{ANSWER}"'
     return ""
+
+
+def _without_empty_calls(message: Message) -> Message:
+    """As it is but for `tool_calls` of null, which tables put where other rows have some."""
+    if message.get("tool_calls", ()) is not None:
+        return message
+    return {key: value for key, value in message.items() if key != "tool_calls"}
 
 
 def _rendered(tokenizer: Any, template: str, messages: list[Message], **options: Any) -> Any:
@@ -127,15 +157,18 @@ def _rendered(tokenizer: Any, template: str, messages: list[Message], **options:
         raise InputError(f"is refused by the chat template: {clip(error) or type(error).__name__}") from None
 
 
-def _marked(tokenizer: Any, template: str, messages: list[Message]) -> Tokens:
-    options = {"return_dict": True, "return_assistant_tokens_mask": True}
+def _marked(tokenizer: Any, template: str, messages: list[Message], tools: list[Any] | None) -> Tokens:
+    options = {"return_dict": True, "return_assistant_tokens_mask": True, "tools": tools}
     found = _rendered(tokenizer, template, messages, tokenize=True, **options)
     return found["input_ids"], found["assistant_masks"]
 
 
-def _by_prefixes(tokenizer: Any, template: str, messages: list[Message]) -> Tokens:
+def _by_prefixes(tokenizer: Any, template: str, messages: list[Message], tools: list[Any] | None) -> Tokens:
     """Of each turn, what it adds to the prompt for it. InputError where what is before it changes by what follows."""
-    whole = _rendered(tokenizer, template, messages, tokenize=False)
+    render = partial(_rendered, tokenizer, template, tokenize=False, tools=tools)
+    whole = render(messages)
+    if not whole.isascii() and any("\ud800" <= character <= "\udfff" for character in whole):  # of a call's arguments
+        raise InputError("is no valid Unicode")
     ends = tuple(token for token in tokenizer.get_added_vocab() if not token.isspace())
     turns = []
     for number, message in enumerate(messages):
@@ -143,8 +176,7 @@ def _by_prefixes(tokenizer: Any, template: str, messages: list[Message]) -> Toke
             continue
         if number == 0:
             raise InputError("begins with the assistant's turn, to which the chat template has no prompt")
-        before = _rendered(tokenizer, template, messages[:number], tokenize=False, add_generation_prompt=True)
-        turn = _rendered(tokenizer, template, messages[: number + 1], tokenize=False)
+        before, turn = render(messages[:number], add_generation_prompt=True), render(messages[: number + 1])
         if not (turn.startswith(before) and whole.startswith(turn)):
             why = "is rendered otherwise by the chat template when other messages follow, or when it is asked for"
             raise InputError(
@@ -175,9 +207,9 @@ def _cut(ids: list[int], learned: list[int], seq_len: int, start: list[int]) -> 
 
 
 EXAMPLE = Chat(
-    data="builtin:english-docs",
-    template="{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    data="builtin:questions",
+    template="{% for message in messages %}{{ message['role'] + '\\n' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}",
     max_train=8,
     max_eval=4,
 )

@@ -125,4 +125,4 @@ def _matthews(confusion: list[list[int]]) -> float:
     return covariance / math.sqrt(spread) if spread else 0.0
 
 
-EXAMPLE = Classification(data="builtin:english-docs", text="text", label="label", max_train=8, max_eval=4)
+EXAMPLE = Classification(data="builtin:questions", text="question", max_train=8, max_eval=4)

@@ -253,6 +253,4 @@ def _answer_is(rows: list[Row], fields: dict[str, str]) -> str:
     return "index"
 
 
-EXAMPLE = MultipleChoice(
-    data="builtin:english-docs", question="{text}", choices="source, label", answer="label", max_train=8, max_eval=4
-)
+EXAMPLE = MultipleChoice(data="builtin:questions", before="\n", max_train=8, max_eval=4)

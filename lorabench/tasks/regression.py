@@ -74,4 +74,4 @@ def _ranks(values: list[float]) -> Any:
     return (np.cumsum(counts) - (counts - 1) / 2)[places]
 
 
-EXAMPLE = Regression(data="builtin:english-docs", max_train=8, max_eval=4)
+EXAMPLE = Regression(data="builtin:questions", text="question", label="score", max_train=8, max_eval=4)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorabench.updates.readers._entry import Entry
 
 PARTS_FILE = "parts.json"
+_PART = re.compile(r"\[([a-z]+)\](?=(?:\[\d+\])?\.weight$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,13 @@ def part_name(parameter: str, name: str) -> str:
 
 def fused_name(parameter: str) -> str:
     """The matrix that a part is some rows of."""
-    return re.sub(r"\[[a-z]+\](?=(?:\[\d+\])?\.weight$)", "", parameter)
+    return _PART.sub("", parameter)
+
+
+def name_of_part(parameter: str) -> str | None:
+    """`q` of `MODULE[q].weight`; None of a whole matrix."""
+    match = _PART.search(parameter)
+    return match[1] if match else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,15 +86,18 @@ def split(entries: dict[str, Entry], folder: Path) -> dict[str, Entry]:
 
     Of a ΔW of which singular vectors alone were kept (`keep = "svd:K"`) nothing is told: it stays whole.
     """
-    fused, found = _read(folder), {}
+    fused = read_parts(folder)
+    found: dict[str, Entry] = {}
     for parameter, entry in entries.items():
-        parts = fused.get(parameter.replace(f"[{DORA_PART}]", ""))
-        if parts is None:
-            found[parameter] = entry
-        for name, part in (parts or {}).items():
-            own = part_name(parameter, name)
-            found[own] = PartOf(whole=entry, parameter=own, part=part)
+        found |= part_entries(parameter, entry, fused) or {parameter: entry}
     return found
+
+
+def part_entries(parameter: str, entry: Entry, fused: dict[str, dict[str, Part]]) -> dict[str, Entry]:
+    """The parts of one ΔW by their names; none where it has none, or singular vectors alone were kept of it."""
+    parts = {} if isinstance(entry, KeptSVD) else fused.get(parameter.replace(f"[{DORA_PART}]", ""), {})
+    named = {part_name(parameter, name): part for name, part in parts.items()}
+    return {own: PartOf(whole=entry, parameter=own, part=part) for own, part in named.items()}
 
 
 def write_parts(fused: dict[str, dict[str, Part]], entries: dict[str, Entry], folder: Path) -> None:
@@ -104,7 +114,8 @@ def write_parts(fused: dict[str, dict[str, Part]], entries: dict[str, Entry], fo
     (folder / PARTS_FILE).write_text(json.dumps(table, separators=(",", ":")) + "\n")
 
 
-def _read(folder: Path) -> dict[str, dict[str, Part]]:
+def read_parts(folder: Path) -> dict[str, dict[str, Part]]:
+    """What `write_parts` wrote there; nothing where it has not."""
     file = folder / PARTS_FILE
     if not file.exists():
         return {}

@@ -25,6 +25,8 @@ from lorabench.updates.tensorfile import SUFFIXES, TORCH_SUFFIXES, Tensors, chec
 
 CONV1D_TYPES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder")
 """`model_type` of the models with transformers' Conv1D layers, whose weights are stored as (in, out)."""
+TRANSPOSED_STACKS = ("gpt_oss", "openai_privacy_filter")
+"""`model_type` of the models whose classes say that their stacked experts are stored as (experts, in, out)."""
 CONV1D_NAMES = ("c_attn", "q_attn", "c_proj", "c_fc")
 _NAME_BYTES = 255
 """Of a file, on Linux and elsewhere."""
@@ -51,7 +53,8 @@ _LLAMA_CPP = re.compile(r"blk\.\d+\.")
 class WeightFiles:
     """The weights of one model. InputError where there are none, or the files are damaged.
 
-    Opening reads headers only; `read` reads one weight.
+    Opening reads headers only; `read` reads one weight. Of stacked experts, (experts, out, in), each is a weight of its
+    own, `STACK[3].weight`; Llama 4's, (experts, in, out), are taken as they are stored, as in runs.
     """
 
     def __init__(self, path: Path | str, files: Iterable[Tensors] | None = None):
@@ -62,11 +65,17 @@ class WeightFiles:
             self._files |= dict.fromkeys(tensors.names, tensors)
         if not self._files:
             raise InputError(f"{self.path}: holds no weights")
+        shapes = {name: tensors.shape(name) for name, tensors in self._files.items() if "expert" in name.lower()}
+        stacks = {name: shape[0] for name, shape in shapes.items() if len(shape) == 3 and 0 not in shape}
+        self._experts = {f"{name}[{e}].weight": (name, e) for name, count in stacks.items() for e in range(count)}
+        self._last: tuple[str, Tensor] | None = None
+        """The stack that was read last."""
 
     @property
     def names(self) -> list[str]:
-        """Sorted, as they are stored."""
-        return sorted(self._files)
+        """Sorted, as they are stored, but for experts."""
+        stacks = {stack for stack, _ in self._experts.values()}
+        return sorted([*(self._files.keys() - stacks), *self._experts])
 
     def find(self, parameter: str) -> str | None:
         """The stored name of a parameter; None where there is none, or more than one could be meant.
@@ -77,7 +86,7 @@ class WeightFiles:
         for `.`, the one that is so written, else the only one that ends so. An output matrix that is tied to the input
         embedding, and so is not stored, is found by its own name. Last, what diffusers calls it where that is another.
         """
-        if parameter in self._files:
+        if parameter in self._files or parameter in self._experts:
             return parameter
         if candidates := self._candidates(parameter):
             return candidates[0] if len(candidates) == 1 else None
@@ -97,8 +106,9 @@ class WeightFiles:
 
     def stored_shape(self, parameter: str) -> tuple[int, ...]:
         """As it is in the file."""
-        tensors, name = self._place(self._name(parameter))
-        return tensors.shape(name)
+        name = self._name(parameter)
+        tensors, stored = self._place(name)
+        return tensors.shape(stored)[1 if name in self._experts else 0 :]
 
     def dtype(self, parameter: str) -> str:
         """As stored: `bfloat16`."""
@@ -109,10 +119,24 @@ class WeightFiles:
         """(out, in) in float32 (float64 stays). InputError where it is not there, quantized, or holds NaN or Inf."""
         name = self._name(parameter)
         shape = self.shape(name)
-        tensors, stored = self._place(name)
-        tensor = tensors.read(stored)
+        tensor = self._expert(*self._experts[name]) if name in self._experts else self._stored(name)
         tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         return tensor.T if self._is_transposed(name) else tensor.reshape(shape)
+
+    def _stored(self, name: str) -> Tensor:
+        tensors, stored = self._place(name)
+        return tensors.read(stored)
+
+    def _expert(self, stack: str, index: int) -> Tensor:
+        if self._last is None or self._last[0] != stack:
+            self._last = None  # before the next takes as much memory
+            self._last = stack, self._stored(stack)
+        return self._last[1][index]
+
+    @cached_property
+    def has_transposed_stacks(self) -> bool:
+        """Whether stacked experts are stored as (experts, in, out), by `config.json`."""
+        return self._config.get("model_type") in TRANSPOSED_STACKS
 
     @cached_property
     def has_conv1d(self) -> bool:
@@ -127,6 +151,7 @@ class WeightFiles:
     def _place(self, name: str) -> tuple[Tensors, str]:
         """The file of what `find` gave, and its name there: a tied output matrix is the embedding, (vocabulary, width)
         as it is stored."""
+        name = self._experts[name][0] if name in self._experts else name
         stored = name if name in self._files else self._tied_embedding
         assert stored is not None  # `find` has seen to it
         return self._files[stored], stored
@@ -160,6 +185,8 @@ class WeightFiles:
     def _is_transposed(self, name: str) -> bool:
         if len(self.stored_shape(name)) != 2:
             return False
+        if name in self._experts:
+            return self.has_transposed_stacks
         module = name.removesuffix(".weight").rpartition(".")[2]
         return is_embedding(name) or (self.has_conv1d and module in CONV1D_NAMES)
 
@@ -202,7 +229,7 @@ class WeightFiles:
     @cached_property
     def _by_end(self) -> defaultdict[str, list[str]]:
         found: defaultdict[str, list[str]] = defaultdict(list)
-        for name in self._files:
+        for name in (*self._files, *self._experts):
             found[_end(name)].append(name)
         return found
 

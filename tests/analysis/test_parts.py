@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as t
 
+import lorabench
 from lorabench.analysis.analyze import analyze
 from lorabench.config.decode import InputError
 from lorabench.data.dataset import BUILTIN
@@ -114,6 +115,21 @@ def test_of_dora_the_share_of_the_factors_has_parts_too(phi):
     assert {f"{layer}[{kind}]{share}" for kind in "qkv" for share in ("", "[sBA]")} <= layers.keys()
 
 
+def test_a_run_that_is_loaded_has_them_beside_the_whole(phi):
+    store, sweep, base = phi
+    for spec in sweep.runs:
+        updates = lorabench.load(store.folder(spec.id))
+        kinds = "qkv" if spec.keep == "updates" else ""
+        layer = "model.layers.1.self_attn.qkv_proj"
+        assert {name for name in updates if name.startswith(layer) and "sBA" not in name} == {
+            layer,
+            *(f"{layer}[{kind}]" for kind in kinds),
+        }
+        if kinds:
+            W0 = base.get_parameter(f"{layer}.weight").detach()[list(PHI["self_attn.qkv_proj"]["k"])]
+            assert updates.layers[f"{layer}[k]"].base_norm == pytest.approx(W0.norm().item(), rel=1e-4)
+
+
 def test_snapshots_have_the_same_parts(phi):
     store, sweep, _ = phi
     dynamics = analyze(store, sweep)["dynamics"]
@@ -172,6 +188,25 @@ def test_experts_are_held_against_their_own_weights(family, tmp_path):
     make_old(store, sweep.runs[0])
     found = set(analyze(store, sweep)["alignment"]["layer"])
     assert not any("experts" in layer for layer in found), "whose cache another version may have filled"
+
+
+@pytest.mark.parametrize("family", ["gpt-oss", "llama4"])
+def test_experts_that_files_keep_stacked_are_held_against_theirs(family, tmp_path):
+    text = TEXT.partition("[[grid]]")[0].replace("snapshot_every = 2\n", "")
+    text += '[[grid]]\nmethod.name = "lora"\nmethod.rank = 2\nmethod.targets = "mlp"\nlr = 1e-2\n'
+    store, sweep, base = trained(family, tmp_path, text)
+    frames = analyze(store, sweep)
+    norms = values(frames["alignment"], sweep.runs[0].id, "base_norm")
+    want = {}
+    for name, stack in ((name, p.detach()) for name, p in base.named_parameters() if p.ndim == 3):
+        parts_of = {"[gate]": slice(0, None, 2), "[up]": slice(1, None, 2)}  # of gpt-oss, the columns in turn
+        if family == "llama4" or name.endswith("down_proj"):
+            parts_of = {"": slice(None)}
+        want |= {f"{name}{kind}[{e}]": expert[:, columns].norm()
+                 for kind, columns in parts_of.items() for e, expert in enumerate(stack)}  # fmt: skip
+    assert {layer for layer in norms if "experts" in layer} == want.keys()
+    assert all(norms[layer] == pytest.approx(float(norm), rel=1e-4) for layer, norm in want.items())
+    assert want.keys() <= set(frames["intruders"]["layer"])
 
 
 def test_names():

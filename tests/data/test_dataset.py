@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from lorabench.config.decode import InputError
-from lorabench.data.dataset import read_data
+from lorabench.data.dataset import builtin_data, read_data
 
 ROWS = [{"text": f'sentence "{i}" with a quote', "label": i % 3} for i in range(40)]
 
@@ -189,9 +189,11 @@ def test_two_names_for_one_split_are_refused(tmp_path):
 
 
 def test_builtin_data_is_there():
-    for name in ("english-docs", "python-code"):
+    columns = {"english-docs": "text", "python-code": "text", "arithmetic": "prompt", "questions": "question"}
+    assert sorted(builtin_data()) == sorted(f"builtin:{name}" for name in columns)
+    for name, column in columns.items():
         splits = read_data(f"builtin:{name}").splits
-        assert all(splits[split][0]["text"] for split in ("train", "validation", "test"))
+        assert all(splits[split][0][column] for split in ("train", "validation", "test"))
 
 
 @pytest.mark.parametrize(

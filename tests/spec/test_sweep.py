@@ -421,8 +421,8 @@ NO_MODEL = (
     "model: is missing: a Hub id, a local folder, builtin:tiny-llama, builtin:tiny-llama-arithmetic or builtin:tiny-t5"
 )
 NO_DATA = (
-    "task.data: is missing: a file, a folder, a Hub data set, builtin:arithmetic, builtin:english-docs or "
-    "builtin:python-code"
+    "task.data: is missing: a file, a folder, a Hub data set, builtin:arithmetic, builtin:english-docs, "
+    "builtin:python-code or builtin:questions"
 )
 TEXT, TWO = 'task.name = "text"\n', 'tasks = [{name = "text", data = "x"}, {name = "text"}]\n'
 

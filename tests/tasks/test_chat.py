@@ -91,6 +91,60 @@ def test_masks_are_those_of_transformers_marked_or_not(seed, tokenizer):
         assert example == {"input_ids": wanted["input_ids"], "labels": labels}, template
 
 
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Now.", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}}}}  # fmt: skip
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Wien"}}}
+CALLS = [
+    {"role": "user", "content": "How is Wien?"},
+    {"role": "assistant", "tool_calls": [CALL]},
+    {"role": "tool", "content": "rain"},
+    {"role": "assistant", "content": "It rains.", "tool_calls": None},
+]
+TELL = "{% if tools %}{{ 'tools ' + tools | tojson + '\n' }}{% endif %}"
+SAID = (
+    "{{ message.content or '' }}{% if 'tool_calls' in message %}{% for call in message['tool_calls'] %}"
+    "{{ call.function | tojson }}{% endfor %}{% endif %}{{ '<|im_end|>' }}"
+)
+CALLING = f"{TELL}{{% for message in messages %}}{HEAD}{SAID}{{{{ '\n' }}}}{{% endfor %}}{ASK}"
+CALLING_MARKED = (
+    f"{TELL}{{% for message in messages %}}{HEAD}{{% if message['role'] == 'assistant' %}}{{% generation %}}{SAID}"
+    f"{{% endgeneration %}}{{% else %}}{SAID}{{% endif %}}{{{{ '\n' }}}}{{% endfor %}}{ASK}"
+)
+
+
+@pytest.mark.parametrize("template", [CALLING, CALLING_MARKED])
+@pytest.mark.parametrize("tools", [[WEATHER], json.dumps([WEATHER]), None])
+def test_calls_of_tools_are_learned_as_transformers_masks_them(template, tools, tokenizer):
+    row = {"messages": CALLS, "tools": tools}
+    chat = task(template=template, tools="tools")
+    (example,) = chat.examples(chat.usable("train", [row, {"tools": []} | row], {})[:1], tokenizer, 512, {})
+    plain = [{key: value for key, value in message.items() if value is not None} for message in CALLS]
+    wanted = tokenizer.apply_chat_template(
+        plain, chat_template=CALLING_MARKED, tools=[WEATHER] if tools else None, tokenize=True, return_dict=True,
+        return_assistant_tokens_mask=True,
+    )  # fmt: skip
+    assert example["input_ids"] == wanted["input_ids"]
+    assert [label != IGNORE for label in example["labels"]] == [mask == 1 for mask in wanted["assistant_masks"]]
+    first, second = learned(tokenizer, example)
+    assert json.loads(first.removesuffix("<|im_end|>")) == CALL["function"] and second == "It rains.<|im_end|>"
+    assert ("tools [" in tokenizer.decode(example["input_ids"])) == bool(tools)
+
+
+def test_tools_that_are_none_are_told(tokenizer):
+    for tools in ("{", {"name": "weather"}, ["weather"], 3):
+        with pytest.raises(InputError, match=r'task\.tools = "tools": row 1 is no list of tools, each an object: '):
+            task(tools="tools").usable("train", [{"messages": CALLS, "tools": tools}], {})
+    with pytest.raises(InputError, match=r'task\.tools = "tool": no such column'):
+        task(tools="tool").usable("train", [{"messages": CALLS, "tools": []}], {})
+    call = {"function": CALL["function"] | {"arguments": {"city": "\ud800"}}}
+    for template in (CALLING, CALLING_MARKED):
+        with pytest.raises(InputError, match="row 1 is"):
+            example_of(tokenizer, [CALLS[0], {"role": "assistant", "tool_calls": [call]}], template=template)
+    wrong = [CALLS[0], {"role": "assistant", "tool_calls": "weather"}]
+    with pytest.raises(InputError, match="has tool_calls that are no list of objects in message 2"):
+        task().usable("train", [{"messages": wrong}], {})
+
+
 @pytest.mark.parametrize("template", [MARKED, CHATML])
 def test_the_assistants_turns_are_learned_with_their_end(template, tokenizer):
     example = example_of(tokenizer, template=template)

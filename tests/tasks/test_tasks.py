@@ -36,7 +36,8 @@ def test_every_task_has_a_loss_that_falls_on_the_right_answer(name, tokenizer, l
     task = plugins.example("tasks", name)
     rows = [{"source": "a", "text": f"text number {i} " * 9, "label": i % 2} for i in range(8)]
     talk = [{"role": "user", "content": "yes or no?"}, {"role": "assistant", "content": "yes"}]
-    rows = [row | {"messages": talk} for row in rows]
+    rows = [row | {"messages": talk, "question": row["text"], "score": row["label"]} for row in rows]
+    rows = [row | {"choices": ["a", f"b {row['label']}"], "answer": row["label"]} for row in rows]
     if name in ("classification", "regression"):
         task = dataclasses.replace(task, data=labelled)
     options = task.model_options(task.usable("train", rows, {}))

@@ -12,6 +12,8 @@ from lorabench.report.aggregate import plain
 from lorabench.updates.advice import rank_pattern_for, smallest_rank
 from lorabench.updates.formats import Adapter, load_layers
 from lorabench.updates.layer import LayerSVD
+from lorabench.updates.parts import fused_name, name_of_part
+from lorabench.updates.update import DORA_PART
 
 ENERGIES = (0.9, 0.95, 0.99)
 Row = dict[str, Any]
@@ -49,13 +51,13 @@ def inspect_adapter(
 
 def _row(layer: LayerSVD) -> Row:
     metrics = Spectrum().compute(layer)
-    part = layer.update.part if layer.update else None
+    part, whole = _part_of(layer)
     return {
         "layer": layer.layer,
         "kind": layer.kind,
         "depth": layer.depth,
         "part": part,
-        "part_of": layer.layer.removesuffix(f"[{part}]") if part else None,
+        "part_of": whole,
         "shape": list(layer.shape),
         "rank": layer.rank,
         "scale": layer.scale,
@@ -68,6 +70,14 @@ def _row(layer: LayerSVD) -> Row:
     }
 
 
+def _part_of(layer: LayerSVD) -> tuple[str | None, str | None]:
+    """`sBA` or `q`, and the layer that it is a part of; of a whole one nothing."""
+    if fused := name_of_part(layer.parameter):
+        return fused, fused_name(layer.parameter).removesuffix(".weight")
+    part = layer.update.part if layer.update else None
+    return part, layer.layer.removesuffix(f"[{part}]") if part else None
+
+
 def _whole(metric: str, value: float | None) -> float | None:
     """A `rank_q` is a count."""
     return int(value) if metric.startswith("rank_") and value is not None else value
@@ -77,20 +87,26 @@ def rank_advice(rows: list[Row], energy: float) -> dict[str, Any]:
     """The smallest rank of each layer that keeps this share of its ‖ΔW‖², to be pasted into a PEFT configuration.
 
     `num_parameters` is what LoRA of these ranks would train, Σ k (M + N). Of a ΔW that is reported whole and in part
-    (DoRA), the low-rank part counts.
+    (DoRA), the low-rank part counts; the parts of a fused one are no modules of PEFT's, and do not.
     """
     import numpy as np
 
-    named = {row["part_of"] or row["layer"]: row for row in sorted(rows, key=lambda row: row["part"] is not None)}
+    in_order = sorted(unfused(rows), key=lambda row: row["part"] is not None)
+    named = {row["part_of"] or row["layer"]: row for row in in_order}
     ranks = {name: smallest_rank(np.array(row["singular_values"]), energy) for name, row in named.items()}
     usual, pattern = rank_pattern_for(dict(sorted(ranks.items())))
     count = sum(k * sum(named[name]["shape"]) for name, k in ranks.items())
     return {"energy": energy, "r": usual, "rank_pattern": pattern, "num_parameters": count}
 
 
+def unfused(rows: list[Row]) -> list[Row]:
+    """Without the parts of fused layers, which stand beside these."""
+    return [row for row in rows if row["part"] in (None, DORA_PART)]
+
+
 def current_parameters(rows: list[Row]) -> int | None:
     """What the factors hold now, Σ r (M + N); None where some ΔW is dense."""
-    factored = [row for row in rows if row["rank"] is not None]
+    factored = [row for row in unfused(rows) if row["rank"] is not None]
     whole = {row["part_of"] or row["layer"] for row in factored} == {row["part_of"] or row["layer"] for row in rows}
     return sum(row["rank"] * sum(row["shape"]) for row in factored) if whole else None
 
@@ -135,7 +151,7 @@ def facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("format", found["format"]),
         ("scale", scale_text(found)),
-        ("layers", f"{found['num_layers']} of {len(by_kind(rows))} kinds, {ranks_text(rows)}"),
+        ("layers", f"{found['num_layers']} of {len(by_kind(unfused(rows)))} kinds, {ranks_text(rows)}"),
         ("‖ΔW‖", f"{plain(found['frobenius_norm'])}{share}"),
     ]
 

@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from lorabench.adapters.examine.inspection import Row, by_kind, current_parameters, facts, ranks_text, significant
+from lorabench.adapters.examine.inspection import (
+    Row,
+    by_kind,
+    current_parameters,
+    facts,
+    ranks_text,
+    significant,
+    unfused,
+)
 from lorabench.linalg.nulls import null_spectra
 from lorabench.terminal.sketch import bars, blocks
 from lorabench.terminal.text import text_table
@@ -109,7 +117,7 @@ def _over_depth(rows: list[Row], metric: str, depths: list[int]) -> list[float |
 
 def _spectrum(rows: list[Row]) -> Iterable[tuple[str, str]]:
     """Geometric mean over the layers that have the most usual number of singular values."""
-    rows = [row for row in rows if row["singular_values"][0] > 0]
+    rows = [row for row in unfused(rows) if row["singular_values"][0] > 0]
     if not rows:
         return
     (size, count), *_ = Counter(len(row["singular_values"]) for row in rows).most_common()

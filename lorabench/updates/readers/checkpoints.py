@@ -31,6 +31,7 @@ def find(source: Source) -> Found | None:
             "its ΔW needs the untouched one, with --base"
         )
     tuned.has_conv1d = base.has_conv1d = tuned.has_conv1d or base.has_conv1d  # one of them may lack its config.json
+    tuned.has_transposed_stacks = base.has_transposed_stacks = tuned.has_transposed_stacks or base.has_transposed_stacks
     numbers = [name for name in tuned.names if "float" in tuned.dtype(name)]
     pairs = {name: parameter for name in numbers if (parameter := base.find(name))}
     if not pairs:

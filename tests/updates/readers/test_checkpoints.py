@@ -10,12 +10,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lorabench.config.decode import InputError
 from lorabench.models.weights import weight_changes
 from lorabench.updates import formats
+from tests import families
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 30}
 MODELS = {
     "llama": (AutoModelForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=False)),
     "gpt2": (AutoModelForCausalLM, GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30, n_positions=8)),
     "bert": (AutoModelForSequenceClassification, BertConfig(**SIZES)),
+    "gpt-oss": (AutoModelForCausalLM, families.CONFIGS["gpt-oss"]()),
+    "llama4": (AutoModelForCausalLM, families.CONFIGS["llama4"]()),
 }
 
 
