@@ -66,16 +66,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A claim that seems dead is looked at again at once."""
-    monkeypatch.setattr("lorabench.store.claim.LOOK_AGAIN_SECONDS", 0.05)
-
-
-@pytest.fixture(autouse=True)
-def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device's peak is measured by small products alone, which every run adds some of."""
-    monkeypatch.setattr("lorabench.training.peak.SIZES", {"cpu": (256,)})
+@pytest.fixture(autouse=True, scope="session")
+def impatient() -> Iterator[None]:
+    """A claim that seems dead is looked at again at once, and the device's peak is measured by small products alone,
+    which every run adds some of. Patched apart: many a test undoes what its own `monkeypatch` has done, and runs on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorabench.store.claim.LOOK_AGAIN_SECONDS", 0.05)
+        patch.setattr("lorabench.training.peak.SIZES", {"cpu": (256,)})
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -314,9 +314,16 @@ def reads_last_token(model: nn.Module) -> bool:
 
 def save_peft(model: nn.Module, folder: Path) -> None:
     """Save an adapter in PEFT's format, the same bytes for the same adapter: PEFT writes its sets in any order."""
-    model.save_pretrained(folder, save_embedding_layers=False)  # else the base's own go in, beside their factors
-    (folder / "README.md").unlink(missing_ok=True)  # a model card of placeholders
+    model.create_or_update_model_card = _no_card  # of placeholders alone, for which it compiles a template each time
+    try:
+        model.save_pretrained(folder, save_embedding_layers=False)  # else the base's own go in, beside their factors
+    finally:
+        del model.create_or_update_model_card
     sort_config(folder)
+
+
+def _no_card(_folder: str) -> None:
+    """Instead of PEFT's own."""
 
 
 def sort_config(folder: Path) -> None:
