@@ -77,6 +77,13 @@ def impatient() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="module")
+def imported_for_good() -> None:
+    """What the files before have imported is no garbage either: a collection would take longer with each of them."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
 def counted_seldom(request: pytest.FixtureRequest) -> Iterator[None]:
     """FLOPs of a pass take a third of a short run's time. `test_flops` counts each; where runs are told of whole, they
     are counted once for each model and method; in all other tests they are six a parameter and position."""
