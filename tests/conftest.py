@@ -38,7 +38,7 @@ LONGEST = ("slurm/test_interruptions", "training/test_ranks", "slurm/test_deaths
            "training/test_sequence", "figures/test_figures", "training/test_flops",
            "merging/test_compose", "training/test_base_results", "objectives/test_grpo", "test_outputs",
            "training/test_serving", "report/test_generated_sweeps", "analysis/test_analyze",
-           "api/test_tour", "commands/test_readme", "tasks/test_multiple_choice")  # fmt: skip
+           "api/test_tour", "commands/test_readme")  # fmt: skip
 """Files that take minutes: a worker that began one last would keep the others waiting. Those that mostly wait for a
 real SLURM stand between those that compute."""
 
