@@ -38,7 +38,7 @@ LONGEST = ("slurm/test_interruptions", "training/test_ranks", "slurm/test_deaths
            "training/test_sequence", "figures/test_figures", "training/test_flops",
            "merging/test_compose", "training/test_base_results", "objectives/test_grpo", "test_outputs",
            "training/test_serving", "report/test_generated_sweeps", "analysis/test_analyze",
-           "api/test_tour", "commands/test_readme", "tasks/test_multiple_choice")  # fmt: skip
+           "api/test_tour", "commands/test_readme")  # fmt: skip
 """Files that take minutes: a worker that began one last would keep the others waiting. Those that mostly wait for a
 real SLURM stand between those that compute."""
 
@@ -66,16 +66,21 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.fixture(autouse=True)
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A claim that seems dead is looked at again at once."""
-    monkeypatch.setattr("lorabench.store.claim.LOOK_AGAIN_SECONDS", 0.05)
+@pytest.fixture(autouse=True, scope="session")
+def impatient() -> Iterator[None]:
+    """A claim that seems dead is looked at again at once, and the device's peak is measured by small products alone,
+    which every run adds some of. Patched apart: many a test undoes what its own `monkeypatch` has done, and runs on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorabench.store.claim.LOOK_AGAIN_SECONDS", 0.05)
+        patch.setattr("lorabench.training.peak.SIZES", {"cpu": (256,)})
+        yield
 
 
-@pytest.fixture(autouse=True)
-def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device's peak is measured by small products alone, which every run adds some of."""
-    monkeypatch.setattr("lorabench.training.peak.SIZES", {"cpu": (256,)})
+@pytest.fixture(autouse=True, scope="module")
+def imported_for_good() -> None:
+    """What the files before have imported is no garbage either: a collection would take longer with each of them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")

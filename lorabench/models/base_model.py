@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -276,15 +276,22 @@ def check_length(spec: RunSpec, longest: int | None) -> None:
 
 def padding(spec: RunSpec, model: nn.Module) -> int:
     """The tokenizer's padding token. InputError where the model has no embedding of it."""
-    tokenizer = load_tokenizer(spec.model, spec.revision)
+    number, token, size = _padding_token(spec.model, spec.revision)
     rows = model.get_input_embeddings().weight.shape[0]
-    if tokenizer.pad_token_id >= rows:
+    if number >= rows:
         raise InputError(
-            f'model = "{show_path(spec.model)}": its tokenizer of {len(tokenizer)} tokens pads with '
-            f"{show(tokenizer.pad_token)}, number {tokenizer.pad_token_id}, and the model has embeddings of {rows}: "
+            f'model = "{show_path(spec.model)}": its tokenizer of {size} tokens pads with '
+            f"{show(token)}, number {number}, and the model has embeddings of {rows}: "
             f"0 to {rows - 1}"
         )
-    return int(tokenizer.pad_token_id)
+    return number
+
+
+@lru_cache(maxsize=16)
+def _padding_token(source: str, revision: str | None) -> tuple[int, str, int]:
+    """Its number, itself, and how many tokens the tokenizer has: read once for all loads of a base."""
+    tokenizer = load_tokenizer(source, revision)
+    return int(tokenizer.pad_token_id), tokenizer.pad_token, len(tokenizer)
 
 
 def new_heads(model: nn.Module) -> list[str]:
@@ -314,9 +321,16 @@ def reads_last_token(model: nn.Module) -> bool:
 
 def save_peft(model: nn.Module, folder: Path) -> None:
     """Save an adapter in PEFT's format, the same bytes for the same adapter: PEFT writes its sets in any order."""
-    model.save_pretrained(folder, save_embedding_layers=False)  # else the base's own go in, beside their factors
-    (folder / "README.md").unlink(missing_ok=True)  # a model card of placeholders
+    model.create_or_update_model_card = _no_card  # of placeholders alone, for which it compiles a template each time
+    try:
+        model.save_pretrained(folder, save_embedding_layers=False)  # else the base's own go in, beside their factors
+    finally:
+        del model.create_or_update_model_card
     sort_config(folder)
+
+
+def _no_card(_folder: str) -> None:
+    """Instead of PEFT's own."""
 
 
 def sort_config(folder: Path) -> None:

@@ -182,6 +182,14 @@ class Panels:
         self.set_ylabels(y)
 
 
+class _Grid(sns.FacetGrid):
+    """Without seaborn's own layout, which takes as long as drawing a panel, and of which the constrained one leaves
+    nothing."""
+
+    def tight_layout(self, *_: Any, **__: Any) -> _Grid:
+        return self
+
+
 def inches(figure: FigureBase) -> tuple[float, float]:
     """Width and height, of a subfigure too."""
     return figure.bbox.width / figure.dpi, figure.bbox.height / figure.dpi  # type: ignore[attr-defined]
@@ -208,8 +216,7 @@ def facets(
         return
     how: dict[str, Any] = {"col_order": names, "col_wrap": columns, "height": height, **shared}
     with style(theme):
-        with plt.rc_context({"figure.constrained_layout.use": False}):  # else seaborn's own layout warns of it
-            grid = sns.FacetGrid(pd.DataFrame({"panel": names}), col="panel", **how)
+        grid = _Grid(pd.DataFrame({"panel": names}), col="panel", **how)
         grid.figure.set_layout_engine("constrained")
         grid.figure.set_size_inches(wide, height * -(-len(names) // columns))
         _prepare(grid, names, columns, shared)

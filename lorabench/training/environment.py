@@ -38,9 +38,10 @@ def describe(device: torch.device) -> dict[str, Any]:
             "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
             "cuda": torch.version.cuda,
         }
-    return {"packages": _packages(), "git": dict(_git()), "hardware": hardware}
+    return {"packages": dict(_packages()), "git": dict(_git()), "hardware": hardware}
 
 
+@cache
 def _packages() -> dict[str, str | None]:
     from importlib.metadata import PackageNotFoundError, version
 

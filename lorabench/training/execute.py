@@ -74,7 +74,8 @@ def execute(spec: RunSpec, store: Store, options: Options) -> Status:
     word = broadcast(place, meeting, lambda: str(Status.MISSING if isinstance(hold, Hold) else hold))
     if not isinstance(hold, Hold) or word != Status.MISSING:
         return Status(word)
-    with hold, _log(log_file, options.log_to_file), _only_new_garbage():
+    with hold, _log(log_file, options.log_to_file):
+        _look_at_new_garbage_alone()
         return _attempt(spec, store, options, hold, meeting)
 
 
@@ -141,19 +142,12 @@ def _one_line(error: Exception) -> str:
     return message(f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
 
 
-@contextlib.contextmanager
-def _only_new_garbage() -> Iterator[None]:
+def _look_at_new_garbage_alone() -> None:
     """What is there before stays out of the collector's sight: half a million objects of the libraries' imports, a
-    quarter of a second for each of the meter's collections. In a run's own process they are already."""
-    if gc.get_freeze_count():
-        yield
-        return
+    quarter of a second for each of the meter's collections. For good, as a process that executes a run does little
+    else; and without asking whether they are already, which takes a tenth of a short run: they would be counted."""
     gc.collect()
     gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -37,8 +37,7 @@ def method_spec(name: str, base: str, tiny_bases, labelled, method=None, **chang
 
 
 def attach(spec, examples):
-    torch.manual_seed(spec.seed)
-    return spec.method.attach(models.load_base(spec, CPU, examples.model_options), spec)
+    return spec.method.attach(load_base(spec, examples), spec)
 
 
 def take_steps(spec, model, examples, steps, first=0):
@@ -68,9 +67,23 @@ def tuned(spec, steps=15):
     return model.eval(), collate(examples.splits["train"][:4], examples.padding, CPU), losses, examples
 
 
+BASES: dict[tuple, tuple] = {}
+"""What `load_base` has read, and torch's generator after it."""
+
+
 def load_base(spec, examples):
-    torch.manual_seed(spec.seed)
-    return models.load_base(spec, CPU, examples.model_options).eval()
+    """As a run loads it, torch's generator too; a copy of what was read once, but for a quantized one."""
+    method, options = spec.method, examples.model_options
+    key = (spec.model, spec.task.auto_class, repr(options), spec.dtype, spec.seed, method.trains_base)
+    if key not in BASES or spec.quantization != "none":
+        torch.manual_seed(spec.seed)
+        base = models.load_base(spec, CPU, options).eval()
+        if spec.quantization != "none":
+            return base
+        BASES[key] = base, torch.get_rng_state()
+    base, random = BASES[key]
+    torch.set_rng_state(random)
+    return copy.deepcopy(base)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import itertools
 import json
 import time
@@ -56,9 +55,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     for spec in SPECS.values():
         run(spec, folder)
-        gc.freeze()  # what is imported by now: each run's meter looks through it several times, for half of its time
-    yield Store(folder)
-    gc.unfreeze()
+    return Store(folder)
 
 
 @pytest.fixture

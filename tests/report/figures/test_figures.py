@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 from matplotlib.collections import PolyCollection
@@ -39,23 +41,35 @@ def drawn(name, results):
     return next(canvas for each in made if (canvas := figure.draw(each)))
 
 
+@pytest.fixture(scope="module")
+def laid_out():
+    """`laid_out(name)`: a figure that is drawn once, for all tests that only look at it."""
+
+    @cache
+    def make(name):
+        figure = drawn(name, synthetic.shared())
+        figure.canvas.draw()
+        return figure
+
+    return make
+
+
 def drawn_ys(item):
     """The y values of a collection's paths."""
     return np.concatenate([path.vertices[:, 1] for path in item.get_paths()] or [[np.nan]])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_draws_with_labelled_axes(name, results):
-    figure = drawn(name, results)
+def test_draws_with_labelled_axes(name, laid_out):
+    figure = laid_out(name)
     panels = [axes for axes in figure.axes if axes.get_visible() and axes.get_label() != "<colorbar>"]
     assert any(axes.get_xlabel() for axes in panels) and any(axes.get_ylabel() for axes in panels)
     assert figure.get_figwidth() in (drawing.COLUMN_INCHES, drawing.PAGE_INCHES)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_legend_covers_no_panel(name, results):
-    figure = drawn(name, results)
-    figure.canvas.draw()
+def test_legend_covers_no_panel(name, laid_out):
+    figure = laid_out(name)
     for legend in figure.legends:
         box = legend.get_window_extent()
         assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
@@ -63,9 +77,8 @@ def test_legend_covers_no_panel(name, results):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_label_or_title_is_cut_off(name, results):
-    figure = drawn(name, results)
-    figure.canvas.draw()
+def test_no_label_or_title_is_cut_off(name, laid_out):
+    figure = laid_out(name)
     for axes in (axes for axes in figure.axes if axes.get_visible()):
         for text in filter(lambda text: text.get_text(), (axes.xaxis.label, axes.yaxis.label, axes.title)):
             box = text.get_window_extent()
@@ -179,8 +192,8 @@ def test_every_figure_has_a_heading_in_the_report(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_drawn_in_a_subfigure_it_is_the_same(name, results):
-    whole = drawn(name, results)
+def test_drawn_in_a_subfigure_it_is_the_same(name, results, laid_out):
+    whole = laid_out(name)
     part, _ = drawing.plt.figure(figsize=(14, 8), layout="constrained").subfigures(1, 2)
     with drawing.onto(part):
         assert drawn(name, results) is part

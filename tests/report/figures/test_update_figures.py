@@ -37,7 +37,12 @@ def one_setting(tmp_path_factory):
     return synthetic.make(tmp_path_factory.mktemp("store"), ONE)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module")
+def intruder_curves():
+    """Of the shared results; for tests that only look at it."""
+    return IntruderCurves().draw(synthetic.shared())
+
+
 def _closed():
     yield
     drawing.plt.close("all")
@@ -180,8 +185,8 @@ def test_depth_profile_bars_are_students_interval(results):
     assert any(np.allclose(bar[:, 1], [low, high]) for bar in segments(panel(figure, "q_proj")))
 
 
-def test_intruders_are_summed_over_matrices(results):
-    figure = IntruderCurves().draw(results)
+def test_intruders_are_summed_over_matrices(results, intruder_curves):
+    figure = intruder_curves
     frame = rows(results, "intruders", 4, metric="count")
     sums = frame.groupby(["run_id", "epsilon", "k"], observed=True)[["value", "null"]].sum()
     means = sums.groupby(["epsilon", "k"]).mean()
@@ -192,8 +197,8 @@ def test_intruders_are_summed_over_matrices(results):
     assert figure.axes[0].get_ylabel() == "Intruders in 8 matrices"
 
 
-def test_intruders_say_how_many_are_degenerate(results):
-    (legend,) = IntruderCurves().draw(results).legends
+def test_intruders_say_how_many_are_degenerate(results, intruder_curves):
+    (legend,) = intruder_curves.legends
     frame = rows(results, "intruders", 4, metric="num_intruders")
     share = 100 * frame["num_degenerate"].sum() / frame["value"].sum()
     assert f"lora, rank 4 ({share:.0f}% degenerate)" in [text.get_text() for text in legend.get_texts()]
@@ -224,8 +229,8 @@ def test_unstable_runs_are_crossed_and_the_correlation_without_them_stands_besid
     assert sorted(map(tuple, crosses)) == sorted(pairs) and len(crosses) == bad.sum()
 
 
-def test_forgetting_against_intruders_with_their_rank_correlation(results):
-    figure = IntruderCurves().draw(results)
+def test_forgetting_against_intruders_with_their_rank_correlation(results, intruder_curves):
+    figure = intruder_curves
     frame = results.analyses["intruders"]
     counts = frame[frame["metric"] == "num_intruders"].groupby("run_id", observed=True)["value"].sum()
     forgetting = results.runs.loc[counts.index, "forgetting"]
