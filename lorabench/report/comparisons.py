@@ -96,16 +96,11 @@ def compare(results: Results, selection: Selection) -> Comparisons | None:
     """
     name = best_by(results)
     better = measure(name).higher_is_better
-    shown = [not (results.whole and key.startswith("task")) for key in results.settings]  # the part is called by it
-    keys = list(itertools.compress(results.settings, shown))
     settings = [
-        Setting(
-            values=values, seeds=seeds, runs=runs,
-            name=series_label(keys, list(itertools.compress(values, shown))) or "all runs",
-        )
+        Setting(values=values, name=series_label(results.settings, values) or "all runs", seeds=seeds, runs=runs)
         for values, runs in grouped(selection.done, results.settings)
         if (seeds := seed_means(runs, name))
-    ]  # fmt: skip
+    ]
     if not 2 <= len(settings) <= MOST_SETTINGS or better is None:
         return None
     settings.sort(key=lambda setting: -setting.mean if better else setting.mean)

@@ -106,13 +106,17 @@ class SettingLooks:
     Settings that differ in nothing but their rank are a family: one colour, marker and dash, darker with the rank.
     """
 
+    keys: list[str]
+    """What tells families apart."""
     families: dict[tuple[Any, ...], Look]
     ranks: list[Any]
+    fixed: dict[str, Any]
+    """What all runs that are shown have in common, of the keys."""
 
     def __call__(self, values: Mapping[Any, Any]) -> Look:
         """Of a setting, by its values of `results.settings`; of a family where the rank is left out."""
-        family = self.families[tuple(value for key, value in values.items() if key != RANK)]
-        return self.shade(family, values.get(RANK))
+        known = self.fixed | dict(values.items())
+        return self.shade(self.families[tuple(known[key] for key in self.keys)], values.get(RANK))
 
     def shade(self, look: Look, rank: Any) -> Look:
         """Lightness tells the rank, from light to dark."""
@@ -124,10 +128,13 @@ class SettingLooks:
 
 def setting_looks(results: Results) -> SettingLooks:
     """From all runs of the sweep, done or not and shown or not, so that a look stays as runs end."""
-    results = results.whole or results
-    families = grouped(results.runs, [key for key in results.settings if key != RANK])
-    ranks = ordered(results.runs[RANK].dropna()) if RANK in results.settings else []
-    return SettingLooks(looks(values for values, _ in families), ranks)
+    whole = results.whole or results
+    keys = [key for key in whole.settings if key != RANK]
+    families = looks(values for values, _ in grouped(whole.runs, keys))
+    ranks = ordered(whole.runs[RANK].dropna()) if RANK in whole.settings else []
+    alike = [key for key in keys if key not in results.settings]
+    fixed = {key: results.runs[key].iloc[0] for key in alike if len(results.runs)}
+    return SettingLooks(keys, families, ranks, fixed)
 
 
 _CANVAS: ContextVar[Axes | FigureBase | None] = ContextVar("canvas", default=None)

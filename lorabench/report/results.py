@@ -55,7 +55,7 @@ class Results:
     root: Path | None = None
     """The results folder that the runs lie in, where they lie in one."""
     whole: Results | None = None
-    """The results that these are a part of: settings are called and look as there."""
+    """The results that these are a part of: settings look as there."""
 
     def of(self, wanted: Mapping[str, Any]) -> Results:
         """Those of the runs that are named by (flattened) keys, as in a claim's `where`; all where none is."""
@@ -89,7 +89,7 @@ class Results:
     def keys(self) -> list[str]:
         """The swept keys: those with two values among the runs that have them, and what else tells like runs apart."""
         if self.whole:
-            return self.whole.keys
+            return [key for key in self.whole.keys if self.runs[key].map(repr).nunique() > 1]
         several = [key for key in self.sweep.axes if self.runs[key].dropna().map(repr).nunique() > 1]
         return complete(several, [run.flat for run in self.sweep.runs], ("seed", *self.over))
 
