@@ -12,6 +12,7 @@ from lorabench.data import fingerprints
 from lorabench.report.aggregate import FEWEST, Cell
 from lorabench.report.labels import key_label, listed, measure, measure_label, series_label
 from lorabench.report.results import Results, Selection, grouped, has_shared
+from lorabench.spec.run_spec import flatten
 from lorabench.spec.sweep import Table
 from lorabench.store.record import Status
 
@@ -27,7 +28,8 @@ def declared_notes(
     counts = sorted({item.n for item in cells if item.n})
     behind = f"n = {counts[-1]} runs behind each cell that does not say otherwise." if counts else ""
     behind = behind if table.columns else "n: runs behind the means."
-    notes = [f"Mean ± 95% interval (Student t) over seeds. {behind}{single_seed([cells])}"]
+    notes = part_note(table.where)
+    notes += [f"Mean ± 95% interval (Student t) over seeds. {behind}{single_seed([cells])}"]
     if any(item.null is not None for item in cells):
         notes.append(f"In brackets: the same metric of {_null_models(table.values)}.")
     notes += layer_notes(results, table.values)
@@ -44,11 +46,18 @@ def declared_notes(
     ]
 
 
+def part_note(where: dict[str, Any]) -> list[str]:
+    """Which of the runs are shown, where these are not all."""
+    flat = flatten(where)
+    values = [" or ".join(map(str, value)) if isinstance(value, list) else value for value in flat.values()]
+    return [f"Of the runs with {series_label(list(flat), values, full=True)} alone."] if flat else []
+
+
 def figure_notes(results: Results, figure: Any) -> str:
     """What belongs into the figure's caption in this sweep, and not in every one: seeds, choices, what is left out."""
     selection = results.selection
     groups = grouped(selection.done, results.settings)
-    notes = []
+    notes = part_note(figure.where)
     if figure.intervals:
         seeds = [chunk["seed"].nunique() for _, chunk in groups]
         if max(seeds, default=0) >= FEWEST:

@@ -53,6 +53,7 @@ def test_a_table_shows_the_runs_that_it_names(results: Results) -> None:
     one, every = build_tables(with_tables(results, tables))[-2:]
     assert [row[0] for row in one.rows] == ["full"] and [row[0] for row in every.rows] == ["lora", "full"]
     assert one.rows[0] in every.rows
+    assert one.notes[0] == "Of the runs with full alone." and not any("alone" in note for note in every.notes)
 
 
 def with_tables(results: Results, tables: tuple[Table, ...]) -> Results:
