@@ -1,0 +1,216 @@
+"""What a language model says of the tokens that it is to predict, by no more logits than that takes.
+
+The model is called as always, adapters and virtual tokens included, but its head gets nothing to do. What comes to the
+head is kept; of that the positions at which something is predicted go through it, so many at a time that their logits
+fit CHUNK_BYTES. Of a loss each chunk's gradient is taken at once, so that no logits are left for the backward pass.
+
+What a model does to its logits behind the head (Gemma's soft cap, Cohere's scale) is found by trial. One that does
+something else, or whose weights are shared out over ranks, computes the logits of all positions.
+
+Shapes: n examples, t positions, k of them with something to predict, d width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from lorabench.spec.task import IGNORE, LanguageModeling, Task, Told
+from lorabench.training.examples import Batch
+from lorabench.training.passes import base_of, forward
+
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
+"""Of the float32 logits that are there at a time."""
+PLACES = "places"
+"""The key of a batch that tells where something is predicted, (k,): else a GPU is waited for to find it."""
+TRIED = 60.0
+"""The logits by which it is tried what becomes of them go from -TRIED to TRIED."""
+
+
+def task_loss(model: nn.Module, task: Task, batch: Batch) -> Tensor:
+    """The task's loss, summed over the batch's predictions, for a backward pass."""
+    read = _read(model, batch, task.targets(batch)) if by_tokens(task) else None
+    if read is None:
+        return task.loss(forward(model, batch), batch)
+    trained = [p for p in read.head.module.parameters() if p.requires_grad]
+    found: Tensor = _Summed.apply(read, read.rows, *trained)  # type: ignore[no-untyped-call]
+    return found
+
+
+def by_tokens(task: Task) -> TypeGuard[LanguageModeling]:
+    """Whether a task is language modelling without a loss or scores of its own, which are given logits."""
+    cls, general = type(task), LanguageModeling
+    return isinstance(task, general) and cls.loss is general.loss and cls.score is general.score
+
+
+def places(targets: Tensor) -> Tensor:
+    """Where there is something to predict, (k,)."""
+    return (targets.flatten() != IGNORE).nonzero()[:, 0]
+
+
+def log_probs(model: nn.Module, batch: Batch, targets: Tensor, temperature: float) -> Tensor:
+    """Of each of the `targets`, (n, t) in nats; 0 where there is none. For any loss that is made of them."""
+
+    def of(logits: Tensor, targets: Tensor) -> Tensor:
+        return -cross_entropy(logits / temperature, targets, ignore_index=IGNORE, reduction="none")
+
+    read = _read(model, batch, targets)
+    if read is None:
+        return of(forward(model, batch).flatten(0, 1).float(), targets.flatten()).view_as(targets)
+    head = read.head
+    found = [
+        checkpoint(lambda rows, own: of(head(rows), own), rows, own, use_reentrant=False)
+        for rows, own, _ in read.chunks()
+    ]
+    flat = torch.zeros(targets.numel(), device=targets.device)
+    return (flat.index_put((read.places,), torch.cat(found)) if found else flat).view_as(targets)
+
+
+@torch.no_grad()
+def told(model: nn.Module, batch: Batch, targets: Tensor) -> Told:
+    """What the model tells of each of the `targets` (n, t); nothing is kept for a backward pass."""
+    read = _read(model, batch, targets)
+    if read is None:
+        return Told.of(forward(model, batch), targets)
+    nats = torch.zeros(targets.numel(), device=targets.device)
+    is_right = torch.zeros_like(nats, dtype=torch.bool)
+    for rows, own, where in read.chunks():
+        found = Told.of(read.head(rows), own)
+        nats[where], is_right[where] = found.nats, found.is_right
+    return Told(targets=targets, nats=nats.view_as(targets), is_right=is_right.view_as(targets))
+
+
+class _Summed(torch.autograd.Function):
+    """Cross-entropy of rows (k, d), summed; the gradients of rows and of the head's parameters are made beside it."""
+
+    @staticmethod
+    def forward(ctx: Any, read: _Read, rows: Tensor, *parameters: Tensor) -> Tensor:
+        total = torch.zeros((), device=rows.device)
+        sums = [torch.zeros_like(p) for p in parameters]
+        of_rows = []
+        for chunk, own, _ in read.chunks():
+            with torch.enable_grad():
+                leaf = chunk.detach().requires_grad_()
+                loss = cross_entropy(read.head(leaf), own, reduction="sum")
+            of_chunk, *found = torch.autograd.grad(loss, [leaf, *parameters])
+            total += loss.detach()
+            of_rows.append(of_chunk)
+            for held, gradient in zip(sums, found, strict=True):
+                held += gradient
+        ctx.gradients = [torch.cat(of_rows) if of_rows else torch.zeros_like(rows), *sums]
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        found, ctx.gradients = ctx.gradients, None
+        return None, *(each.mul_(gradient) for each in found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    module: nn.Module
+    known: _Known
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Logits (k, v) in float32 of what came to the head, (k, d)."""
+        logits: Tensor = self.known.behind(self.module(rows[None]))[0]
+        return logits.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """What came to a model's head where something is predicted, and what that is."""
+
+    head: _Head
+    rows: Tensor
+    """(k, d)."""
+    targets: Tensor
+    """(k,)."""
+    places: Tensor
+    """(k,) among the n t positions."""
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Rows, targets and places, so many at a time."""
+        size = max(1, CHUNK_BYTES[self.rows.device.type] // (4 * self.head.known.size))
+        return zip(self.rows.split(size), self.targets.split(size), self.places.split(size), strict=True)
+
+
+def _read(model: nn.Module, batch: Batch, targets: Tensor) -> _Read | None:
+    """None of a model whose logits only its own forward pass makes."""
+    base = base_of(model)
+    if base not in _KNOWN:
+        _KNOWN[base] = _try(model, batch)
+    known, module = _KNOWN[base], base.get_output_embeddings()
+    if known is None:
+        return None
+    came: list[Tensor] = []
+    with module.register_forward_pre_hook(lambda _, args: (came.append(args[0]), (args[0][:, :0],))[1]):
+        forward(model, batch)
+    length, where = targets.shape[1], batch.get(PLACES)
+    where = places(targets) if where is None else where
+    rows = came[0][:, -length:].flatten(0, 1)  # virtual tokens stand in front
+    return _Read(
+        head=_Head(module=module, known=known), rows=rows[where], targets=targets.flatten()[where], places=where
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Known:
+    """What becomes of the `size` logits of a head."""
+
+    behind: Callable[[Tensor], Tensor]
+    size: int
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known | None] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _try(model: Any, batch: Batch) -> _Known | None:
+    """What the model makes of logits that are put in place of its head's, on the first tokens of a batch."""
+    base = base_of(model)
+    head = base.get_output_embeddings()
+    if head is None or hasattr(model, "reshard"):  # FSDP's: the head is whole within the model's own pass alone
+        return None
+    heads: list[Tensor] = []
+
+    def replace(_: Any, __: Any, logits: Tensor) -> Tensor:
+        heads.append(torch.linspace(-TRIED, TRIED, logits.numel()).to(logits).view_as(logits))
+        return heads[-1]
+
+    some = {key: batch[key][:1, :2] for key in ("input_ids", "labels")}
+    with torch.random.fork_rng(), head.register_forward_hook(replace):
+        found = forward(model, some)
+    if len(heads) != 1 or heads[0].ndim != 3 or any(_is_random(module) for module in head.modules()):
+        return None
+    logits = heads[0][:, -found.shape[1] :]
+    for behind in _behind(base.config.get_text_config()):
+        made = behind(logits)
+        if made.shape == found.shape and torch.equal(made.float(), found.float()):
+            return _Known(behind=behind, size=found.shape[-1])
+    return None
+
+
+def _is_random(module: nn.Module) -> bool:
+    return isinstance(module, nn.Dropout) and module.p > 0
+
+
+def _behind(config: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+    """What a model of this configuration may do to its logits."""
+    for key in ("final_logit_softcapping", "logits_soft_cap"):
+        if cap := getattr(config, key, None):
+            yield lambda logits, cap=cap: torch.tanh(logits / cap) * cap
+    for key in ("logit_scale", "lm_head_multiplier"):
+        if scale := getattr(config, key, None):
+            yield lambda logits, scale=scale: logits * scale
+    if scale := getattr(config, "logits_scaling", None):
+        yield lambda logits, scale=scale: logits / scale
+    yield lambda logits: logits
