@@ -202,7 +202,7 @@ class SoftPrompt(PeftMethod):
             )
         if spec.padding == "free":
             yield (
-                f'padding = "free": method {self.name} puts its vectors in front of a row, and each example needs them; '
+                f'padding = "free": method {self.name} puts its vectors in front of a row, not of each example; '
                 'use padding = "longest"'
             )
 

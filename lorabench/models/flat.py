@@ -1,7 +1,7 @@
 """Examples that are laid end to end in one row: each attends to itself alone, and nothing is padded.
 
-transformers tells them apart by positions that begin anew, and masks the whole row; on a CPU that costs the square of all
-tokens. Where a model leaves attention to transformers' interface, it is here taken example by example instead.
+transformers tells them apart by positions that begin anew, and masks all else in the whole row: so the square of all
+tokens is computed. Where a model leaves attention to transformers' interface, it is taken example by example instead.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LENGTHS: ContextVar[tuple[int, ...]] = ContextVar("lengths", default=())
 
 
 def attend_by_example(model: Any) -> None:
-    """Have a model of transformers attend example by example in a row that is `laid_out`, and in any other as it did."""
+    """Have a model of transformers attend example by example in a row that is `laid_out`, in any other as before."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attend)
@@ -39,18 +39,16 @@ def laid_out(lengths: tuple[int, ...]) -> Iterator[None]:
         _LENGTHS.reset(token)
 
 
-def _mask(
-    *args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, use_vmap: bool = False, **others: Any
-) -> Tensor | None:
+def _mask(*args: Any, **given: Any) -> Tensor | None:
     """The examples' lengths, (1, 1, 1, n) whole numbers, in place of a mask; a mask where causality is not all of it:
     an example is longer than the window that it attends to."""
     from transformers.masking_utils import sdpa_mask
 
-    lengths = _LENGTHS.get()
-    if lengths and attention_mask is None and not use_vmap and (local_size is None or max(lengths) <= local_size):
+    lengths, window = _LENGTHS.get(), given.get("local_size")
+    is_causal = given.get("attention_mask") is None and not given.get("use_vmap")
+    if lengths and is_causal and (window is None or max(lengths) <= window):
         return torch.tensor(lengths).view(1, 1, 1, -1)
-    given = {"attention_mask": attention_mask, "local_size": local_size, "use_vmap": use_vmap}
-    return sdpa_mask(*args, **given, **others)
+    return sdpa_mask(*args, **given)
 
 
 def _attend(
@@ -63,4 +61,5 @@ def _attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **others)
     lengths = attention_mask.flatten().tolist()
     each = zip(*(states.split(lengths, 2) for states in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *own, None, **others)[0] for own in each], 1), None
+    found = [sdpa_attention_forward(module, q, k, v, None, **others)[0] for q, k, v in each]
+    return torch.cat(found, 1), None

@@ -108,7 +108,9 @@ class RunSpec:
             if self.padding == "free" and (not isinstance(task, LanguageModeling) or task.sequences != ("input_ids",)):
                 what = "pads what it reads" if isinstance(task, LanguageModeling) else "has a label an example"
                 reason = f'task.name = "{task.name}" {what}; use padding = "longest"'
-                yield in_stage(f'padding = "free": only next tokens can be predicted so, and {reason}', number, self.tasks)
+                yield in_stage(
+                    f'padding = "free": only next tokens can be predicted so, and {reason}', number, self.tasks
+                )
         for number, task in enumerate(self.stages[:-1], 1):
             if task.generation:
                 yield f"tasks {number}: task.generate: only the last task's prompts are written to; leave it out"

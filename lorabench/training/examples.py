@@ -274,8 +274,8 @@ def collate(examples: list[Example], padding: int, device: torch.device) -> Batc
 
 
 LENGTHS = "lengths"
-"""The key of a batch that is one row of examples laid end to end: the tokens of each, (n,), on the CPU wherever the rest
-is, for to read them off a GPU would wait for it."""
+"""The key of a batch that is one row of examples laid end to end: the tokens of each, (n,), on the CPU wherever the
+rest is, for to read them off a GPU would wait for it."""
 
 
 def end_to_end(batch: Batch) -> Batch:

@@ -20,14 +20,14 @@ def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
 
     Of a decoder that is apart from what is read they are those of its labels' positions.
     """
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
     if decodes(model, batch):
         inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
     if "token_type_ids" in batch and _takes_segments(model):
         inputs["token_type_ids"] = batch["token_type_ids"]
     lengths = tuple(batch[LENGTHS].tolist()) if LENGTHS in batch else ()
     if lengths:
-        inputs["position_ids"] = batch["position_ids"]
+        inputs |= {"position_ids": batch["position_ids"], "use_cache": False}  # beside a cache they tell nothing apart
     with laid_out(lengths):
         logits = model(**inputs).logits
     length = (batch["labels"] if "decoder_input_ids" in inputs else batch["input_ids"]).shape[1]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -40,7 +41,7 @@ def task_loss(model: nn.Module, task: Task, batch: Batch) -> Tensor:
     if read is None:
         return task.loss(forward(model, batch), batch)
     trained = [p for p in read.head.module.parameters() if p.requires_grad]
-    found: Tensor = _Summed.apply(read, read.rows, *trained)  # type: ignore[no-untyped-call]
+    found: Tensor = _Summed.apply(read, read.rows, *trained)
     return found
 
 
@@ -108,7 +109,7 @@ class _Summed(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         found, ctx.gradients = ctx.gradients, None
         return None, *(each.mul_(gradient) for each in found)
@@ -146,13 +147,21 @@ class _Read:
 def _read(model: nn.Module, batch: Batch, targets: Tensor) -> _Read | None:
     """None of a model whose logits only its own forward pass makes."""
     base = base_of(model)
+    module = base.get_output_embeddings()
+    if module is None or hasattr(model, "reshard"):  # FSDP's: the head is whole within the model's own pass alone
+        return None
     if base not in _KNOWN:
         _KNOWN[base] = _try(model, batch)
-    known, module = _KNOWN[base], base.get_output_embeddings()
-    if known is None:
+    known = _KNOWN[base]
+    if known is None or any(map(_is_random, module.modules())):
         return None
     came: list[Tensor] = []
-    with module.register_forward_pre_hook(lambda _, args: (came.append(args[0]), (args[0][:, :0],))[1]):
+
+    def keep(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        came.append(args[0])
+        return (args[0][:, :0],)
+
+    with module.register_forward_pre_hook(keep):
         forward(model, batch)
     length, where = targets.shape[1], batch.get(PLACES)
     where = places(targets) if where is None else where
@@ -178,8 +187,6 @@ def _try(model: Any, batch: Batch) -> _Known | None:
     """What the model makes of logits that are put in place of its head's, on the first tokens of a batch."""
     base = base_of(model)
     head = base.get_output_embeddings()
-    if head is None or hasattr(model, "reshard"):  # FSDP's: the head is whole within the model's own pass alone
-        return None
     heads: list[Tensor] = []
 
     def replace(_: Any, __: Any, logits: Tensor) -> Tensor:
@@ -189,7 +196,7 @@ def _try(model: Any, batch: Batch) -> _Known | None:
     some = {key: batch[key][:1, :2] for key in ("input_ids", "labels")}
     with torch.random.fork_rng(), head.register_forward_hook(replace):
         found = forward(model, some)
-    if len(heads) != 1 or heads[0].ndim != 3 or any(_is_random(module) for module in head.modules()):
+    if len(heads) != 1 or heads[0].ndim != 3:
         return None
     logits = heads[0][:, -found.shape[1] :]
     for behind in _behind(base.config.get_text_config()):
@@ -200,17 +207,25 @@ def _try(model: Any, batch: Batch) -> _Known | None:
 
 
 def _is_random(module: nn.Module) -> bool:
-    return isinstance(module, nn.Dropout) and module.p > 0
+    return isinstance(module, nn.Dropout) and module.training and module.p > 0
 
 
 def _behind(config: Any) -> Iterator[Callable[[Tensor], Tensor]]:
     """What a model of this configuration may do to its logits."""
-    for key in ("final_logit_softcapping", "logits_soft_cap"):
-        if cap := getattr(config, key, None):
-            yield lambda logits, cap=cap: torch.tanh(logits / cap) * cap
-    for key in ("logit_scale", "lm_head_multiplier"):
-        if scale := getattr(config, key, None):
-            yield lambda logits, scale=scale: logits * scale
-    if scale := getattr(config, "logits_scaling", None):
-        yield lambda logits, scale=scale: logits / scale
+    for key, made in _BY_KEY.items():
+        if number := getattr(config, key, None):
+            yield partial(made, number)
     yield lambda logits: logits
+
+
+def _capped(cap: float, logits: Tensor) -> Tensor:
+    return torch.tanh(logits / cap) * cap
+
+
+_BY_KEY: dict[str, Callable[[float, Tensor], Tensor]] = {
+    "final_logit_softcapping": _capped,  # Gemma
+    "logits_soft_cap": _capped,  # RecurrentGemma
+    "logit_scale": lambda scale, logits: logits * scale,  # Cohere
+    "logits_scaling": lambda scale, logits: logits / scale,  # Granite
+    "lm_head_multiplier": lambda scale, logits: logits * scale,  # Falcon-H1
+}
