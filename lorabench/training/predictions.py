@@ -2,7 +2,8 @@
 
 The model is called as always, adapters and virtual tokens included, but its head gets nothing to do. What comes to the
 head is kept; of that the positions at which something is predicted go through it, so many at a time that their logits
-fit CHUNK_BYTES. Of a loss each chunk's gradient is taken at once, so that no logits are left for the backward pass.
+fit CHUNK_BYTES. Of a loss each chunk's gradient is taken at once, so that of several chunks none is left for the
+backward pass.
 
 What a model does to its logits behind the head (Gemma's soft cap, Cohere's scale) is found by trial. One that does
 something else, or whose weights are shared out over ranks, computes the logits of all positions.
@@ -31,6 +32,8 @@ CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 128 * 2**20}
 """Of the float32 logits that are there at a time."""
 PLACES = "places"
 """The key of a batch that tells where something is predicted, (k,): else a GPU is waited for to find it."""
+MOST = 0.9
+"""Share of the positions of which it pays to go through all, where so many have something to predict."""
 TRIED = 60.0
 """The logits by which it is tried what becomes of them go from -TRIED to TRIED."""
 
@@ -40,6 +43,8 @@ def task_loss(model: nn.Module, task: Task, batch: Batch) -> Tensor:
     read = _read(model, batch, task.targets(batch)) if by_tokens(task) else None
     if read is None:
         return task.loss(forward(model, batch), batch)
+    if len(read.rows) <= read.size:  # autograd's own way is quicker by what it takes to run it twice
+        return cross_entropy(read.head(read.rows), read.targets, ignore_index=IGNORE, reduction="sum")
     trained = [p for p in read.head.module.parameters() if p.requires_grad]
     found: Tensor = _Summed.apply(read, read.rows, *trained)
     return found
@@ -67,11 +72,9 @@ def log_probs(model: nn.Module, batch: Batch, targets: Tensor, temperature: floa
         return of(forward(model, batch).flatten(0, 1).float(), targets.flatten()).view_as(targets)
     head = read.head
     found = [
-        checkpoint(lambda rows, own: of(head(rows), own), rows, own, use_reentrant=False)
-        for rows, own, _ in read.chunks()
+        checkpoint(lambda rows, own: of(head(rows), own), rows, own, use_reentrant=False) for rows, own in read.chunks()
     ]
-    flat = torch.zeros(targets.numel(), device=targets.device)
-    return (flat.index_put((read.places,), torch.cat(found)) if found else flat).view_as(targets)
+    return read.spread(found, targets)
 
 
 @torch.no_grad()
@@ -80,12 +83,8 @@ def told(model: nn.Module, batch: Batch, targets: Tensor) -> Told:
     read = _read(model, batch, targets)
     if read is None:
         return Told.of(forward(model, batch), targets)
-    nats = torch.zeros(targets.numel(), device=targets.device)
-    is_right = torch.zeros_like(nats, dtype=torch.bool)
-    for rows, own, where in read.chunks():
-        found = Told.of(read.head(rows), own)
-        nats[where], is_right[where] = found.nats, found.is_right
-    return Told(targets=targets, nats=nats.view_as(targets), is_right=is_right.view_as(targets))
+    _, nats, is_right = zip(*(Told.of(read.head(rows), own) for rows, own in read.chunks()), strict=True)
+    return Told(targets, read.spread([*nats], targets), read.spread([*is_right], targets))
 
 
 class _Summed(torch.autograd.Function):
@@ -93,20 +92,19 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, read: _Read, rows: Tensor, *parameters: Tensor) -> Tensor:
-        total = torch.zeros((), device=rows.device)
-        sums = [torch.zeros_like(p) for p in parameters]
-        of_rows = []
-        for chunk, own, _ in read.chunks():
+        losses: list[Tensor] = []
+        of_rows: list[Tensor] = []
+        sums: list[Tensor] = []
+        for chunk, own in read.chunks():
             with torch.enable_grad():
                 leaf = chunk.detach().requires_grad_()
-                loss = cross_entropy(read.head(leaf), own, reduction="sum")
-            of_chunk, *found = torch.autograd.grad(loss, [leaf, *parameters])
-            total += loss.detach()
+                loss = cross_entropy(read.head(leaf), own, ignore_index=IGNORE, reduction="sum")
+            of_chunk, *found = torch.autograd.grad(loss, [leaf, *parameters], materialize_grads=True)
+            losses.append(loss.detach())
             of_rows.append(of_chunk)
-            for held, gradient in zip(sums, found, strict=True):
-                held += gradient
-        ctx.gradients = [torch.cat(of_rows) if of_rows else torch.zeros_like(rows), *sums]
-        return total
+            sums = [held.add_(each) for held, each in zip(sums, found, strict=True)] if sums else found
+        ctx.gradients = [torch.cat(of_rows), *sums]
+        return torch.stack(losses).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -134,14 +132,25 @@ class _Read:
     rows: Tensor
     """(k, d)."""
     targets: Tensor
-    """(k,)."""
-    places: Tensor
-    """(k,) among the n t positions."""
+    """(k,); IGNORE where there is none."""
+    places: Tensor | None
+    """(k,) among the n t positions; None: they are all of them."""
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Rows, targets and places, so many at a time."""
-        size = max(1, CHUNK_BYTES[self.rows.device.type] // (4 * self.head.known.size))
-        return zip(self.rows.split(size), self.targets.split(size), self.places.split(size), strict=True)
+    @property
+    def size(self) -> int:
+        """Rows whose logits may be there at a time."""
+        return max(1, CHUNK_BYTES[self.rows.device.type] // (4 * self.head.known.size))
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows and targets, so many at a time; once at least."""
+        return zip(self.rows.split(self.size), self.targets.split(self.size), strict=True)
+
+    def spread(self, found: list[Tensor], like: Tensor) -> Tensor:
+        """What was found of each chunk's rows at its places in (n, t), the shape of `like`; 0 elsewhere."""
+        flat = torch.cat(found)
+        if self.places is not None:
+            flat = flat.new_zeros(like.numel()).index_put((self.places,), flat)
+        return flat.view_as(like)
 
 
 def _read(model: nn.Module, batch: Batch, targets: Tensor) -> _Read | None:
@@ -163,12 +172,11 @@ def _read(model: nn.Module, batch: Batch, targets: Tensor) -> _Read | None:
 
     with module.register_forward_pre_hook(keep):
         forward(model, batch)
-    length, where = targets.shape[1], batch.get(PLACES)
-    where = places(targets) if where is None else where
-    rows = came[0][:, -length:].flatten(0, 1)  # virtual tokens stand in front
-    return _Read(
-        head=_Head(module=module, known=known), rows=rows[where], targets=targets.flatten()[where], places=where
-    )
+    rows, flat = came[0][:, -targets.shape[1] :].flatten(0, 1), targets.flatten()  # virtual tokens stand in front
+    where, head = batch[PLACES] if PLACES in batch else places(targets), _Head(module=module, known=known)
+    if len(where) >= MOST * len(flat):
+        return _Read(head=head, rows=rows, targets=flat, places=None)
+    return _Read(head=head, rows=rows.index_select(0, where), targets=flat[where], places=where)
 
 
 @dataclass(frozen=True, kw_only=True)

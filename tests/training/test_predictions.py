@@ -76,7 +76,7 @@ def check_gradients(found, wanted, rtol=1e-5) -> None:
     scale = max(float(each.abs().max()) for each in wanted.values())
     for name in wanted:
         torch.testing.assert_close(
-            found[name], wanted[name], rtol=rtol, atol=rtol * scale, msg=lambda m: f"{name}: {m}"
+            found[name], wanted[name], rtol=rtol, atol=rtol * scale, msg=partial("{}: {}".format, name)
         )
 
 
