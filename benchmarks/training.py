@@ -2,8 +2,7 @@
 
 All three train the same model from the same initial weights on the same batches with the same optimizer; their
 loss curves are checked against each other. They take turns, ten steps each, so that a busy machine slows all of
-them alike. Peak memory is measured apart from the
-timing, each contender in a fresh process.
+them alike. Peak memory is measured apart from the timing, each contender in a fresh process.
 
     python benchmarks/training.py                                  # some minutes on a CPU
     python benchmarks/training.py --device cuda --dtype bfloat16   # on a GPU

@@ -32,6 +32,7 @@ CHANGED = {  # that do something to their logits, or share their head with the e
 }
 METHODS = {
     "lora-on-head": {"name": "lora", "rank": 2, "targets": r"(q_proj|lm_head)"},
+    "lora-and-head": {"name": "lora", "rank": 2, "head": True, "embeddings": True},
     "full": {"name": "full"},
     "adalora": {"name": "adalora"},
     "adapter": {"name": "adapter"},
