@@ -16,7 +16,8 @@ import torch
 from relay import Stopwatch
 from torch import nn
 
-from lorabench.models.base_model import load_base
+from lorabench.models.base_model import load_base, load_tokenizer
+from lorabench.models.flat import attend_by_example
 from lorabench.spec.run_spec import RunSpec
 from lorabench.store import claim
 from lorabench.store.steps import StepLog
@@ -24,6 +25,7 @@ from lorabench.training import meter as meters
 from lorabench.training.base import Base
 from lorabench.training.examples import Examples, Order
 from lorabench.training.loop import FLUSH_EVERY, Saves, train
+from lorabench.training.passes import base_of
 from lorabench.training.state import Training, make_optimizer
 from lorabench.training.stop import Stop
 
@@ -48,12 +50,20 @@ class Race:
         base = load_base(self.spec, self.watch.device, self.examples.model_options)
         return self.spec.method.attach(base, self.spec)
 
-    def rows(self) -> list[dict[str, torch.Tensor]]:
+    def rows(self) -> list[dict[str, list[int]]]:
         """The training examples in the order in which lorabench visits them."""
         rows = self.examples.splits["train"]
         order = Order(len(rows), self.spec.batch_size, self.spec.seed)
         visited = [rows[i] for step in range(self.spec.steps) for i in order.indices(step)]
-        return [{key: torch.tensor(value).long() for key, value in row.items()} for row in visited]
+        return [{key: value.tolist() for key, value in row.items()} for row in visited]
+
+    def collator(self) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
+        """What makes a batch of rows; where they differ in length, the one that pads labels too."""
+        from transformers import DataCollatorForSeq2Seq, default_data_collator
+
+        if self.spec.task.name == "text":
+            return default_data_collator
+        return DataCollatorForSeq2Seq(load_tokenizer(self.spec.model))
 
 
 class TickingLog(StepLog):
@@ -68,12 +78,14 @@ class TickingLog(StepLog):
 
 def run_lorabench(race: Race) -> None:
     model, meter = race.model(), meters.Meter(race.watch.device, race.spec.steps)
+    if race.spec.padding == "free":
+        attend_by_example(base_of(model))
     base = Base(spec=race.spec, stages=[race.examples], device=meter.device)
     training = Training(race.spec, base, model, make_optimizer(race.spec, model), meter)
     with tempfile.TemporaryDirectory() as folder:
         hold = claim.take(Path(folder))
         assert hold is not None
-        log = TickingLog(Path(folder) / "steps.jsonl", 0, math.inf)
+        log = TickingLog(Path(folder) / "steps.jsonl", training.log, math.inf)
         log.watch = race.watch
         saves = Saves(checkpoint=lambda: None, snapshot=lambda: None)
         with hold:
@@ -86,11 +98,11 @@ def run_lorabench(race: Race) -> None:
 def run_plain(race: Race) -> None:
     """The loop that people write."""
     from torch.utils.data import DataLoader
-    from transformers import default_data_collator, get_linear_schedule_with_warmup
+    from transformers import get_linear_schedule_with_warmup
 
     spec, device, model = race.spec, race.watch.device, race.model()
     rows: Any = race.rows()
-    loader: Any = DataLoader(rows, batch_size=spec.batch_size, collate_fn=default_data_collator)
+    loader: Any = DataLoader(rows, batch_size=spec.batch_size, collate_fn=race.collator())
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, spec.steps)
@@ -111,7 +123,7 @@ def run_plain(race: Race) -> None:
 
 
 def run_trainer(race: Race) -> None:
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     spec = race.spec
 
@@ -142,7 +154,7 @@ def run_trainer(race: Race) -> None:
             report_to=[],
             disable_tqdm=True,
         )
-        data: dict[str, Any] = {"train_dataset": race.rows(), "data_collator": default_data_collator}
+        data: dict[str, Any] = {"train_dataset": race.rows(), "data_collator": race.collator()}
         trainer = Noting(race.model(), arguments, callbacks=[Ticking()], **data)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -158,10 +170,10 @@ CONTENDERS: dict[str, Callable[[Race], None]] = {
 @torch.no_grad()
 def untrained_losses(race: Race) -> list[float]:
     """The loss of each step's batch by the model as it was: what training must have brought down."""
-    model, rows, size = race.model().eval(), race.rows(), race.spec.batch_size
+    model, rows, size, collate = race.model().eval(), race.rows(), race.spec.batch_size, race.collator()
     losses = []
     for start in range(0, len(rows), size):
-        batch = {key: torch.stack([row[key] for row in rows[start : start + size]]) for key in rows[0]}
+        batch = collate(rows[start : start + size])
         losses.append(float(model(**{key: tensor.to(race.watch.device) for key, tensor in batch.items()}).loss))
     return losses
 

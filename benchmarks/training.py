@@ -2,8 +2,7 @@
 
 All three train the same model from the same initial weights on the same batches with the same optimizer; their
 loss curves are checked against each other. They take turns, ten steps each, so that a busy machine slows all of
-them alike. Peak memory is measured apart from the
-timing, each contender in a fresh process.
+them alike. Peak memory is measured apart from the timing, each contender in a fresh process.
 
     python benchmarks/training.py                                  # some minutes on a CPU
     python benchmarks/training.py --device cuda --dtype bfloat16   # on a GPU
@@ -17,9 +16,12 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from operator import truediv
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("KMP_BLOCKTIME", "0")
@@ -30,9 +32,11 @@ from hardware import spread, write
 from relay import Relay, Stopwatch
 from transformers.utils.logging import disable_progress_bar
 
+from lorabench.data.dataset import read_data
 from lorabench.methods.full import Full
 from lorabench.methods.lora import Lora
 from lorabench.spec.run_spec import RunSpec
+from lorabench.tasks.completion import Completion
 from lorabench.tasks.text import Text
 from lorabench.training.examples import prepare
 
@@ -41,18 +45,32 @@ TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}
 
 
 def make_spec(arguments: argparse.Namespace, method: str) -> RunSpec:
+    """Completions are four times as long as blocks of text at most, and twice as many make a step."""
+    times = (4, 2) if method in COMPLETION else (1, 1)
     return RunSpec(
-        method=Lora(rank=arguments.rank) if method == "lora" else Full(),
-        task=Text(data=arguments.data, max_eval=1),
+        method=Full() if method == "full" else Lora(rank=arguments.rank),
+        task=completion() if method in COMPLETION else Text(data=arguments.data, max_eval=1),
         model=arguments.model,
         dtype=arguments.dtype,
-        seq_len=arguments.seq_len,
-        batch_size=arguments.batch_size,
+        seq_len=times[0] * arguments.seq_len,
+        batch_size=times[1] * arguments.batch_size,
+        padding="free" if method == "lora-free" else "longest",
         steps=(arguments.rounds + 1) * LOG_EVERY,
         lr=arguments.lr,
         warmup=0.0,
         threads=arguments.threads,
     )
+
+
+def completion() -> Completion:
+    """Paragraphs of the built-in documents, each with the name of its document as a short response."""
+    folder = Path(tempfile.gettempdir()) / "lorabench-benchmark-completion"
+    folder.mkdir(exist_ok=True)
+    for split, rows in read_data("builtin:english-docs").splits.items():
+        pairs = [(text, row["source"]) for row in rows for text in row["text"].split("\n\n") if len(text) > 20]
+        lines = [json.dumps({"prompt": f"{text}\n", "response": name}) + "\n" for text, name in pairs]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return Completion(data=str(folder), max_eval=1)
 
 
 def check_agreement(curves: dict[str, list[float]], untrained: list[float], tolerance: float) -> float:
@@ -77,10 +95,13 @@ def measure_speed(spec: RunSpec, device: torch.device) -> dict[str, Any]:
     relay.run(jobs, spec.threads)
     curves = {name: [float(loss) for loss in race.losses] for name, race in races.items()}
     worst = check_agreement(curves, untrained_losses(races["plain"]), TOLERANCE[spec.dtype])
-    tokens = LOG_EVERY * spec.batch_size * spec.seq_len
-    wall = {name: [tokens / seconds for seconds in race.watch.seconds] for name, race in races.items()}
-    cpu = {name: [tokens / seconds for seconds in race.watch.cpu_seconds] for name, race in races.items()}
+    lengths, size = [len(row["input_ids"]) for row in races["plain"].rows()], LOG_EVERY * spec.batch_size
+    tokens = [sum(lengths[first : first + size]) for first in range(size, len(lengths), size)]
+    wall = {name: [*map(truediv, tokens, race.watch.seconds)] for name, race in races.items()}
+    cpu = {name: [*map(truediv, tokens, race.watch.cpu_seconds)] for name, race in races.items()}
+    longest = [max(lengths[first : first + spec.batch_size]) for first in range(0, len(lengths), spec.batch_size)]
     return {
+        "padded_over_real_tokens": spec.batch_size * sum(longest) / sum(lengths),
         "tokens_per_second": {name: spread(values) for name, values in wall.items()},
         "lorabench": ratios(wall, "") | ratios(cpu, "_by_cpu_time"),
         "largest_loss_difference": worst,
@@ -125,6 +146,9 @@ def child(arguments: argparse.Namespace) -> None:
     print(json.dumps({"peak_mib": peak / 2**20} | above))
 
 
+METHODS = ["lora", "full", "lora-completion", "lora-free"]
+"""The last two train LoRA on short responses to prompts of all lengths; with the last, lorabench pads nothing."""
+COMPLETION = METHODS[2:]
 ARGUMENTS: dict[str, Any] = {
     "model": "builtin:tiny-llama",
     "data": "builtin:python-code",
@@ -144,7 +168,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, type=type(value), help=f"default: {value}")
     parser.add_argument("--rounds", default=40, type=int, help=f"of {LOG_EVERY} steps each (default: 40)")
     parser.add_argument("--memory-rounds", default=3, type=int, help="processes a contender (default: 3)")
-    parser.add_argument("--methods", nargs="+", default=["lora", "full"], choices=["lora", "full"])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--child", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -175,11 +199,11 @@ def _optimizer(specs: dict[str, Any]) -> dict[str, Any]:
 def print_figures(method: str, figures: dict[str, Any]) -> None:
     for name, speed in figures["tokens_per_second"].items():
         memory = ", ".join(f"{key} {value['median']:.1f}" for key, value in figures["memory"][name].items())
-        print(f"{method:5} {name:10} {speed['median']:9.0f} tokens/s   {memory}")
+        print(f"{method:15} {name:10} {speed['median']:9.0f} tokens/s   {memory}")
     for peer, ratio in figures["lorabench"].items():
         others = ", ".join(f"{key} {ratio[key]:.3f}" for key in ("overall", "min", "max"))
         interval = " to ".join(f"{end:.3f}" for end in ratio["interval"] or ())
-        print(f"{method:5} lorabench {peer} {ratio['median']:.3f} [{interval}] ({others})")
+        print(f"{method:15} lorabench {peer} {ratio['median']:.3f} [{interval}] ({others})")
 
 
 if __name__ == "__main__":

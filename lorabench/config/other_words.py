@@ -69,6 +69,7 @@ WORDS = {
     "adam_epsilon": "epsilon",
     "per_device_train_batch_size": "batch_size: over all devices",
     "train_batch_size": "batch_size: over all devices",
+    "padding_free": 'padding = "free"',
     "gradient_accumulation_steps": "micro_batch_size: the examples of a forward pass",
     "max_steps": "steps",
     "num_steps": "steps",

@@ -25,6 +25,7 @@ from lorabench.training.data_check import Lengths, tokens_of
 from lorabench.training.flops import Cost, Profile, Shape
 from lorabench.training.meter import GIB
 from lorabench.training.peak import PEAK_FLOPS, peak_flops
+from lorabench.training.predictions import CHUNK_BYTES, by_tokens
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "nf4": 0.5 + 1 / 64}
 """Of a weight; nf4 with an 8-bit scale for each block of 64."""
@@ -113,15 +114,17 @@ def formula(
     """From first principles. `first`: the untouched base is evaluated too, which later runs of a store need not do.
 
     Memory: weights; gradient and AdamW's two moments in float32 for what trains; what the longest batch keeps for the
-    backward pass (only the layers' inputs and one layer's share with gradient checkpointing); logits, their log-softmax
-    and gradient in float32.
+    backward pass (only the layers' inputs and one layer's share with gradient checkpointing); the logits that are there
+    at a time, their log-softmax and gradient in float32.
     """
     machine, passes = machine_of(spec, device, gpu), _Passes(spec, counts)
     kept = passes.profile.kept * BYTES[spec.dtype] / 4 * passes.longest / passes.usual
     if spec.gradient_checkpointing:
         kept = kept / counts.layers + counts.layers * counts.width * BYTES[spec.dtype] * passes.micro * passes.longest
-    logits = 3 * 4 * counts.vocabulary * passes.micro * passes.longest_last
-    held = HELD["cuda" if device.type == "cuda" else "cpu"] * (kept + logits)
+    logits = 4 * counts.vocabulary * passes.micro * passes.longest_last
+    if by_tokens(spec.task):
+        logits = min(logits, CHUNK_BYTES["cuda" if device.type == "cuda" else "cpu"])
+    held = HELD["cuda" if device.type == "cuda" else "cpu"] * (kept + 3 * logits)
     tensors = counts.weight_bytes + 12 * counts.num_trainable + held
     parts = {
         "load": 0.1 + counts.weight_bytes / 1e9,
@@ -141,13 +144,15 @@ class _Passes:
     def __init__(self, spec: RunSpec, counts: Counts):
         self.spec, self.counts = spec, counts
         self.micro = spec.micro_batch_size or spec.batch_size
+        self.padded = 1 if spec.padding == "free" else self.micro
+        """Examples that are made as long as the longest of them."""
         most = spec.objective.longest(spec)
         self.stages = [tokens.splits for tokens in tokens_of(spec)]
         trained = [splits["train"] for splits in self.stages if "train" in splits]
         if spec.objective.writes or not trained:
             shape, longest = most, most
         else:
-            usual = [lengths.padded(self.micro, shuffled=True) for lengths in trained]
+            usual = [lengths.padded(self.padded, shuffled=True) for lengths in trained]
             shape = tuple(round(sum(each) / len(each)) for each in zip(*usual, strict=True))
             longest = tuple(map(max, zip(*(lengths.longest for lengths in trained), strict=True)))
         self.profile = counts.profile((self.micro, *(max(1, length) for length in shape)))
@@ -167,7 +172,7 @@ class _Passes:
         return num_parts * machine.seconds(part) + machine.seconds(update)
 
     def _split_seconds(self, machine: Machine, lengths: Lengths) -> float:
-        usual = sum(lengths.padded(self.micro))
+        usual = sum(lengths.padded(self.padded))
         return math.ceil(lengths.count / self.micro) * machine.seconds(self._forward(self.micro * usual))
 
     def evaluation_seconds(self, machine: Machine, first: bool) -> float:

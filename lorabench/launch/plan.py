@@ -166,7 +166,7 @@ class _Known:
 
 
 def _known(spec: RunSpec) -> _Known | InputError:
-    keys = ("model", "revision", "method", "quantization", "tasks" if spec.tasks else "task", "dtype")
+    keys = ("model", "revision", "method", "quantization", "tasks" if spec.tasks else "task", "dtype", "padding")
     return _know(json.dumps({key: encode(getattr(spec, key)) for key in keys}))
 
 

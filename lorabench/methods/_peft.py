@@ -200,6 +200,11 @@ class SoftPrompt(PeftMethod):
                 f"gradient_checkpointing = true: method {self.name} hands its prefix over as a cache of keys and "
                 "values, which checkpointing throws away"
             )
+        if spec.padding == "free":
+            yield (
+                f'padding = "free": method {self.name} puts its vectors in front of a row, not of each example; '
+                'use padding = "longest"'
+            )
 
     def prepare(self, model: nn.Module) -> None:
         refuse_decoder_classifier(self, model)

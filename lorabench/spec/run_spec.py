@@ -16,7 +16,7 @@ from lorabench.config.plugins import example
 from lorabench.config.quote import clip
 from lorabench.spec.method import Method
 from lorabench.spec.objective import Objective
-from lorabench.spec.task import Task
+from lorabench.spec.task import LanguageModeling, Task
 
 Keep = Annotated[str, Pattern(r"updates|none|svd:[1-9][0-9]*", '"updates", "none" or "svd:K" (K at least 1)')]
 
@@ -43,6 +43,9 @@ class RunSpec:
     """Examples per optimizer step, over all devices."""
     micro_batch_size: Annotated[int, Ge(1)] | None = None
     """Examples per forward pass; gradients are accumulated up to `batch_size` (None: all at once)."""
+    padding: Literal["longest", "free"] = later("longest")
+    """Of a pass's examples: to the `longest` of them, or `free` of it, laid end to end, each attending to itself alone.
+    The same losses, but for rounding, of language models that can tell examples apart so."""
     objective: Objective = later(factory=lambda: example("objectives", "supervised"))  # noqa: RUF009
     """What is trained for: the data's own answers, or a reward for the model's."""
     steps: Annotated[int, Ge(1)] = 200
@@ -101,6 +104,13 @@ class RunSpec:
     def _task_problems(self) -> Iterator[str]:
         for number, task in enumerate(self.stages, 1):
             yield from (in_stage(problem, number, self.tasks) for problem in task.problems(self))
+        for number, task in enumerate(self.stages, 1):
+            if self.padding == "free" and (not isinstance(task, LanguageModeling) or task.sequences != ("input_ids",)):
+                what = "pads what it reads" if isinstance(task, LanguageModeling) else "has a label an example"
+                reason = f'task.name = "{task.name}" {what}; use padding = "longest"'
+                yield in_stage(
+                    f'padding = "free": only next tokens can be predicted so, and {reason}', number, self.tasks
+                )
         for number, task in enumerate(self.stages[:-1], 1):
             if task.generation:
                 yield f"tasks {number}: task.generate: only the last task's prompts are written to; leave it out"

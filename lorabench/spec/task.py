@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from annotated_types import Ge
 
@@ -244,10 +244,38 @@ def _others(task: Task) -> dict[str, Task]:
     return found
 
 
+class Told(NamedTuple):
+    """What a model tells of the tokens that it is to predict; each of one shape."""
+
+    targets: Tensor
+    """IGNORE where there is none."""
+    nats: Tensor
+    """Of each target, in float32; 0 where there is none."""
+    is_right: Tensor
+    """Whether the target is the likeliest of all tokens."""
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor) -> Told:
+        """Of logits (..., v) and targets (...)."""
+        from torch.nn.functional import cross_entropy
+
+        rows, flat = logits.flatten(0, -2), targets.flatten()
+        nats = cross_entropy(rows.float(), flat, ignore_index=IGNORE, reduction="none").view_as(targets)
+        return cls(targets, nats, (logits.argmax(-1) == targets) & (targets != IGNORE))
+
+
 class LanguageModeling(Task):
-    """Next-token prediction: what `text`, `completion` and `seq2seq` share."""
+    """Next-token prediction: what `text`, `completion` and `seq2seq` share.
+
+    Neither loss nor scores need the logits of a whole batch at a time: the one is a sum over `targets`, the others are
+    made by `score_tokens` of what is told of each token that is `asked` for.
+    """
 
     reports: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "token_accuracy")
+
+    def asked(self, batch: dict[str, Tensor]) -> Tensor:
+        """(n, t): the tokens that are scored, the `targets` among them."""
+        return self.targets(batch)
 
     def targets(self, batch: dict[str, Tensor]) -> Tensor:
         """(n, t): the token that each position's logits are to predict, IGNORE where there is none."""
@@ -265,10 +293,12 @@ class LanguageModeling(Task):
         targets = self.targets(batch).flatten()
         return cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")
 
-    def score(self, logits: Tensor, batch: dict[str, Tensor]) -> tuple[int, int]:
-        targets = self.targets(batch)
-        right = (logits.argmax(-1) == targets) & (targets != IGNORE)
-        return int(right.sum()), int((targets != IGNORE).sum())
+    def score(self, logits: Tensor, batch: dict[str, Tensor]) -> Any:
+        return self.score_tokens(Told.of(logits, self.asked(batch)), batch)
+
+    def score_tokens(self, told: Told, batch: dict[str, Tensor]) -> Any:
+        """What `metrics` needs of one batch."""
+        return int(told.is_right.sum()), int((told.targets != IGNORE).sum())
 
     def metrics(self, loss: float, scores: list[tuple[int, int]]) -> dict[str, float | None]:
         right, total = (sum(column) for column in zip(*scores, strict=True))

@@ -14,7 +14,7 @@ from lorabench.data.columns import are_plain, are_text_lists, are_texts, called,
 from lorabench.data.rows_file import Row, place
 from lorabench.data.tokens import context_and_continuation, opening
 from lorabench.data.values import Template, as_class, check_column, has_column, labels, lists, shown, texts
-from lorabench.spec.task import IGNORE, Example, LanguageModeling
+from lorabench.spec.task import IGNORE, Example, LanguageModeling, Told
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,17 +114,19 @@ class MultipleChoice(LanguageModeling):
         """The choices of each question. `start` is where a choice's tokens begin; the wrong ones' are no labels."""
         return self._each(rows, tokenizer, seq_len)
 
-    def score(self, logits: Tensor, batch: dict[str, Tensor]) -> list[Scored]:  # type: ignore[override]
+    def asked(self, batch: dict[str, Tensor]) -> Tensor:
+        """Of wrong choices too, which have no labels."""
         from torch import arange, ones_like
-        from torch.nn.functional import cross_entropy
+        from torch.nn.functional import pad
 
         ids = batch["input_ids"]
         is_token = batch.get("attention_mask", ones_like(ids)).bool()
-        is_choice = (is_token & (arange(ids.shape[1], device=ids.device) >= batch["start"][:, None]))[:, 1:]
-        targets = ids[:, 1:].masked_fill(~is_choice, IGNORE)
-        nats = cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORE, reduction="none")
-        is_right = (batch["labels"] != IGNORE).any(1)
-        columns = (batch["number"], is_right, -nats.sum(1), is_choice.sum(1), batch["characters"], batch["bytes"])
+        is_choice = is_token & (arange(ids.shape[1], device=ids.device) >= batch["start"][:, None])
+        return pad(ids.masked_fill(~is_choice, IGNORE), (0, 1), value=IGNORE)[:, 1:]
+
+    def score_tokens(self, told: Told, batch: dict[str, Tensor]) -> list[Scored]:
+        is_right, num_tokens = (batch["labels"] != IGNORE).any(1), (told.targets != IGNORE).sum(1)
+        columns = (batch["number"], is_right, -told.nats.sum(1), num_tokens, batch["characters"], batch["bytes"])
         return [Scored(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
     def metrics(self, loss: float, scores: list[list[Scored]]) -> dict[str, float | None]:  # type: ignore[override]

@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 
 from lorabench.spec.task import Example, Task
-from lorabench.training.examples import Batch, Order, collate
+from lorabench.training.examples import LENGTHS, Batch, Order, collate, end_to_end
 from lorabench.training.flops import Shape, num_positions
 from lorabench.training.meter import Shapes
+from lorabench.training.predictions import PLACES, by_tokens, places, task_loss
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,8 +42,8 @@ class Batches(ABC):
         """The parts of the next step's batch, on the CPU, and what there is to do in them, over all ranks."""
 
     @abstractmethod
-    def loss(self, logits: torch.Tensor, part: Batch) -> torch.Tensor:
-        """What a part adds to the loss of the step that `next` has given; logits (n, t, v) or (n, classes)."""
+    def loss(self, model: nn.Module, part: Batch) -> torch.Tensor:
+        """What a part, on the model's device, adds to the loss of the step that `next` has given."""
 
     def about(self) -> dict[str, float]:
         """What `steps.jsonl` has of the step beside its loss, called by all ranks; nothing that a clock has made."""
@@ -53,7 +55,11 @@ class Batches(ABC):
         chunks = [rows[i : i + training.micro] for i in range(0, len(rows), training.micro)]
         parts = [self.collated(chunk) for chunk in chunks]
         task = training.examples.task
-        shapes = tuple(batch_shape(part, task) for part in parts)
+        if training.spec.padding == "free":
+            parts = [end_to_end(part) for part in parts]
+        if by_tokens(task):
+            parts = [part | {PLACES: places(task.targets(part))} for part in parts]
+        shapes = tuple(shape for part in parts for shape in batch_shapes(part, task))
         own = map(task.count, parts), (example_length(row, task) for row in rows), map(num_positions, shapes)
         labels, tokens, padded = map(int, training.world.sum([sum(each) for each in own]))
         return parts, Work(tokens=tokens, padded=padded, labels=labels, shapes=shapes)
@@ -77,8 +83,8 @@ class Rows(Batches):
         self._labels = max(work.labels, 1)
         return parts, work
 
-    def loss(self, logits: torch.Tensor, part: Batch) -> torch.Tensor:
-        return self.training.examples.task.loss(logits, part) / self._labels
+    def loss(self, model: nn.Module, part: Batch) -> torch.Tensor:
+        return task_loss(model, self.training.examples.task, part) / self._labels
 
 
 def example_length(example: Example, task: Task) -> int:
@@ -86,6 +92,8 @@ def example_length(example: Example, task: Task) -> int:
     return sum(len(example[key]) for key in task.sequences)
 
 
-def batch_shape(batch: Batch, task: Task) -> Shape:
-    """Padding included."""
-    return (len(batch["input_ids"]), *(batch[key].shape[1] for key in task.sequences))
+def batch_shapes(batch: Batch, task: Task) -> list[Shape]:
+    """Padding included; of examples laid end to end, which are each by itself, that of each."""
+    if LENGTHS in batch:
+        return [(1, length) for length in batch[LENGTHS].tolist()]
+    return [(len(batch["input_ids"]), *(batch[key].shape[1] for key in task.sequences))]

@@ -19,13 +19,15 @@ from lorabench.processes.distributed import ALONE, World
 from lorabench.spec.generate import ENDS
 from lorabench.spec.measures import MEASURES
 from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.task import IGNORE, Task
 from lorabench.store.base_results import BaseResult, read_result, result_file, write_result
 from lorabench.store.generations import Generation
 from lorabench.training import ranks
 from lorabench.training.environment import source_digest
-from lorabench.training.examples import Examples, collate, reader
+from lorabench.training.examples import Batch, Examples, collate, end_to_end, reader
 from lorabench.training.generation import answers
 from lorabench.training.passes import autocast, forward
+from lorabench.training.predictions import Told, by_tokens, told
 from lorabench.training.scoring import scores
 from lorabench.training.state import Training
 from lorabench.training.stop import Diverged, Stop
@@ -78,7 +80,7 @@ def _content(training: Training, model: nn.Module) -> dict[str, Any]:
     model.eval()
     with autocast(spec, training.meter.device):
         logits = forward(model, batch).float().cpu().contiguous()
-    own = {key: getattr(spec, key) for key in ("seq_len", "dtype", "quantization", "threads")}
+    own = {key: getattr(spec, key) for key in ("seq_len", "dtype", "quantization", "threads", "padding")}
     return own | training.base.content | {
         "tasks": [encode(task) for task in spec.stages],
         "size": spec.micro_batch_size or spec.batch_size,
@@ -230,9 +232,9 @@ def metrics_of(
             continue
         batch = collate(rows[start : start + size] or rows[:1], examples.padding, device)
         with autocast(spec, device, world):
-            logits = forward(model, batch)
+            loss, score = _scored(model, task, batch, spec.padding)
         if start < len(rows):
-            found.append((float(task.loss(logits, batch)), task.count(batch), task.score(logits, batch)))
+            found.append((loss, task.count(batch), score))
     if world.is_sharded:
         model.reshard()  # else its outermost weights stay whole until the next step
     turns = zip_longest(*world.gather(found))
@@ -243,3 +245,23 @@ def metrics_of(
     prefix = PREFIX.get(split, split)
     metrics = task.metrics(total / count, scores)
     return {f"{prefix}_{key}": value for key, value in metrics.items() if value is not None}
+
+
+def _scored(model: nn.Module, task: Task, batch: Batch, padding: str) -> tuple[float, Any]:
+    """The summed loss of a batch, and its scores."""
+    if not by_tokens(task):
+        logits = forward(model, batch)
+        return float(task.loss(logits, batch)), task.score(logits, batch)
+    found = _told_apart(model, batch, task.asked(batch)) if padding == "free" else told(model, batch, task.asked(batch))
+    is_target = task.targets(batch) != IGNORE
+    return float(found.nats[is_target].sum()), task.score_tokens(found, batch)
+
+
+def _told_apart(model: nn.Module, batch: Batch, targets: torch.Tensor) -> Told:
+    """`told` of a padded batch (n, t), by a pass over its examples laid end to end."""
+    is_token = batch.get("attention_mask", torch.ones_like(targets)).bool()
+    found = told(model, end_to_end(batch), targets[is_token][None])
+    nats = torch.zeros(targets.shape, device=targets.device)
+    is_right = torch.zeros_like(nats, dtype=torch.bool)
+    nats[is_token], is_right[is_token] = found.nats[0], found.is_right[0]
+    return Told(targets, nats, is_right)

@@ -273,6 +273,27 @@ def collate(examples: list[Example], padding: int, device: torch.device) -> Batc
     return {key: torch.from_numpy(array).to(device, non_blocking=True) for key, array in arrays.items()}
 
 
+LENGTHS = "lengths"
+"""The key of a batch that is one row of examples laid end to end: the tokens of each, (n,), on the CPU wherever the
+rest is, for to read them off a GPU would wait for it."""
+
+
+def end_to_end(batch: Batch) -> Batch:
+    """The examples of a batch of language modelling without its padding, in one row (1, all tokens), positions
+    beginning anew with each; none predicts the next one's first token."""
+    ids = batch["input_ids"]
+    is_token = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    labels = batch["labels"].masked_fill(positions == 0, IGNORE)
+    row = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return {key: each[is_token][None] for key, each in row.items()} | {LENGTHS: is_token.sum(1).cpu()}
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """To a device; what tells the host how a batch is laid out stays."""
+    return {key: each if key == LENGTHS else each.to(device, non_blocking=True) for key, each in batch.items()}
+
+
 def _numbers(example: Example) -> set[str]:
     return {key for key, value in example.items() if isinstance(value, int)}
 

@@ -2,9 +2,10 @@
 
 The copy stands on the meta device, so that a pass takes no memory and the same time whatever the batch; autograd itself
 says which products the backward pass takes. Counted are those of forward and backward over all positions, padding and
-virtual tokens included, by torch's own formulas (`torch.utils.flop_counter`), and those of the method's penalty. Not
-counted are what gradient checkpointing computes again, elementwise operations, factorizations and transforms. Attention
-is that of the full square, in two products forward and four backward; experts are those that a token is sent to.
+virtual tokens included and the logits of all, by torch's own formulas (`torch.utils.flop_counter`), and those of the
+method's penalty. Not counted are what gradient checkpointing computes again, elementwise operations, factorizations and
+transforms. Attention is that of the full square, in two products forward and four backward; experts are those that a
+token is sent to.
 
 Shapes: n examples of t positions in a pass.
 """

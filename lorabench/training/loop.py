@@ -16,7 +16,7 @@ from lorabench.store.claim import Hold
 from lorabench.store.steps import StepLog
 from lorabench.training.batches import Batches
 from lorabench.training.evaluation import evaluate
-from lorabench.training.examples import Batch, collate
+from lorabench.training.examples import Batch, collate, moved
 from lorabench.training.passes import autocast, forward
 from lorabench.training.state import Training
 from lorabench.training.stop import Diverged, Stop, Stopped
@@ -87,9 +87,9 @@ def forward_backward(training: Training, parts: list[Batch], batches: Batches) -
     spec, model, device = training.spec, training.model, training.meter.device
     loss = torch.zeros((), device=device)
     for part in parts:
-        part = {key: tensor.to(device, non_blocking=True) for key, tensor in part.items()}
+        part = moved(part, device)
         with autocast(spec, device, training.world):
-            part_loss = batches.loss(forward(model, part), part)
+            part_loss = batches.loss(model, part)
         part_loss.backward()
         loss += part_loss.detach()
     for _ in range(training.idle_passes(len(parts))):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from lorabench.models.base_model import load_tokenizer
@@ -18,7 +18,8 @@ from lorabench.spec.task import IGNORE, Example
 from lorabench.training.batches import Batches, Work
 from lorabench.training.examples import Batch, Order
 from lorabench.training.generation import answer, written
-from lorabench.training.passes import autocast, forward
+from lorabench.training.passes import autocast
+from lorabench.training.predictions import log_probs
 from lorabench.training.scoring import exact_match
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ class Rollouts(Batches):
         tell = [sample for sample in training.rollout if sample["advantage"] or self._base is not None]
         return self.parts(training.world.share(tell) or training.rollout[:1])
 
-    def loss(self, logits: Tensor, part: Batch) -> Tensor:
-        now = log_probs(logits, part["labels"], self.objective.temperature)
+    def loss(self, model: nn.Module, part: Batch) -> Tensor:
+        now = log_probs(model, part, shifted(part["labels"]), self.objective.temperature)
         drawn = part.get("drawn", now.detach())  # without, the model is still the one that wrote them
         mask = shifted(part["labels"]) != IGNORE
         advantages, weights = part["advantage"], part["weight"]
@@ -123,7 +124,7 @@ class Rollouts(Batches):
         for place, part in enumerate([*parts, *idle]):
             part = {name: tensor.to(training.meter.device) for name, tensor in part.items()}
             with autocast(training.spec, training.meter.device, training.world):
-                values = log_probs(forward(model, part), part["labels"], self.objective.temperature)
+                values = log_probs(model, part, shifted(part["labels"]), self.objective.temperature)
             found += values.tolist() if place < len(parts) else []
         if training.world.is_sharded:
             model.reshard()
@@ -139,9 +140,3 @@ def ended(row: list[int], end: int | None) -> list[int]:
 def shifted(labels: Tensor) -> Tensor:
     """What each position predicts, (n, t)."""
     return pad(labels, (0, 1), value=IGNORE)[:, 1:]
-
-
-def log_probs(logits: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Of what each position predicts, (n, t) in nats; 0 where that is nothing."""
-    targets, scaled = shifted(labels).flatten(), logits.flatten(0, 1).float() / temperature
-    return -cross_entropy(scaled, targets, ignore_index=IGNORE, reduction="none").view_as(labels)

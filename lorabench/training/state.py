@@ -18,6 +18,7 @@ from lorabench.config.digests import check_files
 from lorabench.config.durable import make_folder, remove, sync
 from lorabench.config.json_file import fit
 from lorabench.models import weights
+from lorabench.models.flat import attend_by_example
 from lorabench.models.fused import fused_parts
 from lorabench.models.remarks import remarks
 from lorabench.processes.distributed import World, is_sharded
@@ -28,6 +29,7 @@ from lorabench.training import flops, ranks, sharding
 from lorabench.training import meter as meters
 from lorabench.training.base import Base
 from lorabench.training.examples import Examples
+from lorabench.training.passes import base_of
 from lorabench.updates.parts import Part
 
 
@@ -87,6 +89,8 @@ class Training:
         torch.manual_seed(method_seed(spec))
         model = spec.method.attach(model, spec)
         skeleton = flops.skeleton_of(model)
+        if spec.padding == "free":
+            attend_by_example(base_of(model))
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         counts = counts_of(model, num_base, base.stages)

@@ -22,8 +22,10 @@ from torch import nn
 from lorabench.config.decode import InputError, encode
 from lorabench.config.quote import clip, show_path
 from lorabench.models import base_model as models
+from lorabench.models.flat import attend_by_example
 from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.task import LanguageModeling
+from lorabench.training.examples import collate, end_to_end
 from lorabench.training.passes import forward
 from lorabench.updates.formats import read_updates
 
@@ -45,6 +47,11 @@ SEEN = 1e-5
 a BERT of random weights: 1e-3.)"""
 
 
+FLAT = 1e-4
+"""What else an example may change of another's logits, as a share of their spread. (Where they are apart: below 1e-5;
+a Mamba of random weights: 1.)"""
+
+
 class NotComputed(InputError):
     """A model has no output with what a method has put on it."""
 
@@ -54,7 +61,7 @@ def try_out(spec: RunSpec, options: dict[str, Any]) -> str:
 
     InputError where the run's model does not fit its task, or what its method learns could not be saved.
     """
-    keys = ("model", "revision", "tasks" if spec.tasks else "task")
+    keys = ("model", "revision", "padding", "tasks" if spec.tasks else "task")
     table = {key: encode(getattr(spec, key)) for key in keys}
     own = {"method": encode(spec.method)}
     found = _try_out(json.dumps(table | {"method": _smallest(own["method"])}), json.dumps(options), FEW_SIZES)
@@ -100,6 +107,7 @@ def _try_sizes(spec: RunSpec, bases: Iterable[nn.Module]) -> str:
     for base in bases:
         if not reason and not refused:
             check_causal(spec, base)
+            check_flat(spec, base)
         try:
             reason = check_saving(spec, base)
         except NotComputed as error:  # a wider one may be
@@ -203,6 +211,28 @@ def check_causal(spec: RunSpec, base: nn.Module) -> None:
             f'model = "{show_path(spec.model)}": {type(base).__name__} is no causal language model: what it says of a '
             f'token depends on later ones, so that task.name = "{spec.task.name}" would give it the answers. Use a '
             'causal model, or task.name = "classification"'
+        )
+
+
+def check_flat(spec: RunSpec, base: nn.Module) -> None:
+    """InputError where padding is free and a model does not say of examples laid end to end what it says of each."""
+    if spec.padding != "free":
+        return
+    model, tokens = copy.deepcopy(base), _tokens(base)
+    attend_by_example(model)
+    examples = [tokens[:, :CHANGED], tokens[:, CHANGED:]]
+    wanted = torch.cat([_logits(spec, model, each) for each in examples], 1)
+    row = collate([{"input_ids": each[0], "labels": each[0]} for each in examples], 0, torch.device("cpu"))
+    try:
+        with torch.no_grad():
+            moved = (forward(model, end_to_end(row)).float() - wanted).abs().max() / wanted.std()
+        reason = f"another one beside it changes what is said by {moved:.1g} of its spread" if moved > FLAT else ""
+    except Exception as error:
+        reason = _reason(error)
+    if reason:
+        raise InputError(
+            f'padding = "free": {type(base).__name__} cannot tell examples apart that are laid end to end: {reason}; '
+            'use padding = "longest"'
         )
 
 

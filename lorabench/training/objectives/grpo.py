@@ -69,6 +69,8 @@ class Grpo(Objective):
         elif generate is None or "exact_match" not in generate.metrics:
             wanted = 'task.name = "completion" with task.generate = { metrics = ["exact_match"], … }'
             yield f'objective.name = "grpo": its reward is exact match, which the task does not measure; use {wanted}'
+        if spec.padding == "free":
+            yield 'padding = "free": objective grpo weighs its answers row by row; use padding = "longest"'
         if spec.batch_size % self.group:
             yield f"objective.group = {self.group}: must divide batch_size = {spec.batch_size}"
 
