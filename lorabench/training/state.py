@@ -22,13 +22,16 @@ from lorabench.models.fused import fused_parts
 from lorabench.models.remarks import remarks
 from lorabench.processes.distributed import World, is_sharded
 from lorabench.spec.run_spec import RunSpec, method_seed
-from lorabench.spec.task import Example
+from lorabench.spec.task import Example, Task
 from lorabench.store.generations import Generation
 from lorabench.training import flops, ranks, sharding
 from lorabench.training import meter as meters
 from lorabench.training.base import Base
 from lorabench.training.examples import Examples
 from lorabench.updates.parts import Part
+
+Score = tuple[float, int, Any]
+"""Of a batch that is evaluated; see `evaluation.score`."""
 
 
 @dataclass
@@ -64,6 +67,9 @@ class Training:
     generations: list[Generation] = field(default_factory=list)
     """What it wrote at the end, a row an answer; in no checkpoint, for whoever goes on writes anew."""
 
+    scored: dict[tuple[Task, str], list[Score]] = field(default_factory=dict)
+    """By task and split, what was computed of the evaluation that comes next, together with other runs."""
+
     sizes: set[int] = field(default_factory=set)
     """Numbers of ranks that took the steps before it was stopped."""
 
@@ -86,6 +92,7 @@ class Training:
         about, num_base, parts = remarks(spec, model), weights.count(model), fused_parts(model)
         torch.manual_seed(method_seed(spec))
         model = spec.method.attach(model, spec)
+        base.attached(model)
         skeleton = flops.skeleton_of(model)
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
