@@ -214,8 +214,9 @@ def evaluate(
     is_own = model is None or model is training.model
     scores = training.scored.get((examples.task, split)) if is_own else None
     if scores is None:
-        scores = scores_of(model or training.model, training.spec, examples, split, stop, training.world)
-    found = _metrics(examples, split, scores)
+        found = metrics_of(model or training.model, training.spec, examples, split, stop, training.world)
+    else:
+        found = _metrics(examples, split, scores)
     for name, value in found.items():
         if name.endswith("_loss") and not math.isfinite(value):
             raise Diverged(f"step {training.step}: {split} loss {value}")
@@ -223,10 +224,10 @@ def evaluate(
 
 
 def metrics_of(
-    model: nn.Module, spec: RunSpec, examples: Examples, split: str, world: World = ALONE
+    model: nn.Module, spec: RunSpec, examples: Examples, split: str, stop: Stop | None = None, world: World = ALONE
 ) -> dict[str, float]:
     """`evaluate` of any model, as `spec` has it; the loss may be infinite."""
-    return _metrics(examples, split, scores_of(model, spec, examples, split, world=world))
+    return _metrics(examples, split, scores_of(model, spec, examples, split, stop, world))
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ class Lanes:
     generators: Sequence[torch.Generator] = ()
     """Each run's own, of which its dropout is drawn."""
     hook: Tensor = field(default_factory=lambda: torch.zeros(0, requires_grad=True))
-    """Makes autograd call the layers' backward pass: it knows nothing of the factors, whose gradients are made there."""
+    """Makes autograd call the layers' backward pass, where the factors' gradients are made: it knows nothing of them."""
 
 
 @dataclass(kw_only=True)

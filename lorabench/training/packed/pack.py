@@ -1,4 +1,4 @@
-"""Several runs on one base, in one forward and backward pass: one that is done, fails or is cancelled leaves the others.
+"""Several runs on one base, in one forward and backward pass: one that ends, well or not, leaves the others.
 
 Each run is the generator that it is alone (`lorabench.training.run`), and does for itself all that is its own. Where
 all wait for a pass their batches are computed as one, and each is sent its own loss. A run's random numbers are its
