@@ -66,7 +66,10 @@ def rides(
         spec, (counts, _) = max(zip(runs, known, strict=True), key=lambda each: each[1][0].num_trainable)
         size = asked.size or best_size(spec, counts, asked, device)
         if size > 1:
-            found |= {spec.id: Ride(key=key, size=size) for spec in runs}
+            found |= {
+                spec.id: Ride(key=key, size=size, weight=counts.num_trainable)
+                for spec, (counts, _) in zip(runs, known, strict=True)
+            }
     return found, notes
 
 

@@ -5,6 +5,7 @@ Nothing here needs torch; how many at a time pay is `lorabench.launch.pack_size`
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ class Ride:
     """The same of all those."""
     size: int
     """How many at most."""
+    weight: int = 0
+    """Parameters that it trains: those of a pack are filled up to its largest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +67,21 @@ def key_of(spec: RunSpec) -> str | None:
 
 
 def in_packs(runs: Sequence[RunSpec], known: dict[str, Ride], workers: int) -> list[list[str]]:
-    """The packs of runs, by their ids: as few as `Ride.size` allows, as many for each worker, and all about as large."""
+    """The packs of runs, by their ids, the largest runs first, each with those that are nearest to it in size.
+
+    They are as few as `Ride.size` allows, as many for each worker, and of about as many runs.
+    """
     alike: dict[str, list[str]] = {}
     for spec in runs:
         if spec.id in known:
             alike.setdefault(known[spec.id].key, []).append(spec.id)
     found = []
     for ids in alike.values():
+        ids.sort(key=lambda run_id: -known[run_id].weight)
         number = math.ceil(len(ids) / known[ids[0]].size)
         number = min(math.ceil(number / workers) * workers, len(ids))
-        found += [pack for pack in (ids[start::number] for start in range(number)) if len(pack) > 1]
+        ends = [len(ids) * place // number for place in range(number + 1)]
+        found += [ids[a:b] for a, b in itertools.pairwise(ends) if b - a > 1]
     return found
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +18,8 @@ from lorabench.store.base_results import BaseResult
 from lorabench.training import sharding
 from lorabench.training.examples import Examples, prepare_stages
 from lorabench.training.meter import Meter
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -35,6 +38,8 @@ class Base:
     """The ranks that hold it together."""
     measured: list[BaseResult] = field(default_factory=list)
     """What the untouched model does on the tasks, once a run on it has measured it."""
+    made: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)
+    """What `once` has made."""
 
     @classmethod
     def read(cls, spec: RunSpec, device: torch.device, world: World = ALONE, asked: Sharding = "auto") -> Base:
@@ -46,6 +51,12 @@ class Base:
         if world.size > 1:
             world = world.spread(sharding.choose(spec, asked, device, stages[0].model_options), device)
         return cls(spec=spec, stages=stages, device=device, world=world)
+
+    def once(self, key: tuple[Hashable, ...], make: Callable[[], T]) -> T:
+        """What `make` gives, made once for all runs on the base that ask for it by this key."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]
 
     def load(self) -> nn.Module:
         """The untouched model, whole, where a method is attached to it: every call gives the same."""

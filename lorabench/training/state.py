@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import struct
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorabench.config.decode import InputError
+from lorabench.config.decode import InputError, encode
 from lorabench.config.digests import check_files
 from lorabench.config.durable import make_folder, remove, sync
 from lorabench.config.json_file import fit
@@ -93,7 +94,7 @@ class Training:
         torch.manual_seed(method_seed(spec))
         model = spec.method.attach(model, spec)
         base.attached(model)
-        skeleton = flops.skeleton_of(model)
+        skeleton = base.once(("skeleton", method_key(spec)), lambda: flops.skeleton_of(model))
         if spec.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         counts = counts_of(model, num_base, base.stages)
@@ -257,6 +258,11 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         struct.error,
     ) as error:
         raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+def method_key(spec: RunSpec) -> str:
+    """The same of runs whose models are alike but for their numbers."""
+    return json.dumps(encode(spec.method), sort_keys=True)
 
 
 def counts_of(tuned: nn.Module, num_base: int, stages: list[Examples]) -> dict[str, float]:
