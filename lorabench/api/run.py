@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorabench.api.plan import first_runs, left_text
+from lorabench.api.plan import default_workers, first_runs, left_text
 from lorabench.api.results import SweepResults
 
 if TYPE_CHECKING:
@@ -100,12 +100,10 @@ class Ran:
 def _num_workers(sweep: Sweep, workers: int | None, processes: int, gpus: tuple[str, ...]) -> int:
     """As many as there are GPUs for, or as the cores allow, where none are asked for. InputError."""
     from lorabench.config.decode import InputError
-    from lorabench.processes.machine import available_cores
 
     for name, value in {"workers": workers, "processes": processes}.items():
         if value is not None and value < 1:
             raise InputError(f"{name} = {value}: must be at least 1")
     if gpus and processes > len(gpus):
         raise InputError(f"--processes {processes}: a GPU each, and only {len(gpus)} can be seen here")
-    threads = max((spec.threads for spec in sweep.runs), default=1)
-    return workers or len(gpus) // processes or max(1, available_cores() // (threads * processes))
+    return workers or default_workers(sweep, gpus, processes)

@@ -329,6 +329,8 @@ class History:
         same = record.environment.get("hardware", {}).get("device") == self.device.type
         if not same or not all(measures.get(key) for key in needed):
             return
+        if record.environment.get("packed"):  # it tells of its share of others' costs too
+            return
         taken = "earlier run" in record.provenance.get("base_valid_loss", "")
         try:
             spec = self._known.get(record.run_id) or RunSpec.from_json(record.spec)

@@ -7,7 +7,6 @@ for the operations; a pass of large ones takes as long as theirs one after anoth
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from lorabench.config.decode import InputError
 from lorabench.launch.estimate import Counts, pack_bytes, pack_seconds
 from lorabench.launch.packs import Asked, Ride, key_of
+from lorabench.processes.machine import free_memory
 from lorabench.spec.run_spec import RunSpec
 
 SIZES = (32, 16, 8, 4, 2)
@@ -87,4 +87,4 @@ def best_size(spec: RunSpec, counts: Counts, asked: Asked, device: torch.device)
 def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0]) if torch.cuda.is_available() else math.inf
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    return free_memory()

@@ -36,12 +36,16 @@ LARGEST_RANDOM = 500e6
 
 
 def make_plan(
-    sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | None = None, workers: int = 1
+    sweep: Sweep,
+    store: Store,
+    device_name: str = "auto",
+    gpu: str | None = None,
+    packing: packs.Asked | None = None,
 ) -> dict[str, Any]:
     """`{"runs": [{"run_id", "spec", "done", "status", "estimate"}], "totals", "notes", "assumptions"}`.
 
-    `gpu` names the kind that the runs will have, where this machine has none of it; `workers`: how many of them, or of
-    packs of them, at a time.
+    `gpu` names the kind that the runs will have, where this machine has none of it; `packing`: how they
+    will be packed.
     InputError with every problem that shows only when a method meets the model (targets that fit no layer).
     """
     device = _device(device_name)
@@ -64,7 +68,7 @@ def make_plan(
     return {
         "runs": runs,
         "totals": _totals(runs),
-        "notes": [*notes(sweep.runs), *changed_data(sweep.runs, states), *_packs(todo, device_name, gpu, workers)],
+        "notes": [*notes(sweep.runs), *changed_data(sweep.runs, states), *_packs(todo, packing)],
         "assumptions": _assumptions(sweep, runs, device, gpu),
     }
 
@@ -95,10 +99,12 @@ def plan_text(sweep: Sweep, plan: dict[str, Any]) -> str:
     return "\n".join([*lines, *plan["notes"], *plan["assumptions"]])
 
 
-def _packs(specs: Sequence[RunSpec], device_name: str, gpu: str | None, workers: int) -> list[str]:
+def _packs(specs: Sequence[RunSpec], asked: packs.Asked | None) -> list[str]:
     """Which of the runs are computed together, and why others are not."""
-    known, reasons = rides(specs, packs.Asked(device=device_name, workers=workers, gpu=gpu))
-    together = packs.packs_text(packs.in_packs(specs, known, workers))
+    if asked is None:
+        return []
+    known, reasons = rides(specs, asked)
+    together = packs.packs_text(packs.in_packs(specs, known, asked.workers))
     return [f"packed: {together}"] * bool(together) + reasons
 
 

@@ -104,6 +104,7 @@ def _begin(attempt: Attempt) -> Training:
     with meter.reading():
         if company:
             base, record.environment["packed"] = company.base(spec), company.size
+            attempt.hold.progress["packed"] = company.size
         else:
             base = Base.read(spec, attempt.device, attempt.stop.world, attempt.sharding)
     attempt.stop.world = base.world
