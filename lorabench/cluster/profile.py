@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt, Le
 
 from lorabench.config.decode import InputError, Pattern, decode, read_toml, show
 from lorabench.config.quote import clip, show_path
+from lorabench.launch.packs import Asked, most_in_pack
 
 Word = Annotated[str, Pattern(r"\S+", "a text without spaces")]
 OWN_OPTIONS = {

@@ -31,7 +31,7 @@ class Lanes:
     generators: Sequence[torch.Generator] = ()
     """Each run's own, of which its dropout is drawn."""
     hook: Tensor = field(default_factory=lambda: torch.zeros(0, requires_grad=True))
-    """Makes autograd call the layers' backward pass, where the factors' gradients are made: it knows nothing of them."""
+    """Makes autograd call the layers' backward pass, where the gradients of the factors are made, unknown to it."""
 
 
 @dataclass(kw_only=True)

@@ -165,7 +165,7 @@ def gradient_errors(trainings: list[Training]) -> list[float]:
     rows, model = module.Rows(trainings), module.PackedModel(trainings[0])
     model.put(rows.layers)
     batches = []
-    for row, training in enumerate(trainings):
+    for row in range(len(trainings)):
         rows.push(row)
         batches.append(torch.randint(1000, (2, 8), generator=torch.Generator().manual_seed(row)))
     model.lanes.num_rows = 2 * len(trainings)
