@@ -332,7 +332,7 @@ server = start_server(store.root / "log", ["lorabench.launch.worker"], {{}})
 first = forkserver._forkserver._forkserver_pid
 os.kill(first, signal.SIGKILL)
 os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
-rank = RankProcess.start(server, fake_runs.run, spec, store, Settings(), None)
+rank = RankProcess.start(server, fake_runs.run, [spec], store, Settings(), None)
 second = forkserver._forkserver._forkserver_pid
 line = [line for line in open(f"/proc/{{second}}/status") if line.startswith("SigBlk")][0]
 blocked = int(line.split()[1], 16)

@@ -7,6 +7,7 @@ such a row is a product with the other.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,8 +92,9 @@ class _Packed(torch.autograd.Function):
         ctx: Any, hook: Tensor, x: Tensor, y: Tensor | None, layer: PackedLinear, mask: Tensor | None
     ) -> Tensor:
         factors, base = layer.factors, layer.base_layer
+        ctx.factors, ctx.shape, ctx.dtype = factors, x.shape, x.dtype
         auto = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False) if auto else contextlib.nullcontext():
             if y is None:
                 weight, bias = base.weight, base.bias
                 if auto is not None:
@@ -113,7 +115,6 @@ class _Packed(torch.autograd.Function):
             h = torch.bmm(inputs, factors.A.to(dtype).mT).mul_(factors.scale.to(dtype))
             _add_product(outputs, h, factors.B.to(dtype))
         ctx.save_for_backward(inputs, h, mask)
-        ctx.factors, ctx.shape, ctx.dtype = factors, x.shape, x.dtype
         return y
 
     @staticmethod
@@ -145,7 +146,7 @@ class _Packed(torch.autograd.Function):
 
 def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
     """to += left @ right, run by run."""
-    if to.dtype == left.dtype:
+    if to.dtype == left.dtype and to.is_contiguous():  # else torch multiplies one run after another
         to.baddbmm_(left, right)
     else:
         to.add_(torch.bmm(left, right))
