@@ -48,7 +48,8 @@ def rides(
 ) -> tuple[dict[str, Ride], list[str]]:
     """By run, with whom it can be computed; and why some cannot, a sentence each. `know` tells a run's counts, and why
     its base is unfit."""
-    found, notes = {}, []
+    found: dict[str, Ride] = {}
+    notes: list[str] = []
     alike: dict[str, list[RunSpec]] = {}
     for spec in specs if asked.size != 1 else ():
         if (key := key_of(spec)) is not None:

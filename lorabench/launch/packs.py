@@ -57,13 +57,14 @@ def most_in_pack(text: int | str) -> int | None:
 
 def key_of(spec: RunSpec) -> str | None:
     """The same of runs that can share their passes, as far as their specs tell; None of one that never can."""
-    draws = getattr(spec.method, "dropout", 0.0) > 0
+    table = spec.to_json()
+    method, draws = table["method"], table["method"].get("dropout", 0.0) > 0
     if not (spec.method.is_factors and spec.objective.shares_passes) or (spec.gradient_checkpointing and draws):
         return None
     if any("Classification" in task.auto_class or "labels" in task.sequences for task in spec.stages):
         return None
-    shared = {key: value for key, value in spec.to_json().items() if key not in OWN}
-    return json.dumps(shared | {"trained_dtype": spec.method.trained_dtype}, sort_keys=True)
+    shared = {key: value for key, value in table.items() if key not in OWN}
+    return json.dumps(shared | {"adapter_dtype": method.get("adapter_dtype")}, sort_keys=True)
 
 
 def in_packs(runs: Sequence[RunSpec], known: dict[str, Ride], workers: int) -> list[list[str]]:

@@ -131,9 +131,8 @@ class Meter:
     def flush(self) -> None:
         """Turn the events of the last steps into seconds; waits for the device once."""
         self._synchronize()
-        for start, end, *counts in self._pending:
-            seconds = self._between(start, end)
-            self.step_rows.append((seconds, *counts))
+        for start, end, tokens, padded, labels, shapes in self._pending:
+            self.step_rows.append((self._between(start, end), tokens, padded, labels, shapes))
         self._pending.clear()
 
     def start_training(self) -> None:
