@@ -47,6 +47,7 @@ bench: $(VENV)/.installed
 	$(PIP) -e ".[bench]"
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/grid.py
+	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/analysis.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/cluster.py

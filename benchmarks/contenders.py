@@ -27,6 +27,7 @@ from lorabench.training.examples import Examples, Order
 from lorabench.training.loop import FLUSH_EVERY, Saves, train
 from lorabench.training.passes import base_of
 from lorabench.training.state import Training, make_optimizer
+from lorabench.training.step import alone
 from lorabench.training.stop import Stop
 
 LOG_EVERY = FLUSH_EVERY
@@ -87,9 +88,9 @@ def run_lorabench(race: Race) -> None:
         assert hold is not None
         log = TickingLog(Path(folder) / "steps.jsonl", training.log, math.inf)
         log.watch = race.watch
-        saves = Saves(checkpoint=lambda: None, snapshot=lambda: None)
+        saves = Saves(checkpoint=lambda: None, snapshot=lambda: None, due=log.checkpoint_due)
         with hold:
-            train(training, log, Stop(), saves, hold)
+            alone(train(training, log, Stop(), saves, hold))
     race.losses = training.losses
     baseline = 0 if race.watch.device.type == "cuda" else meter.baseline_gib
     race.other_peak = int((meter.memory()[0]["peak_gib"] + baseline) * meters.GIB)

@@ -60,8 +60,11 @@ class Study:
         return file
 
     def profile(self, **keys: Any) -> Path:
-        """A cluster profile; every job is small and on the CPU unless `keys` say otherwise."""
-        table = {"partition": "main", "gpus": 0, "cpus": 1, "minutes": 60, "cells_per_job": 1, **keys}
+        """A cluster profile; every job is small and on the CPU unless `keys` say otherwise.
+
+        Nothing is packed: whichever runs are left when a job is killed, they have to end with the bits of runs alone.
+        """
+        table = {"partition": "main", "gpus": 0, "cpus": 1, "minutes": 60, "cells_per_job": 1, "pack": "off", **keys}
         file = self.folder / "cluster.toml"
         file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items()))
         return file

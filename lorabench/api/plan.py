@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,27 +25,38 @@ def plan(
     changes: Mapping[str, Any] | None = None,
     limit: int | None = None,
     device: str = "auto",
+    pack: int | Literal["auto", "off"] = "auto",
 ) -> Plan:
     """What a sweep will take: exact parameter counts, estimated memory and time of each run, and what these rest on.
 
         lorabench.plan("sweeps/quickstart.toml", changes={"steps": 20}).runs
 
     `sweep` is a file, a TOML text or a dict; `changes` are keys that its runs are to have instead (a list is an axis);
-    of `limit` only the first so many runs that are not done are planned. Nothing is written. Raises
+    of `limit` only the first so many runs that are not done are planned; `pack` is `run`'s. Nothing is written. Raises
     `lorabench.InputError` with every problem of the sweep, also those that show only when a method meets its model.
     """
+    from lorabench.launch.packs import Asked, most_in_pack
     from lorabench.processes.machine import visible_gpus
     from lorabench.spec.source import as_sweep
     from lorabench.store.store import Store
     from lorabench.terminal.hush import hushed
 
     wanted, store = as_sweep(sweep, changes), Store(Path(results))
-    visible_gpus(device)  # says so where there is none
+    gpus = visible_gpus(device)  # says so where there is none
     part, left = first_runs(wanted, store, limit)
     with hushed():
         from lorabench.launch.plan import make_plan
 
-        return Plan(sweep=part, table=make_plan(part, store, device), left=left)
+        packing = Asked(size=most_in_pack(pack), device=device, workers=default_workers(part, gpus))
+        return Plan(sweep=part, table=make_plan(part, store, device, packing=packing), left=left)
+
+
+def default_workers(sweep: Sweep, gpus: tuple[str, ...], processes: int = 1) -> int:
+    """Runs, or packs of runs, at a time: as many as there are GPUs for, or as the cores allow."""
+    from lorabench.processes.machine import available_cores
+
+    threads = max((spec.threads for spec in sweep.runs), default=1)
+    return len(gpus) // processes or max(1, available_cores() // (threads * processes))
 
 
 def first_runs(sweep: Sweep, store: Store, limit: int | None, retry: Collection[Status] = ()) -> tuple[Sweep, int]:

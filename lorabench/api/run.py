@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from lorabench.api.plan import first_runs, left_text
+from lorabench.api.plan import default_workers, first_runs, left_text
 from lorabench.api.results import SweepResults
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def run(
     timeout_minutes: float | None = None,
     checkpoint_seconds: float = 60.0,
     live: str | None = None,
+    pack: int | Literal["auto", "off"] = "auto",
 ) -> Ran:
     """Run what is missing of a sweep, and wait for it; a second call goes on where the first was interrupted.
 
@@ -39,11 +40,13 @@ def run(
         ran.results.runs
 
     `sweep` is a file, a TOML text or a dict, and is kept as `RESULTS/NAME/sweep.toml` with its `changes`; `limit`: the
-    first so many runs alone; `retry`: what has ended as `failed`, `oom`, ... or `all` is run again. The others are
-    those of `lorabench run`. Each run is a process of its own, whose start needs no `if __name__ == "__main__"`. Raises
-    `lorabench.InputError`, before anything runs, for what is wrong; a run that fails raises nothing, and says so.
+    first so many runs alone; `retry`: what has ended as `failed`, `oom`, ... or `all` is run again; `pack`: how many
+    runs of one base at most share their passes. The others are those of `lorabench run`. Each run, or pack of runs, is
+    a process of its own, whose start needs no `if __name__ == "__main__"`. Raises `lorabench.InputError`, before
+    anything runs, for what is wrong; a run that fails raises nothing, and says so.
     """
     from lorabench.config.durable import write_bytes
+    from lorabench.launch.packs import most_in_pack
     from lorabench.launch.pool import Pool, check_writable, launch, repeatable
     from lorabench.launch.worker import Settings
     from lorabench.processes.machine import visible_gpus
@@ -65,7 +68,9 @@ def run(
         live=live,
     )
     workers = _num_workers(part, workers, processes, gpus)
-    pool = Pool(workers=workers, processes=processes, gpus=gpus, settings=settings, retry=again)
+    pool = Pool(
+        workers=workers, processes=processes, gpus=gpus, settings=settings, retry=again, pack=most_in_pack(pack)
+    )
     check_writable(store.root)
     write_bytes(store.root / wanted.name / "sweep.toml", wanted.text.encode())
     for spec in part.runs:
@@ -95,12 +100,10 @@ class Ran:
 def _num_workers(sweep: Sweep, workers: int | None, processes: int, gpus: tuple[str, ...]) -> int:
     """As many as there are GPUs for, or as the cores allow, where none are asked for. InputError."""
     from lorabench.config.decode import InputError
-    from lorabench.processes.machine import available_cores
 
     for name, value in {"workers": workers, "processes": processes}.items():
         if value is not None and value < 1:
             raise InputError(f"{name} = {value}: must be at least 1")
     if gpus and processes > len(gpus):
         raise InputError(f"--processes {processes}: a GPU each, and only {len(gpus)} can be seen here")
-    threads = max((spec.threads for spec in sweep.runs), default=1)
-    return workers or len(gpus) // processes or max(1, available_cores() // (threads * processes))
+    return workers or default_workers(sweep, gpus, processes)

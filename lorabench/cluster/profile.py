@@ -17,6 +17,7 @@ from annotated_types import Ge, Gt, Le
 
 from lorabench.config.decode import InputError, Pattern, decode, read_toml, show
 from lorabench.config.quote import clip, show_path
+from lorabench.launch.packs import Asked, most_in_pack
 
 Word = Annotated[str, Pattern(r"\S+", "a text without spaces")]
 OWN_OPTIONS = {
@@ -76,6 +77,8 @@ class Profile:
     target_minutes: Annotated[float, Gt(0), Le(YEAR_MINUTES)] = 30
     cells_at_once: Annotated[int, Ge(1), Le(1024)] = 1
     """Runs of a job that are computed side by side; they share its GPUs."""
+    pack: Annotated[int, Ge(1)] | Literal["auto", "off"] = "auto"
+    """Runs of a job of one base at most that share their passes; `auto`: as many as pay."""
     setup: list[str] = field(default_factory=list)
     """Shell lines before the work starts: `module load cuda`."""
     container: str | None = None
@@ -196,6 +199,13 @@ class Profile:
             "srun_args": [f"--cpus-per-task={self.cpus}", *exits],
         }
         return {key: value for key, value in parameters.items() if value is not None} | {"wckey": None}
+
+
+def packing(profile: Profile) -> Asked:
+    """How a job packs its runs: not those that several ranks compute together."""
+    size = most_in_pack(profile.pack) if profile.world_size == 1 else 1
+    gpu = f"{profile.gpu_type} {profile.constraint}"
+    return Asked(size=size, device=profile.run_device, workers=profile.cells_at_once, gpu=gpu)
 
 
 def requeue_file(folder: Path, job: str) -> Path:

@@ -19,7 +19,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from lorabench.cluster import slurm
-from lorabench.cluster.profile import Profile
+from lorabench.cluster.profile import Profile, packing
 from lorabench.cluster.queue import Submission
 from lorabench.config import json_file
 from lorabench.config.decode import InputError
@@ -69,6 +69,7 @@ def compute(store: Store, submission: Submission, profile: Profile, number: int,
             device=device, checkpoint_seconds=profile.checkpoint_seconds, job=job_id, sharding=profile.sharding
         ),
         again=frozenset(id for id in run_ids if submission.retry.get(id) == _claims(store.folder(id))),
+        pack=packing(profile).size,
         check=False,
         patience_seconds=max(1.0, profile.signal_seconds - MARGIN_SECONDS),
         server_log=submission.submitit / f"{job_id}_server.log",

@@ -57,6 +57,11 @@ def numbers(kind: type) -> Callable[[str], Any]:
     return convert
 
 
+def pack_size(text: str) -> int | str:
+    """`auto`, `off` or a number of runs."""
+    return text if text in ("auto", "off") else int(number(int, 1)(text))
+
+
 JSON = argument("--json", "print JSON instead of a table", action="store_true")
 SWEEP = argument("sweep", "a sweep file", metavar="SWEEP.toml")
 DEFAULT_RESULTS = Path("results")
@@ -112,6 +117,13 @@ SET = argument(
     metavar="KEY=VALUE",
 )
 LIMIT = argument("--limit", "the first N runs alone that are still to do", type=number(int, 1), metavar="N")
+PACK = argument(
+    "--pack",
+    "runs of one base at most that share their passes: N, off, or auto for as many as pay (default: auto)",
+    type=pack_size,
+    default="auto",
+    metavar="N",
+)
 DEVICE = argument("--device", "auto (default), cpu, cuda or cuda:1", default="auto")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorabench.commands._arguments import DEVICE, LIMIT, RESULTS, RETRY, SET, SWEEP, argument, changes, number
+from lorabench.commands._arguments import DEVICE, LIMIT, PACK, RESULTS, RETRY, SET, SWEEP, argument, changes, number
 from lorabench.terminal.text import talk
 
 ARGUMENTS = [
@@ -36,6 +36,7 @@ ARGUMENTS = [
         choices=["auto", "ddp", "fsdp"],
         default="auto",
     ),
+    PACK,
     DEVICE,
     RETRY,
     argument("--live", "write event files below RESULTS/exports/tensorboard while runs train", choices=["tensorboard"]),
@@ -66,6 +67,7 @@ def main(arguments: argparse.Namespace) -> int:
         timeout_minutes=arguments.timeout_minutes,
         checkpoint_seconds=arguments.checkpoint_seconds,
         live=arguments.live,
+        pack=arguments.pack,
     )
     talk(repr(ran))
     return ran.outcome.exit_code

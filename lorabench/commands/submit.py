@@ -22,6 +22,7 @@ from lorabench.commands._arguments import (
     changes,
     import_for_plan,
     number,
+    pack_size,
 )  # fmt: skip
 from lorabench.config.quote import show_path
 from lorabench.terminal.text import talk, tell
@@ -41,8 +42,14 @@ ARGUMENTS = [
     argument("--mem-gib", "memory of a node, instead of the profile's", type=number(float, 0.001), metavar="G"),
     argument("--parallel", "jobs at a time, instead of the profile's", type=number(int, 1), metavar="N"),
     argument("--cells-per-job", "runs that share a job, instead of the profile's", type=number(int, 1), metavar="N"),
+    argument(
+        "--pack",
+        "runs of one base that share their passes, instead of the profile's: N, off or auto",
+        type=pack_size,
+        metavar="N",
+    ),
 ]
-CHANGES = ("partition", "account", "qos", "minutes", "mem_gib", "parallel", "cells_per_job")
+CHANGES = ("partition", "account", "qos", "minutes", "mem_gib", "parallel", "cells_per_job", "pack")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -84,7 +91,9 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _plan(order: Any, store: Any) -> dict[str, Any]:
     import_for_plan()
+    from lorabench.cluster.profile import packing
     from lorabench.launch.plan import make_plan
 
-    device = order.profile.run_device
-    return make_plan(order.sweep, store, device, f"{order.profile.gpu_type} {order.profile.constraint}")
+    profile = order.profile
+    gpu = f"{profile.gpu_type} {profile.constraint}"
+    return make_plan(order.sweep, store, profile.run_device, gpu, packing(profile))

@@ -35,6 +35,8 @@ CPU_OVERHEAD_BYTES = 0.04 * GIB
 """What a process on the CPU takes beside its tensors: the libraries' own buffers."""
 HELD = {"cpu": 1.5, "cuda": 1.0}
 """Times what a pass keeps: of memory that comes and goes the C library gives some back late."""
+OWN_OPERATIONS = 60
+"""What a step of a run in a pack takes by itself, counted in operations: its batch, its loss, its log."""
 PARTS = ("load", "train", "evaluate", "generate", "serve", "save")
 """Of a run's time. `save` is all that has no clock of its own: counting, keeping ΔW, the record."""
 NEAREST = 8
@@ -230,6 +232,27 @@ def _race_seconds(round_seconds: float) -> float:
     return round_seconds + max(inference.MIN_ROUNDS * round_seconds, rounds)
 
 
+def pack_seconds(spec: RunSpec, counts: Counts, device: torch.device, size: int, gpu: str | None = None) -> float:
+    """A step of each of so many such runs on one base, in one pass; 1: of a run alone."""
+    machine, passes = machine_of(spec, device, gpu), _Passes(spec, counts)
+    if size == 1:
+        return passes.step_seconds(machine)
+    logits, num_parts = counts.vocabulary * passes.micro * passes.usual, max(1, spec.batch_size // passes.micro)
+    part = passes.profile.both.at(size) + Cost(written=16.0 * logits * size, operations=100)
+    update = Cost(written=24.0 * counts.num_trainable * size, operations=100)
+    own = Cost(operations=OWN_OPERATIONS)
+    return (num_parts * machine.seconds(part) + machine.seconds(update)) / size + machine.seconds(own)
+
+
+def pack_bytes(spec: RunSpec, counts: Counts, device: torch.device, size: int) -> float:
+    """Memory of so many such runs on one base: it once, and of each what it trains and keeps for its backward pass."""
+    alone = formula(spec, counts, device)
+    trained = 12.0 * counts.num_trainable
+    kept = alone.tensors_gib * GIB - counts.weight_bytes - trained
+    changed = counts.weight_bytes if spec.method.changes_base else 0.0
+    return alone.overhead_gib * GIB + counts.weight_bytes + size * (kept + 3 * trained + changed)
+
+
 def flops_per_step(spec: RunSpec, counts: Counts) -> float:
     """As a run's record has it, where every example is as long as can be."""
     micro = spec.micro_batch_size or spec.batch_size
@@ -310,6 +333,8 @@ class History:
         needed = ("peak_gib", "train_seconds", "total_seconds")
         same = record.environment.get("hardware", {}).get("device") == self.device.type
         if not same or not all(measures.get(key) for key in needed):
+            return
+        if record.environment.get("packed"):  # it tells of its share of others' costs too
             return
         taken = "earlier run" in record.provenance.get("base_valid_loss", "")
         try:

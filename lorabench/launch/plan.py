@@ -13,7 +13,7 @@ import torch
 
 from lorabench.config.decode import InputError, encode
 from lorabench.data import fingerprints
-from lorabench.launch import estimate
+from lorabench.launch import estimate, pack_size, packs
 from lorabench.launch.estimate import BYTES, EFFICIENCY, Counts, History
 from lorabench.models import base_model as models
 from lorabench.models import targets, weights
@@ -35,13 +35,20 @@ LARGEST_RANDOM = 500e6
 """Parameters of the largest model that is made of random weights to attach a method to it."""
 
 
-def make_plan(sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | None = None) -> dict[str, Any]:
+def make_plan(
+    sweep: Sweep,
+    store: Store,
+    device_name: str = "auto",
+    gpu: str | None = None,
+    packing: packs.Asked | None = None,
+) -> dict[str, Any]:
     """`{"runs": [{"run_id", "spec", "done", "status", "estimate"}], "totals", "notes", "assumptions"}`.
 
-    `gpu` names the kind that the runs will have, where this machine has none of it.
+    `gpu` names the kind that the runs will have, where this machine has none of it; `packing`: how they
+    will be packed.
     InputError with every problem that shows only when a method meets the model (targets that fit no layer).
     """
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device_name == "auto" else device_name)
+    device = _device(device_name)
     states = list(store.states(list(sweep.runs)))
     counts = _count_all(sweep, states)
     history = History(store, sweep.runs, count, device, gpu)
@@ -57,10 +64,11 @@ def make_plan(sweep: Sweep, store: Store, device_name: str = "auto", gpu: str | 
                 "estimate": _measured(state) if done else history.estimate(spec, counts[spec.id]),
             }
         )
+    todo = [spec for spec, state in zip(sweep.runs, states, strict=True) if state.status != Status.DONE]
     return {
         "runs": runs,
         "totals": _totals(runs),
-        "notes": [*notes(sweep.runs), *changed_data(sweep.runs, states)],
+        "notes": [*notes(sweep.runs), *changed_data(sweep.runs, states), *_packs(todo, packing)],
         "assumptions": _assumptions(sweep, runs, device, gpu),
     }
 
@@ -91,6 +99,15 @@ def plan_text(sweep: Sweep, plan: dict[str, Any]) -> str:
     return "\n".join([*lines, *plan["notes"], *plan["assumptions"]])
 
 
+def _packs(specs: Sequence[RunSpec], asked: packs.Asked | None) -> list[str]:
+    """Which of the runs are computed together, and why others are not."""
+    if asked is None:
+        return []
+    known, reasons = rides(specs, asked)
+    together = packs.packs_text(packs.in_packs(specs, known, asked.workers))
+    return [f"packed: {together}"] * bool(together) + reasons
+
+
 def _approximate(known: bool, text: str) -> str:
     return text if known else f"~{text}"
 
@@ -107,6 +124,22 @@ def _count_all(sweep: Sweep, states: Sequence[RunState]) -> dict[str, Counts]:
 def refusals(specs: Sequence[RunSpec]) -> list[str]:
     """Every problem that shows only when a method meets the model or the data, each once."""
     return _counts_and_problems(specs)[1]
+
+
+def rides(specs: Sequence[RunSpec], asked: packs.Asked) -> tuple[dict[str, packs.Ride], list[str]]:
+    """By run, with whom it can be computed in one pass; and why some cannot, a sentence each."""
+
+    def know(spec: RunSpec) -> tuple[Counts, str]:
+        found = _known(spec)
+        if isinstance(found, InputError):
+            raise found
+        return found.counts, found.unfit
+
+    return pack_size.rides(specs, know, asked, _device(asked.device))
+
+
+def _device(name: str) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def notes(specs: Sequence[RunSpec]) -> list[str]:
@@ -163,6 +196,8 @@ class _Known:
     longest: int | None
     """The model's longest input."""
     remarks: dict[str, str]
+    unfit: str
+    """Why runs on the base are not packed; see `pack_size.unfit_base`."""
 
 
 def _known(spec: RunSpec) -> _Known | InputError:
@@ -180,14 +215,14 @@ def _know(key: str) -> _Known | InputError:
         base.drawn = dict.fromkeys(files.lacking)
         if not files.is_tied:
             weights.untie(base)
-        about = remarks(spec, base)
+        about, unfit = remarks(spec, base), pack_size.unfit_base(spec, base)
         longest = models.max_length(base)
         counts = counted(spec, base, options)
         if untried := try_out(spec, options):
             about["trial"] = untried
     except InputError as error:
         return error
-    return _Known(counts=counts, longest=longest, remarks=about)
+    return _Known(counts=counts, longest=longest, remarks=about, unfit=unfit)
 
 
 def counted(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> Counts:

@@ -23,7 +23,17 @@ from lorabench.config.plugins import unknown
 from lorabench.config.quote import clip, show_path
 from lorabench.data.fingerprints import named
 from lorabench.launch.exit_status import Ending, common_cause, record_stamp, write_ending
-from lorabench.launch.worker import PRELOAD, RankProcess, Settings, Target, check_main, execute_run, start_server
+from lorabench.launch.packs import Asked, in_packs, packs_text
+from lorabench.launch.worker import (
+    PRELOAD,
+    Check,
+    RankProcess,
+    Settings,
+    Target,
+    check_main,
+    execute_run,
+    start_server,
+)
 from lorabench.processes.distributed import Place
 from lorabench.processes.forks import Server, ServerDied
 from lorabench.processes.machine import count_oom_kills
@@ -80,6 +90,8 @@ class Pool:
     again: frozenset[str] = frozenset()
     """Runs that are repeated whatever they have ended as."""
     preload: tuple[str, ...] = PRELOAD
+    pack: int | None = None
+    """Runs of one base at most that share their passes (None: as many as pay; 1: none)."""
     check: bool = True
     """Refuse, before anything runs, methods that do not fit their model."""
     patience_seconds: float | None = None
@@ -136,12 +148,13 @@ def check_writable(root: Path) -> None:
 
 @dataclass(kw_only=True)
 class _Child:
-    spec: RunSpec
+    specs: list[RunSpec]
+    """The run, or those of a pack."""
     slot: int
     ranks: list[RankProcess | RemoteRank]
     started: float
-    record_before: int | None
-    """Time stamp of the record that an earlier attempt left."""
+    records_before: dict[str, int | None]
+    """Time stamps of the records that earlier attempts left, by run."""
     overdue: bool = False
     broken: float | None = None
     """When it was first seen that a rank has ended before the others could do without it."""
@@ -180,6 +193,8 @@ class _Launch:
         self.settled: dict[str, RunState] = {}
         self.retrying: set[str] = set()
         self.starts: dict[str, int] = {}
+        self.packs: dict[str, int] = {}
+        """The number of a run's pack."""
         self.oom_kills = count_oom_kills()
         self.meetings = tempfile.TemporaryDirectory(prefix="lorabench-")
         self.server_log = pool.server_log or store.root / "runs" / ".server.log"
@@ -194,8 +209,9 @@ class _Launch:
 
     def go(self) -> Outcome:
         self._sort()
-        if self.pending and self.pool.check and self.target is execute_run:
-            self._check()
+        packs = self.pool.pack != 1 and len(self.pending) > 1 and self.pool.processes == 1 and not self.pool.team
+        if self.pending and (self.pool.check or packs) and self.target is execute_run:
+            self._check(packs)
         with self._handlers():
             while self.pending or self.children or self.elsewhere:
                 self._obey_signals()
@@ -233,25 +249,37 @@ class _Launch:
         parts += [f"{len(self.elsewhere)} running elsewhere"] * bool(self.elsewhere)
         self.display.say(f"{self.sweep.name}: {len(self.sweep.runs)} runs: {', '.join(parts) or 'nothing to do'}")
 
-    def _check(self) -> None:
-        """InputError, before anything runs, if some method does not fit its model."""
+    def _check(self, is_packing: bool) -> None:
+        """InputError, before anything runs, if some method does not fit its model. What can be packed is known then."""
+        asked = Asked(size=self.pool.pack, device=self.pool.settings.device, workers=self._workers_a_gpu())
+        check = Check(
+            specs=self.pending,
+            done=self._data_of_done(),
+            refuse=self.pool.check,
+            asked=asked if is_packing else None,
+        )
         server = self._running_server()
         here, there = server.context.Pipe(duplex=False)
         with contextlib.suppress(ServerDied, EOFError, OSError):  # whatever is wrong, the runs meet it and say so
-            arguments = (self.pending, self._data_of_done(), there, self.server_log)
-            process = server.start(check_main, arguments, daemon=True)
+            process = server.start(check_main, (check, there, self.server_log), daemon=True)
             there.close()
             try:
                 while not here.poll(TICK_SECONDS):
                     continue  # a Ctrl-C that comes as a system call is about to begin is heeded only between two
-                problems, notes = here.recv()
+                problems, notes, rides = here.recv()
             finally:
                 process.terminate()
                 process.join()
             if problems:
                 raise InputError(problems, self.sweep.name)
-            for note in notes:
+            packs = in_packs(self.pending, rides, self.pool.workers)
+            self.packs = {run_id: number for number, pack in enumerate(packs) for run_id in pack}
+            for note in [*notes, *([f"packed: {packs_text(packs)}"] if packs else [])]:
                 self.display.say(note)
+
+    def _workers_a_gpu(self) -> int:
+        """How many share a device."""
+        return max(1, self.pool.workers // max(1, len(self.pool.gpus)))
 
     def _data_of_done(self) -> list[tuple[str, dict[str, str]]]:
         states = [(spec, self.settled.get(spec.id)) for spec in self.sweep.runs]
@@ -272,49 +300,59 @@ class _Launch:
         busy = {child.slot for child in self.children}
         free = [slot for slot in range(self.pool.workers) if slot not in busy]
         while self.pending and free:
-            spec = self.pending.pop(0)
-            state = self.store.state(spec.id, spec)
-            if state.status == Status.RUNNING:
-                self.elsewhere.append(spec)
-            elif self.store.cancel_marker(spec.id).exists():
-                self._settle(replace(state, status=Status.CANCELLED, error="not begun: cancelled"))
-            elif state.status == Status.DONE or (state.status in REPEATABLE and spec.id not in self.retrying):
-                self._settle(state)  # another worker was faster
-            else:
-                self._start(spec, free.pop(0))
+            number = self.packs.get(self.pending[0].id)
+            pack = [spec for spec in self.pending if number is not None and self.packs.get(spec.id) == number]
+            pack = pack or self.pending[:1]
+            self.pending = [spec for spec in self.pending if not any(spec is taken for taken in pack)]
+            if to_begin := [spec for spec in pack if self._is_to_begin(spec)]:
+                self._start(to_begin, free.pop(0))
 
-    def _start(self, spec: RunSpec, slot: int) -> None:
-        try:
-            self.store.write_spec(spec)
-        except OSError as error:
-            text = f"its folder cannot be written: {error.strerror}"
-            self._settle(write_ending(self.store, spec, Status.FAILED, text))
-            return
+    def _is_to_begin(self, spec: RunSpec) -> bool:
+        """Whether it still is, and its folder can be written; else it is settled, or another worker's."""
+        state = self.store.state(spec.id, spec)
+        if state.status == Status.RUNNING:
+            self.elsewhere.append(spec)
+        elif self.store.cancel_marker(spec.id).exists():
+            self._settle(replace(state, status=Status.CANCELLED, error="not begun: cancelled"))
+        elif state.status == Status.DONE or (state.status in REPEATABLE and spec.id not in self.retrying):
+            self._settle(state)  # another worker was faster
+        else:
+            try:
+                self.store.write_spec(spec)
+                return True
+            except OSError as error:
+                text = f"its folder cannot be written: {error.strerror}"
+                self._settle(write_ending(self.store, spec, Status.FAILED, text))
+        return False
+
+    def _start(self, specs: list[RunSpec], slot: int) -> None:
+        """A process of a run, or of those of a pack; several processes of a run are ranks."""
         server = self._running_server()
-        before = record_stamp(self.store, spec)
-        self.starts[spec.id] = self.starts.get(spec.id, 0) + 1
-        places = self._places(spec)
+        before = {spec.id: record_stamp(self.store, spec) for spec in specs}
+        for spec in specs:
+            self.starts[spec.id] = self.starts.get(spec.id, 0) + 1
+        places = self._places(specs[0])
         ranks: list[RankProcess | RemoteRank] = []
         try:
             for place in places:
                 settings = replace(self.pool.settings, place=place, waiting=len(self.pending))
-                ranks.append(RankProcess.start(server, self.target, spec, self.store, settings, self._gpus(slot)))
+                ranks.append(RankProcess.start(server, self.target, specs, self.store, settings, self._gpus(slot)))
         except ServerDied as died:
-            self._begin_later(spec, ranks, str(died))
+            self._begin_later(specs, ranks, str(died))
             return
         self.server_deaths = 0
         if self.pool.team:
-            ranks += self.pool.team.start(spec, places[0])
-        child = _Child(spec=spec, slot=slot, ranks=ranks, started=time.monotonic(), record_before=before)
+            ranks += self.pool.team.start(specs[0], places[0])
+        child = _Child(specs=specs, slot=slot, ranks=ranks, started=time.monotonic(), records_before=before)
         self.children.append(child)
 
-    def _begin_later(self, spec: RunSpec, ranks: Sequence[RankProcess | RemoteRank], why: str) -> None:
+    def _begin_later(self, specs: list[RunSpec], ranks: Sequence[RankProcess | RemoteRank], why: str) -> None:
         """With another fork server; unless that dies each time."""
         for rank in ranks:
             rank.kill()
         self.server_deaths += 1
         if self.server_deaths < SERVER_DEATHS:
-            self.pending.insert(0, spec)
+            self.pending[:0] = specs
         else:
             self.problem = why
             self.pending.clear()
@@ -352,13 +390,16 @@ class _Launch:
                 self._account(child)
 
     def _account(self, child: _Child) -> None:
-        """Settle the run of a process that has ended, or find out why it left no result."""
-        spec = child.spec
+        """Settle the runs of a process that has ended, or find out why they left no result."""
         endings = [rank.ending(self._out_of_memory(rank), self.server_log) for rank in child.ranks]
         if any(ending.code is None for ending in endings):
             self.pending.clear()  # a rank's machine is gone, and no run can do without it
+        for spec in child.specs:
+            self._account_run(spec, child, endings)
+
+    def _account_run(self, spec: RunSpec, child: _Child, endings: list[Ending]) -> None:
         state = self.store.state(spec.id, spec)
-        written = record_stamp(self.store, spec) != child.record_before
+        written = record_stamp(self.store, spec) != child.records_before[spec.id]
         if state.status == Status.RUNNING:
             self.elsewhere.append(spec)
         elif state.status == Status.DONE or (written and state.status in (*REPEATABLE, Status.CANCELLED)):
@@ -372,6 +413,9 @@ class _Launch:
             error = f"stopped by {signal.Signals(self.signals[0]).name}; run again to resume"
             self._settle(write_ending(self.store, spec, Status.CANCELLED, error))
         elif self.starts[spec.id] < STARTS_WITHOUT_RECORD and self._may_begin_again(endings):
+            self.pending.append(spec)
+        elif len(child.specs) > 1 and common_cause(endings)[0] in (Status.OOM, Status.FAILED):
+            self.packs.pop(spec.id, None)  # which of them it was, or that they were too many, shows alone
             self.pending.append(spec)
         else:
             self._settle(write_ending(self.store, spec, *common_cause(endings)))
@@ -420,7 +464,7 @@ class _Launch:
     def _kill_overdue(self) -> None:
         limit = self.pool.settings.timeout_seconds
         for child in self.children:
-            if limit is not None and time.monotonic() - child.started > limit + GRACE_SECONDS:
+            if limit is not None and time.monotonic() - child.started > limit * len(child.specs) + GRACE_SECONDS:
                 child.overdue = True
                 child.kill()
 
@@ -435,13 +479,13 @@ class _Launch:
             self.elsewhere.clear()
             if not self.obeyed:
                 self.stopping_since = time.monotonic()
-                self.stopped = tuple(child.spec.id for child in self.children)
+                self.stopped = tuple(spec.id for child in self.children for spec in child.specs)
             self.obeyed = len(self.signals)
             for child in self.children:
                 child.kill() if self.obeyed > 1 and patience is None else child.terminate(self.signals[0])
             if self.obeyed == 1 and self.children:
                 hint = "again: kill them" if patience is None else f"at most {patience:.0f} s"
-                self.display.say(f"stopping: {len(self.children)} runs write a checkpoint ({hint})")
+                self.display.say(f"stopping: {len(self.stopped)} runs write a checkpoint ({hint})")
         elif self.obeyed and patience is not None and time.monotonic() > self.stopping_since + patience:
             for child in self.children:
                 child.kill()
@@ -465,7 +509,7 @@ class _Launch:
 
     def _show(self) -> None:
         progress = {}
-        for spec in [*(child.spec for child in self.children), *self.elsewhere]:
+        for spec in [*(spec for child in self.children for spec in child.specs), *self.elsewhere]:
             claim = current_claim(self.store.folder(spec.id))
             progress[spec.id] = claim.progress if claim else {}
         self.display.running(progress)

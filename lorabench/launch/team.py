@@ -182,7 +182,7 @@ class _Follower:
         spec, settings = RunSpec.from_json(order["spec"]), self._settings(order["meeting"])
         key = f"{order['number']} {self.place.rank}"
         try:
-            rank = RankProcess.start(self.server, self.target, spec, self.runs, settings, None)
+            rank = RankProcess.start(self.server, self.target, [spec], self.runs, settings, None)
         except ServerDied:
             lost = Ending(code=EXIT_CODE_UNKNOWN, rank=self.place.rank, orphaned=True)
             self.store.set(f"ended {key}", json.dumps(lost.to_json()))

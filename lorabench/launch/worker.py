@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lorabench.launch.exit_status import Ending, crash_line
+from lorabench.launch.packs import Asked
 from lorabench.processes import forks
 from lorabench.processes.distributed import Place, RankFailed, Sharding, log_name
 from lorabench.processes.forks import Forked, Server, redirect, when_parent_ends
@@ -51,6 +52,13 @@ class Settings:
 
 
 Target = Callable[[RunSpec, Store, Settings], Any]
+
+
+def execute_together(specs: Sequence[RunSpec], store: Store, settings: Settings) -> None:
+    """Of runs in one pack, in a process of theirs."""
+    from lorabench.training.execute import Options, execute_pack
+
+    execute_pack(specs, store, Options(**vars(settings)))
 
 
 def execute_run(spec: RunSpec, store: Store, settings: Settings) -> Any:
@@ -96,12 +104,18 @@ class RankProcess:
 
     @classmethod
     def start(
-        cls, server: Server, target: Target, spec: RunSpec, store: Store, settings: Settings, gpu: str | None
+        cls,
+        server: Server,
+        target: Target,
+        specs: Sequence[RunSpec],
+        store: Store,
+        settings: Settings,
+        gpu: str | None,
     ) -> RankProcess:
-        """Raises ServerDied."""
-        rank, log = settings.place.rank, store.folder(spec.id) / log_name(settings.place.rank)
+        """Of a run, or of the runs in a pack, whose first has the log. Raises ServerDied."""
+        rank, log = settings.place.rank, store.folder(specs[0].id) / log_name(settings.place.rank)
         here, there = server.context.Pipe(duplex=False) if settings.place.size > 1 else (None, None)
-        arguments = (target, spec, str(store.root.absolute()), settings, gpu, there)
+        arguments = (target, specs, str(store.root.absolute()), settings, gpu, there)
         process = Forked(server.start(child_main, arguments, tries=1))
         if there is not None:
             there.close()
@@ -153,19 +167,22 @@ class RankProcess:
 
 
 def child_main(
-    target: Target, spec: RunSpec, root: str, settings: Settings, gpu: str | None, answer: Connection | None
+    target: Target, specs: Sequence[RunSpec], root: str, settings: Settings, gpu: str | None, answer: Connection | None
 ) -> None:
-    """The first function of a run's process. A rank that fails sends what it failed of to `answer`."""
+    """The first function of a run's process, or of a pack's. A rank that fails sends what it failed of to `answer`."""
     gc.freeze()  # what the server has imported is no garbage, and is not to be looked through again and again
     store = Store(Path(root))
-    redirect(store.folder(spec.id) / log_name(settings.place.rank), 1, 2)
+    redirect(store.folder(specs[0].id) / log_name(settings.place.rank), 1, 2)
     faulthandler.enable(all_threads=False)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     threading.Thread(target=_stop_with_parent, daemon=True, name="watch parent").start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
-        target(spec, store, settings)
+        if len(specs) > 1:
+            execute_together(specs, store, settings)
+        else:
+            target(specs[0], store, settings)
     except RankFailed as failed:
         if answer is None:
             raise
@@ -175,26 +192,40 @@ def child_main(
     sys.stdout.flush()
 
 
-def check_main(
-    specs: Sequence[RunSpec], done: Sequence[tuple[str, dict[str, str]]], answer: Connection, log: Path
-) -> None:
-    """Sends why some of the specs cannot be run, and what else there is to say; in a process of its own.
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """What there is to find out of runs before any is begun."""
 
-    `done` is what the runs that are done had for data, as `lorabench.data.fingerprints.named` gives it.
-    """
+    specs: Sequence[RunSpec]
+    done: Sequence[tuple[str, dict[str, str]]]
+    """What the runs that are done had for data, as `lorabench.data.fingerprints.named` gives it."""
+    refuse: bool = True
+    """Whether to look for what is wrong of them, and not for packs alone."""
+    asked: Asked | None = None
+    """How they are to be packed (None: not at all)."""
+
+
+def check_main(check: Check, answer: Connection, log: Path) -> None:
+    """Sends why some of the specs cannot be run, what else there is to say, and with whom each can be computed, as
+    `lorabench.launch.plan.rides` has it; in a process of its own."""
     from lorabench.data.fingerprints import changed
-    from lorabench.launch.plan import notes, refusals
+    from lorabench.launch.plan import notes, refusals, rides
     from lorabench.training.data_check import data_now
 
     redirect(log, 1, 2)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     try:
-        problems = refusals(specs)
-        data = [] if problems else [*done, *((spec.id, data_now(spec)) for spec in specs)]
-        answer.send((problems, [*notes(specs), *changed(data)]))
+        specs, said = check.specs, []
+        if check.refuse:
+            if problems := refusals(specs):
+                answer.send((problems, [], {}))
+                return
+            said = [*notes(specs), *changed([*check.done, *((spec.id, data_now(spec)) for spec in specs)])]
+        known, reasons = rides(specs, check.asked) if check.asked else ({}, [])
+        answer.send(([], [*said, *reasons], known))
     except Exception:  # whatever is wrong, the runs meet it and say so in their records
         traceback.print_exc()
-        answer.send(([], []))
+        answer.send(([], [], {}))
 
 
 def _stop_with_parent() -> None:

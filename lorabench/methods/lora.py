@@ -24,7 +24,7 @@ from lorabench.methods._peft import ADAPTER, Tuner, head_updates, probe, tuner_l
 from lorabench.models import base_model as models
 from lorabench.models import targets, weights
 from lorabench.models.targets import Targets
-from lorabench.spec.method import LoadBase
+from lorabench.spec.method import Factor, LoadBase
 from lorabench.updates.update import INITIAL_FILE, Update, save_svds, save_updates
 
 if TYPE_CHECKING:
@@ -83,6 +83,27 @@ class Lora(Tuner):
         return not self.dora
 
     @property
+    def is_factors(self) -> bool:
+        return not (self.dora or self.embeddings or self.head)
+
+    def factors(self, model: Any) -> dict[str, Factor]:
+        start = model.initial_factors if self.changes_base else {}
+        return {
+            name: Factor(
+                A=module.lora_A[ADAPTER].weight,
+                B=module.lora_B[ADAPTER].weight,
+                scale=module.scaling[ADAPTER],
+                dropout=self.dropout,
+                start=start.get(name),
+            )
+            for name, module in tuner_layers(model)
+        }
+
+    @property
+    def changes_base(self) -> bool:
+        return self.init in ("pissa", "olora")
+
+    @property
     def trained_dtype(self) -> str:
         return self.adapter_dtype
 
@@ -121,8 +142,7 @@ class Lora(Tuner):
 
     @property
     def about_storage(self) -> str:
-        is_rebuilt = self.init in ("pissa", "olora")
-        return "a LoRA of rank 2r, B A - B0 A0, which the untouched base takes" if is_rebuilt else ""
+        return "a LoRA of rank 2r, B A - B0 A0, which the untouched base takes" if self.changes_base else ""
 
     @property
     def rebased(self) -> bool:
@@ -250,7 +270,7 @@ class Lora(Tuner):
         models.save_peft(model, folder)
         updates = list(self.layer_updates(model, load_base))
         write_norms(updates, folder)
-        if self.init in ("pissa", "olora"):
+        if self.changes_base:
             _save_for_untouched_base(self, updates, folder)
         elif self.init == "loftq":
             _save_initial(model.initial_factors, folder)

@@ -52,6 +52,19 @@ def available_cores() -> int:
     return cores
 
 
+def free_memory() -> float:
+    """Bytes that processes can still take here: what the machine has available, or the control group is allowed."""
+    free = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free.append(1024.0 * int(lines["MemAvailable"].split()[0]))
+    for folder in _control_groups():
+        for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit
+                free.append(float(int((folder / limit).read_text()) - int((folder / usage).read_text())))
+    return max(0.0, min(free))
+
+
 def count_oom_kills() -> int:
     """Processes that the kernel has killed for want of memory: of this control group, else of the machine."""
     for folder in _control_groups():

@@ -12,6 +12,7 @@ from lorabench.data import fingerprints
 from lorabench.report.aggregate import FEWEST, Cell
 from lorabench.report.labels import key_label, listed, measure, measure_label, series_label
 from lorabench.report.results import Results, Selection, grouped, has_shared
+from lorabench.spec.measures import is_shared_in_a_pack
 from lorabench.spec.run_spec import flatten
 from lorabench.spec.sweep import Table
 from lorabench.store.record import Status
@@ -42,6 +43,7 @@ def declared_notes(
         *notes,
         *selection_notes(results, selection),
         *mixture_notes(results, selection.runs, keys),
+        *packed_notes(results, selection.runs, table.values),
         *data_notes(results),
     ]
 
@@ -68,8 +70,23 @@ def figure_notes(results: Results, figure: Any) -> str:
         notes.append(f"Settings at their own best {key_label(results.over[0])}.")
     if figure.most is not None and len(groups) > figure.most:
         notes.append(THINNED)
+    notes += packed_notes(results, selection.runs, figure.measures)
     notes += figure.notes(results)
     return " ".join(notes)
+
+
+def packed_notes(results: Results, runs: pd.DataFrame, values: Iterable[str]) -> list[str]:
+    """That what is shown of memory and time is a share of what several runs took together, and of which runs."""
+    shared = [value for value in values if is_shared_in_a_pack(value)]
+    done = [run_id for run_id in runs.index if runs.at[run_id, "status"] == Status.DONE]
+    packed = [run_id for run_id in done if results.environments.get(run_id, {}).get("packed")]
+    if not shared or not packed:
+        return []
+    share = "share of what the runs of a pack took together"
+    if len(packed) == len(done):
+        return [f"Packed: {listed(map(measure_label, shared))} are each run's {share}."]
+    which = f"of {len(packed)} of {len(done)} runs"
+    return [f"Packed: {listed(map(measure_label, shared))} are {which} a {share}, of the others what they took alone."]
 
 
 def data_notes(results: Results) -> list[str]:

@@ -20,6 +20,7 @@ from lorabench.report.footnotes import (
     declared_notes,
     mixture_notes,
     optimism_notes,
+    packed_notes,
     selection_notes,
     single_seed,
 )
@@ -149,6 +150,7 @@ def summary(results: Results, selection: Selection) -> Sheet:
             *selection_notes(results, selection),
             *optimism_notes(results, selection),
             *mixture_notes(results, selection.runs, results.settings),
+            *packed_notes(results, selection.runs, names),
             *data_notes(results),
         ],
         tidy=pd.DataFrame(tidy, dtype=object),  # a rank stays whole beside a method that has none

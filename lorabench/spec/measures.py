@@ -29,6 +29,16 @@ def _measures(group: str, *rows: tuple[str, str, bool | None, str]) -> dict[str,
     return {name: Measure(unit, better, text, group) for name, unit, better, text in rows}
 
 
+OWN_IN_A_PACK = ("model_gib", "optimizer_state_gib", "flops_per_step")
+"""Of the measures of memory and throughput, those that are a run's own whomever it is computed with."""
+
+
+def is_shared_in_a_pack(name: str) -> bool:
+    """Whether a run that is computed in a pack has only its share of what all of it took."""
+    group = MEASURES[name].group if name in MEASURES else ""
+    return group in ("memory", "throughput", "seconds") and name not in OWN_IN_A_PACK
+
+
 def _scored(split: str, what: str) -> Iterator[tuple[str, str, bool | None, str]]:
     """What tasks count of their predictions on a split; `what` it is in words."""
     yield from (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +15,22 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lorabench.spec.run_spec import RunSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factor:
+    """What a method trains on one linear layer of the base, where that is all it does: y = W0 x + s B A x."""
+
+    A: nn.Parameter
+    """(r, in)."""
+    B: nn.Parameter
+    """(out, r)."""
+    scale: float
+    dropout: float = 0.0
+    """Of the layer's input to A."""
+    start: tuple[Tensor, Tensor] | None = None
+    """(B0, A0), where the layer computes with W0 - s B0 A0 instead."""
+
 
 LoadBase = Callable[[], "nn.Module"]
 """Gives the untouched base again, the same at each call."""
@@ -35,6 +52,20 @@ class Method(Plugin, ABC):
     @property
     def mixes_adapters(self) -> bool:
         """Whether such a model also takes `adapter_names`, the adapter of each row of a batch, as PEFT has it."""
+        return False
+
+    @property
+    def is_factors(self) -> bool:
+        """Whether all that it trains are `factors`: such runs of one base can share its forward and backward passes."""
+        return False
+
+    def factors(self, model: nn.Module) -> dict[str, Factor]:
+        """What is trained on each linear layer of a tuned model, by its name in the base. Where `is_factors`."""
+        raise NotImplementedError
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether frozen base weights are others once it is attached (PiSSA)."""
         return False
 
     @property

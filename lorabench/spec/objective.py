@@ -23,6 +23,8 @@ class Objective(Plugin, ABC):
     by_name: ClassVar[bool] = True
     writes: ClassVar[bool] = False
     """Whether the model writes to the prompts of the training split, whose references then have to hold an answer."""
+    shares_passes: ClassVar[bool] = False
+    """Whether a step is one pass over rows that stand in the data, so that several runs can have one together."""
     reports: ClassVar[tuple[str, ...]] = ()
     """The names that `metrics` gives, without `train_`."""
 

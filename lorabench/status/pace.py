@@ -14,6 +14,7 @@ from typing import Any
 
 from lorabench.cluster.run_states import Standing
 from lorabench.spec.run_spec import canonical_json
+from lorabench.store.claim import Claim
 from lorabench.store.record import Status
 from lorabench.terminal.text import duration, progress_text
 
@@ -56,6 +57,7 @@ def seconds_left(standing: Standing, usual: Usual) -> float | None:
     if claim is None or standing.status != Status.RUNNING:
         return None
     pace, step, steps = (claim.progress.get(key) for key in ("step_seconds_median", "step", "steps"))
+    pace = pace and pace * _together(claim)
     like = usual.like(standing.state.spec)
     elapsed = _seconds_since(record.started) if record else None
     if not pace or step is None or not steps:
@@ -65,6 +67,11 @@ def seconds_left(standing: Standing, usual: Usual) -> float | None:
         spent = elapsed - pace * (step - ((record.resumed_from_step if record else None) or 0))
         return left + max(0.0, like[1] - max(0.0, spent))
     return left + claim.progress.get("evaluate_seconds", 0.0)
+
+
+def _together(claim: Claim) -> int:
+    """How many runs share the time of each: what one has measured as its own is that part of it."""
+    return claim.progress.get("packed") or 1
 
 
 def _seconds_since(text: str) -> float | None:
@@ -91,7 +98,8 @@ def all_seconds_left(standings: Sequence[Standing], usual: Usual) -> float | Non
     to_begin = counts[Status.PENDING] + max(counts[Status.MISSING], sum(waiting.values()))
     lefts = [seconds_left(standing, usual) for standing in running]
     own = sum(whole[0] / 2 if left is None else left for left in lefts)  # half way, on average
-    return (whole[0] * to_begin + own) / len(running)
+    together = fmean(_together(standing.state.claim) if standing.state.claim else 1 for standing in running)
+    return (whole[0] * together * to_begin + own) / len(running)
 
 
 def where_it_is(standing: Standing) -> str:

@@ -55,6 +55,7 @@ PROGRESS: dict[str, Any] = {
     "done": int,
     "of": int,
     "job": str,
+    "packed": int,
 }
 """What a claim may tell of its run, and the type of each."""
 

@@ -45,6 +45,10 @@ class Batches(ABC):
     def loss(self, model: nn.Module, part: Batch) -> torch.Tensor:
         """What a part, on the model's device, adds to the loss of the step that `next` has given."""
 
+    def share(self, total: torch.Tensor) -> torch.Tensor:
+        """The same of the sum over the part's own predictions, for objectives whose runs can share passes."""
+        raise NotImplementedError
+
     def about(self) -> dict[str, float]:
         """What `steps.jsonl` has of the step beside its loss, called by all ranks; nothing that a clock has made."""
         return {}
@@ -84,7 +88,10 @@ class Rows(Batches):
         return parts, work
 
     def loss(self, model: nn.Module, part: Batch) -> torch.Tensor:
-        return task_loss(model, self.training.examples.task, part) / self._labels
+        return self.share(task_loss(model, self.training.examples.task, part))
+
+    def share(self, total: torch.Tensor) -> torch.Tensor:
+        return total / self._labels
 
 
 def example_length(example: Example, task: Task) -> int:

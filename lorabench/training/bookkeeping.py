@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import traceback
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lorabench.config.decode import encode
 from lorabench.spec.run_spec import task_names
@@ -16,7 +18,7 @@ from lorabench.training import flops, ranks, sequence
 from lorabench.training import meter as meters
 from lorabench.training.peak import peak_flops
 from lorabench.training.stability import instability
-from lorabench.training.state import Training
+from lorabench.training.state import Training, method_key
 
 
 def begin(record: RunRecord, training: Training) -> None:
@@ -67,14 +69,14 @@ def _utilization(training: Training) -> tuple[dict[str, float], dict[str, str]]:
     if training.skeleton is None or not all(row[4] for row in rows):
         return {}, {"flops_per_step": "not measured: the model, or what it was given before a resume, is not known"}
     try:
-        per_step = flops.of_step(training.skeleton, shapes, spec.method, len(rows))
+        per_step = _flops_per_step(training, training.skeleton, shapes, len(rows))
     except Exception as error:  # whatever a model does without numbers, what was trained stands
         traceback.print_exc()
         reason = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
         return {}, {"flops_per_step": f"not measured: the model cannot be counted without numbers: {reason}"}
     measures, notes = {"flops_per_step": per_step}, {"flops_per_step": flops.ABOUT}
     rate = per_step * len(rows) / sum(row[0] for row in rows) / world.size
-    peak, source = peak_flops(meter.device, spec.dtype)
+    peak, source = training.base.once(("peak", spec.dtype), lambda: peak_flops(meter.device, spec.dtype))
     if rate > peak:
         peak, source = peak_flops(meter.device, spec.dtype, beyond=rate)
     times = f"{world.size} ranks of " if world.size > 1 else ""
@@ -83,6 +85,13 @@ def _utilization(training: Training) -> tuple[dict[str, float], dict[str, str]]:
         of = f"{rate / 1e12:.3g} TFLOP/s are more than the peak {notes['model_flops_utilization']}"
         return measures, notes | {"model_flops_utilization": f"not measured: {of}"}
     return measures | {"model_flops_utilization": rate / peak}, notes
+
+
+def _flops_per_step(
+    training: Training, skeleton: nn.Module, shapes: Mapping[flops.Shape, int], num_steps: int
+) -> float:
+    key = ("flops", method_key(training.spec), frozenset(shapes.items()), num_steps)
+    return training.base.once(key, lambda: flops.of_step(skeleton, shapes, training.spec.method, num_steps))
 
 
 def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -19,7 +19,7 @@ from lorabench.processes.distributed import ALONE, World
 from lorabench.spec.generate import ENDS
 from lorabench.spec.measures import MEASURES
 from lorabench.spec.run_spec import RunSpec
-from lorabench.spec.task import IGNORE, Task
+from lorabench.spec.task import IGNORE, LanguageModeling, Task, Told
 from lorabench.store.base_results import BaseResult, read_result, result_file, write_result
 from lorabench.store.generations import Generation
 from lorabench.training import ranks
@@ -27,9 +27,9 @@ from lorabench.training.environment import source_digest
 from lorabench.training.examples import Batch, Examples, collate, end_to_end, reader
 from lorabench.training.generation import answers
 from lorabench.training.passes import autocast, forward
-from lorabench.training.predictions import Told, by_tokens, told
+from lorabench.training.predictions import by_tokens, told
 from lorabench.training.scoring import scores
-from lorabench.training.state import Training
+from lorabench.training.state import Score, Training
 from lorabench.training.stop import Diverged, Stop
 
 PREFIX = {"validation": "valid"}
@@ -49,9 +49,11 @@ def evaluate_base(training: Training, stop: Stop, tell: Tell, runs: Path) -> boo
     tell("evaluate base")
     with training.meter.clock("evaluate"):
         model = training.model if training.spec.method.starts_at_base else training.base.untouched()
-        file = result_file(runs, _content(training, model)) if training.world.size == 1 else None
-        known = read_result(file) if file else None
+        is_measured = bool(training.base.measured)
+        file = result_file(runs, _content(training, model)) if training.world.size == 1 and not is_measured else None
+        known = training.base.measured[0] if is_measured else read_result(file) if file else None
         result = known or _of_base(training, _Evaluation(training, stop, tell, model))
+        training.base.measured[:] = [result]
         if file and not known:
             with contextlib.suppress(OSError):  # what is kept for others is no reason for this run to fail
                 write_result(file, result)
@@ -106,6 +108,16 @@ def evaluate_task(training: Training, stop: Stop, tell: Tell) -> None:
         training.metrics["train_loss"] = sum(last) / len(last)
         steps = [row for row in map(json.loads, training.log) if "loss" in row]
         training.metrics |= training.spec.objective.metrics(steps[-num_last:])
+
+
+def splits_after(training: Training) -> tuple[tuple[Examples, str], ...]:
+    """Those whose loss is measured after training on a task."""
+    stages = training.base.stages
+    if training.stage < len(stages) - 1:
+        return tuple((examples, "validation") for examples in stages)
+    tested = [(examples, "test") for examples in stages if examples.splits.get("test")][-1:]
+    others = [(examples, split) for kind in ("test_", "retain") for split, examples in _others(stages, kind)]
+    return (*((examples, "validation") for examples in stages), *tested, *others)
 
 
 def _at_the_end(training: Training, on: _Evaluation) -> dict[str, float]:
@@ -200,30 +212,37 @@ def evaluate(
 
     Of `model` where one is given.
     """
-    found = metrics_of(model or training.model, training.spec, examples, split, stop, training.world)
+    is_own = model is None or model is training.model
+    scores = training.scored.get((examples.task, split)) if is_own else None
+    if scores is None:
+        found = metrics_of(model or training.model, training.spec, examples, split, stop, training.world)
+    else:
+        found = _metrics(examples, split, scores)
     for name, value in found.items():
         if name.endswith("_loss") and not math.isfinite(value):
             raise Diverged(f"step {training.step}: {split} loss {value}")
     return found
 
 
-@torch.no_grad()
 def metrics_of(
-    model: nn.Module,
-    spec: RunSpec,
-    examples: Examples,
-    split: str,
-    stop: Stop | None = None,
-    world: World = ALONE,
+    model: nn.Module, spec: RunSpec, examples: Examples, split: str, stop: Stop | None = None, world: World = ALONE
 ) -> dict[str, float]:
-    """`evaluate` of any model, as `spec` has it; the loss may be infinite. Ranks take the batches in turn."""
+    """`evaluate` of any model, as `spec` has it; the loss may be infinite."""
+    return _metrics(examples, split, scores_of(model, spec, examples, split, stop, world))
+
+
+@torch.no_grad()
+def scores_of(
+    model: nn.Module, spec: RunSpec, examples: Examples, split: str, stop: Stop | None = None, world: World = ALONE
+) -> list[Score]:
+    """Of each batch of a split, in order. Ranks take the batches in turn, and each has those of all."""
     device = next(model.parameters()).device
     task = reader(examples.task, split)
     rows, size = examples.splits.get(split, []), spec.micro_batch_size or -(-spec.batch_size // world.size)
     if not rows:
-        return {}
+        return []
     model.eval()
-    found: list[tuple[float, int, Any]] = []
+    found: list[Score] = []
     for first in range(0, len(rows), size * world.size):
         if stop is not None:
             stop.check()
@@ -232,29 +251,39 @@ def metrics_of(
             continue
         batch = collate(rows[start : start + size] or rows[:1], examples.padding, device)
         with autocast(spec, device, world):
-            loss, score = _scored(model, task, batch, spec.padding)
+            each = _score(model, task, batch, spec.padding)
         if start < len(rows):
-            found.append((loss, task.count(batch), score))
+            found.append(each)
     if world.is_sharded:
         model.reshard()  # else its outermost weights stay whole until the next step
     turns = zip_longest(*world.gather(found))
+    return [each for turn in turns for each in turn if each is not None]
+
+
+def _metrics(examples: Examples, split: str, found: list[Score]) -> dict[str, float]:
+    if not found:
+        return {}
     total, count, scores = 0.0, 0, []
-    for each in (each for turn in turns for each in turn if each is not None):
+    for each in found:
         total, count = total + each[0], count + each[1]
         scores.append(each[2])
     prefix = PREFIX.get(split, split)
-    metrics = task.metrics(total / count, scores)
+    metrics = reader(examples.task, split).metrics(total / count, scores)
     return {f"{prefix}_{key}": value for key, value in metrics.items() if value is not None}
 
 
-def _scored(model: nn.Module, task: Task, batch: Batch, padding: str) -> tuple[float, Any]:
-    """The summed loss of a batch, and its scores."""
+def _score(model: nn.Module, task: Task, batch: Batch, padding: str) -> Score:
     if not by_tokens(task):
         logits = forward(model, batch)
-        return float(task.loss(logits, batch)), task.score(logits, batch)
+        return float(task.loss(logits, batch)), task.count(batch), task.score(logits, batch)
     found = _told_apart(model, batch, task.asked(batch)) if padding == "free" else told(model, batch, task.asked(batch))
+    return score_of(task, found, batch)
+
+
+def score_of(task: LanguageModeling, found: Told, batch: Batch) -> Score:
+    """Of one batch: its summed loss, what that is a sum of, and what the task's metrics are made of."""
     is_target = task.targets(batch) != IGNORE
-    return float(found.nats[is_target].sum()), task.score_tokens(found, batch)
+    return float(found.nats[is_target].sum()), task.count(batch), task.score_tokens(found, batch)
 
 
 def _told_apart(model: nn.Module, batch: Batch, targets: torch.Tensor) -> Told:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,11 @@ from lorabench.store.claim import Followed, Hold, Lost
 from lorabench.store.export import open_live
 from lorabench.store.record import Status, now
 from lorabench.store.store import Store
-from lorabench.training.run import Attempt, run
+from lorabench.training.base import Base, SharedBase
+from lorabench.training.packed.meter import Clock, SharedMeter, Shares
+from lorabench.training.packed.pack import Pack, Seat
+from lorabench.training.run import Attempt, Company, run
+from lorabench.training.step import Own, Pass, alone
 from lorabench.training.stop import Diverged, Stop, Stopped, stop_on_signals
 
 
@@ -68,46 +72,115 @@ def execute(spec: RunSpec, store: Store, options: Options) -> Status:
     """
     place, log, meeting = options.place, log_name(options.place.rank), rendezvous(options.place)
     log_file = store.folder(spec.id) / log
-    known = {"job": options.job, "waiting": options.waiting}
-    progress = {key: value for key, value in known.items() if value is not None}
-    hold = store.claim(spec, progress) if place.rank == 0 else Followed()
+    hold = _claim(spec, store, options) if place.rank == 0 else Followed()
     word = broadcast(place, meeting, lambda: str(Status.MISSING if isinstance(hold, Hold) else hold))
     if not isinstance(hold, Hold) or word != Status.MISSING:
         return Status(word)
-    with hold, _log(log_file, options.log_to_file):
+    stop = _stop(spec, store, options.timeout_seconds)
+    with hold, _log(log_file, options.log_to_file), stop_on_signals(stop):
         _look_at_new_garbage_alone()
-        return _attempt(spec, store, options, hold, meeting)
+        return alone(_attempt(spec, store, options, hold, stop, meeting=meeting))
 
 
-def _attempt(spec: RunSpec, store: Store, options: Options, hold: Hold, meeting: Any) -> Status:
+def execute_pack(specs: Sequence[RunSpec], store: Store, options: Options) -> list[Status]:
+    """`execute` of several runs that can share their passes (`lorabench.launch.packs`), in one process together.
+
+    Each is claimed, and ends with a record of its own. What is printed goes to the log of the first one.
+    """
+    found = [_claim(spec, store, options) for spec in specs]
+    claimed = [(spec, hold) for spec, hold in zip(specs, found, strict=True) if isinstance(hold, Hold)]
+    seconds = options.timeout_seconds * len(claimed) if options.timeout_seconds else None  # each has its share of it
+    mine = [(spec, hold, _stop(spec, store, seconds)) for spec, hold in claimed]
+    for spec, _ in claimed[1:] if options.log_to_file else ():
+        _say(store, spec, f"in a pack with {claimed[0][0].id}, whose log has what is printed")
+    log = store.folder((claimed[0][0] if claimed else specs[0]).id) / log_name(0)
+    stopping = stop_on_signals(*(stop for _, _, stop in mine))
+    with _log(log, bool(mine) and options.log_to_file), stopping:
+        _look_at_new_garbage_alone()
+        ended = iter(_carry_out(mine, store, options))
+    return [next(ended) if isinstance(hold, Hold) else hold for hold in found]
+
+
+def _carry_out(mine: Sequence[tuple[RunSpec, Hold, Stop]], store: Store, options: Options) -> list[Status]:
+    """Compute the runs that this process has claimed; their final statuses."""
+    if not mine:
+        return []
+    device = use_device(options.device, options.place)
+    shares = Shares(device, len(mine))
+    pack = Pack(shares, options.checkpoint_seconds, [stop for _, _, stop in mine])
+    opened: list[SharedBase] = []
+
+    def base(spec: RunSpec) -> Base:
+        if not opened:
+            opened.append(SharedBase.open(spec, device, shares.whole))
+        return opened[0].of(spec)
+
+    seats = []
+    for spec, hold, stop in mine:
+        clock = Clock()
+        meter = SharedMeter(device, spec.total_steps, shares, clock)
+        company = Company(size=len(mine), base=base, meter=meter, due=lambda: pack.is_due)
+        seats.append(Seat(_held(_attempt(spec, store, options, hold, stop, company=company), hold), clock, device))
+    return pack.carry_out(seats)
+
+
+def _held(attempt: Generator[Pass | Own, Any, Status], hold: Hold) -> Generator[Pass | Own, Any, Status]:
+    """The claim is let go when the run has ended, whatever the others do."""
+    with hold:
+        try:
+            return (yield from attempt)
+        except Lost:
+            traceback.print_exc()
+            return Status.RUNNING
+
+
+def _claim(spec: RunSpec, store: Store, options: Options) -> Hold | Status:
+    known = {"job": options.job, "waiting": options.waiting}
+    return store.claim(spec, {key: value for key, value in known.items() if value is not None})
+
+
+def _stop(spec: RunSpec, store: Store, seconds: float | None) -> Stop:
+    return Stop(deadline=time.monotonic() + seconds if seconds else None, marker=store.cancel_marker(spec.id))
+
+
+def _attempt(
+    spec: RunSpec,
+    store: Store,
+    options: Options,
+    hold: Hold,
+    stop: Stop,
+    *,
+    meeting: Any = None,
+    company: Company | None = None,
+) -> Generator[Pass | Own, Any, Status]:
     """Carry the run out, and write its record with what became of it."""
     place = options.place
     record = store.begin(spec, hold)
-    deadline = time.monotonic() + options.timeout_seconds if options.timeout_seconds else None
-    stop = Stop(deadline=deadline, marker=store.cancel_marker(spec.id))
     try:
-        with stop_on_signals(stop):
-            device = use_device(options.device, place)
-            with joined(place, meeting, device) as stop.world:
-                run(
-                    Attempt(
-                        spec=spec,
-                        store=store,
-                        hold=hold,
-                        stop=stop,
-                        record=record,
-                        device=device,
-                        place=place,
-                        checkpoint_seconds=options.checkpoint_seconds,
-                        live=open_live(options.live, store, spec.id) if place.rank == 0 else None,
-                        sharding=options.sharding,
-                    )
+        device = use_device(options.device, place)
+        with joined(place, meeting, device) as stop.world:
+            yield from run(
+                Attempt(
+                    spec=spec,
+                    store=store,
+                    hold=hold,
+                    stop=stop,
+                    record=record,
+                    device=device,
+                    place=place,
+                    checkpoint_seconds=options.checkpoint_seconds,
+                    live=open_live(options.live, store, spec.id) if place.rank == 0 else None,
+                    sharding=options.sharding,
+                    company=company,
                 )
+            )
         record.status = Status.DONE
     except Lost:
         raise  # the run is another worker's now: leave its record alone
     except Exception as error:
         record.status, record.error = _what_became(error, options)
+        if company and record.status in (Status.OOM, Status.FAILED):
+            _say(store, spec, traceback.format_exc())
         if place.size > 1 and not isinstance(error, (Stopped, Diverged)):
             raise RankFailed(record.status, record.error, is_peer_loss(error)) from error
     if place.rank:
@@ -148,6 +221,12 @@ def _look_at_new_garbage_alone() -> None:
     else; and without asking whether they are already, which takes a tenth of a short run: they would be counted."""
     gc.collect()
     gc.freeze()
+
+
+def _say(store: Store, spec: RunSpec, text: str) -> None:
+    """In the log of a run that does not have the process's output."""
+    with open(store.folder(spec.id) / log_name(0), "a", encoding="utf-8") as handle:
+        handle.write(f"--- {now()} pid {os.getpid()}\n{text}\n")
 
 
 @contextlib.contextmanager

@@ -8,17 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
-from lorabench.processes.distributed import Gradients, whole
+from lorabench.processes.distributed import Gradients
 from lorabench.spec.run_spec import RunSpec
 from lorabench.store.claim import Hold
 from lorabench.store.steps import StepLog
-from lorabench.training.batches import Batches
 from lorabench.training.evaluation import evaluate
-from lorabench.training.examples import Batch, collate, moved
-from lorabench.training.passes import autocast, forward
 from lorabench.training.state import Training
+from lorabench.training.step import Asked, Own, Pass
 from lorabench.training.stop import Diverged, Stop, Stopped
 
 FLUSH_EVERY = 10
@@ -32,15 +29,17 @@ class Saves:
     checkpoint: Callable[[], None]
     snapshot: Callable[[], None]
     """Keeps ΔW; may leave the model in evaluation mode, and changes nothing else of the training."""
+    due: Callable[[], bool]
+    """Whether it is time for a checkpoint."""
 
 
-def train(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hold) -> None:
+def train(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hold) -> Asked:
     """Take the remaining steps of the task being trained. Raises Stopped (with a checkpoint written) or Diverged."""
     with training.meter.training():
-        _steps(training, log, stop, saves, hold)
+        yield from _steps(training, log, stop, saves, hold)
 
 
-def _steps(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hold) -> None:
+def _steps(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hold) -> Asked:
     spec, model, meter = training.spec, training.model, training.meter
     batches, steps = spec.objective.batches(training, stop.check), Losses(training, log, hold)
     parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
@@ -53,6 +52,7 @@ def _steps(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hol
                 steps.flush()
                 hold.progress["phase"] = "evaluate"
                 with meter.clock("evaluate"):
+                    yield Own(training=training, splits=((training.examples, "validation"),))
                     log.evaluation(training.step, evaluate(training, training.examples, "validation", stop))
                 hold.progress["phase"] = "train"
                 training.evaluated = training.step
@@ -60,56 +60,25 @@ def _steps(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hol
             parts, work = batches.next()
         except Stopped:
             steps.flush()
+            yield Own(training=training)
             saves.checkpoint()
             raise
         lr_share = set_lr(training)
         with meter.step(*work), meter.live_tensors(model, training.optimizer):
-            with meter.phase("forward_backward"):
-                loss = forward_backward(training, parts, batches)
-                gradients.sum()
-            with meter.phase("optimizer"):
-                norm = update(training, parameters)
+            loss, norm = yield Pass(training=training, batches=batches, parts=parts, gradients=gradients)
         training.step += 1
         steps.add(loss, norm, spec.lr * lr_share, batches.about())
         if training.step % FLUSH_EVERY == 0 or training.task_step == spec.steps:
             steps.flush()
         if snapshot_due(training):
             steps.flush()
+            yield Own(training=training)
             saves.snapshot()
             model.train()
-        if training.world.any(log.checkpoint_due()):
+        if training.world.any(saves.due()):
             steps.flush()
+            yield Own(training=training)
             saves.checkpoint()
-
-
-def forward_backward(training: Training, parts: list[Batch], batches: Batches) -> torch.Tensor:
-    """Add this rank's gradients of the step's loss; this rank's part of that loss."""
-    spec, model, device = training.spec, training.model, training.meter.device
-    loss = torch.zeros((), device=device)
-    for part in parts:
-        part = moved(part, device)
-        with autocast(spec, device, training.world):
-            part_loss = batches.loss(model, part)
-        part_loss.backward()
-        loss += part_loss.detach()
-    for _ in range(training.idle_passes(len(parts))):
-        idle = collate(training.examples.splits["train"][:1], training.examples.padding, device)
-        with autocast(spec, device, training.world):
-            (forward(model, idle).sum() * 0).backward()
-    penalty = spec.method.penalty(model)
-    if penalty is not None and training.world.is_first:
-        penalty.backward()
-    return loss
-
-
-def update(training: Training, parameters: list[nn.Parameter]) -> torch.Tensor:
-    """Clip, step, and what the method does after it; the gradient's norm before clipping."""
-    limit = math.inf if training.spec.clip == "none" else training.spec.clip
-    norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
-    training.optimizer.step()
-    training.spec.method.after_step(training.model, training.step)
-    training.optimizer.zero_grad()
-    return norm
 
 
 def set_lr(training: Training) -> float:

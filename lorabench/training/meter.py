@@ -49,7 +49,7 @@ class Meter:
         self.energy_joules = 0.0
         self._pending: list[tuple[Any, Any, int, int, int, Shapes]] = []
         self._seen = 0
-        self._running, self._since = "other", time.perf_counter()
+        self._running, self._since = "other", self._wall()
         self._process = _Process()
         self._energy = EnergyCounter(device)
         self.baseline_gib = 0.0
@@ -131,9 +131,8 @@ class Meter:
     def flush(self) -> None:
         """Turn the events of the last steps into seconds; waits for the device once."""
         self._synchronize()
-        for start, end, *counts in self._pending:
-            seconds = start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start
-            self.step_rows.append((seconds, *counts))
+        for start, end, tokens, padded, labels, shapes in self._pending:
+            self.step_rows.append((self._between(start, end), tokens, padded, labels, shapes))
         self._pending.clear()
 
     def start_training(self) -> None:
@@ -218,18 +217,26 @@ class Meter:
 
     def _tick(self) -> None:
         self._synchronize()
-        now = time.perf_counter()
+        now = self._wall()
         self.seconds[self._running] = self.seconds.get(self._running, 0.0) + now - self._since
         self._since = now
 
+    def _wall(self) -> float:
+        """The time that counts, in seconds."""
+        return time.perf_counter()
+
     def _now(self) -> Any:
         if self.device.type != "cuda":
-            return time.perf_counter()
+            return self._wall()
         import torch
 
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        """Seconds from one `_now` to another."""
+        return float(start.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - start)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

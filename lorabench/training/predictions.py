@@ -71,6 +71,8 @@ def log_probs(model: nn.Module, batch: Batch, targets: Tensor, temperature: floa
     if read is None:
         return of(forward(model, batch).flatten(0, 1).float(), targets.flatten()).view_as(targets)
     head = read.head
+    if len(read.rows) <= read.size:
+        return read.spread([of(head(read.rows), read.targets)], targets)
     found = [
         checkpoint(lambda rows, own: of(head(rows), own), rows, own, use_reentrant=False) for rows, own in read.chunks()
     ]
@@ -159,9 +161,7 @@ def _read(model: nn.Module, batch: Batch, targets: Tensor) -> _Read | None:
     module = base.get_output_embeddings()
     if module is None or hasattr(model, "reshard"):  # FSDP's: the head is whole within the model's own pass alone
         return None
-    if base not in _KNOWN:
-        _KNOWN[base] = _try(model, batch)
-    known = _KNOWN[base]
+    known = look_at_head(model, batch)
     if known is None or any(map(_is_random, module.modules())):
         return None
     came: list[Tensor] = []
@@ -188,6 +188,14 @@ class _Known:
 
 
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known | None] = weakref.WeakKeyDictionary()
+
+
+def look_at_head(model: nn.Module, batch: Batch) -> _Known | None:
+    """What becomes of the logits of a model's head, found at first sight, by a pass over two tokens of a batch."""
+    base = base_of(model)
+    if base not in _KNOWN:
+        _KNOWN[base] = _try(model, batch)
+    return _KNOWN[base]
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,25 @@ from lorabench.store.steps import Live, StepLog, write_steps
 from lorabench.store.store import Store
 from lorabench.training import bookkeeping, environment, ranks, serving
 from lorabench.training.base import Base
-from lorabench.training.evaluation import evaluate_base, evaluate_task
+from lorabench.training.evaluation import evaluate_base, evaluate_task, splits_after
 from lorabench.training.loop import Saves, train
 from lorabench.training.meter import Meter
 from lorabench.training.snapshots import drop_unknown, keep_snapshot, write_update
 from lorabench.training.state import Training
+from lorabench.training.step import Asked, Own
 from lorabench.training.stop import Stop, Stopped
+
+
+@dataclass(frozen=True, kw_only=True)
+class Company:
+    """What a run has in common with those that are computed together with it; see `lorabench.training.packed`."""
+
+    size: int
+    base: Callable[[RunSpec], Base]
+    """InputError as `Base.read` has it."""
+    meter: Meter
+    due: Callable[[], bool]
+    """Whether all of them write a checkpoint now."""
 
 
 @dataclass(kw_only=True)
@@ -42,6 +55,8 @@ class Attempt:
     checkpoint_seconds: float = 60.0
     live: Live | None = None
     sharding: Sharding = "auto"
+    company: Company | None = None
+    """None: the run is computed alone."""
 
     @property
     def is_first(self) -> bool:
@@ -66,13 +81,14 @@ def checkpoint_file(folder: Path) -> Path:
     return folder / "checkpoint" / "state.pt"
 
 
-def run(attempt: Attempt) -> None:
+def run(attempt: Attempt) -> Asked:
     """Read the data, load the base, attach, count, evaluate, train, evaluate, save, record, serve."""
     training = _begin(attempt)
     if not training.rows and evaluate_base(training, attempt.stop, attempt.phase, attempt.store.root / "runs"):
         attempt.record.provenance["base_valid_loss"] = "as an earlier run of this store has measured it"
-    _train(attempt, training)
+    yield from _train(attempt, training)
     _save(attempt, training)
+    yield Own(training=training)
     _serve(attempt, training)
 
 
@@ -83,9 +99,14 @@ def _begin(attempt: Attempt) -> Training:
     torch.set_num_threads(spec.threads)
     attempt.phase("load")
     record.environment = environment.describe(attempt.device)
-    meter = Meter.of_run(spec, attempt.device)
+    company = attempt.company
+    meter = company.meter if company else Meter.of_run(spec, attempt.device)
     with meter.reading():
-        base = Base.read(spec, attempt.device, attempt.stop.world, attempt.sharding)
+        if company:
+            base, record.environment["packed"] = company.base(spec), company.size
+            attempt.hold.progress["packed"] = company.size
+        else:
+            base = Base.read(spec, attempt.device, attempt.stop.world, attempt.sharding)
     attempt.stop.world = base.world
     training = Training.attach(spec, base, meter)
     bookkeeping.begin(record, training)
@@ -98,7 +119,7 @@ def _begin(attempt: Attempt) -> Training:
     return training
 
 
-def _train(attempt: Attempt, training: Training) -> None:
+def _train(attempt: Attempt, training: Training) -> Asked:
     """Everything that a stop can interrupt, task after task; the checkpoint is written whenever one does."""
     stop, hold = attempt.stop, attempt.hold
 
@@ -109,13 +130,16 @@ def _train(attempt: Attempt, training: Training) -> None:
 
     log_file = attempt.folder / STEPS_FILE if attempt.is_first else None
     log = StepLog(log_file, training.log, attempt.checkpoint_seconds, attempt.live)
-    saves = Saves(checkpoint=checkpoint, snapshot=lambda: keep_snapshot(training, attempt.folder, hold))
+    due = attempt.company.due if attempt.company else log.checkpoint_due
+    saves = Saves(checkpoint=checkpoint, snapshot=lambda: keep_snapshot(training, attempt.folder, hold), due=due)
     for stage in range(training.stage, len(training.base.stages)):
         if stage > training.stage:
             training.next_task()
         evaluated = training.meter.wall_time().get("evaluate_seconds", 0.0)
         attempt.phase("train", step=training.step, evaluate_seconds=evaluated)
-        train(training, log, stop, saves, hold)
+        yield from train(training, log, stop, saves, hold)
+        with training.meter.clock("evaluate"):
+            yield Own(training=training, splits=splits_after(training))
         try:
             evaluate_task(training, stop, attempt.phase)
         except Stopped:
@@ -176,6 +200,7 @@ def _serve(attempt: Attempt, training: Training) -> None:
         return
     attempt.store.end(record, Status.DONE, attempt.hold, serving="not measured: the process was killed meanwhile")
     attempt.phase("serve")
+    training.base.part(training.model)
     measures, notes = serving.measure(training, attempt.folder / "updates", attempt.stop.check)
     record.measures |= measures
     record.provenance |= notes

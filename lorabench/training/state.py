@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import struct
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorabench.config.decode import InputError
+from lorabench.config.decode import InputError, encode
 from lorabench.config.digests import check_files
 from lorabench.config.durable import make_folder, remove, sync
 from lorabench.config.json_file import fit
@@ -23,7 +24,7 @@ from lorabench.models.fused import fused_parts
 from lorabench.models.remarks import remarks
 from lorabench.processes.distributed import World, is_sharded
 from lorabench.spec.run_spec import RunSpec, method_seed
-from lorabench.spec.task import Example
+from lorabench.spec.task import Example, Task
 from lorabench.store.generations import Generation
 from lorabench.training import flops, ranks, sharding
 from lorabench.training import meter as meters
@@ -31,6 +32,9 @@ from lorabench.training.base import Base
 from lorabench.training.examples import Examples
 from lorabench.training.passes import base_of
 from lorabench.updates.parts import Part
+
+Score = tuple[float, int, Any]
+"""Of a batch that is evaluated; see `evaluation.score`."""
 
 
 @dataclass
@@ -66,6 +70,9 @@ class Training:
     generations: list[Generation] = field(default_factory=list)
     """What it wrote at the end, a row an answer; in no checkpoint, for whoever goes on writes anew."""
 
+    scored: dict[tuple[Task, str], list[Score]] = field(default_factory=dict)
+    """By task and split, what was computed of the evaluation that comes next, together with other runs."""
+
     sizes: set[int] = field(default_factory=set)
     """Numbers of ranks that took the steps before it was stopped."""
 
@@ -88,7 +95,8 @@ class Training:
         about, num_base, parts = remarks(spec, model), weights.count(model), fused_parts(model)
         torch.manual_seed(method_seed(spec))
         model = spec.method.attach(model, spec)
-        skeleton = flops.skeleton_of(model)
+        base.attached(model)
+        skeleton = base.once(("skeleton", method_key(spec)), lambda: flops.skeleton_of(model))
         if spec.padding == "free":
             attend_by_example(base_of(model))
         if spec.gradient_checkpointing:
@@ -254,6 +262,11 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         struct.error,
     ) as error:
         raise ValueError(f"cannot be read: {type(error).__name__}: {error}") from error
+
+
+def method_key(spec: RunSpec) -> str:
+    """The same of runs whose models are alike but for their numbers."""
+    return json.dumps(encode(spec.method), sort_keys=True)
 
 
 def counts_of(tuned: nn.Module, num_base: int, stages: list[Examples]) -> dict[str, float]:

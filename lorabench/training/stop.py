@@ -60,8 +60,8 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_on_signals(stop: Stop) -> Iterator[None]:
-    """SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 (SLURM's warning) end the run at its next step.
+def stop_on_signals(*stops: Stop) -> Iterator[None]:
+    """SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 (SLURM's warning) end the run at its next step; all of a process.
 
     In a process of a launcher's SIGTERM alone is heard; the signal that the launcher was given waits behind it.
     """
@@ -72,7 +72,8 @@ def stop_on_signals(stop: Stop) -> Iterator[None]:
     def handler(number: int, _frame: object) -> None:
         waiting = signal.sigpending() - {signal.SIGTERM}
         cause = next((kind for kind in (signal.SIGHUP, *kinds) if kind in waiting), signal.Signals(number))
-        stop.reason = stop.reason or CAUSES.get(cause, cause.name)
+        for stop in stops:
+            stop.reason = stop.reason or CAUSES.get(cause, cause.name)
 
     kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
     before = {kind: signal.signal(kind, handler) for kind in kinds}

@@ -80,7 +80,7 @@ def start(sweep: Path, results: Path, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "lorabench", "run", str(sweep), "--results", str(results), "--workers", "2"]
     with open(log, "ab") as talk:
         return subprocess.Popen(
-            [*command, "--device", "cpu", "--checkpoint-seconds", "0.3"],
+            [*command, "--pack", "off", "--device", "cpu", "--checkpoint-seconds", "0.3"],
             stdout=talk, stderr=talk, start_new_session=True,
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lorabench.cluster.profile import Profile, read_profile
+from lorabench.cluster.profile import Profile, packing, read_profile
 from lorabench.config.decode import InputError, decode, encode
 
 SHIPPED = sorted((Path(__file__).parents[2] / "slurm").glob("*.toml"))
@@ -83,6 +83,13 @@ def test_defaults_are_one_gpu_and_one_rank_and_no_gpu_means_the_cpu() -> None:
     assert (Profile(gpus=0).world_size, Profile(gpus=0).run_device) == (1, "cpu")
     assert Profile(gpus=4, nodes=2).world_size == 8
     assert Profile(gpus=4, ranks_per_node=1, cells_at_once=4).world_size == 1
+
+
+def test_a_job_packs_the_runs_that_no_ranks_share() -> None:
+    auto = packing(Profile(gpus=0, cells_at_once=3))
+    assert (auto.size, auto.device, auto.workers) == (None, "cpu", 3)
+    assert packing(Profile(pack=4)).size == 4
+    assert packing(Profile(pack="off")).size == packing(Profile(gpus=2)).size == 1
 
 
 def test_what_is_asked_of_the_cluster_is_in_the_script(tmp_path: Path) -> None:

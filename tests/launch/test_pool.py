@@ -63,7 +63,7 @@ def test_every_ending_gets_its_status_and_stops_no_other_run(tmp_path: Path) -> 
         assert (state.status, state.error) == (states[state.spec["seed"]].status, states[state.spec["seed"]].error)
 
 
-def hanging_check(specs: object, done: object, answer: object, log: Path) -> None:
+def hanging_check(check: object, answer: object, log: Path) -> None:
     """In the place of `check_main`: it says who it is, and has no answer."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     log.with_suffix(f".{os.getpid()}").touch()
@@ -332,7 +332,7 @@ server = start_server(store.root / "log", ["lorabench.launch.worker"], {{}})
 first = forkserver._forkserver._forkserver_pid
 os.kill(first, signal.SIGKILL)
 os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
-rank = RankProcess.start(server, fake_runs.run, spec, store, Settings(), None)
+rank = RankProcess.start(server, fake_runs.run, [spec], store, Settings(), None)
 second = forkserver._forkserver._forkserver_pid
 line = [line for line in open(f"/proc/{{second}}/status") if line.startswith("SigBlk")][0]
 blocked = int(line.split()[1], 16)

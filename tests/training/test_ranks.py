@@ -31,6 +31,7 @@ from lorabench.training import meter as meters
 from lorabench.training import run as journey
 from lorabench.training.base import Base
 from lorabench.training.state import Training, random_state
+from lorabench.training.step import Asked
 from tests.conftest import make_spec
 
 TOLERANCES = {"float32": (1e-5, 3e-5, 1e-6), "bfloat16": (1e-2, 5e-2, 3e-2)}
@@ -117,8 +118,8 @@ def observed(spec: RunSpec, store: Store, settings: Settings) -> None:
     """Notes what this rank holds after training, and when it made meshes and loaded bases; only the first may save."""
     events, trained, in_turn = [], journey.train, sharding.in_turn
 
-    def noting(training: Training, *rest: Any) -> None:
-        trained(training, *rest)
+    def noting(training: Training, *rest: Any) -> Asked:
+        yield from trained(training, *rest)
         states = [value for state in training.optimizer.state.values() for value in state.values()]
         events.extend(sum(local_part(t).numel() for t in part) for part in (training.model.parameters(), states))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorabench.spec.objective import Objective
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Supervised(Objective):
     """The task's loss, as a mean over all predictions of a step's `batch_size` examples."""
+
+    shares_passes: ClassVar[bool] = True
 
     def batches(self, training: Any, check: Callable[[], None]) -> Batches:
         from lorabench.training.batches import Rows

@@ -1,0 +1,97 @@
+"""Which runs share their forward and backward passes: those on one base, which differ in what is a run's own alone.
+
+Nothing here needs torch; how many at a time pay is `lorabench.launch.pack_size`'s to say.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorabench.config.decode import InputError, show
+from lorabench.spec.run_spec import RunSpec
+
+OWN = (
+    "method", "lr", "schedule", "warmup", "weight_decay", "beta1", "beta2", "epsilon", "clip", "seed", "keep",
+    "snapshot_every", "serving",
+)  # fmt: skip
+"""The keys in which runs on one base may differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ride:
+    """Whom a run can be computed with."""
+
+    key: str
+    """The same of all those."""
+    size: int
+    """How many at most."""
+    weight: int = 0
+    """Parameters that it trains: those of a pack are filled up to its largest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """How runs are to be packed, and what there is for them."""
+
+    size: int | None = None
+    """Runs in a pack at most (None: as many as pay and fit; 1: none)."""
+    device: str = "auto"
+    workers: int = 1
+    """Packs at a time that share the device."""
+    gpu: str | None = None
+    """The kind, where this machine has none of it."""
+
+
+def most_in_pack(text: int | str) -> int | None:
+    """What is asked for as `auto`, `off` or a number, as `Asked.size` has it. InputError for anything else."""
+    if text in ("auto", "off"):
+        return None if text == "auto" else 1
+    if not isinstance(text, int) or text < 1:
+        raise InputError(f"pack = {show(text)}: must be auto, off or a number of at least 1")
+    return text
+
+
+def key_of(spec: RunSpec) -> str | None:
+    """The same of runs that can share their passes, as far as their specs tell; None of one that never can."""
+    table = spec.to_json()
+    method, draws = table["method"], table["method"].get("dropout", 0.0) > 0
+    if not (spec.method.is_factors and spec.objective.shares_passes) or (spec.gradient_checkpointing and draws):
+        return None
+    if spec.padding == "free":
+        return None
+    if any("Classification" in task.auto_class or "labels" in task.sequences for task in spec.stages):
+        return None
+    shared = {key: value for key, value in table.items() if key not in OWN}
+    return json.dumps(shared | {"adapter_dtype": method.get("adapter_dtype")}, sort_keys=True)
+
+
+def in_packs(runs: Sequence[RunSpec], known: dict[str, Ride], workers: int) -> list[list[str]]:
+    """The packs of runs, by their ids, the largest runs first, each with those that are nearest to it in size.
+
+    They are as few as `Ride.size` allows, as many for each worker, and of about as many runs.
+    """
+    alike: dict[str, list[str]] = {}
+    for spec in runs:
+        if spec.id in known:
+            alike.setdefault(known[spec.id].key, []).append(spec.id)
+    found = []
+    for ids in alike.values():
+        ids.sort(key=lambda run_id: -known[run_id].weight)
+        number = math.ceil(len(ids) / known[ids[0]].size)
+        number = min(math.ceil(number / workers) * workers, len(ids))
+        ends = [len(ids) * place // number for place in range(number + 1)]
+        found += [ids[a:b] for a, b in itertools.pairwise(ends) if b - a > 1]
+    return found
+
+
+def packs_text(packs: Sequence[Sequence[str]]) -> str:
+    """`64 runs in 4 packs of 16`; empty where there is no pack."""
+    if not packs:
+        return ""
+    sizes = sorted(set(map(len, packs)))
+    several = "1 pack" if len(packs) == 1 else f"{len(packs)} packs"
+    return f"{sum(map(len, packs))} runs in {several} of {' to '.join(map(str, (sizes[0], sizes[-1])[: len(sizes)]))}"

@@ -1,0 +1,159 @@
+"""What several runs train, each a row of one buffer: gradients are clipped and AdamW steps row by row, for all at once.
+
+Between steps the rows are what the runs hold; a run that looks at its own model and optimizer has its row written to
+them (`pull`), and a row is read from them again where it may have been changed (`push`). So a run's checkpoint, and all
+else that is its own, is what it is when the run is computed alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from lorabench.spec.method import Factor
+from lorabench.training.packed.layer import Factors
+from lorabench.training.state import Training
+
+HYPERPARAMETERS = ("lr", "weight_decay", "betas", "eps")
+"""Of an optimizer's group."""
+
+
+class Rows:
+    """Of K runs on one base; `layers` are what the runs together train, by the layer's name in the base."""
+
+    def __init__(self, trainings: Sequence[Training]):
+        self.trainings = list(trainings)
+        self.own = [training.spec.method.factors(training.model) for training in trainings]
+        self.places = _places(self.own)
+        self.num_A = sum(math.prod(A) for A, _ in self.places.values())
+        length = self.num_A + sum(math.prod(B) for _, B in self.places.values())
+        like = next(iter(self.own[0].values())).A
+        buffers = [torch.zeros(len(self.own), length, dtype=like.dtype, device=like.device) for _ in range(4)]
+        self.values, self.grads, self.first, self.second = buffers
+        self.steps = torch.zeros(len(self.own), 2, device=like.device)
+        """AdamW's count for A and for B."""
+        self.layers = self._layers()
+
+    def _layers(self) -> dict[str, Factors]:
+        found, at_A, at_B = {}, 0, self.num_A
+        for name, (shape_A, shape_B) in self.places.items():
+            ends = at_A + math.prod(shape_A), at_B + math.prod(shape_B)
+            cut = [(slice(at_A, ends[0]), shape_A), (slice(at_B, ends[1]), shape_B)]
+            A, B = (self.values[:, part].unflatten(1, shape) for part, shape in cut)
+            grad_A, grad_B = (self.grads[:, part].unflatten(1, shape) for part, shape in cut)
+            factors = [own.get(name) for own in self.own]
+            scale = A.new_tensor([each.scale if each else 0.0 for each in factors], dtype=torch.float32)
+            found[name] = Factors(
+                A=A,
+                B=B,
+                grad_A=grad_A,
+                grad_B=grad_B,
+                scale=scale[:, None, None],
+                dropout=[each.dropout if each else None for each in factors],
+                start=_starts(factors, shape_A[1], shape_B[1]),
+            )
+            at_A, at_B = ends
+        return found
+
+    def _views(self, buffer: Tensor, row: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each of a run's own parameters, with its place in a buffer, in the parameter's orientation."""
+        at_A, at_B = 0, self.num_A
+        for name, (shape_A, shape_B) in self.places.items():
+            factor = self.own[row].get(name)
+            if factor is not None:
+                rank = len(factor.A)
+                yield factor.A, buffer[row, at_A : at_A + math.prod(shape_A)].view(shape_A)[:rank]
+                yield factor.B, buffer[row, at_B : at_B + math.prod(shape_B)].view(shape_B)[:rank].T
+            at_A, at_B = at_A + math.prod(shape_A), at_B + math.prod(shape_B)
+
+    @torch.no_grad()
+    def push(self, row: int) -> None:
+        """Read a row from the run's own model and optimizer."""
+        optimizer = self.trainings[row].optimizer
+        for parameter, place in self._views(self.values, row):
+            place.copy_(parameter)
+        for key, buffer in (("exp_avg", self.first), ("exp_avg_sq", self.second)):
+            for parameter, place in self._views(buffer, row):
+                known = optimizer.state.get(parameter)
+                place.copy_(known[key]) if known else place.zero_()
+        counts = [optimizer.state[p]["step"] for p in self._sides(row) if p in optimizer.state]
+        self.steps[row] = torch.stack(counts) if counts else 0.0
+
+    @torch.no_grad()
+    def pull(self, row: int) -> None:
+        """Write a row to the run's own model and optimizer."""
+        optimizer = self.trainings[row].optimizer
+        for parameter, place in self._views(self.values, row):
+            parameter.copy_(place)
+        if not self.steps[row].any():
+            return
+        moments = (self._views(buffer, row) for buffer in (self.first, self.second))
+        for index, ((parameter, first), (_, second)) in enumerate(zip(*moments, strict=True)):
+            optimizer.state[parameter] = {
+                "step": self.steps[row, index % 2].clone(),
+                "exp_avg": first.clone(memory_format=torch.contiguous_format),
+                "exp_avg_sq": second.clone(memory_format=torch.contiguous_format),
+            }
+
+    def _sides(self, row: int) -> list[nn.Parameter]:
+        """An A and a B: all parameters of a side are in one group, and have taken as many steps."""
+        factor = next(iter(self.own[row].values()))
+        return [factor.A, factor.B]
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Clip and update all rows, by the learning rates that the runs' own optimizers have now; the norms (K,)."""
+        norms = torch.linalg.vector_norm(self.grads, dim=1)
+        limits = [math.inf if t.spec.clip == "none" else t.spec.clip for t in self.trainings]
+        self.grads.mul_((norms.new_tensor(limits) / (norms + 1e-6)).clamp_(max=1.0)[:, None])
+        for options, places in self._alike().items():
+            lr, weight_decay, (beta1, beta2), eps = options
+            buffers = (self.values, self.grads, self.first, self.second)
+            values, grads, first, second = ([buffer[place] for place in places] for buffer in buffers)
+            adamw(
+                values, grads, first, second, [], [self.steps[row, int(part.start > 0)] for row, part in places],
+                fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps,
+                maximize=False,
+            )  # fmt: skip
+        self.grads.zero_()
+        return norms
+
+    def _alike(self) -> dict[tuple[Any, ...], list[tuple[int, slice]]]:
+        """The parts of rows that are updated with the same hyperparameters: by these, of each row's A and B."""
+        found: dict[tuple[Any, ...], list[tuple[int, slice]]] = {}
+        for row, training in enumerate(self.trainings):
+            for parameter, part in zip(self._sides(row), (slice(0, self.num_A), slice(self.num_A, None)), strict=True):
+                group = next(
+                    group for group in training.optimizer.param_groups if any(p is parameter for p in group["params"])
+                )
+                found.setdefault(tuple(group[key] for key in HYPERPARAMETERS), []).append((row, part))
+        return found
+
+
+def _places(own: Sequence[dict[str, Factor]]) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+    """The shapes (R, N), (R, M) of each layer's places, R the highest rank of any run there."""
+    found: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
+    for factors in own:
+        for name, factor in factors.items():
+            rank = max(len(factor.A), found.get(name, ((0, 0), (0, 0)))[0][0])
+            found[name] = (rank, factor.A.shape[1]), (rank, factor.B.shape[0])
+    return found
+
+
+def _starts(factors: Sequence[Factor | None], inputs: int, outputs: int) -> tuple[Tensor, Tensor] | None:
+    """What some of the runs have taken out of a layer, with its scale; see `Factors.start`."""
+    having = [each for each in factors if each is not None and each.start is not None]
+    if not having:
+        return None
+    rank = max(len(each.A) for each in having)
+    A, B = (having[0].A.detach().new_zeros(len(factors), rank, size) for size in (inputs, outputs))
+    for row, each in enumerate(factors):
+        if each is not None and each.start is not None:
+            B0, A0 = each.start
+            A[row, : len(A0)], B[row, : len(A0)] = A0, each.scale * B0.T
+    return A, B
