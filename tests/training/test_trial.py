@@ -123,11 +123,15 @@ def _no_tensor(self, states):
 @pytest.fixture
 def untried():
     """Nothing is kept of what other tests have tried, or made of it."""
-    for cached in (trial._try_out, plans._know):
-        cached.cache_clear()
+
+    def forget():
+        trial._KEPT.clear()
+        for cached in (trial._try_out, plans._know):
+            cached.cache_clear()
+
+    forget()
     yield
-    for cached in (trial._try_out, plans._know):
-        cached.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(
@@ -173,6 +177,7 @@ def test_what_could_not_be_tried_is_said(spec_of, monkeypatch, untried):
         "ValueError: as with some methods of tomorrow"
     )
     monkeypatch.setattr(trial, "LARGEST", 1)
+    trial._KEPT.clear()
     trial._try_out.cache_clear()
     assert trial.try_out(spec, {}).endswith("was tried: no small model can be made of its configuration")
 
