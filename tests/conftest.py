@@ -34,12 +34,12 @@ task.name = "text"
 task.data = "builtin:python-code"
 """
 LONGEST = ("slurm/test_interruptions", "training/test_ranks", "slurm/test_deaths", "cluster/test_work",
-           "training/test_execute", "methods/test_methods", "slurm/test_arrays", "test_architectures",
-           "launch/test_kill", "launch/test_team", "slurm/test_without_accounting",
-           "training/test_sequence", "figures/test_figures", "training/test_flops",
-           "merging/test_compose", "training/test_base_results", "objectives/test_grpo", "test_outputs",
-           "training/test_serving", "report/test_generated_sweeps", "analysis/test_analyze",
-           "api/test_tour", "commands/test_readme")  # fmt: skip
+           "training/test_execute", "methods/test_methods", "slurm/test_arrays", "figures/test_figures",
+           "training/test_sequence", "launch/test_team", "slurm/test_without_accounting", "launch/test_kill",
+           "test_architectures", "api/test_tour", "merging/test_compose", "training/test_flops",
+           "commands/test_readme", "training/test_base_results", "objectives/test_grpo", "test_outputs",
+           "commands/test_cli", "training/test_serving", "report/test_generated_sweeps", "analysis/test_analyze",
+           "tasks/test_seq2seq")  # fmt: skip
 """Files that take minutes: a worker that began one last would keep the others waiting. Those that mostly wait for a
 real SLURM stand between those that compute."""
 
