@@ -190,6 +190,20 @@ def test_runs_that_differ_in_amounts_are_tried_once(spec_of):
     assert trial._try_out.cache_info().misses == 1
 
 
+def test_methods_are_tried_on_the_same_models_and_leave_them_as_they_were(spec_of, monkeypatch, untried):
+    made, make = [], trial._made
+    monkeypatch.setattr(trial, "_made", lambda *given: made.append(given) or make(*given))
+    config = families.CONFIGS["gpt2"]()
+    for name in ("full", "lora", "ia3", "adapter", "prefix", "bitfit"):
+        assert trial.try_out(spec := spec_of(config, method={"name": name}), {}) == ""
+    assert len(made) == 1
+    tried = trial.small(spec, {}).state_dict()
+    trial._KEPT.clear()
+    for name, tensor in trial.small(spec, {}).state_dict().items():
+        assert torch.equal(tried.pop(name), tensor)
+    assert not tried
+
+
 def test_a_padding_token_without_an_embedding_is_refused(tmp_path):
     shutil.copytree(models.BUILTIN / "tiny-llama", tmp_path / "model")
     tokenizer = t.AutoTokenizer.from_pretrained(tmp_path / "model")
