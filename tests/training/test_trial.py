@@ -195,7 +195,8 @@ def test_methods_are_tried_on_the_same_models_and_leave_them_as_they_were(spec_o
     monkeypatch.setattr(trial, "_made", lambda *given: made.append(given) or make(*given))
     config = families.CONFIGS["gpt2"]()
     for name in ("full", "lora", "ia3", "adapter", "prefix", "bitfit"):
-        assert trial.try_out(spec := spec_of(config, method={"name": name}), {}) == ""
+        spec = spec_of(config, method={"name": name})
+        assert trial.try_out(spec, {}) == ""
     assert len(made) == 1
     tried = trial.small(spec, {}).state_dict()
     trial._KEPT.clear()
