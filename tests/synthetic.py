@@ -187,9 +187,11 @@ def analyses(results: Results) -> dict[str, pd.DataFrame]:
         ],
         "overlap": [place | row for place, a, b in pairs for row in synthetic_base.overlap(a, b)],
     }
-    for name in ("alignment", "intruders", "survival"):
-        rows_of = getattr(synthetic_base, name)
-        frames[name] = [place | row for spec, n, place in places for row in rows_of(*svds[spec.id, n], bases[n])]
+    beside = {name: getattr(synthetic_base, name) for name in ("alignment", "intruders", "survival")}
+    frames |= {name: [] for name in beside}
+    for spec, n, place in places:
+        for name, rows_of in beside.items():
+            frames[name] += [place | row for row in rows_of(*svds[spec.id, n], bases[n])]
     return {name: _with_categories(pd.DataFrame(rows)) for name, rows in frames.items()}
 
 
@@ -317,10 +319,16 @@ def _svd(spec: RunSpec, layer: int) -> tuple[np.ndarray, ...]:
     return U[:, : _rank(spec)], S[: _rank(spec)], Vh[: _rank(spec)]
 
 
+@cache
+def _chance(rank: int) -> np.ndarray:
+    """The singular values of a random matrix (DIM, DIM) of that rank."""
+    own = np.random.default_rng(rank)
+    return np.linalg.svd(own.normal(size=(DIM, rank)) @ own.normal(size=(rank, DIM)))[1][:rank]
+
+
 def _spectrum(spec: RunSpec, place: dict, S: np.ndarray, W: np.ndarray) -> tuple[list[dict], list[dict]]:
     """The rows of `spectrum` and of `singular_values`."""
-    own = np.random.default_rng(_rank(spec))
-    null = np.linalg.svd(own.normal(size=(DIM, len(S))) @ own.normal(size=(len(S), DIM)))[1][: len(S)]
+    null = _chance(_rank(spec))
     share = [int(np.searchsorted(np.cumsum(x**2) / np.sum(x**2), 0.9)) + 1 for x in (S, null)]
     ranks = [float(np.exp(-np.sum(p * np.log(p)))) for p in (S / S.sum(), null / null.sum())]
     norm = float(np.linalg.norm(S) / np.linalg.norm(W))

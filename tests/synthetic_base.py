@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,16 @@ def base(n: int, size: int) -> np.ndarray:
     """W0 (size, size) of layer n, its singular values falling from 12."""
     U, V = (np.linalg.qr(np.random.default_rng([9, n, side]).normal(size=(size, size)))[0] for side in (0, 1))
     return 12 * (U * np.exp(-np.arange(size) / 24)) @ V.T
+
+
+def _svd(matrix: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Two analyses of a layer ask for the same."""
+    return _decomposed(matrix.tobytes(), matrix.shape[1])
+
+
+@lru_cache(maxsize=64)
+def _decomposed(content: bytes, width: int) -> tuple[np.ndarray, ...]:
+    return np.linalg.svd(np.frombuffer(content).reshape(-1, width))
 
 
 def alignment(U: np.ndarray, S: np.ndarray, Vh: np.ndarray, W: np.ndarray) -> list[Row]:
@@ -36,9 +46,9 @@ def alignment(U: np.ndarray, S: np.ndarray, Vh: np.ndarray, W: np.ndarray) -> li
 def intruders(U: np.ndarray, S: np.ndarray, Vh: np.ndarray, W: np.ndarray) -> list[Row]:
     size = len(W)
     random = [np.linalg.qr(np.random.default_rng(side).normal(size=(size, len(S))))[0] for side in (7, 8)]
-    left = np.linalg.svd(W)[0]
+    left = _svd(W)[0]
     value, null = (
-        np.abs(left.T @ np.linalg.svd(W + (a * S) @ b)[0]).max(axis=0) for a, b in ((U, Vh), (random[0], random[1].T))
+        np.abs(left.T @ _svd(W + (a * S) @ b)[0]).max(axis=0) for a, b in ((U, Vh), (random[0], random[1].T))
     )
     return [
         {"metric": metric, "epsilon": epsilon, "k": k, "value": float((value[:k] < epsilon).sum()),
@@ -49,7 +59,7 @@ def intruders(U: np.ndarray, S: np.ndarray, Vh: np.ndarray, W: np.ndarray) -> li
 
 
 def survival(U: np.ndarray, S: np.ndarray, Vh: np.ndarray, W: np.ndarray) -> list[Row]:
-    before, after = np.linalg.svd(W), np.linalg.svd(W + (U * S) @ Vh)
+    before, after = _svd(W), _svd(W + (U * S) @ Vh)
     sides = {"input": (before[2].T, after[2].T), "output": (before[0], after[0])}
     rows = []
     for side, (a, b) in sides.items():

@@ -1,5 +1,9 @@
-"""A task of a job, as SLURM would start it: launches the runs of a file on the ranks that its environment names."""
+"""A task of a job, as SLURM would start it: launches the runs of a file on the ranks that its environment names.
 
+What computes them is told as `module:function`, so that a supervisor imports no more than one of a job does.
+"""
+
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -13,18 +17,15 @@ from lorabench.spec.sweep import Sweep
 from lorabench.store.store import Store
 
 
-def main(root: str) -> None:
-    from tests.training import test_ranks
-
+def main(root: str, target: str) -> None:
     specs = [RunSpec.from_json(table) for table in json.loads((Path(root) / "specs.json").read_text())]
     pool = Pool(settings=Settings(device="cpu", job="7"), check=False, preload=("lorabench.launch.preload",))
-    target = getattr(test_ranks, sys.argv[2])
+    module, _, function = target.partition(":")
     team.BEAT_SECONDS, team.GONE_SECONDS = 0.5, 6.0  # for the test of a dead supervisor
-    outcome = team.launch_together(
-        Sweep(name="job", text="", runs=tuple(specs)), Store(Path(root)), pool, Place.from_environment(), target
-    )
+    sweep, compute = Sweep(name="job", text="", runs=tuple(specs)), getattr(importlib.import_module(module), function)
+    outcome = team.launch_together(sweep, Store(Path(root)), pool, Place.from_environment(), compute)
     print("answer:", "followed" if outcome is None else [str(state.status) for state in outcome.states])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -18,6 +18,9 @@ from lorabench.tasks._pairs import Pairs
 if TYPE_CHECKING:
     from torch import Tensor
 
+AT_ONCE = 16
+"""Rows that the tokenizer is given together: of those behind the ones that a run asks for nothing is read."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Seq2seq(Pairs):
@@ -58,26 +61,29 @@ class Seq2seq(Pairs):
         ]
 
     def examples(self, rows: list[Row], tokenizer: Any, seq_len: int, options: dict[str, Any]) -> Iterator[Example]:
-        if not rows:
-            return
-        sources, targets = self.filled(rows)
-        read, end = self._read(rows, sources, tokenizer, seq_len), tokenizer.eos_token_id
-        written = tokenizer(text_target=targets)["input_ids"]
-        for number, (row, ids, labels) in enumerate(zip(rows, read, written, strict=True), 1):
-            if end is not None and labels[-1:] != [end]:
-                labels = [*labels, end]
-            if not labels:
-                raise self.nothing(1, row, number, "leaves nothing to predict")
-            yield {"input_ids": ids, "labels": labels[: self.max_target or seq_len]}
+        (sources, targets), end = self.filled(rows), tokenizer.eos_token_id
+        for first in range(0, len(rows), AT_ONCE):
+            part = slice(first, first + AT_ONCE)
+            read = self._read(rows[part], sources[part], tokenizer, seq_len, first)
+            written = tokenizer(text_target=targets[part])["input_ids"]
+            for number, (row, ids, labels) in enumerate(zip(rows[part], read, written, strict=True), first + 1):
+                if end is not None and labels[-1:] != [end]:
+                    labels = [*labels, end]
+                if not labels:
+                    raise self.nothing(1, row, number, "leaves nothing to predict")
+                yield {"input_ids": ids, "labels": labels[: self.max_target or seq_len]}
 
-    def _read(self, rows: list[Row], sources: list[str], tokenizer: Any, seq_len: int) -> list[list[int]]:
-        """The encoder's tokens. InputError where there is no room for any, or there are none."""
+    def _read(
+        self, rows: list[Row], sources: list[str], tokenizer: Any, seq_len: int, before: int = 0
+    ) -> list[list[int]]:
+        """The encoder's tokens. InputError where there is no room for any, or there are none; `before` these rows are
+        so many others."""
         if seq_len <= tokenizer.num_special_tokens_to_add():
             raise InputError(f"seq_len = {seq_len}: leaves no room beside the tokens that the tokenizer puts around")
         found: list[list[int]] = tokenizer(sources, truncation=True, max_length=seq_len)["input_ids"] if rows else []
         if [] in found:
-            number = found.index([]) + 1
-            raise self.nothing(0, rows[number - 1], number, "leaves nothing to read")
+            place = found.index([])
+            raise self.nothing(0, rows[place], before + place + 1, "leaves nothing to read")
         return found
 
     def targets(self, batch: dict[str, Tensor]) -> Tensor:

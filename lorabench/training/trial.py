@@ -11,7 +11,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -135,21 +135,45 @@ def small(spec: RunSpec, options: dict[str, Any]) -> nn.Module | None:
 
     It has all of its blocks, and its vocabulary.
     """
-    return next(_models(spec, options), None)
+    return copy.deepcopy(next(_models(spec, options), None))
 
 
 def _models(spec: RunSpec, options: dict[str, Any]) -> Iterator[nn.Module]:
-    """Such models, the narrowest first."""
-    config = models.read_config(spec, options)
-    whole = models.from_config(spec, config, torch.device("meta"))
-    for divisor in _divisors(config):
+    """Such models, the narrowest first, which nobody may change."""
+    key = (spec.model, spec.revision, spec.task.auto_class, spec.task.sequences, json.dumps(options, sort_keys=True))
+    if key not in _KEPT:
+        config = models.read_config(spec, options)
+        whole = models.from_config(spec, config, torch.device("meta")).state_dict().keys()
+        _KEPT.clear()
+        _KEPT[key] = _Kept(_made(spec, config, _divisors(config), whole))
+    return iter(_KEPT[key])
+
+
+class _Kept:
+    """What is made when it is first asked for."""
+
+    def __init__(self, made: Iterator[nn.Module]):
+        self._made, self._kept = made, list[nn.Module]()
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for place in itertools.count():
+            if place == len(self._kept):
+                self._kept.extend(itertools.islice(self._made, 1))
+            if place == len(self._kept):
+                return
+            yield self._kept[place]
+
+
+_KEPT: dict[tuple[Any, ...], _Kept] = {}
+"""The models that were made of the last base: each method of a sweep is tried on the same."""
+
+
+def _made(spec: RunSpec, config: Any, divisors: list[int], whole: Collection[str]) -> Iterator[nn.Module]:
+    for divisor in divisors:
         narrow = type(config).from_dict(_narrowed(config.to_dict(), divisor))
         try:
             meta = models.from_config(spec, narrow, torch.device("meta"))
-            if (
-                sum(p.numel() for p in meta.parameters()) > LARGEST
-                or meta.state_dict().keys() != whole.state_dict().keys()
-            ):
+            if sum(p.numel() for p in meta.parameters()) > LARGEST or meta.state_dict().keys() != whole:
                 continue
             torch.manual_seed(0)
             base = models.from_config(spec, narrow, torch.device("cpu")).eval()
@@ -238,22 +262,22 @@ def check_flat(spec: RunSpec, base: nn.Module) -> None:
 
 def check_saving(spec: RunSpec, base: nn.Module) -> str:
     """InputError where what the method learns cannot be computed, saved and read; why it cannot be attached, if so."""
-    method, untouched = spec.method, copy.deepcopy(base)
+    method, changed = spec.method, copy.deepcopy(base)
     try:
         torch.manual_seed(0)
-        tuned = method.attach(base, spec)
+        tuned = method.attach(changed, spec)
     except Exception as error:  # at these widths: at its own, `lorabench.launch.plan` tries it
         return _reason(error)
     try:
-        _logits(spec, tuned, _tokens(untouched))
+        _logits(spec, tuned, _tokens(base))
     except Exception as error:
-        kind = type(untouched).__name__
+        kind = type(base).__name__
         raise NotComputed(
             f'method.name = "{spec.method.name}": {kind} cannot be computed with it: {_reason(error)}'
         ) from error
     try:
         with tempfile.TemporaryDirectory(prefix="lorabench-") as folder:
-            method.save(tuned, lambda: untouched, Path(folder), "updates")
+            method.save(tuned, lambda: base, Path(folder), "updates")
             if method.has_update:
                 list(read_updates(Path(folder)))
     except Exception as error:

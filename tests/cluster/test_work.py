@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lorabench.cli import main
 from lorabench.cluster import job, local, slurm, work
 from lorabench.cluster.profile import Profile
 from lorabench.cluster.queue import read_submission, read_submissions
@@ -215,24 +216,37 @@ def numbers(record: RunRecord) -> tuple[dict[str, str], dict[str, float]]:
     return record.files, {k: v for k, v in record.measures.items() if not any(t in k for t in timed)}
 
 
+FEW, LONG = "steps = 6\nseed = [0, 1, 2]\n", "steps = 200\n"
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`few.toml`, `long.toml`, a profile, and in `here` what `run` has computed of both."""
     folder = tmp_path_factory.mktemp("local")
     (folder / "local.toml").write_text(LOCAL)
+    for name, runs in {"few": FEW, "long": LONG, "all": f"[[grid]]\n{FEW}[[grid]]\n{LONG}"}.items():
+        (folder / f"{name}.toml").write_text(SWEEP + runs)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = ["run", str(folder / "all.toml"), "--results", str(folder / "here"), "--workers", "1", "--pack", "off"]
+    command(*run, env=one_thread)
     return folder
 
 
-def test_local_jobs_outlive_the_command_and_compute_what_run_computes(files: Path) -> None:
-    sweep = files / "few.toml"
-    sweep.write_text(f"{SWEEP}steps = 6\nseed = [0, 1, 2]\n")
+def submit(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What it says, called in this process."""
+    assert main(["submit", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_local_jobs_outlive_the_command_and_compute_what_run_computes(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep, there, here = files / "few.toml", files / "there", files / "here"
     runs = read_sweep(sweep).runs
-    there, here = files / "there", files / "here"
     alone = ["--pack", "off"]  # the jobs have two of them and one, and their packs other bits than that of all three
-    submit = ["submit", str(sweep), "--cluster", str(files / "local.toml"), "--results", str(there), *alone]
-    assert "3 runs: 3 to submit" in command(*submit)
-    assert "to submit" not in command(*submit)
-    run = ["run", str(sweep), "--results", str(here), "--workers", "1", *alone]
-    command(*run, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    order = [str(sweep), "--cluster", str(files / "local.toml"), "--results", str(there), *alone]
+    assert "3 runs: 3 to submit" in command("submit", *order)
+    assert "to submit" not in submit(capsys, *order)
     wait_for(lambda: all(state.status == Status.DONE for state in Store(there).states(list(runs))))
     for spec in runs:
         record, expected = Store(there).read(spec.id), Store(here).read(spec.id)
@@ -245,13 +259,14 @@ def test_local_jobs_outlive_the_command_and_compute_what_run_computes(files: Pat
         wait_for(lambda id=job_id: not local.is_alive(id, submission.submitit))
 
 
-def test_a_local_job_that_is_cancelled_leaves_a_checkpoint_and_is_submitted_again(files: Path) -> None:
+def test_a_local_job_that_is_cancelled_leaves_a_checkpoint_and_is_submitted_again(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep = files / "long.toml"
-    sweep.write_text(f"{SWEEP}steps = 200\n")
     (spec,) = read_sweep(sweep).runs
-    there, here = Store(files / "again"), Store(files / "once")
-    submit = ["submit", str(sweep), "--cluster", str(files / "local.toml"), "--results", str(there.root)]
-    command(*submit)
+    there, here = Store(files / "again"), Store(files / "here")
+    order = [str(sweep), "--cluster", str(files / "local.toml"), "--results", str(there.root)]
+    submit(capsys, *order)
     wait_for(lambda: ((there.state(spec.id, spec).claim or no_claim).progress.get("step") or 0) >= 10)
     (submission,) = read_submissions(there.root)
     (job_id,) = submission.job_ids
@@ -259,8 +274,7 @@ def test_a_local_job_that_is_cancelled_leaves_a_checkpoint_and_is_submitted_agai
     local.cancel(job_id, submission.submitit)
     wait_for(lambda: not local.is_alive(job_id, submission.submitit))
     assert there.state(spec.id).status == Status.CANCELLED
-    command(*submit)
-    command("run", str(sweep), "--results", str(here.root), env=os.environ | {"OMP_NUM_THREADS": "1"})
+    submit(capsys, *order)
     wait_for(lambda: there.state(spec.id).status == Status.DONE)
     record, expected = there.read(spec.id), here.read(spec.id)
     assert record and expected and numbers(record) == numbers(expected)

@@ -183,7 +183,7 @@ def test_status_of_an_empty_folder_is_an_empty_table(tmp_path: Path, capsys: pyt
     assert main(["status", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == ["no runs"]
     assert main(["status", str(tmp_path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"runs": []}
+    assert json.loads(capsys.readouterr().out) == {"runs": [], "not_begun": {}}
 
 
 def test_status_shows_every_run_whatever_its_state(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:

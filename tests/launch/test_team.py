@@ -21,16 +21,17 @@ from lorabench.spec.sweep import Sweep
 from lorabench.store.record import Status
 from lorabench.store.store import Store
 from tests.conftest import make_spec
-from tests.training.test_ranks import SAME, assert_same, run
+from tests.training.test_ranks import SAME, assert_same, killed_with_seed_0, run
 
 PATIENCE_SECONDS = 240
 """For machines that do much else."""
+EXECUTE, DIES_FIRST = (f"{target.__module__}:{target.__name__}" for target in (execute_run, killed_with_seed_0))
 
 
 class Tasks:
     """So many tasks of a job, which computes these runs; whatever is left of them is killed at the end."""
 
-    def __init__(self, root: Path, size: int, *specs: RunSpec, target: str = "execute_run", taken: bool = False):
+    def __init__(self, root: Path, size: int, *specs: RunSpec, target: str = EXECUTE, taken: bool = False):
         root.mkdir(exist_ok=True)
         (root / "specs.json").write_text(json.dumps([spec.to_json() for spec in specs]))
         self.store, self.port = Store(root), socket.create_server(("127.0.0.1", 0))
@@ -80,7 +81,7 @@ def test_the_tasks_of_a_job_go_through_its_runs_together(tmp_path):
     """Somebody else listens on their port, a process of the first run dies, and a signal to the job ends the last."""
     dies, lives, lasts = specs = [make_spec(**SAME, seed=0), make_spec(**SAME, seed=1), make_spec(steps=5000, seed=2)]
     (alone,) = run(tmp_path / "alone", 1, lives)
-    with Tasks(tmp_path / "together", 2, *specs, target="killed_with_seed_0", taken=True) as tasks:
+    with Tasks(tmp_path / "together", 2, *specs, target=DIES_FIRST, taken=True) as tasks:
         tasks.wait_for_training(lasts)
         for process in tasks.processes:
             process.send_signal(signal.SIGUSR2)

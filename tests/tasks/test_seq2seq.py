@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from lorabench.spec.task import IGNORE
 from lorabench.store.generations import read_generations
 from lorabench.store.record import Status
 from lorabench.store.store import Store
-from lorabench.tasks.seq2seq import Seq2seq
+from lorabench.tasks.seq2seq import AT_ONCE, Seq2seq
 from lorabench.training.examples import collate, prepare
 from lorabench.training.execute import Options, execute
 from lorabench.training.passes import forward
@@ -273,6 +274,15 @@ def test_what_is_empty_is_refused(tokenizer):
         InputError, match=r'task\.retain\.other\.name = "text": needs another kind of model than seq2seq'
     ):
         make_spec(task=TASK | {"retain": {"other": {"name": "text", "data": "builtin:english-docs"}}})
+
+
+def test_of_rows_behind_those_that_are_asked_for_nothing_is_read(tokenizer):
+    task = Seq2seq(data="x", source="{a}", target="{b}")
+    rows = [{"a": f"number {n}", "b": "two"} for n in range(AT_ONCE + 3)] + [{"a": "", "b": "two"}]
+    apart = [example for row in rows[:AT_ONCE] for example in task.examples([row], tokenizer, 8, {})]
+    assert [*islice(task.examples(rows, tokenizer, 8, {}), AT_ONCE)] == apart
+    with pytest.raises(InputError, match=rf"row {AT_ONCE + 4} leaves nothing to read"):
+        list(task.examples(rows, tokenizer, 8, {}))
 
 
 def test_a_model_that_cannot_do_it_is_refused(encoder_decoders, tmp_path):

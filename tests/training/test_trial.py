@@ -123,11 +123,15 @@ def _no_tensor(self, states):
 @pytest.fixture
 def untried():
     """Nothing is kept of what other tests have tried, or made of it."""
-    for cached in (trial._try_out, plans._know):
-        cached.cache_clear()
+
+    def forget():
+        trial._KEPT.clear()
+        for cached in (trial._try_out, plans._know):
+            cached.cache_clear()
+
+    forget()
     yield
-    for cached in (trial._try_out, plans._know):
-        cached.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(
@@ -173,6 +177,7 @@ def test_what_could_not_be_tried_is_said(spec_of, monkeypatch, untried):
         "ValueError: as with some methods of tomorrow"
     )
     monkeypatch.setattr(trial, "LARGEST", 1)
+    trial._KEPT.clear()
     trial._try_out.cache_clear()
     assert trial.try_out(spec, {}).endswith("was tried: no small model can be made of its configuration")
 
@@ -183,6 +188,21 @@ def test_runs_that_differ_in_amounts_are_tried_once(spec_of):
     for rank in (1, 2, 4):
         trial.try_out(spec_of(config, method={"name": "lora", "rank": rank}, seed=rank), {})
     assert trial._try_out.cache_info().misses == 1
+
+
+def test_methods_are_tried_on_the_same_models_and_leave_them_as_they_were(spec_of, monkeypatch, untried):
+    made, make = [], trial._made
+    monkeypatch.setattr(trial, "_made", lambda *given: made.append(given) or make(*given))
+    config = families.CONFIGS["gpt2"]()
+    for name in ("full", "lora", "ia3", "adapter", "prefix", "bitfit"):
+        spec = spec_of(config, method={"name": name})
+        assert trial.try_out(spec, {}) == ""
+    assert len(made) == 1
+    tried = trial.small(spec, {}).state_dict()
+    trial._KEPT.clear()
+    for name, tensor in trial.small(spec, {}).state_dict().items():
+        assert torch.equal(tried.pop(name), tensor)
+    assert not tried
 
 
 def test_a_padding_token_without_an_embedding_is_refused(tmp_path):

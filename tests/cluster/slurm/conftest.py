@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorabench.store.store import Store
+from tests.conftest import made_once
 from tests.sandbox import Sandbox
 from tests.study import LONG, SHORT, Study, computed_here
 
@@ -26,4 +27,7 @@ def short(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def long(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return computed_here(Study(sandbox, tmp_path_factory.mktemp("long")), LONG)
+    """One for all files, which compare with it and leave it as it is."""
+    with made_once(tmp_path_factory, "long") as (folder, is_made):
+        there = Study(sandbox, folder)
+        return there.store if is_made else computed_here(there, LONG)
