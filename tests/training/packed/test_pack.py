@@ -261,3 +261,4 @@ def test_what_another_worker_has_and_what_is_done_is_left_to_it(alone: Store, tm
     with hold:
         assert execute_pack(specs, store, QUIET) == [Status.DONE, Status.RUNNING, Status.DONE]
     assert store.read(specs[0].id) == before and store.read(specs[1].id) is None
+    assert "packed" not in store.read(specs[2].id).environment  # it was alone after all
