@@ -209,9 +209,8 @@ class _Launch:
 
     def go(self) -> Outcome:
         self._sort()
-        packs = self.pool.pack != 1 and len(self.pending) > 1 and self.pool.processes == 1 and not self.pool.team
-        if self.pending and (self.pool.check or packs) and self.target is execute_run:
-            self._check(packs)
+        if self.pending and (self.pool.check or self._may_pack()) and self.target is execute_run:
+            self._check()
         with self._handlers():
             while self.pending or self.children or self.elsewhere:
                 self._obey_signals()
@@ -249,14 +248,17 @@ class _Launch:
         parts += [f"{len(self.elsewhere)} running elsewhere"] * bool(self.elsewhere)
         self.display.say(f"{self.sweep.name}: {len(self.sweep.runs)} runs: {', '.join(parts) or 'nothing to do'}")
 
-    def _check(self, is_packing: bool) -> None:
+    def _may_pack(self) -> bool:
+        return self.pool.pack != 1 and len(self.pending) > 1 and self.pool.processes == 1 and self.pool.team is None
+
+    def _check(self) -> None:
         """InputError, before anything runs, if some method does not fit its model. What can be packed is known then."""
         asked = Asked(size=self.pool.pack, device=self.pool.settings.device, workers=self._workers_a_gpu())
         check = Check(
             specs=self.pending,
             done=self._data_of_done(),
             refuse=self.pool.check,
-            asked=asked if is_packing else None,
+            asked=asked if self._may_pack() else None,
         )
         server = self._running_server()
         here, there = server.context.Pipe(duplex=False)

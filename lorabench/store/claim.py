@@ -121,10 +121,15 @@ class Hold:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        with contextlib.suppress(OSError):
-            self._write(released=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let the claim go; at the end of the context nothing is left to do then."""
+        if not self._done.is_set():
+            self._done.set()
+            self._thread.join()
+            with contextlib.suppress(OSError):
+                self._write(released=True)
 
     def check(self) -> None:
         """Raises Lost if another worker has taken over."""

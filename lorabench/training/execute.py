@@ -95,7 +95,9 @@ def execute_pack(specs: Sequence[RunSpec], store: Store, options: Options) -> li
         _say(store, spec, f"in a pack with {claimed[0][0].id}, whose log has what is printed")
     log = store.folder((claimed[0][0] if claimed else specs[0]).id) / log_name(0)
     stopping = stop_on_signals(*(stop for _, _, stop in mine))
-    with _log(log, bool(mine) and options.log_to_file), stopping:
+    with _log(log, bool(mine) and options.log_to_file), stopping, contextlib.ExitStack() as held:
+        for _, hold, _ in mine:
+            held.enter_context(hold)  # it beats from now on, while others are begun
         _look_at_new_garbage_alone()
         ended = iter(_carry_out(mine, store, options))
     return [next(ended) if isinstance(hold, Hold) else hold for hold in found]
@@ -103,8 +105,8 @@ def execute_pack(specs: Sequence[RunSpec], store: Store, options: Options) -> li
 
 def _carry_out(mine: Sequence[tuple[RunSpec, Hold, Stop]], store: Store, options: Options) -> list[Status]:
     """Compute the runs that this process has claimed; their final statuses."""
-    if not mine:
-        return []
+    if len(mine) < 2:
+        return [alone(_held(_attempt(spec, store, options, hold, stop), hold)) for spec, hold, stop in mine]
     device = use_device(options.device, options.place)
     shares = Shares(device, len(mine))
     pack = Pack(shares, options.checkpoint_seconds, [stop for _, _, stop in mine])
@@ -126,12 +128,13 @@ def _carry_out(mine: Sequence[tuple[RunSpec, Hold, Stop]], store: Store, options
 
 def _held(attempt: Generator[Pass | Own, Any, Status], hold: Hold) -> Generator[Pass | Own, Any, Status]:
     """The claim is let go when the run has ended, whatever the others do."""
-    with hold:
-        try:
-            return (yield from attempt)
-        except Lost:
-            traceback.print_exc()
-            return Status.RUNNING
+    try:
+        return (yield from attempt)
+    except Lost:
+        traceback.print_exc()
+        return Status.RUNNING
+    finally:
+        hold.release()
 
 
 def _claim(spec: RunSpec, store: Store, options: Options) -> Hold | Status:

@@ -319,3 +319,12 @@ def test_an_interval_wider_than_the_measure_can_be_is_called_useless():
     assert value_text(cell(runs, "valid_accuracy")) == "50 (n = 2: no useful interval)"
     assert value_text(cell(runs, "valid_loss")) == "0.5 ± 1.1"
     assert common_places([cell(runs, "valid_accuracy")]) is None
+
+
+@pytest.mark.parametrize(("share", "said"), [(0, None), (2, "of 2 of"), (10**6, "are each run's share")])
+def test_costs_of_packed_runs_are_said_to_be_shares(results, share, said):
+    done = list(results.selection.done.index)
+    packed = {run_id: {"packed": 4} for run_id in done[:share]}
+    marked = dataclasses.replace(results, environments={run_id: packed.get(run_id, {}) for run_id in done})
+    notes = [note for note in sheet(marked, "summary").notes if "Packed" in note]
+    assert (not notes) if said is None else (len(notes) == 1 and said in notes[0] and "peak" in notes[0])
