@@ -47,7 +47,8 @@ def plan(
     with hushed():
         from lorabench.launch.plan import make_plan
 
-        packing = Asked(size=most_in_pack(pack), device=device, workers=default_workers(part, gpus))
+        workers = default_workers(part, gpus)
+        packing = Asked(size=most_in_pack(pack), device=device, workers=workers, alone=wanted.alone)
         return Plan(sweep=part, table=make_plan(part, store, device, packing=packing), left=left)
 
 

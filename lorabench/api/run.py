@@ -69,8 +69,9 @@ def run(
     )
     workers = _num_workers(part, workers, processes, gpus)
     pool = Pool(
-        workers=workers, processes=processes, gpus=gpus, settings=settings, retry=again, pack=most_in_pack(pack)
-    )
+        workers=workers, processes=processes, gpus=gpus, settings=settings, retry=again, pack=most_in_pack(pack),
+        alone=wanted.alone,
+    )  # fmt: skip
     check_writable(store.root)
     write_bytes(store.root / wanted.name / "sweep.toml", wanted.text.encode())
     for spec in part.runs:

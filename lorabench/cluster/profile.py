@@ -201,11 +201,11 @@ class Profile:
         return {key: value for key, value in parameters.items() if value is not None} | {"wckey": None}
 
 
-def packing(profile: Profile) -> Asked:
+def packing(profile: Profile, alone: frozenset[str] = frozenset()) -> Asked:
     """How a job packs its runs: not those that several ranks compute together."""
     size = most_in_pack(profile.pack) if profile.world_size == 1 else 1
     gpu = f"{profile.gpu_type} {profile.constraint}"
-    return Asked(size=size, device=profile.run_device, workers=profile.cells_at_once, gpu=gpu)
+    return Asked(size=size, device=profile.run_device, workers=profile.cells_at_once, gpu=gpu, alone=alone)
 
 
 def requeue_file(folder: Path, job: str) -> Path:

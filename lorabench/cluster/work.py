@@ -29,7 +29,7 @@ from lorabench.launch.worker import Settings
 from lorabench.processes.distributed import Place
 from lorabench.processes.machine import visible_gpus
 from lorabench.spec.run_spec import RunSpec
-from lorabench.spec.sweep import Sweep
+from lorabench.spec.sweep import Sweep, read_sweep
 from lorabench.store.claim import current_claim
 from lorabench.store.crash_record import settle
 from lorabench.store.record import FAILURES, Status
@@ -70,6 +70,7 @@ def compute(store: Store, submission: Submission, profile: Profile, number: int,
         ),
         again=frozenset(id for id in run_ids if submission.retry.get(id) == _claims(store.folder(id))),
         pack=packing(profile).size,
+        alone=_alone(store, submission),
         check=False,
         patience_seconds=max(1.0, profile.signal_seconds - MARGIN_SECONDS),
         server_log=submission.submitit / f"{job_id}_server.log",
@@ -84,6 +85,14 @@ def compute(store: Store, submission: Submission, profile: Profile, number: int,
     meeting = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     os.environ["MASTER_ADDR"] = _address(meeting.master_addr, profile.nodes)
     return launch_together(sweep, store, pool, Place.from_environment())
+
+
+def _alone(store: Store, submission: Submission) -> frozenset[str]:
+    """As the sweep says that is kept in the results; none where it can be read no more: all are packed."""
+    try:
+        return read_sweep(store.root / submission.sweep / "sweep.toml", submission.sweep, stored=True).alone
+    except InputError:
+        return frozenset()
 
 
 def _address(host: str, num_nodes: int) -> str:

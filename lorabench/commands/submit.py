@@ -96,4 +96,4 @@ def _plan(order: Any, store: Any) -> dict[str, Any]:
 
     profile = order.profile
     gpu = f"{profile.gpu_type} {profile.constraint}"
-    return make_plan(order.sweep, store, profile.run_device, gpu, packing(profile))
+    return make_plan(order.sweep, store, profile.run_device, gpu, packing(profile, order.sweep.alone))

@@ -51,8 +51,11 @@ def rides(
     found: dict[str, Ride] = {}
     notes: list[str] = []
     alike: dict[str, list[RunSpec]] = {}
+    apart = 0
     for spec in specs if asked.size != 1 else ():
-        if (key := key_of(spec)) is not None:
+        if (key := key_of(spec)) is not None and spec.id in asked.alone:
+            apart += 1
+        elif key is not None:
             alike.setdefault(key, []).append(spec)
     for key, runs in alike.items():
         if len(runs) < 2:
@@ -71,6 +74,8 @@ def rides(
                 spec.id: Ride(key=key, size=size, weight=counts.num_trainable)
                 for spec, (counts, _) in zip(runs, known, strict=True)
             }
+    if apart and found:
+        notes.append(f"not packed: {apart} runs, one seed of each setting, for the sweep shows what they cost")
     return found, notes
 
 

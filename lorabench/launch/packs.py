@@ -44,6 +44,8 @@ class Asked:
     """Packs at a time that share the device."""
     gpu: str | None = None
     """The kind, where this machine has none of it."""
+    alone: frozenset[str] = frozenset()
+    """Runs that are in no pack, for what they cost is asked."""
 
 
 def most_in_pack(text: int | str) -> int | None:

@@ -92,6 +92,8 @@ class Pool:
     preload: tuple[str, ...] = PRELOAD
     pack: int | None = None
     """Runs of one base at most that share their passes (None: as many as pay; 1: none)."""
+    alone: frozenset[str] = frozenset()
+    """Runs that are in no pack."""
     check: bool = True
     """Refuse, before anything runs, methods that do not fit their model."""
     patience_seconds: float | None = None
@@ -253,7 +255,12 @@ class _Launch:
 
     def _check(self) -> None:
         """InputError, before anything runs, if some method does not fit its model. What can be packed is known then."""
-        asked = Asked(size=self.pool.pack, device=self.pool.settings.device, workers=self._workers_a_gpu())
+        asked = Asked(
+            size=self.pool.pack,
+            device=self.pool.settings.device,
+            workers=self._workers_a_gpu(),
+            alone=self.pool.alone,
+        )
         check = Check(
             specs=self.pending,
             done=self._data_of_done(),

@@ -77,11 +77,14 @@ def figure_notes(results: Results, figure: Any) -> str:
 
 def packed_notes(results: Results, runs: pd.DataFrame, values: Iterable[str]) -> list[str]:
     """That what is shown of memory and time is a share of what several runs took together, and of which runs."""
-    shared = [value for value in values if is_shared_in_a_pack(value)]
+    shared = [value for value in values if is_shared_in_a_pack(value) and value in runs]
     done = [run_id for run_id in runs.index if runs.at[run_id, "status"] == Status.DONE]
     packed = [run_id for run_id in done if results.environments.get(run_id, {}).get("packed")]
     if not shared or not packed:
         return []
+    if runs.loc[packed, shared].isna().all(axis=None):
+        which = f"{len(done) - len(packed)} of {len(done)} runs"
+        return [f"Of the {which} that were computed alone: {listed(map(measure_label, shared))}."]
     share = "share of what the runs of a pack took together"
     if len(packed) == len(done):
         return [f"Packed: {listed(map(measure_label, shared))} are each run's {share}."]

@@ -15,8 +15,8 @@ import pandas as pd
 
 from lorabench.report.steps import StepLog, steps_frame
 from lorabench.spec.claim import matches
-from lorabench.spec.measures import MEASURES, find
-from lorabench.spec.run_spec import RunSpec, complete, flatten, is_tables, task_names
+from lorabench.spec.measures import MEASURES, find, is_shared_in_a_pack
+from lorabench.spec.run_spec import RunSpec, canonical_json, complete, flatten, is_tables, task_names
 from lorabench.spec.sweep import Sweep, known_measures
 from lorabench.store.record import FAILURES, GENERATIONS_FILE, STEPS_FILE, RunRecord, Status
 from lorabench.store.store import RunState, Store
@@ -182,7 +182,7 @@ def load_results(
         if state.record and state.status in (Status.DONE, Status.CANCELLED, *FAILURES)
     }
     states = judged([_measured(state, spec, logs) for state, spec in zip(states, sweep.runs, strict=True)])
-    runs = _frame(states, [spec.flat for spec in sweep.runs])
+    runs = _costs_alone(_frame(states, [spec.flat for spec in sweep.runs]), sweep, states)
     if sweep.labels:
         runs.insert(0, "label", [sweep.labels[run_id] for run_id in runs.index])
     records = {state.run_id: state.record for state in states if state.record}
@@ -203,6 +203,20 @@ def load_results(
     if analyze is None:
         return results
     return with_analyses(results, analyze(store, sweep, selected(results).run_ids))
+
+
+def _costs_alone(runs: pd.DataFrame, sweep: Sweep, states: list[RunState]) -> pd.DataFrame:
+    """Without what a packed run costs, its share of a pack's, where another seed of its setting was computed alone."""
+    shared = [name for name in runs if is_shared_in_a_pack(str(name))]
+    packed = {state.run_id for state in states if state.record and state.record.environment.get("packed")}
+    done = {state.run_id for state in states if state.status == Status.DONE}
+    settings: dict[bytes, list[str]] = {}
+    for spec in sweep.runs if packed else ():
+        settings.setdefault(canonical_json({**spec.to_json(), "seed": None}), []).append(spec.id)
+    for run_ids in settings.values():
+        if any(run_id in done - packed for run_id in run_ids):
+            runs.loc[[run_id for run_id in run_ids if run_id in packed], shared] = np.nan
+    return runs
 
 
 def _measured(state: RunState, spec: RunSpec, logs: dict[str, StepLog]) -> RunState:

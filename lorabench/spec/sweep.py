@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from lorabench.config import plugins
 from lorabench.config.decode import InputError, Pattern, decode, decode_plugin, parse_toml, read_toml, show
@@ -19,8 +19,8 @@ from lorabench.models.base_model import builtin_models
 from lorabench.spec.claim import Claim, matches
 from lorabench.spec.figure import Figure
 from lorabench.spec.generate import ENDS, METRICS
-from lorabench.spec.measures import MEASURES, OWN, Measure, find, of_sets
-from lorabench.spec.run_spec import RunSpec, flatten, is_tables, unflatten
+from lorabench.spec.measures import MEASURES, OWN, Measure, find, is_shared_in_a_pack, of_sets
+from lorabench.spec.run_spec import RunSpec, canonical_json, flatten, is_tables, unflatten
 
 SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure", "claim"]
 
@@ -44,6 +44,9 @@ class Select:
     by: str = "valid_loss"
     """The measure that decides, averaged over seeds; smaller is better unless the measure says otherwise. None of the
     test split's: what is chosen on it would be reported of it."""
+    cost: Literal["alone", "shared"] | None = None
+    """Whether one seed of each setting is computed by itself, for what it costs, where the others are packed (None:
+    where a table, a figure or a claim of the sweep shows that)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,20 @@ class Sweep:
         flats = [run.flat for run in self.runs]
         keys = dict.fromkeys(key for flat in flats for key in flat)
         return [key for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1]
+
+    @cached_property
+    def alone(self) -> frozenset[str]:
+        """The runs that are never packed: where costs are shown, the first seed of each setting."""
+        asked = [name for table in self.tables for name in table.values]
+        asked += [name for figure in self.figures for name in figure.measures]
+        asked += [name for claim in self.claims if not claim.counted_on for name in claim.measures.values()]
+        cost = self.select.cost if self.select else None
+        if cost == "shared" or (cost is None and not any(map(is_shared_in_a_pack, asked))):
+            return frozenset()
+        first: dict[bytes, RunSpec] = {}
+        for run in sorted(self.runs, key=lambda run: run.seed):
+            first.setdefault(canonical_json({**run.to_json(), "seed": None}), run)
+        return frozenset(run.id for run in first.values())
 
 
 def read_sweep(
