@@ -43,7 +43,7 @@ def test_one_seed_of_each_setting_is_alone_where_costs_are_shown(more: dict, num
 
 
 def test_a_word_that_is_none_is_refused() -> None:
-    with pytest.raises(InputError, match='select.cost = "some": unknown value'):
+    with pytest.raises(InputError, match=r'select\.cost = "some": unknown value'):
         sweep(select={"cost": "some"})
 
 
