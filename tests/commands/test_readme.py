@@ -63,12 +63,28 @@ def test_every_command_runs(world: Path, capfd: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_claims_are_those_of_the_reference() -> None:
-    whole = (ROOT / "results/reference/claims/tables/claims.md").read_text().splitlines()
-    known = {tuple(cells[i] for i in (0, 1, 4)) for line in whole if len(cells := cells_of(line)) == 6}
-    shown = README.partition("| claim | measured | verdict |")[2].partition("\n\n")[0].splitlines()[2:]
+    known = {tuple(cells[i] for i in (0, 1, 4)) for cells in reference("claims") if len(cells) == 6}
+    shown = in_readme("|claim|measured|verdict|")
     assert len(shown) > 5
-    for line in shown:
-        assert tuple(cells_of(line)) in known, line
+    for cells in shown:
+        assert tuple(cells) in known, cells
+
+
+def test_the_comparison_of_the_methods_is_that_of_the_reference() -> None:
+    head, _, *rows = [cells for cells in reference("methods") if len(cells) > 6]
+    (line,) = re.findall(r"^\|method\|.*$", README, re.MULTILINE)
+    places = [head.index(label) for label in cells_of(line)]
+    assert {"trainable share (%)", "validation loss (nats)", "forgetting (nats)"} <= {*cells_of(line)}
+    assert in_readme(line) == [[row[place] for place in places] for row in rows]
+
+
+def reference(table: str) -> list[list[str]]:
+    return [*map(cells_of, (ROOT / f"results/reference/claims/tables/{table}.md").read_text().splitlines())]
+
+
+def in_readme(head: str) -> list[list[str]]:
+    """The rows of the table with this head."""
+    return [*map(cells_of, README.partition(head)[2].partition("\n\n")[0].splitlines()[2:])]
 
 
 def cells_of(line: str) -> list[str]:
