@@ -203,7 +203,9 @@ class _Passes:
     def _token_seconds(self, machine: Machine, size: int) -> float:
         """Of a token of every row of a batch, with what `generate` does for it."""
         weights = self.counts.weight_bytes / machine.read
-        return machine.seconds(self._forward(size)) + weights + 110 * machine.operation
+        forward = self.profile.forward.at(size / (self.micro * self.usual))
+        forward += Cost(written=12.0 * self.counts.vocabulary * size)
+        return machine.seconds(forward) + weights + 110 * machine.operation
 
     def serving_seconds(self, machine: Machine) -> float:
         """Races of base, unmerged and merged model at each batch size, and of adapters; loading several of them."""
