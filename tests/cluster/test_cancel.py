@@ -228,7 +228,8 @@ LOCAL_JOB = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[-1] + "/told", "w").close(), sys.exit()))
 open(sys.argv[-1] + "/ready", "w").close()
-time.sleep(60)
+for _ in range(600):  # one long sleep would not see a signal that comes just before it begins
+    time.sleep(0.1)
 """
 
 

@@ -16,7 +16,7 @@ from lorabench.training.base import Base
 from lorabench.training.batches import Work
 from lorabench.training.evaluation import metrics_of
 from lorabench.training.examples import LENGTHS, collate, end_to_end
-from lorabench.training.loop import forward_backward
+from lorabench.training.step import forward_backward
 from lorabench.training.meter import Meter
 from lorabench.training.passes import forward
 from lorabench.training.state import Training
