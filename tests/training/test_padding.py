@@ -16,10 +16,10 @@ from lorabench.training.base import Base
 from lorabench.training.batches import Work
 from lorabench.training.evaluation import metrics_of
 from lorabench.training.examples import LENGTHS, collate, end_to_end
-from lorabench.training.step import forward_backward
 from lorabench.training.meter import Meter
 from lorabench.training.passes import forward
 from lorabench.training.state import Training
+from lorabench.training.step import forward_backward
 from lorabench.training.trial import check_flat, try_out
 from tests.conftest import make_spec
 from tests.families import CONFIGS

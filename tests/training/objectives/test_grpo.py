@@ -26,10 +26,10 @@ from lorabench.store.store import Store
 from lorabench.training import rollouts
 from lorabench.training.base import Base
 from lorabench.training.execute import Options, execute
-from lorabench.training.step import forward_backward
 from lorabench.training.meter import Meter
 from lorabench.training.objectives.grpo import Grpo
 from lorabench.training.state import Training
+from lorabench.training.step import forward_backward
 from lorabench.training.stop import Stop, Stopped
 from tests.conftest import make_spec
 from tests.methods.test_methods import CPU, IMPOSSIBLE
