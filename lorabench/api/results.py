@@ -164,7 +164,8 @@ class SweepResults:
             with drawing.onto(canvas):
                 drawn = figure.draw(self.analyzed.of(figure.where))
         if drawn is None:
-            raise InputError(f"figure {name}: there is nothing to draw in these results")
+            which = "these results" if not figure.where else "the part of these results that `where` names"
+            raise InputError(f"figure {name}: there is nothing to draw in {which}: it needs {figure.needs}")
         return drawn
 
     def _figure(self, name: str, options: dict[str, Any]) -> Any:

@@ -47,7 +47,7 @@ def run(
     """
     from lorabench.config.durable import write_bytes
     from lorabench.launch.packs import most_in_pack
-    from lorabench.launch.pool import Pool, check_writable, launch, repeatable
+    from lorabench.launch.pool import Pool, launch, repeatable
     from lorabench.launch.worker import Settings
     from lorabench.processes.machine import visible_gpus
     from lorabench.spec.source import as_sweep
@@ -72,11 +72,14 @@ def run(
         workers=workers, processes=processes, gpus=gpus, settings=settings, retry=again, pack=most_in_pack(pack),
         alone=wanted.alone,
     )  # fmt: skip
-    check_writable(store.root)
-    write_bytes(store.root / wanted.name / "sweep.toml", wanted.text.encode())
-    for spec in part.runs:
-        store.uncancel(spec.id)
-    return Ran(sweep=part, outcome=launch(part, store, pool), results=SweepResults(store, wanted), left=left)
+
+    def begin() -> None:
+        write_bytes(store.root / wanted.name / "sweep.toml", wanted.text.encode())
+        for spec in part.runs:
+            store.uncancel(spec.id)
+
+    outcome = launch(part, store, pool, begin=begin)
+    return Ran(sweep=part, outcome=outcome, results=SweepResults(store, wanted), left=left)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

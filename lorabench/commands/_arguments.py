@@ -59,7 +59,12 @@ def numbers(kind: type) -> Callable[[str], Any]:
 
 def pack_size(text: str) -> int | str:
     """`auto`, `off` or a number of runs."""
-    return text if text in ("auto", "off") else int(number(int, 1)(text))
+    if text in ("auto", "off"):
+        return text
+    try:
+        return int(number(int, 1)(text))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"'{clip(text)}': must be auto, off or a whole number of at least 1") from None
 
 
 JSON = argument("--json", "print JSON instead of a table", action="store_true")

@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
@@ -120,14 +120,21 @@ class Outcome:
         return 0 if all(state.status == Status.DONE for state in self.states) else 1
 
 
-def launch(sweep: Sweep, store: Store, pool: Pool, target: Target = execute_run) -> Outcome:
+def launch(
+    sweep: Sweep,
+    store: Store,
+    pool: Pool,
+    target: Target = execute_run,
+    begin: Callable[[], object] = lambda: None,
+) -> Outcome:
     """Run what is missing of the sweep; returns when every run is settled or a signal has stopped them.
 
-    Raises InputError, before anything runs, if the results folder cannot be written or a method does not fit.
+    `begin` is called once nothing can be refused any more. Raises InputError, before anything runs, if the results
+    folder cannot be written or a method does not fit.
     """
     check_writable(store.root)
     with Display(sweep.name, labels(sweep)) as display:
-        return _Launch(sweep, store, pool, target, display).go()
+        return _Launch(sweep, store, pool, target, display).go(begin)
 
 
 def labels(sweep: Sweep) -> dict[str, str]:
@@ -209,10 +216,11 @@ class _Launch:
         self.stopped: tuple[str, ...] = ()
         self.stopping_since = 0.0
 
-    def go(self) -> Outcome:
+    def go(self, begin: Callable[[], object]) -> Outcome:
         self._sort()
         if self.pending and (self.pool.check or self._may_pack()) and self.target is execute_run:
             self._check()
+        begin()
         with self._handlers():
             while self.pending or self.children or self.elsewhere:
                 self._obey_signals()

@@ -18,6 +18,8 @@ from lorabench.spec.sweep import Table
 from lorabench.store.record import Status
 
 THINNED = "Of more settings than there is room for, some of the ranks are left out, then those that do worst."
+NAMED = 8
+"""Settings that a note names; of more it says how many."""
 STORED = ("storage_bytes", "resident_adapter_gib", "adapter_load_seconds", "adapter_swap_seconds")
 """Measures of an adapter's files, beside those of the group `storage`."""
 
@@ -82,14 +84,19 @@ def packed_notes(results: Results, runs: pd.DataFrame, values: Iterable[str]) ->
     packed = [run_id for run_id in done if results.environments.get(run_id, {}).get("packed")]
     if not shared or not packed:
         return []
-    if runs.loc[packed, shared].isna().all(axis=None):
+    shares = runs.loc[packed, shared].dropna(how="all")
+    if shares.empty:
         which = f"{len(done) - len(packed)} of {len(done)} runs"
         return [f"Of the {which} that were computed alone: {listed(map(measure_label, shared))}."]
     share = "share of what the runs of a pack took together"
-    if len(packed) == len(done):
+    if len(shares) == len(done):
         return [f"Packed: {listed(map(measure_label, shared))} are each run's {share}."]
-    which = f"of {len(packed)} of {len(done)} runs"
-    return [f"Packed: {listed(map(measure_label, shared))} are {which} a {share}, of the others what they took alone."]
+    settings = [
+        series_label(results.settings, values) for values, _ in grouped(runs.loc[shares.index], results.settings)
+    ]
+    which = listed(settings) if len(settings) <= NAMED else f"{len(settings)} settings ({len(shares)} runs)"
+    rest = "of the others what runs took that were computed alone: the one is not to be compared with the other"
+    return [f"Packed: {listed(map(measure_label, shared))} of {which} are a {share}, {rest}."]
 
 
 def data_notes(results: Results) -> list[str]:

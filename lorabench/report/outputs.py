@@ -25,7 +25,7 @@ from lorabench.report.aggregate import FAILED, plain
 from lorabench.report.answers import Shown, read_answers
 from lorabench.report.claims import claims_sheet
 from lorabench.report.comparisons import Outcome, instabilities, outcome
-from lorabench.report.footnotes import figure_notes
+from lorabench.report.footnotes import figure_notes, part_note
 from lorabench.report.labels import (
     capitalized,
     distinct,
@@ -61,8 +61,8 @@ class Content:
     tables: list[Sheet | Broken]
     figures: dict[str, list[Drawn | Broken]]
     """By section, in order."""
-    empty: list[str]
-    """Names of the figures that had nothing to draw."""
+    empty: dict[str, str]
+    """The figures that had nothing to draw, by name, and what they need."""
     errors: dict[str, str]
     """All that raised, by name."""
     outcome: list[str] = field(default_factory=list)
@@ -137,11 +137,12 @@ def _write(results: Results, more: dict[str, Any], folder: Path, attempt: Attemp
     sheets = [sheet for sheet in (claims, summary, compared, changes, *tables) if isinstance(sheet, Sheet)]
     files = write_tables(results, sheets, folder / "tables", attempt)
     shown: dict[str, list[Drawn | Broken]] = {section: [] for section in SECTIONS}
-    empty = []
+    empty = {}
     for name, figure in _figures(results).items():
         made = attempt(f"figure {name}", partial(_draw, results, name, figure, folder / "figures"))
         if made is None:
-            empty += [name] if figure in results.sweep.figures or not results.sweep.figures else []
+            if figure in results.sweep.figures or not results.sweep.figures:
+                empty[name] = " ".join([f"{name} needs {figure.needs}.", *part_note(figure.where)])
         else:
             shown[figure.section].append(made)
             files += made.files if isinstance(made, Drawn) else []

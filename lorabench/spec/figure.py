@@ -34,6 +34,8 @@ class Figure(Plugin, ABC):
     in_sweep: ClassVar[tuple[str, str]] = ("[[figure]]", "")
     section: ClassVar[str] = "other"
     """Under which heading of the report it stands: a key of `SECTIONS`."""
+    needs: ClassVar[str] = "runs that are done"
+    """What there must be for it to draw: told where there is not."""
     intervals: ClassVar[bool] = True
     """Whether it draws intervals over seeds, which its caption then explains."""
     always: ClassVar[bool] = False

@@ -219,8 +219,13 @@ def unknown_runs(
     flat = flatten(dict(wanted))
     known = [*_known_keys(list(runs)), *(["label"] if labels else [])]
     unknown = _unknown_keys(list(flat), known, f"{where}{key}")
-    if unknown or any(matches(run.flat | {"label": labels.get(run.id)}, flat) for run in runs):
+    if unknown:
         return unknown
+    flats = [run.flat | {"label": labels.get(run.id)} for run in runs]
+    if any(matches(run, flat) for run in flats):
+        listed = [(name, item) for name, items in flat.items() if isinstance(items, list) for item in items]
+        strange = [(name, item) for name, item in listed if not any(matches(run, {name: item}) for run in flats)]
+        return [f"{where}{key}.{name}: {show(item)} is no run's of this sweep" for name, item in strange]
     return [f"{where}{key} = {show(unflatten(flat))}: is no run of this sweep"]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from lorabench.api.plan import first_runs
 from lorabench.cli import main
+from lorabench.config.decode import InputError
 from lorabench.spec.sweep import read_sweep
 from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store
@@ -69,7 +70,12 @@ seed = [0, 1, 2] # three
 
 
 def test_the_commands_change_and_limit_and_what_is_stored_explains_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("lorabench.launch.pool.launch", lambda sweep, *_: begun.extend(sweep.runs) or Ended())
+    def launch(sweep, store, pool, begin):
+        begin()
+        begun.extend(sweep.runs)
+        return Ended()
+
+    monkeypatch.setattr("lorabench.launch.pool.launch", launch)
     begun: list = []
     (tmp_path / "tiny.toml").write_text(SWEEP)
     changes = ["--set", "lr=[1e-3, 2e-3]", "--set", "method.rank=4"]
@@ -89,6 +95,18 @@ def test_the_commands_change_and_limit_and_what_is_stored_explains_it(tmp_path, 
     assert "method.rank = 4\n" in capsys.readouterr().out
     assert main(["plan", str(tmp_path / "tiny.toml"), "--set", "lr=x", "--set", "seed"]) == 2
     assert [line.count("--set") for line in capsys.readouterr().err.splitlines()] == [2, 1]
+
+
+def test_what_is_refused_leaves_nothing_in_the_results(tmp_path, capsys, monkeypatch):
+    """Also what only the check finds, which takes models and data: it would stand in `status` as not begun."""
+
+    def refuse(launch):
+        raise InputError("task.data: has no rows")
+
+    monkeypatch.setattr("lorabench.launch.pool._Launch._check", refuse)
+    (tmp_path / "tiny.toml").write_text(SWEEP)
+    assert main(["run", str(tmp_path / "tiny.toml"), "--device", "cpu", "--results", str(tmp_path / "results")]) == 2
+    assert "has no rows" in capsys.readouterr().err and not list((tmp_path / "results").rglob("*.toml"))
 
 
 class Ended:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,8 @@ def test_run_takes_the_marks_of_its_runs_away(store: Store, tmp_path: Path, monk
         write_bytes(store.cancel_marker(spec.id), b"")
     seen: list[list[bool]] = []
 
-    def fake(*_: object) -> pool.Outcome:
+    def fake(*_: object, begin: Callable[[], object]) -> pool.Outcome:
+        begin()
         seen.append([store.cancel_marker(spec.id).exists() for spec in marked])
         return pool.Outcome(states=[])
 

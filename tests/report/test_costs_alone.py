@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorabench.config.decode import InputError
+from lorabench.report.figures.cost_quality import _points
 from lorabench.report.results import load_results
 from lorabench.report.tables import build_tables
 from lorabench.spec.sweep import Sweep, parse_sweep
@@ -66,3 +67,20 @@ def test_costs_are_those_of_the_runs_alone(tmp_path: Path) -> None:
     assert any("5 of 9 runs that were computed alone" in note for note in sheet.notes)
     lora = next(row for row in sheet.rows if row[0] == "lora")
     assert lora[1].startswith("1") and "3" in lora[2]
+    points = _points(results, results.selection.done, ("peak_gib",), "valid_loss")
+    assert set(points["y"]) == {3.0} and set(points["x"]) == {1.0} and set(points["seeds"]) == {3}
+
+
+def test_a_note_names_the_settings_whose_costs_are_shares(tmp_path: Path) -> None:
+    """Where a table was asked for after they had all been computed in packs."""
+    store, own = Store(tmp_path), sweep(table=COST)
+    for spec in own.runs:
+        packed = {"packed": 4} if spec.method.name == "lora" else {}
+        record = synthetic.record(spec)
+        store.write_spec(spec)
+        store.write(dataclasses.replace(
+            record, status=Status.DONE, error=None, environment={**record.environment, **packed},
+            measures={"peak_gib": 1.0, "valid_loss": 2.0, "num_trainable": 10},
+        ))  # fmt: skip
+    (note,) = [note for note in build_tables(load_results(store, own))[-1].notes if "Packed" in note]
+    assert "lora, rank 1 and lora, rank 8 are a share" in note and "full" not in note

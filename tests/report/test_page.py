@@ -249,7 +249,7 @@ def test_ten_thousand_runs_open_quickly(tmp_path):
         "step": np.tile(np.arange(STEPS), len(states)), "loss": np.linspace(5, 3, len(places)),
     })  # fmt: skip
     content = Content(
-        summary=tables.summary(results, results.selection), changes=None, tables=[], figures={}, empty=[], errors={},
+        summary=tables.summary(results, results.selection), changes=None, tables=[], figures={}, empty={}, errors={},
         details=run_details(results), costs=cost_against_quality(results),
     )  # fmt: skip
     page, last = tmp_path / "report.html", results.runs.index[-1]

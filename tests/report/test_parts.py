@@ -63,7 +63,9 @@ def with_tables(results: Results, tables: tuple[Table, ...]) -> Results:
 @pytest.mark.parametrize("block", ["table", "figure"])
 def test_who_is_named_must_be_there(block: str) -> None:
     own = {"table": {"rows": ["seed"], "value": "valid_loss"}, "figure": {"name": "rank_quality"}}[block]
-    for where, words in ({"seed": 5}, "is no run of this sweep"), ({"lrr": 1}, "unknown key 'lrr'"):
+    unknown = {"seed": 5}, {"lrr": 1}, {"seed": [0, 5]}
+    told = "is no run of this sweep", "unknown key 'lrr'", r"where\.seed: 5 is no run's of this sweep"
+    for where, words in zip(unknown, told, strict=True):
         with pytest.raises(InputError, match=words) as raised:
             parse_sweep({"base": TOY, "grid": [FULL], block: [own | {"where": where}]})
         assert raised.value.problems[0].startswith(f"{block} 1: where")

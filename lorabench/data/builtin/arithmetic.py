@@ -3,13 +3,11 @@
 Nothing is read: the seed alone decides, so that each run writes the same bytes.
 """
 
-import argparse
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-from lorabench.data.builtin.collect import HERE, jsonl_gz, write_fingerprints
+from lorabench.data.builtin.collect import write_made
 
 SEED = 0
 SIZES = {"train": 4000, "validation": 200, "test": 400}
@@ -79,19 +77,5 @@ def _either_way(problem: Problem, draw: random.Random) -> Problem:
     return Problem(b, sign, a) if sign == "+" and draw.random() < 0.5 else problem
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE, help="where the folder `arithmetic` goes")
-    out = parser.parse_args().out
-
-    (out / "arithmetic").mkdir(parents=True, exist_ok=True)
-    for split, exercises in make().items():
-        data = jsonl_gz(exercises)
-        (out / "arithmetic" / f"{split}.jsonl.gz").write_bytes(data)
-        print(f"arithmetic/{split}: {len(exercises)} exercises, {len(data)} bytes")
-    for path, digest in write_fingerprints(out).items():
-        print(f"{digest}  {path}")
-
-
 if __name__ == "__main__":
-    main()
+    write_made("arithmetic", make(), __doc__.splitlines()[0])

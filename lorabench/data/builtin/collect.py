@@ -14,7 +14,7 @@ import re
 import sysconfig
 import tokenize
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,6 +201,21 @@ def write_fingerprints(root: Path = HERE) -> dict[str, str]:
     found = fingerprints(root)
     (root / "fingerprints.json").write_text(json.dumps(found, indent=2) + "\n")
     return found
+
+
+def write_made(name: str, parts: Mapping[str, Sequence[NamedTuple]], about: str) -> None:
+    """The command line of a script that makes a set by itself: its files, and a line on the size of each."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--out", type=Path, default=HERE, help=f"where the folder `{name}` goes")
+    out = parser.parse_args().out
+
+    (out / name).mkdir(parents=True, exist_ok=True)
+    for part, rows in parts.items():
+        data = jsonl_gz(rows)
+        (out / name / f"{part}.jsonl.gz").write_bytes(data)
+        print(f"{name}/{part}: {len(rows)} {name}, {len(data)} bytes")
+    for path, digest in write_fingerprints(out).items():
+        print(f"{digest}  {path}")
 
 
 def main() -> None:

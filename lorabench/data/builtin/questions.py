@@ -4,15 +4,13 @@ The problems are those of `builtin:arithmetic`, split by split. Nothing is read:
 run writes the same bytes.
 """
 
-import argparse
 import random
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 from lorabench.data.builtin import arithmetic
 from lorabench.data.builtin.arithmetic import Exercise, Problem, columns
-from lorabench.data.builtin.collect import HERE, jsonl_gz, write_fingerprints
+from lorabench.data.builtin.collect import write_made
 
 SEED = 0
 SIZES = {"train": 2000, "validation": 200, "test": 400}
@@ -108,19 +106,5 @@ def make(seed: int = SEED) -> dict[str, list[Question]]:
     return {split: [question(each, alike, draw) for each in exercises[split][:size]] for split, size in SIZES.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=HERE, help="where the folder `questions` goes")
-    out = parser.parse_args().out
-
-    (out / "questions").mkdir(parents=True, exist_ok=True)
-    for split, questions in make().items():
-        data = jsonl_gz(questions)
-        (out / "questions" / f"{split}.jsonl.gz").write_bytes(data)
-        print(f"questions/{split}: {len(questions)} questions, {len(data)} bytes")
-    for path, digest in write_fingerprints(out).items():
-        print(f"{digest}  {path}")
-
-
 if __name__ == "__main__":
-    main()
+    write_made("questions", make(), __doc__.splitlines()[0])

@@ -14,6 +14,7 @@ class Amplification(Figure):
     """Left against the number of directions, right by kind of module with all of them; a look a setting."""
 
     section: ClassVar[str] = "base"
+    needs: ClassVar[str] = "runs with a ΔW, and the W0 that it was added to"
     most: ClassVar[int] = 7
 
     kinds: tuple[str, ...] = ()

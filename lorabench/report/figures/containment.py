@@ -22,6 +22,7 @@ class Containment(Figure):
     """A line a setting in another, a marker a side of the layers."""
 
     section: ClassVar[str] = "pairs"
+    needs: ClassVar[str] = "two runs with a ΔW that differ in one setting"
 
     between: str | None = None
     """The axis in which the two runs differ (None: methods where they were compared, else ranks, else seeds)."""

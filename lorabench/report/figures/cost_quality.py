@@ -23,6 +23,7 @@ class CostQuality(Figure):
     """
 
     section: ClassVar[str] = "cost"
+    needs: ClassVar[str] = "runs that are done, with the costs that it asks for"
 
     costs: tuple[str, ...] = ("peak_gib", "tokens_per_second")
     """The measures of the panels' x axes."""
@@ -135,7 +136,7 @@ def _points(results: Any, runs: Frame, costs: tuple[str, ...], value: str) -> Fr
         row["name"] = series_label(results.settings, values)
         both = {cost: drawing.finite(chunk, cost) for cost in costs}
         rows += [
-            {"cost": cost} | row | measured(found, cost, "x") | measured(found, value)
+            {"cost": cost} | row | measured(found, cost, "x") | measured(chunk, value)
             for cost, found in both.items()
             if len(found)
         ]

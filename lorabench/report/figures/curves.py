@@ -24,6 +24,7 @@ class Curves(Figure):
     """A panel a number of the step logs, a look a setting."""
 
     section: ClassVar[str] = "training"
+    needs: ClassVar[str] = "runs that are done, with the log of their steps"
     always: ClassVar[bool] = True
     most: ClassVar[int] = 8
 

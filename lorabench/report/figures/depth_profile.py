@@ -18,6 +18,7 @@ class DepthProfile(Figure):
     """A line a kind of module and a panel a setting, or the other way round."""
 
     section: ClassVar[str] = "spectra"
+    needs: ClassVar[str] = "runs with a ΔW, in layers of the kinds that it asks for"
 
     value: str = "spectrum.relative_norm"
     """The metric, such as `spectrum.effective_rank_entropy` or `alignment.amplification`."""

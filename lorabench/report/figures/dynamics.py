@@ -24,6 +24,7 @@ class Dynamics(Figure):
     """A panel a metric, a look a setting."""
 
     section: ClassVar[str] = "training"
+    needs: ClassVar[str] = "runs with a ΔW that kept snapshots (`snapshot_every`)"
 
     kinds: tuple[str, ...] = ()
     """Kinds of layers to average over, such as `q_proj` (empty: every layer that all these runs have)."""

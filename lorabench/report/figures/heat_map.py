@@ -14,6 +14,7 @@ class HeatMap(Figure):
     """A row of panels a metric, which share its colours; numbers stand in the cells where all of them have room."""
 
     section: ClassVar[str] = "spectra"
+    needs: ClassVar[str] = "runs with a ΔW, and the metric that it asks for"
     intervals: ClassVar[bool] = False
     most: ClassVar[int] = 4
 

@@ -22,6 +22,7 @@ class IntruderCurves(Figure):
     """A colour a setting; counts are summed over matrices, as in the paper, those that all runs have."""
 
     section: ClassVar[str] = "base"
+    needs: ClassVar[str] = "runs with a ΔW, and the W0 that it was added to"
     most: ClassVar[int] = 7
 
     k: Annotated[int, Ge(1)] = 10

@@ -15,6 +15,7 @@ class RankQuality(Figure):
     """Lines are methods (and quantizations), panels are every other swept key."""
 
     section: ClassVar[str] = "cost"
+    needs: ClassVar[str] = "runs of methods with a rank that are done, and of which one sweeps it"
 
     value: str | None = None
     """The measure (None: validation loss or accuracy, whichever the sweep selects by)."""

@@ -20,6 +20,7 @@ class Spectra(Figure):
     """A panel a method and setting, darker with the rank; methods without a rank stand in every panel."""
 
     section: ClassVar[str] = "spectra"
+    needs: ClassVar[str] = "runs with a ΔW"
     intervals: ClassVar[bool] = False
 
     kinds: tuple[str, ...] = ()

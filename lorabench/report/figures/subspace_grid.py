@@ -19,6 +19,7 @@ class SubspaceGrid(Figure):
     """A row a setting, a panel a kind of layer, and chance at the right on the same colours."""
 
     section: ClassVar[str] = "pairs"
+    needs: ClassVar[str] = "two runs with a ΔW of which only the rank or the seed differs"
     intervals: ClassVar[bool] = False
 
     between: Literal["method.rank", "seed"] = "method.rank"

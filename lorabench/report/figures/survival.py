@@ -17,6 +17,7 @@ class SurvivalCurves(Figure):
     """A panel a side, a look a setting."""
 
     section: ClassVar[str] = "base"
+    needs: ClassVar[str] = "runs with a ΔW, and the W0 that it was added to"
     most: ClassVar[int] = 8
 
     metric: Literal["survival_at", "direction_cosine"] = "survival_at"

@@ -16,6 +16,7 @@ class TransferMatrix(Figure):
     """A panel a setting: numbers are means over seeds, colours the change from the untouched base."""
 
     section: ClassVar[str] = "cost"
+    needs: ClassVar[str] = "runs that are done of several tasks, one after the other"
     intervals: ClassVar[bool] = False
 
     metric: Literal["accuracy", "loss"] = "accuracy"
