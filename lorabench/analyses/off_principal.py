@@ -10,6 +10,7 @@ from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from lorabench.linalg.decompose import ThinSVD
     from lorabench.updates.base import Tuned
@@ -38,7 +39,7 @@ class OffPrincipal(Analysis):
     metrics: ClassVar[dict[str, str]] = {
         "spectral_shift": "‖σ(W) − σ(W0)‖ / ‖σ(W0)‖, all singular values; null: random directions",
         "spectral_shift_at": "the same of the k largest singular values",
-        "rotation": "mean principal angle between the top 32 directions of W0 and of W, radians; null: random directions",
+        "rotation": "mean principal angle between the top 32 directions of W0 and of W, radians; null: random",
         "angle_mean": "mean principal angle between the top k directions of W0 and of W, radians",
         "angle_largest": "the largest of them, radians",
         "rotation_gap": "‖U0ᵀU − V0ᵀV‖ over √(‖U0ᵀU‖² + ‖V0ᵀV‖²), top 32 directions: 0 where left and right turn "
@@ -58,26 +59,42 @@ class OffPrincipal(Analysis):
 
 def measures(tuned: Tuned) -> Iterator[tuple[tuple[str, str, int], float]]:
     """Each metric's name, side and k, and its value."""
-    from lorabench.linalg.decompose import principal_angles
-
     before, after = tuned.base.svd, top(tuned)
     most = min(after.U.shape[1], before.U.shape[1])
     if (values := whole_spectrum(tuned)) is not None:
         yield ("spectral_shift", "both", len(values)), _shift(before.S.numpy(), values)
-    left, right = before.U[:, :most].mT @ after.U[:, :most], before.Vh[:most] @ after.Vh[:most].mT
+    sides = {
+        "input": (before.Vh[:most].mT.double(), after.Vh[:most].mT.double()),
+        "output": (before.U[:, :most].double(), after.U[:, :most].double()),
+    }
+    crosses = {side: U.mT @ V for side, (U, V) in sides.items()}
     for k in [*(k for k in KS if k < most), most]:
         yield ("spectral_shift_at", "both", k), _shift(before.S[:k].numpy(), after.S[:k].numpy())
-        for side, U, V in (("input", before.Vh.mT, after.Vh.mT), ("output", before.U, after.U)):
-            angles = principal_angles(U[:, :k], V[:, :k])
+        for side, (U, V) in sides.items():
+            angles = top_angles(U, V, crosses[side], k)
             yield ("angle_mean", side, k), float(angles.mean())
             yield ("angle_largest", side, k), float(angles[-1])
             if k == most:
                 yield ("rotation", side, k), float(angles.mean())
-        a, b = left[:k, :k].double(), right[:k, :k].double()
+        a, b = (crosses[side][:k, :k] for side in ("output", "input"))
         gap = float((a - b).norm() / (a.square().sum() + b.square().sum()).sqrt())
         yield ("rotation_gap_at", "both", k), gap
         if k == most:
             yield ("rotation_gap", "both", k), gap
+
+
+def top_angles(U: Tensor, V: Tensor, cross: Tensor, k: int) -> Tensor:
+    """The principal angles between the first k columns of `U` and of `V` (d, c), ascending, radians.
+
+    `cross`: UᵀV. As `principal_angles`, from the sines below π/4, by the Gram matrix of what of V_k is outside of U_k.
+    """
+    import torch
+
+    inner = cross[:k, :k]
+    cosines = torch.linalg.svdvals(inner).clamp(0, 1)
+    outside = V[:, :k] - U[:, :k] @ inner
+    sines = torch.linalg.eigvalsh(outside.mT @ outside).clamp(0, 1).sqrt()
+    return torch.where(cosines.square() >= 0.5, sines.arcsin(), cosines.arccos())
 
 
 def top(tuned: Tuned) -> ThinSVD:
@@ -87,6 +104,8 @@ def top(tuned: Tuned) -> ThinSVD:
     from lorabench.linalg.krylov import OVERSAMPLING, top_svd
 
     guesses, count = tuned.base.svd.U, tuned.svd.U.shape[1]
+    if 4 * (count + OVERSAMPLING) > min(tuned.layer.shape):
+        return tuned.svd  # of a dense SVD
     left = torch.cat([tuned.svd.U, guesses[:, count : count + OVERSAMPLING]], 1)
     return top_svd(tuned.matrix, count, left=left, tolerance=TOLERANCE)
 

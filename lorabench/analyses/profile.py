@@ -9,6 +9,7 @@ from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
     import numpy as np
+
     from lorabench.updates.base import Tuned
 
 SAMPLE = 16
@@ -24,7 +25,7 @@ class Profile(Analysis):
     al. 2026, PEFT-Arena, arXiv 2605.28819, the two views of its spectral analysis). A row is of the directions from
     `first` to `last`, half an octave, 1 the top one: the root of their mean square, over a sample of
     `num_directions` of them. Null: the singular values of ΔW in random directions, mean and standard deviation in
-    closed form. Directions beyond W0's numerical rank are arbitrary and left out. ΔW is not formed where it has factors.
+    closed form. Directions beyond W0's numerical rank are arbitrary and left out. A ΔW of factors is never formed.
     """
 
     needs: ClassVar[Literal["base"]] = "base"

@@ -31,7 +31,7 @@ class Sparsity(Analysis):
         "changed": "share of the weights that ΔW changes in bfloat16; null: random directions",
         "hidden": "share of the weights where ΔW is not 0, yet bfloat16 shows no change; null: random directions",
         "zero": "share of the weights where ΔW is exactly 0",
-        "visible_rank": "numerical rank of the change in bfloat16 over min(M, N), in [0, 1]; not of large matrices",
+        "visible_rank": "numerical rank of the change in bfloat16 over min(M, N), of matrices up to 1024",
         "changed_in_principal": "share of the changed weights that are among W0's 30% principal ones",
         "changed_in_smallest": "share of the changed weights that are among W0's 30% smallest ones",
         "largest_in_principal": "share of the 30% largest entries of ΔW that are among W0's 30% principal weights",
@@ -42,6 +42,8 @@ class Sparsity(Analysis):
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
         (tuned,) = layers
         found, null = dict(measures(tuned)), dict(measures(tuned.null))
+        if (rank := visible_rank(tuned)) is not None:
+            found["visible_rank"] = rank
         return [{"metric": metric, "value": value, "null": null.get(metric)} for metric, value in found.items()]
 
 
@@ -51,11 +53,8 @@ def measures(tuned: Tuned) -> Iterator[tuple[str, float]]:
 
     seen, marked = tuned.seen, tuned.base.marked
     yield "changed", seen.share_changed
-    yield "hidden", 1 - seen.share_changed - seen.share_zero
+    yield "hidden", (seen.num_entries - seen.num_zero - count(seen.changed)) / seen.num_entries
     yield "zero", seen.share_zero
-    rank = visible_rank(tuned)
-    if rank is not None:
-        yield "visible_rank", rank
     for name, chosen in (("changed", seen.changed), ("largest", seen.largest)):
         if size := count(chosen):
             yield f"{name}_in_principal", count(chosen, marked.principal) / size

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from lorabench.updates.pair_interference import kth_largest
 from lorabench.updates.update import Update
 
 if TYPE_CHECKING:
@@ -75,16 +73,21 @@ def marked(weight: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Marked:
 
     Principal weights: Liu et al. 2025 (LIFT), arXiv 2506.00772; both masks: Zhu et al. 2025, arXiv 2511.08567.
     """
-    bound = kth_largest(Update(parameter="", B=weight), weight.numel() - _num_chosen(weight.numel()) + 1)
+    bound = -_kth_largest(-weight.abs(), _num_chosen(weight.numel()))
     low_rank = Update(parameter="", B=U * S.to(U.dtype), A=Vh)
     return Marked(principal=largest(low_rank), smallest=bits(weight.abs() <= bound))
 
 
 def largest(update: Update) -> Bits:
     """The share ALPHA of the entries that is largest in magnitude; ties count all, zeros never."""
-    M, N = update.shape
-    dense = update.dense().float()
-    return bits((dense.abs() >= kth_largest(Update(parameter="", B=dense), _num_chosen(M * N))) & (dense != 0))
+    sizes = update.dense().float().abs()
+    return bits((sizes >= _kth_largest(sizes, _num_chosen(sizes.numel()))) & (sizes != 0))
+
+
+def _kth_largest(values: Tensor, k: int) -> float:
+    """The k-th largest entry, k from 1."""
+    flat = values.flatten().numpy()
+    return float(np.partition(flat, len(flat) - k)[len(flat) - k])
 
 
 def _num_chosen(num_entries: int) -> int:
