@@ -86,15 +86,12 @@ def measures(tuned: Tuned) -> Iterator[tuple[tuple[str, str, int], float]]:
 def top_angles(U: Tensor, V: Tensor, cross: Tensor, k: int) -> Tensor:
     """The principal angles between the first k columns of `U` and of `V` (d, c), ascending, radians.
 
-    `cross`: UᵀV. As `principal_angles`, from the sines below π/4, by the Gram matrix of what of V_k is outside of U_k.
+    Orthonormal columns in float64; `cross`: UᵀV. By the sines, from the Gram matrix of what of V_k is outside of U_k.
     """
     import torch
 
-    inner = cross[:k, :k]
-    cosines = torch.linalg.svdvals(inner).clamp(0, 1)
-    outside = V[:, :k] - U[:, :k] @ inner
-    sines = torch.linalg.eigvalsh(outside.mT @ outside).clamp(0, 1).sqrt()
-    return torch.where(cosines.square() >= 0.5, sines.arcsin(), cosines.arccos())
+    outside = V[:, :k] - U[:, :k] @ cross[:k, :k]
+    return torch.linalg.eigvalsh(outside.mT @ outside).clamp(0, 1).sqrt().arcsin()
 
 
 def top(tuned: Tuned) -> ThinSVD:

@@ -50,7 +50,8 @@ class SparsityPoints(Figure):
                 for metric in metrics:
                     _points(axes, tables.get(metric), names, looks[metric])
                 axes.set(title="", xlabel=label, ylabel="", ylim=(len(names) - 0.5, -0.5))
-                axes.set_xlim(0, 100) if len(metrics) == 1 else axes.set_xlim(left=0)
+                if len(metrics) > 1:
+                    axes.axvline(30, color=drawing.REFERENCE, linewidth=0.9, linestyle=drawing.NULL_DASHES, zorder=0)
                 axes.grid(axis="y", visible=False)
             grid.axes.flat[0].set_yticks(range(len(names)), names)
             entries = {NAMES[metric]: looks[metric] for metric in tables}
@@ -63,8 +64,9 @@ class SparsityPoints(Figure):
             "Left: weights whose value in bfloat16 is another after ΔW. Right: how many of these are among the 30% of "
             "W0's entries that are principal (largest in its approximation of low rank), and among its 30% smallest: "
             f"means over layers{self.of_kinds} that all runs have (where there is none: each run's own) and over "
-            "seeds. Vertical dashes: ΔW's singular values in random directions, which change the smallest weights "
-            "first too, since rounding hides what is small beside its weight."
+            "seeds; by location alone it would be 30% (dashed line). Vertical dashes: ΔW's singular values in random "
+            "directions, which change the smallest weights first too, since rounding hides what is small beside its "
+            "weight."
         )
 
 
