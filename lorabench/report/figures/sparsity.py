@@ -54,6 +54,7 @@ class SparsityPoints(Figure):
                     axes.axvline(30, color=drawing.REFERENCE, linewidth=0.9, linestyle=drawing.NULL_DASHES, zorder=0)
                 axes.grid(axis="y", visible=False)
             grid.axes.flat[0].set_yticks(range(len(names)), names)
+            grid.axes.flat[0].set_ylabel("Setting")
             entries = {NAMES[metric]: looks[metric] for metric in tables}
             entries |= {"random directions": drawing.Look(drawing.REFERENCE, "|")}
             drawing.legend_below(grid.figure, entries, lines=False)
