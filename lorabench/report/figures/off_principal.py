@@ -50,8 +50,8 @@ class OffPrincipalCurves(Figure):
         return (
             "How far ΔW moves the k largest singular values of W0, how far it turns their subspace (mean of the k "
             "principal angles, of both sides), and how differently left and right turn (0: alike, 1: independently): "
-            f"means over layers{self.of_kinds} that all runs have (where there is none: each run's own) and over "
-            "seeds. Dashed: ΔW's singular values in random directions."
+            f"means over layers{self.of_kinds} that all runs have (where there is none: each run's own), "
+            "geometric ones over seeds. Dashed: ΔW's singular values in random directions."
         )
 
 

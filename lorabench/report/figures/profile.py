@@ -67,8 +67,9 @@ class ProfileCurves(Figure):
         return (
             "ΔW along the singular directions of W0, the top one at the left: what it answers to each, over what a "
             f"random update with its singular values does, root mean square over half octaves, layers{self.of_kinds} "
-            "that all runs have (where there is none: each run's own) and seeds. Above 1 at the left, it changes what "
-            "W0 does most. Grey: two standard deviations of a random update, of the setting where they are widest."
+            "that all runs have (where there is none: each run's own), geometric mean over seeds. Above 1 at the left, "
+            "it changes what W0 does most. Grey: two standard deviations of a random update, of the setting where they "
+            "are widest."
         )
 
 
