@@ -18,6 +18,8 @@ import pandas as pd
 import torch
 
 from lorabench.analyses.dynamics import Dynamics
+from lorabench.analysis.tidy import to_table
+from lorabench.config import plugins
 from lorabench.linalg.decompose import ThinSVD, thin_svd
 from lorabench.report.results import Results, load_results, selected, with_analyses
 from lorabench.spec.run_spec import RunSpec, flatten
@@ -26,6 +28,7 @@ from lorabench.store.record import STEPS_FILE, RunRecord, Status
 from lorabench.store.steps import write_steps
 from lorabench.store.store import Store
 from lorabench.training import sequence
+from lorabench.updates.base import Tuned, decompose
 from lorabench.updates.layer import LayerSVD
 from tests import synthetic_base
 from tests.conftest import TOY
@@ -192,7 +195,33 @@ def analyses(results: Results) -> dict[str, pd.DataFrame]:
     for spec, n, place in places:
         for name, rows_of in beside.items():
             frames[name] += [place | row for row in rows_of(*svds[spec.id, n], bases[n])]
-    return {name: _with_categories(pd.DataFrame(rows)) for name, rows in frames.items()}
+    compared = set(selected(results).run_ids)
+    found = {name: pd.DataFrame(rows) for name, rows in frames.items()}
+    found |= _on_base([place for place in places if place[0].id in compared])
+    return {name: _with_categories(frame) for name, frame in found.items()}
+
+
+ON_BASE = ("cosines", "off_principal", "profile", "sparsity")
+
+
+LAYER = 2
+"""A v_proj."""
+
+
+def _on_base(places: list[tuple[RunSpec, int, dict]]) -> dict[str, pd.DataFrame]:
+    """What these analyses themselves find of one layer: of more it would take seconds."""
+    base, parts = decompose(torch.from_numpy(synthetic_base.base(LAYER, DIM)).float()), []
+    for spec, n, place in places:
+        if n == LAYER:
+            layer = _layer(torch.from_numpy(update(spec, n)).float(), _rank(spec), 8)
+            tuned = Tuned(layer=layer, base=base)
+            parts.append({name: _table(name, tuned, place) for name in ON_BASE})
+    return {name: pd.concat([tables[name] for tables in parts], ignore_index=True) for name in ON_BASE}
+
+
+def _table(name: str, tuned: Tuned, place: dict) -> pd.DataFrame:
+    table = to_table(plugins.example("analyses", name).compute(tuned), place)
+    return table.to_pandas().astype({"run_id": str, "layer": str, "kind": str})
 
 
 def make(folder: Path, text: str = TEXT, analyzed: bool = True) -> Results:

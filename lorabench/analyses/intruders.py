@@ -50,14 +50,11 @@ class Intruders(Analysis):
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
         import numpy as np
 
-        from lorabench.updates.base import top_triplets
-
         (tuned,) = layers
         if not tuned.layer.svd.numerical_rank:
             return []
         found = judge(tuned.base, tuned.svd)
-        random, matrix = random_update(tuned)
-        null = judge(tuned.base, top_triplets(tuned.base, random, matrix, len(found.cosines)))
+        null = judge(tuned.base, tuned.random.svd)
         size = len(found.cosines)
         grid = [(epsilon, k) for epsilon in EPSILONS for k in TOPS if k <= size]
         vectors = {"value": found.cosines, "null": null.cosines, "num_degenerate": found.degenerate}
@@ -109,24 +106,6 @@ def degenerate(S: Tensor) -> Tensor:
     near = S[:-1] - S[1:] <= DEGENERATE * S[:-1]
     edge = torch.zeros(1, dtype=torch.bool)
     return torch.cat([near, edge]) | torch.cat([edge, near])
-
-
-def random_update(tuned: Tuned) -> tuple[ThinSVD, Any]:
-    """ΔW's singular values in random directions (its SVD, and W0 + that); of a fixed seed.
-
-    Of a dense ΔW its top kept values alone, without the bulk.
-    """
-    import torch
-
-    from lorabench.linalg.decompose import ThinSVD
-    from lorabench.linalg.krylov import Plus
-
-    svd = tuned.layer.svd
-    count = svd.U.shape[1]
-    generator = torch.Generator().manual_seed(0)
-    U, V = (torch.linalg.qr(torch.randn(d, count, generator=generator)).Q for d in tuned.layer.shape)
-    S = svd.S[:count].float()
-    return ThinSVD(U=U, S=svd.S[:count], Vh=V.mT), Plus(tuned.base.weight, U * S, V.mT)
 
 
 EXAMPLE = Intruders()

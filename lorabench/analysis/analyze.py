@@ -134,7 +134,7 @@ def _note_samples(analyses: list[Analysis], pairs: list[Pair], note: Callable[[s
     counts = Counter(pair.axis for pair in pairs)
     for analysis in analyses if pairs else []:
         for axis, count in counts.items():
-            if analysis.needs == "pair" and count > analysis.max_pairs:
+            if analysis.is_of_pairs() and count > analysis.max_pairs:
                 note(f"{analysis.name}: of a sample of {analysis.max_pairs} of the {count} pairs along {axis}")
 
 
@@ -145,7 +145,7 @@ def _own_tables(jobs: list[Job], known: Bundle) -> dict[Job, pa.Table]:
 
 
 def _frame(analysis: Analysis, gathered: Gathered, pairs: list[Pair]) -> pd.DataFrame:
-    if analysis.needs != "pair":
+    if not analysis.is_of_pairs():
         before: dict[str, list[Any]] = {"run_id": [job.runs[0] for job in gathered.jobs]}
     else:
         named: dict[tuple[str, ...], Pair] = {(pair.run_a, pair.run_b): pair for pair in pairs}

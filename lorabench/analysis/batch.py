@@ -124,7 +124,7 @@ class _Work:
         left_out = [
             place
             for place, job in enumerate(part.jobs)
-            if job.analysis.needs == "base" and bases.find(job.records[0]) is None
+            if job.analysis.is_beside_base() and any(bases.find(record) is None for record in job.records)
         ]
         self.spools = {
             place: part.spools(place)[part.part] for place in range(len(part.jobs)) if place not in set(left_out)
@@ -197,15 +197,17 @@ class _Work:
         last = [seen[run_id][-1] for run_id in job.runs]
         if len({layer.shape for layer in last}) > 1:
             return []
-        (run_id, *_), needs = job.runs, job.analysis.needs
-        if needs == "trajectory":
-            return seen[run_id] if len(seen[run_id]) > 1 else []
-        if needs == "base":
-            if run_id not in tuned:
-                is_new = f"{UPDATES}/{parts.PARTS_FILE}" in job.records[0].files
-                tuned[run_id] = self.bases.tuned(job.records[0], last[0], old_names=is_new)
-            return [tuned[run_id]] if tuned[run_id] is not None else []
-        return last
+        if job.analysis.needs == "trajectory":
+            steps = seen[job.runs[0]]
+            return steps if len(steps) > 1 else []
+        if not job.analysis.is_beside_base():
+            return last
+        for record, layer in zip(job.records, last, strict=True):
+            if record.run_id not in tuned:
+                is_new = f"{UPDATES}/{parts.PARTS_FILE}" in record.files
+                tuned[record.run_id] = self.bases.tuned(record, layer, old_names=is_new)
+        found = [tuned[run_id] for run_id in job.runs]
+        return found if all(each is not None for each in found) else []
 
     def _load(self, run_id: str, parameter: str, entries: list[tuple[int | None, dict[str, Entry]]]) -> list[LayerSVD]:
         """The layer after each step, the end last; empty where the run is damaged."""

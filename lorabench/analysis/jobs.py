@@ -49,7 +49,7 @@ class Job:
         read = max(formats.version_of(record.spec["method"]) for record in self.records)
         versions = [VERSION, read, self.analysis.version]
         content: list[Any] = [files_of(record, self.folders) for record in self.records]
-        if self.analysis.needs == "base":
+        if self.analysis.is_beside_base():
             content += [[asdict(BaseKey.of(record)), record.environment.get("model_sha256")] for record in self.records]
         return json.dumps([self.analysis.name, versions, content])
 
@@ -71,7 +71,7 @@ def files_of(record: RunRecord, folders: tuple[str, ...] = (UPDATES,)) -> dict[s
 
 def subjects(analysis: Analysis, records: dict[str, RunRecord], pairs: list[Pair]) -> list[tuple[str, ...]]:
     """The runs, or the pairs of runs, that an analysis is made of; each once."""
-    if analysis.needs == "pair":
+    if analysis.is_of_pairs():
         return list(dict.fromkeys((pair.run_a, pair.run_b) for pair in pairs if pair.order < analysis.max_pairs))
     if analysis.needs == "trajectory":
         return [(run_id,) for run_id, record in records.items() if files_of(record, (SNAPSHOTS,))]

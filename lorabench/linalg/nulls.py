@@ -126,3 +126,37 @@ def _random_angles(random: np.random.Generator, p: int, q: int, d: int) -> np.nd
     rest = _gaussian_r_factor(random, d - q, p)
     Q, _ = np.linalg.qr(np.concatenate([top, rest]))
     return np.arccos(np.clip(np.linalg.svd(Q[:q], compute_uv=False), 0, 1))
+
+
+def response_chance(S: np.ndarray, M: int, N: int, counts: np.ndarray, side: str) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation, for each of `counts`, of the root-mean-square response of a random update.
+
+    The update is U diag(S) Vᵀ (M, N) with Haar-random U and V. Its response to a direction is ‖ΔW v_i‖ for `input`,
+    ‖ΔWᵀ u_i‖ for `output`, |u_iᵀ ΔW v_i| for `both`; the mean square is over so many fixed orthonormal directions.
+    Mean and variance of that mean square are exact, from the second and fourth moments of an orthogonal matrix; for
+    its root it is taken to have a gamma distribution, for `both` to be the product of two: right to 2% from 20
+    dimensions on.
+    """
+    n, energy, fourth = np.asarray(counts, float), float(np.square(S).sum()), float((S**4).sum())
+    if side == "both":
+        units = M * (M + 2.0) * N * (N + 2.0)
+        own = 3 * (2 * fourth + energy**2) / units
+        cross = ((M + 1) * (N + 1) + 2) * energy**2 + (2 - 2 * (M + N + 2)) * fourth
+        cross /= units * max(M - 1, 1) * max(N - 1, 1)
+        mean = energy / (M * N)
+        spread = (own / n + (1 - 1 / n) * cross) / mean**2 - 1  # of the mean square, relative
+        factors = [2 / n, (1 + spread) / (1 + 2 / n) - 1]
+    else:
+        d = N if side == "input" else M
+        mean = energy / d
+        factors = [2 * (d - n) * (d * fourth / energy**2 - 1) / (n * max(d - 1, 1) * (d + 2))]
+    root = mean**0.5 * np.prod([_mean_root(factor) for factor in factors], axis=0)
+    return root, np.sqrt(np.maximum(mean - np.square(root), 0.0))
+
+
+def _mean_root(spread: np.ndarray) -> np.ndarray:
+    """E √X of a gamma distribution with mean 1 and this variance."""
+    from scipy.special import gammaln
+
+    shape = 1 / np.maximum(spread, 1e-9)
+    return np.exp(gammaln(shape + 0.5) - gammaln(shape)) / np.sqrt(shape)

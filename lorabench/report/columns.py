@@ -141,12 +141,12 @@ def _analysis(name: str) -> list[str]:
     cls = _class(name)
     module = inspect.getdoc(inspect.getmodule(cls)) or ""
     lines = [f"### {name}", "", module.partition("\n")[0], "", inspect.getdoc(cls) or ""]
-    if cls.needs == "pair":
+    if cls.is_of_pairs():
         lines += ["", f"{SAMPLE} {cls.max_pairs}."]
     if cls.metrics:
         several = (
             {}
-            if cls.needs in ("layer", "pair")
+            if cls.needs == "layer" or cls.is_of_pairs()
             else dict.fromkeys(cls.metrics.keys() - cls.per_layer, " (several a layer)")
         )
         lines += ["", *_rows(("metric", "what it is"), [(m, t + several.get(m, "")) for m, t in cls.metrics.items()])]

@@ -48,7 +48,7 @@ def metrics_frame(results: Results) -> pd.DataFrame:
 
 def pairs_frame(results: Results) -> pd.DataFrame:
     """A row a metric of a layer of two runs that differ in `axis`; the sweep's keys are those of run `a`."""
-    return _with_keys(results, _joined(results, ("pair",)), "run_a")
+    return _with_keys(results, _joined(results, ("pair", "base_pair")), "run_a")
 
 
 def keys_of(results: Results) -> pd.DataFrame:

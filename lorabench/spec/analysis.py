@@ -26,10 +26,10 @@ class Analysis(Plugin, ABC):
 
     folder: ClassVar[str] = "analyses"
     in_sweep: ClassVar[tuple[str, str]] = ("[[table]]", "")
-    needs: ClassVar[Literal["layer", "base", "pair", "trajectory"]]
+    needs: ClassVar[Literal["layer", "base", "pair", "base_pair", "trajectory"]]
     """What `compute` is called with. `layer`: each layer of a run. `base`: each layer on its W0 (`base.Tuned`).
-    `pair`: the same layer of two runs that differ in one axis. `trajectory`: the same layer of a run after each of
-    its snapshots, in order of `step`, the end of training last."""
+    `pair`: the same layer of two runs that differ in one axis. `base_pair`: the same, each on its W0. `trajectory`: the
+    same layer of a run after each of its snapshots, in order of `step`, the end of training last."""
     version: ClassVar[int] = 1
     """Part of the cache key: raise it when the numbers change."""
     metrics: ClassVar[dict[str, str]] = {}
@@ -43,6 +43,14 @@ class Analysis(Plugin, ABC):
     its mean and its standard deviation."""
     max_pairs: ClassVar[int] = 2048
     """Pairs along one axis, at most, that it is made of; of more a sample (`lorabench.analysis.pairs`)."""
+
+    @classmethod
+    def is_of_pairs(cls) -> bool:
+        return cls.needs in ("pair", "base_pair")
+
+    @classmethod
+    def is_beside_base(cls) -> bool:
+        return cls.needs in ("base", "base_pair")
 
     @abstractmethod
     def compute(self, *layers: Any) -> list[dict[str, Any]]:

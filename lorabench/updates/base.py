@@ -15,12 +15,16 @@ from torch import Tensor
 from lorabench.linalg import perturbed
 from lorabench.linalg.decompose import ThinSVD, thin_svd
 from lorabench.linalg.krylov import OVERSAMPLING, Matrix, Plus, top_svd, transposed_product
+from lorabench.updates import stored
 from lorabench.updates.layer import LayerSVD
+from lorabench.updates.update import Update
 
 KEEP = 256
 """Singular vectors of W0 that are kept in float32 on both sides."""
 TUNED_VECTORS = 32
 """Singular vectors of W0 + ΔW that analyses look at."""
+PRINCIPAL = 16
+"""The rank of W0's approximation that has its principal weights: one of so many of the shorter side."""
 LARGE = 1024
 """Shorter side from which on a dense matrix is worth several threads, or the way to a GPU."""
 PERTURBED_TOLERANCE = 5e-4
@@ -42,6 +46,25 @@ class BaseLayer:
         best, where = transposed_product(self.left, Y).abs().max(0)
         return best.clamp_max_(1), where
 
+    def right(self, chosen: Tensor) -> Tensor:
+        """The right singular vectors (N, c) of these numbers (c,), ascending from 0.
+
+        Beyond the K kept ones they are W0ᵀ x_i without its part in the span of those, of length 1: the rounding of
+        x_i, which σ_1 / σ_i would enlarge, then counts only where σ_i is a hundredth of its neighbours or less.
+        """
+        kept = self.svd.Vh
+        known, others = chosen[chosen < len(kept)], chosen[chosen >= len(kept)]
+        rest = transposed_product(self.weight, self.left[:, others])
+        for _ in range(2):
+            rest = rest - kept.mT @ (kept @ rest)
+        return torch.cat([kept[known].mT, rest / torch.linalg.vector_norm(rest, dim=0)], 1)
+
+    @cached_property
+    def marked(self) -> stored.Marked:
+        """W0's principal weights, those of its approximation of rank min(M, N) / 16 (1 to K), and its smallest ones."""
+        k = min(max(1, min(self.weight.shape) // PRINCIPAL), self.svd.U.shape[1])
+        return stored.marked(self.weight, self.svd.U[:, :k], self.svd.S[:k], self.svd.Vh[:k])
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Tuned:
@@ -59,6 +82,42 @@ class Tuned:
     def matrix(self) -> Matrix:
         """W0 + ΔW."""
         return plus(self.base.weight, self.layer)
+
+    @cached_property
+    def random(self) -> Tuned:
+        """The same W0 with ΔW's singular values in random directions, of a fixed seed.
+
+        Of a dense ΔW its top kept values alone, without the bulk.
+        """
+        svd = self.layer.svd
+        count = svd.U.shape[1]
+        generator = torch.Generator().manual_seed(0)
+        U, V = (torch.linalg.qr(torch.randn(d, count, generator=generator)).Q for d in self.layer.shape)
+        found = ThinSVD(U=U, S=svd.S[:count], Vh=V.mT)
+        return Tuned(layer=LayerSVD(parameter=self.layer.parameter, svd=found), base=self.base)
+
+    @cached_property
+    def null(self) -> Tuned:
+        """`random`, with a Gaussian bulk in the place of the singular values that it lacks: as large as ΔW."""
+        svd, random = self.layer.svd, self.random.layer.svd
+        rest = float(svd.S[svd.U.shape[1] :].norm())
+        if not rest:
+            return self.random
+        M, N = self.layer.shape
+        bulk = torch.randn(M, N, generator=torch.Generator().manual_seed(1)) * (rest / (M * N) ** 0.5)
+        update = Update(parameter=self.layer.parameter, B=bulk.addmm_(random.U * random.S.float(), random.Vh))
+        whole = ThinSVD(U=random.U, S=svd.S, Vh=random.Vh)
+        return Tuned(layer=LayerSVD(parameter=update.parameter, svd=whole, update=update), base=self.base)
+
+    def delta(self) -> Tensor:
+        """ΔW (M, N) in float32: for what needs it entry by entry."""
+        update, svd = self.layer.update, self.layer.svd
+        return update.dense().float() if update else (svd.U * svd.S[: svd.U.shape[1]].to(svd.U.dtype)) @ svd.Vh
+
+    @cached_property
+    def seen(self) -> stored.Seen:
+        """What of ΔW is seen in bfloat16."""
+        return stored.seen(self.base.weight, self.delta())
 
 
 def plus(weight: Tensor, layer: LayerSVD) -> Plus:

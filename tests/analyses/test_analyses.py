@@ -44,6 +44,9 @@ def smallest(analysis):
             return layers[:1]
         case "base":
             return [Tuned(layer=layers[0], base=decompose(torch.randn(9, 7)))]
+        case "base_pair":
+            base = decompose(torch.randn(9, 7))
+            return [Tuned(layer=layer, base=base) for layer in layers]
         case "trajectory":
             return [replace(layer, step=step) for step, layer in enumerate(layers, 1)]
     return layers

@@ -163,6 +163,13 @@ def test_analyses_beside_the_base_are_of_its_weights(store, sweep):
             expected = (U[:, :r].mT @ base_weight(layer).double() @ Vh[:r].mT).norm().item()
             assert values[spec.id, layer] == pytest.approx(expected, rel=1e-4)
     assert len(list((store.root / "bases").glob("*.safetensors"))) == len(LAYERS), "one for all runs"
+    specs = {spec.id: spec for spec in sweep.runs}
+    shared = frames["shared_changes"].query("metric == 'changed_a_in_b'")
+    for row in shared.itertuples():
+        W = base_weight(row.layer)
+        a, b = ((W + delta_of(specs[run], row.layer)).bfloat16() != W.bfloat16() for run in (row.run_a, row.run_b))
+        assert row.value == pytest.approx(float((a & b).sum() / a.sum()), abs=0.02)
+    assert len(shared) == len(LAYERS) * len(shared[["run_a", "run_b"]].drop_duplicates()) > 0
 
 
 def test_the_svd_of_a_base_is_made_once(store, sweep, monkeypatch):
@@ -181,7 +188,7 @@ def test_a_base_that_is_not_there_is_noted_once(store, sweep, monkeypatch):
     notes = []
     frames = analyze(store, sweep, note=notes.append)
     assert len(notes) == 1 and "not analyzed beside its base: " in notes[0]
-    assert frames["alignment"].empty and len(frames["spectrum"])
+    assert frames["alignment"].empty and frames["shared_changes"].empty and len(frames["spectrum"])
     assert not list(store.root.rglob("alignment.parquet")), "tried again when the base is there"
 
 

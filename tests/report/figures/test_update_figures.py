@@ -14,14 +14,19 @@ from lorabench.config.decode import InputError
 from lorabench.report import drawing
 from lorabench.report.figures.amplification import Amplification
 from lorabench.report.figures.containment import Containment
+from lorabench.report.figures.cosine_map import CosineMap
 from lorabench.report.figures.depth_profile import DepthProfile
 from lorabench.report.figures.heat_map import HeatMap
 from lorabench.report.figures.intruder_curves import IntruderCurves
+from lorabench.report.figures.off_principal import OffPrincipalCurves
+from lorabench.report.figures.profile import ProfileCurves
+from lorabench.report.figures.sparsity import SparsityPoints
 from lorabench.report.figures.survival import SurvivalCurves
 from lorabench.report.results import selected
 from tests import synthetic
 
 FIGURES = (HeatMap, DepthProfile, Amplification, IntruderCurves, SurvivalCurves, Containment)
+FIGURES += (CosineMap, OffPrincipalCurves, ProfileCurves, SparsityPoints)
 ONE = synthetic.TEXT.replace("method.rank = [1, 4, 16, 64]", "method.rank = 4").replace('["none", "nf4"]', '"none"')
 ONE = ONE.replace('[[grid]]\nmethod.name = "full"\nlr = [3e-4, 1e-3]\n', "")
 ONE = ONE.replace('columns = "method.rank"\n', "")
@@ -271,6 +276,41 @@ def test_survival_draws_both_sides_beside_chance(results):
         frame = rows(results, "survival", 64, metric="survival_at", side=side)
         line(axes, frame.groupby("k")["value"].mean())
         assert line(axes, np.arange(1, 33) / synthetic.DIM).get_linestyle() == "--"
+
+
+def test_off_principal_draws_each_measure_beside_a_random_update(results):
+    figure = OffPrincipalCurves().draw(results)
+    for axes, metric in zip(figure.axes, ("spectral_shift_at", "angle_mean", "rotation_gap_at"), strict=True):
+        of_runs = rows(results, "off_principal", None, metric=metric).groupby(["k", "seed"])[["value", "null"]].mean()
+        means = np.exp(np.log(of_runs).groupby("k").mean())
+        line(axes, means["value"])
+        assert line(axes, means["null"]).get_linestyle() == "--"
+
+
+def test_the_profile_is_drawn_over_what_a_random_update_does(results):
+    figure = ProfileCurves().draw(results)
+    for axes, side in zip(figure.axes, ("input", "output", "both"), strict=True):
+        frame = rows(results, "profile", None, side=side)
+        ratio = frame["value"] ** 2 / (frame["null"] ** 2 + frame["null_std"] ** 2)
+        of_runs = ratio.groupby([frame["first"], frame["seed"]]).mean() ** 0.5
+        line(axes, np.exp(np.log(of_runs).groupby("first").mean()))
+
+
+def test_sparsity_shows_the_shares_in_percent(results):
+    changed, among = SparsityPoints().draw(results).axes
+    names = [text.get_text() for text in changed.get_yticklabels()]
+    for axes, metric in ((changed, "changed"), (among, "changed_in_principal")):
+        wanted = 100 * rows(results, "sparsity", None, metric=metric)["value"].mean()
+        points = np.concatenate([item.get_offsets() for item in axes.collections if len(item.get_offsets())])
+        assert np.abs(points - (wanted, names.index("full"))).sum(1).min() < 1e-6
+
+
+def test_the_map_is_of_one_run_a_panel_and_of_the_layer_that_is_asked_for(results):
+    figure = CosineMap().draw(results)
+    first = rows(results, "cosines", None).query("seed == 0").pivot(index="i", columns="j", values="cosine")
+    shown = np.asarray(cells(panel(figure, "full"))).reshape(17, 16)
+    assert np.allclose(shown, np.concatenate([first.to_numpy()[1:], first.to_numpy()[:1]]))
+    assert CosineMap(layer="no.such").draw(results) is None
 
 
 def test_containment_draws_both_ways_beside_chance(results):
