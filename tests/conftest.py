@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; with `--no-loadscope-reorder` workers take them in this order."""
 
     def place(item: pytest.Item) -> tuple[int, bool]:
-        file = item.path.relative_to(item.config.rootpath).as_posix()
+        file = item.nodeid.partition("::")[0]
         longest = next((n for n, name in enumerate(LONGEST) if file.endswith(f"{name}.py")), len(LONGEST))
         return longest, not file.startswith(tuple(f"tests/{wing}/" for wing in COMPUTING))
 
