@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import importlib
 import math
 import os
 import sys
@@ -39,16 +40,20 @@ LONGEST = ("slurm/test_interruptions", "training/test_ranks", "slurm/test_deaths
            "test_architectures", "api/test_tour", "merging/test_compose", "training/test_flops",
            "commands/test_readme", "training/test_base_results", "objectives/test_grpo", "test_outputs",
            "commands/test_cli", "training/test_serving", "report/test_generated_sweeps", "analysis/test_analyze",
-           "tasks/test_seq2seq")  # fmt: skip
+           "tasks/test_seq2seq", "packed/test_pack")  # fmt: skip
 """Files that take minutes: a worker that began one last would keep the others waiting. Those that mostly wait for a
 real SLURM stand between those that compute."""
+COMPUTING = ("training", "launch", "methods", "tasks", "cluster", "report")
+"""Wings of whose other files most have runs or figures; what comes last should be short."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; with `--no-loadscope-reorder` workers take them in this order."""
 
-    def place(item: pytest.Item) -> int:
-        return next((n for n, name in enumerate(LONGEST) if str(item.path).endswith(f"{name}.py")), len(LONGEST))
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        file = item.nodeid.partition("::")[0]
+        longest = next((n for n, name in enumerate(LONGEST) if file.endswith(f"{name}.py")), len(LONGEST))
+        return longest, not file.startswith(tuple(f"tests/{wing}/" for wing in COMPUTING))
 
     items.sort(key=place)
 
@@ -58,6 +63,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         import lorabench.launch.preload  # noqa: F401
     gc.disable()
+    if hasattr(config, "workerinput"):
+        _import_share(config)
+
+
+def _import_share(config: pytest.Config) -> None:
+    """A worker first imports files of its own: what pytest makes of their assertions is then there for all others,
+    where each would make it of each."""
+    number, count = int(config.workerinput["workerid"].removeprefix("gw")), config.workerinput["workercount"]
+    folders = [Path(config.invocation_params.dir, argument) for argument in config.args]
+    files = sorted(file for folder in folders if folder.is_dir() for file in folder.rglob("test_*.py"))
+    for file in files[number::count]:
+        importlib.import_module(".".join(file.relative_to(config.rootpath).with_suffix("").parts))
 
 
 def pytest_collection_finish() -> None:
@@ -69,9 +86,11 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def impatient() -> Iterator[None]:
-    """A claim that seems dead is looked at again at once, and the device's peak is measured by small products alone,
-    which every run adds some of. Patched apart: many a test undoes what its own `monkeypatch` has done, and runs on."""
+    """A claim that seems dead is looked at again at once, no file waits for the disk (a run has two dozen that would),
+    and the device's peak is measured by small products alone, which every run adds some of. Patched apart: many a test
+    undoes what its own `monkeypatch` has done, and runs on."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
         patch.setattr("lorabench.store.claim.LOOK_AGAIN_SECONDS", 0.05)
         patch.setattr("lorabench.training.peak.SIZES", {"cpu": (256,)})
         yield
@@ -141,10 +160,10 @@ def of_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextlib.contextmanager
-def made_once(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Path, bool]]:
+def made_once(name: str) -> Iterator[tuple[Path, bool]]:
     """A folder of all workers, and whether one of them has filled it already; meanwhile the others wait."""
-    folder = of_all_workers(tmp_path_factory) / name
-    folder.mkdir(exist_ok=True)
+    folder = Path(os.environ["LORABENCH_CACHE"], name)
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".made").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import pickle
 import tempfile
 import tomllib
 from functools import cache
@@ -31,7 +32,7 @@ from lorabench.training import sequence
 from lorabench.updates.base import Tuned, decompose
 from lorabench.updates.layer import LayerSVD
 from tests import synthetic_base
-from tests.conftest import TOY
+from tests.conftest import TOY, made_once
 
 TEXT = """\
 # Question: how do rank and quantization change what LoRA learns, beside full fine-tuning?
@@ -403,6 +404,9 @@ def _marks(rank: int) -> list[int]:
 
 @cache
 def shared() -> Results:
-    """One for all tests that only read it."""
-    with tempfile.TemporaryDirectory() as folder:
-        return make(Path(folder))
+    """One for all tests that only read it, made by the first of xdist's workers that asks."""
+    with made_once("synthetic") as (folder, is_made):
+        file = folder / "results.pickle"
+        if not is_made:
+            file.write_bytes(pickle.dumps(make(folder / "store")))
+        return pickle.loads(file.read_bytes())

@@ -1,5 +1,4 @@
 import numpy as np
-import powerlaw
 import pytest
 import scipy.linalg
 import torch
@@ -178,6 +177,8 @@ def test_ranks_lie_between_one_and_size_and_ignore_the_scale(values, scale):
 
 @pytest.mark.parametrize(("alpha", "seed"), [(2.2, 0), (3.5, 1)])
 def test_powerlaw_fit_is_that_of_the_powerlaw_package(alpha, seed):
+    import powerlaw  # slow to import, and only this worker needs it
+
     data = np.random.default_rng(seed).pareto(alpha - 1, 400) + 1
     fit = powerlaw.Fit(data, verbose=False, parameter_ranges={"alpha": [1, None]})
     ours, distance = powerlaw_fit(data)

@@ -45,12 +45,25 @@ def page(report):
     return (report[0] / "report.html").read_text("utf-8")
 
 
-def test_everything_is_written(light, tmp_path):
-    files = write_report(light, tmp_path).files
-    names = {str(file.relative_to(tmp_path)) for file in files}
-    assert {"sweep.toml", "report.html", "tables/summary.tex", "figures/rank_quality.pdf"} <= names
-    assert all(file.stat().st_size for file in files)
-    assert (tmp_path / "sweep.toml").read_text() == light.sweep.text
+@pytest.fixture
+def again(report, tmp_path):
+    """A copy of that folder, to be changed."""
+    return shutil.copytree(report[0], tmp_path / "again")
+
+
+@pytest.fixture(scope="module")
+def bare_report(bare, tmp_path_factory):
+    """A folder with the report of `bare`; not to be changed."""
+    folder = tmp_path_factory.mktemp("bare")
+    write_report(bare, folder)
+    return folder
+
+
+def test_everything_is_written(light, report):
+    folder, files = report
+    assert {"sweep.toml", "report.html", "tables/summary.tex", "figures/rank_quality.pdf"} <= {*map(str, files)}
+    assert all((folder / file).stat().st_size for file in files)
+    assert (folder / "sweep.toml").read_text() == light.sweep.text
 
 
 def test_page_needs_no_other_file(page):
@@ -86,27 +99,26 @@ def test_figures_stand_under_headings_and_changes_after_the_summary(tmp_path):
     assert (tmp_path / "tables" / "changes.csv").is_file()
 
 
-def test_same_results_same_bytes(light, tmp_path):
-    one, two = (
-        {file.name: file.read_bytes() for file in write_report(light, tmp_path / name).files} for name in ("one", "two")
-    )
+def test_same_results_same_bytes(light, report, tmp_path):
+    folder, files = report
+    one = {file.name: (folder / file).read_bytes() for file in files}
+    two = {file.name: file.read_bytes() for file in write_report(light, tmp_path).files}
     assert one == two
 
 
-def test_a_second_report_of_the_same_results_writes_nothing(light, tmp_path):
-    times = [[file.stat().st_mtime_ns for file in write_report(light, tmp_path).files] for _ in range(2)]
-    assert times[0] == times[1]
+def test_a_second_report_of_the_same_results_writes_nothing(light, report, again):
+    before = {again / file: (again / file).stat().st_mtime_ns for file in report[1]}
+    assert {file: file.stat().st_mtime_ns for file in write_report(light, again).files} == before
 
 
-def test_a_deleted_file_is_made_again_and_a_stale_one_goes(light, tmp_path):
-    write_report(light, tmp_path)
-    (tmp_path / "report.html").unlink()
-    manifest = tmp_path / MANIFEST
-    (tmp_path / "tables" / "old.csv").write_text("stale")
+def test_a_deleted_file_is_made_again_and_a_stale_one_goes(light, again):
+    (again / "report.html").unlink()
+    manifest = again / MANIFEST
+    (again / "tables" / "old.csv").write_text("stale")
     manifest.write_text(manifest.read_text().replace('"files": [', '"files": ["tables/old.csv",'))
-    write_report(light, tmp_path)
-    assert (tmp_path / "report.html").exists()
-    assert not (tmp_path / "tables" / "old.csv").exists()
+    write_report(light, again)
+    assert (again / "report.html").exists()
+    assert not (again / "tables" / "old.csv").exists()
 
 
 def test_report_of_a_sweep_that_has_not_run(tmp_path):
@@ -174,11 +186,11 @@ def test_an_analysis_that_raised_is_told_and_made_again(light, tmp_path):
 @pytest.mark.parametrize(
     "name", ["../kept.txt", "/tmp/../{kept}", "link", "folder/kept.txt", "tables", "a\0b", "x" * 300]
 )
-def test_only_files_below_the_folder_are_ever_deleted(bare, tmp_path, name):
+def test_only_files_below_the_folder_are_ever_deleted(bare, bare_report, tmp_path, name):
     """Not what a manifest names elsewhere, nor by way of a link."""
     kept, folder = tmp_path / "kept.txt", tmp_path / "report"
     kept.write_text("mine")
-    write_report(bare, folder)
+    shutil.copytree(bare_report, folder)
     (folder / "link").symlink_to(kept)
     (folder / "folder").symlink_to(tmp_path)
     manifest = json.loads((folder / MANIFEST).read_text())

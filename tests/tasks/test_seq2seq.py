@@ -13,7 +13,6 @@ import pytest
 import torch
 import transformers as t
 from peft import LoraConfig, get_peft_model
-from rouge_score.rouge_scorer import RougeScorer
 
 from lorabench.config import plugins
 from lorabench.config.decode import InputError, encode
@@ -195,6 +194,8 @@ def test_what_is_written_is_what_transformers_generates(base, encoder_decoders):
 
 def test_a_run_from_its_data_to_its_record(encoder_decoders, tmp_path):
     """Its answers again by rouge-score; of one set named thrice the losses are one; what is served is measured."""
+    from rouge_score.rouge_scorer import RougeScorer  # slow to import, and only this worker needs it
+
     task = {"max_target": 40, "retain": TASK["data"], "tests": {"again": TASK["data"]}, "max_eval": 5,
             "generate": {"max_new_tokens": 12, "metrics": ["rougeL", "exact_match"], "splits": "both"}}  # fmt: skip
     method = {"name": "lora", "rank": 4, "targets": "all-linear"}

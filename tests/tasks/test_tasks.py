@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn import metrics as sk
 from transformers import AutoModelForCausalLM
 
 from lorabench.config import plugins
@@ -24,6 +23,13 @@ from lorabench.tasks.text import Text
 from lorabench.training.examples import Order, collate
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def sk():
+    from sklearn import metrics  # slow to import, and only this worker needs it
+
+    return metrics
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +101,7 @@ def test_completion_keeps_the_response_where_the_prompt_is_long(seq_len, tokeniz
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
-def test_classification_metrics_are_those_of_scikit_learn(classes):
+def test_classification_metrics_are_those_of_scikit_learn(classes, sk):
     rng = np.random.default_rng(classes)
     true, logits = rng.integers(0, classes, 200), torch.tensor(rng.normal(size=(200, classes)))
     logits[np.arange(200), true] += 1.0
@@ -114,7 +120,7 @@ def test_macro_f1_is_of_the_classes_that_occur_or_are_predicted(true, predicted,
     assert Classification(data="x").metrics(0.5, [(predicted, true, 3)])["macro_f1"] == pytest.approx(macro_f1)
 
 
-def test_metrics_are_scikit_learn_s_whatever_is_absent():
+def test_metrics_are_scikit_learn_s_whatever_is_absent(sk):
     rng = np.random.default_rng(0)
     for _ in range(100):
         classes, rows = rng.integers(2, 8), rng.integers(1, 9)

@@ -26,8 +26,8 @@ def short(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.fixture(scope="module")
-def long(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Store:
+def long(sandbox: Sandbox) -> Store:
     """One for all files, which compare with it and leave it as it is."""
-    with made_once(tmp_path_factory, "long") as (folder, is_made):
+    with made_once("long") as (folder, is_made):
         there = Study(sandbox, folder)
         return there.store if is_made else computed_here(there, LONG)
