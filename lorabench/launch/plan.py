@@ -201,7 +201,8 @@ class _Known:
 
 
 def _known(spec: RunSpec) -> _Known | InputError:
-    keys = ("model", "revision", "method", "quantization", "tasks" if spec.tasks else "task", "dtype", "padding")
+    task = "tasks" if spec.tasks else "task"
+    keys = ("model", "revision", "method", "optimizer", "quantization", task, "dtype", "padding")
     return _know(json.dumps({key: encode(getattr(spec, key)) for key in keys}))
 
 
@@ -228,8 +229,12 @@ def _know(key: str) -> _Known | InputError:
 def counted(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> Counts:
     """Of a base without weights, to which the run's method is attached."""
     weight_bytes = _weight_bytes(spec, base)
+    if spec.method.merges_as_it_goes:
+        merged = sum(base.get_submodule(name).weight.numel() for name in spec.method.ranks(base))
+        weight_bytes += (BYTES["float32"] - BYTES[spec.dtype]) * merged
     config: Any = base.config
     tuned = _attach(spec, base, options)
+    spec.optimizer.prepare(tuned, spec)
     width = config.hidden_size
     trainable = [p for p in tuned.parameters() if p.requires_grad]
     added = 0 if spec.method.trains_base else sum(p.numel() * p.element_size() for p in trainable)
@@ -238,6 +243,7 @@ def counted(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> Co
         num_trainable=sum(p.numel() for p in trainable),
         num_tensors=len(trainable),
         weight_bytes=weight_bytes + added,
+        moment_bytes=4 * spec.optimizer.num_kept(tuned),
         layers=config.num_hidden_layers,
         width=width,
         inner=getattr(config, "intermediate_size", None) or 4 * width,
