@@ -19,7 +19,7 @@ from lorabench.models import base_model as models
 from lorabench.models import targets, weights
 from lorabench.models.remarks import remarks
 from lorabench.spec.method import Method
-from lorabench.spec.run_spec import RunSpec, flatten, short, swept_keys
+from lorabench.spec.run_spec import UNNAMED, RunSpec, flatten, short, swept_keys
 from lorabench.spec.sweep import Sweep
 from lorabench.spec.task import Task
 from lorabench.store.record import Status
@@ -81,7 +81,7 @@ def plan_text(sweep: Sweep, plan: dict[str, Any]) -> str:
         {
             "run_id": run["run_id"],
             "status": run["status"],
-            **{key: short(flat.get(key)) for key in keys},
+            **{key: short(flat.get(key, UNNAMED.get(key))) for key in keys},
             "trainable": f"{run['estimate']['num_trainable']:,}",
             "of": f"{run['estimate']['num_parameters']:,}",
             "peak": _approximate(run["done"], size(run["estimate"]["peak_gib"] * GIB)),

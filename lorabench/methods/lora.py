@@ -305,7 +305,7 @@ class Lora(Tuner):
         self._note_start(tuned)
         return tuned
 
-    def start(self, model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> None:
+    def begin_from_data(self, model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> None:
         _starts.start(self.init, model, losses)
         self._note_start(model)
 

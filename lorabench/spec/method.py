@@ -80,7 +80,7 @@ class Method(Plugin, ABC):
 
     @property
     def num_start_examples(self) -> int:
-        """Of the training data, from which its initial weights are made in `start`."""
+        """Of the training data, from which its initial weights are made in `begin_from_data`."""
         return 0
 
     def num_stored(self, spec: RunSpec) -> int:
@@ -146,7 +146,7 @@ class Method(Plugin, ABC):
         Random initialization uses the global generator. InputError where the model has nothing to attach to.
         """
 
-    def start(self, model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> None:
+    def begin_from_data(self, model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> None:
         """Make the initial weights of an attached model from data, in place. Where `num_start_examples` is not 0.
 
         Each of `losses` computes an example's forward pass, in evaluation mode, and gives its mean loss.

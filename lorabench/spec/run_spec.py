@@ -178,6 +178,10 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+UNNAMED = {"objective.name": "supervised", "optimizer.name": "adamw"}
+"""What runs have that do not name them, for these keys came later: in tables and claims they are told."""
+
+
 def swept_keys(flats: list[dict[str, Any]]) -> list[str]:
     """The keys of which the runs that have them have different values, the method's name apart: what labels show.
 
@@ -188,9 +192,9 @@ def swept_keys(flats: list[dict[str, Any]]) -> list[str]:
     for flat in flats:
         for key, value in flat.items():
             values.setdefault(key, set()).add(repr(value))
-    for key in ("objective.name", "optimizer.name"):
+    for key, name in UNNAMED.items():
         if not all(key in flat for flat in flats):
-            values.get(key, set()).add(repr(None))
+            values.get(key, set()).add(repr(name))
     several = [key for key, found in values.items() if len(found) > 1]
     return [key for key in complete(several, flats, ["seed"]) if key != "method.name"]
 

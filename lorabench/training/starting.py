@@ -28,7 +28,7 @@ def start_from_data(spec: RunSpec, model: nn.Module, examples: Examples) -> str:
             return task.loss(forward(model, batch), batch) / max(task.count(batch), 1)
 
     model.eval()
-    spec.method.start(model, [partial(loss, row) for row in range(wanted)])
+    spec.method.begin_from_data(model, [partial(loss, row) for row in range(wanted)])
     tokens = sum(len(row["input_ids"]) for row in chosen)
     return (
         f"from {wanted} examples of the training split, {tokens:,} tokens, the first in the order of seed {spec.seed}"

@@ -252,5 +252,5 @@ def test_a_layer_of_which_the_examples_tell_nothing_is_told(tiny_bases):
     model = attach(spec, prepare(spec))
     zero = torch.zeros((), requires_grad=True)
     with pytest.raises(InputError, match=r"method\.init_examples = 1: they tell nothing of model\.layers\.0"):
-        spec.method.start(model, [lambda: zero * 1])
+        spec.method.begin_from_data(model, [lambda: zero * 1])
     assert not any(p.requires_grad for name, p in model.named_parameters() if "base_layer" in name)

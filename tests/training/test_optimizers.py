@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from lorabench.config.decode import InputError, encode
 from lorabench.launch import packs
 from lorabench.methods._peft import tuner_layers
 from lorabench.models import base_model as models
+from lorabench.report.results import load_results
 from lorabench.spec.method import Factor
-from lorabench.spec.run_spec import RunSpec
+from lorabench.spec.run_spec import RunSpec, swept_keys
 from lorabench.spec.sweep import parse_sweep
 from lorabench.store.record import Status
 from lorabench.store.store import Store
@@ -192,15 +194,36 @@ def test_its_default_is_in_no_id_and_each_other_has_an_id_of_its_own():
     assert RunSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
-def test_it_is_an_axis_of_a_grid():
-    text = BASE + '[[grid]]\nmethod.name = "lora"\noptimizer = ["adamw", "muon"]\n[[grid]]\nmethod.name = "lora"\n'
-    text += 'optimizer.name = "sgd"\noptimizer.momentum = [0.0, 0.9]\n'
-    import tomllib
-
+def test_it_is_an_axis_of_a_grid(tmp_path):
+    """And told in tables, labels and claims, of runs that do not name it too."""
+    text = f"""{BASE}
+[[grid]]
+method.name = "lora"
+optimizer = ["adamw", "muon"]
+label = "by {{optimizer.name}}"
+[[grid]]
+method.name = "lora"
+label = "sgd {{optimizer.momentum}}"
+optimizer.name = "sgd"
+optimizer.momentum = [0.0, 0.9]
+[[table]]
+rows = ["optimizer.name"]
+value = "valid_loss"
+[[claim]]
+says = "Muon is as good"
+measure = "valid_loss"
+where = {{ optimizer.name = "adamw" }}
+minus = {{ optimizer.name = "muon" }}
+at_most = 0.0
+"""
     sweep = parse_sweep(tomllib.loads(text), text)
     assert [(run.optimizer.name, getattr(run.optimizer, "momentum", None)) for run in sweep.runs] == [
         ("adamw", None), ("muon", 0.95), ("sgd", 0.0), ("sgd", 0.9),
     ]  # fmt: skip
+    assert [*sweep.labels.values()] == ["by adamw", "by muon", "sgd 0.0", "sgd 0.9"]
+    assert {"optimizer.name", "optimizer.momentum"} <= {*swept_keys([run.flat for run in sweep.runs])}
+    results = load_results(Store(tmp_path), sweep)
+    assert results.runs["optimizer.name"].tolist() == ["adamw", "muon", "sgd", "sgd"]
 
 
 def test_packs_take_the_runs_of_adamw_alone():
