@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.decode import InputError
 from lorabench.methods._peft import ADAPTER, tuner_layers
+from lorabench.models import base_model as models
 from lorabench.models import weights
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lorabench.spec.run_spec import RunSpec
 
 Layers = list[tuple[str, Any]]
 Losses = Sequence[Callable[[], "Tensor"]]
@@ -52,6 +55,25 @@ def minor(model: Any) -> None:
         U, S, Vh = torch.linalg.svd(_weight(module), full_matrices=False)
         root = (S[-rank:] / scale).sqrt()
         _take_out(module, U[:, -rank:] * root, root[:, None] * Vh[-rank:])
+
+
+def quantization_error(tuned: Any, spec: RunSpec) -> None:
+    """LoftQ with one iteration: s B A is the best approximation of rank r of W - Q(W), split evenly."""
+    import torch
+
+    if next(tuned.parameters()).device.type == "meta":
+        return
+    options = {"num_labels": tuned.config.num_labels} if models.new_heads(tuned.get_base_model()) else {}
+    with torch.random.fork_rng():  # a new head of the exact base draws its weights
+        exact = models.load_base(spec, torch.device("cpu"), options, exact=True)
+    for name, module in tuner_layers(tuned):
+        lost = exact.get_submodule(name).weight.detach().float().to(module.weight.device)
+        lost = lost - weights.dequantized(module.get_base_layer()).float()
+        U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
+        rank, scale = module.r[ADAPTER], module.scaling[ADAPTER]
+        root = (S[:rank] / scale).sqrt()
+        module.lora_B[ADAPTER].weight.data.copy_(U[:, :rank] * root)
+        module.lora_A[ADAPTER].weight.data.copy_(root[:, None] * Vh[:rank])
 
 
 def start(init: str, model: Any, losses: Losses) -> None:

@@ -297,7 +297,7 @@ class Lora(Tuner):
         if self.init in ("milora", *_starts.FROM_DATA):
             _starts.check(self.init, tuned)
         if self.init == "loftq":
-            _start_at_quantization_error(tuned, spec)
+            _starts.quantization_error(tuned, spec)
         elif self.init == "milora":
             _starts.minor(tuned)
         if self.restart_every:
@@ -459,25 +459,6 @@ def _save_initial(initial: dict[str, tuple[Tensor, Tensor]], folder: Path) -> No
         f"{name}.{part}": tensor for name, pair in initial.items() for part, tensor in zip("BA", pair, strict=True)
     }
     save_file(tensors, folder / INITIAL_FILE)
-
-
-def _start_at_quantization_error(tuned: Any, spec: RunSpec) -> None:
-    """LoftQ with one iteration: s B A is the best approximation of rank r of W - Q(W), split evenly."""
-    import torch
-
-    if next(tuned.parameters()).device.type == "meta":
-        return
-    options = {"num_labels": tuned.config.num_labels} if models.new_heads(tuned.get_base_model()) else {}
-    with torch.random.fork_rng():  # a new head of the exact base draws its weights
-        exact = models.load_base(spec, torch.device("cpu"), options, exact=True)
-    for name, module in tuner_layers(tuned):
-        lost = exact.get_submodule(name).weight.detach().float().to(module.weight.device)
-        lost = lost - weights.dequantized(module.get_base_layer()).float()
-        U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
-        rank, scale = module.r[ADAPTER], module.scaling[ADAPTER]
-        root = (S[:rank] / scale).sqrt()
-        module.lora_B[ADAPTER].weight.data.copy_(U[:, :rank] * root)
-        module.lora_A[ADAPTER].weight.data.copy_(root[:, None] * Vh[:rank])
 
 
 EXAMPLE = Lora(rank=2)
