@@ -93,14 +93,14 @@ class Plan:
         """By run id: `status`, the sweep's keys, `num_trainable`, `num_parameters`, `peak_gib`, `seconds`, `basis`."""
         import pandas as pd
 
-        from lorabench.spec.run_spec import flatten, swept_keys
+        from lorabench.spec.run_spec import UNNAMED, flatten, swept_keys
 
         flats = [flatten(run["spec"]) for run in self.table["runs"]]
         keys = ["method.name", *swept_keys(flats)]
         measures = ("num_trainable", "num_parameters", "peak_gib", "seconds", "basis")
         rows = [
             {"run_id": run["run_id"], "status": run["status"]}
-            | {key: flat.get(key) for key in keys}
+            | {key: flat.get(key, UNNAMED.get(key)) for key in keys}
             | {name: run["estimate"][name] for name in measures}
             for run, flat in zip(self.table["runs"], flats, strict=True)
         ]

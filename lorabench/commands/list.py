@@ -1,4 +1,4 @@
-"""List the methods, tasks, objectives, analyses and figures that a sweep file can name, or show one of them.
+"""List the methods, tasks, objectives, optimizers, analyses and figures that a sweep file can name, or show one.
 
 Of one, by its name: its fields with types, defaults and meaning, and a block to paste into a sweep file. `measures` are
 what tables, claims and figures can show: of a run's record, and of ΔW.

@@ -1,7 +1,7 @@
 """Plug-ins: one file each; the file's name is the name in the sweep file and the value in the tables.
 
-A plug-in folder (`methods`, `tasks`, `objectives`, `analyses`, `figures`) is a package of small files. Each file
-defines one dataclass and its smallest instance, `EXAMPLE`, which the tests run.
+A plug-in folder (`methods`, `tasks`, `objectives`, `optimizers`, `analyses`, `figures`) is a package of small files.
+Each file defines one dataclass and its smallest instance, `EXAMPLE`, which the tests run.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from lorabench.config import other_words
 from lorabench.config.quote import clip
 
 PACKAGE = Path(__file__).resolve().parents[1]
-FOLDERS = ("methods", "tasks", "objectives", "analyses", "figures")
-WITHIN = {"objectives": "training", "figures": "report", "readers": "updates", "exporters": "store"}
+FOLDERS = ("methods", "tasks", "objectives", "optimizers", "analyses", "figures")
+WITHIN = {"objectives": "training", "optimizers": "training", "figures": "report", "readers": "updates",
+          "exporters": "store"}  # fmt: skip
 """Registries that stand inside a wing."""
 MOST_LISTED, NUM_NEAREST = 900, 20
 """Characters of choices that are all listed, for a message has bounds; of more than that, the nearest so many."""

@@ -19,11 +19,12 @@ from lorabench.training.meter import GIB
 def count_on(spec: RunSpec, shape: shapes.Shape) -> dict[str, float]:
     """The measures of `claim.COUNTABLE` for the run's method, quantization, dtype, batch and length on that model.
 
-    Memory is by formula, on a GPU: weights, gradients, AdamW's moments, activations and logits. An encoder
+    Memory is by formula, on a GPU: weights, gradients, the optimizer's moments, activations and logits. An encoder
     is given a task head of two classes. InputError where the method fits no such model, or cannot be attached without
     weights.
     """
-    keys = ("method", "quantization", "dtype", "batch_size", "micro_batch_size", "seq_len", "gradient_checkpointing")
+    keys = ("method", "optimizer", "quantization", "dtype", "batch_size", "micro_batch_size", "seq_len",
+            "gradient_checkpointing")  # fmt: skip
     key = json.dumps({key: encode(getattr(spec, key)) for key in keys})
     return dict(_count(key, shape))
 
@@ -53,12 +54,12 @@ def _count(key: str, shape: shapes.Shape) -> dict[str, float]:
 def _memory_bytes(spec: RunSpec, counts: estimate.Counts) -> float:
     """Peak memory of training by formula, what libraries take apart.
 
-    Weights; gradient and AdamW's two moments in float32 for what trains; activations kept for the backward pass, about
-    10 widths and 4 inner widths a token and layer (only the layers' inputs and one layer's activations with gradient
-    checkpointing); logits, their log-softmax and gradient in float32.
+    Weights; for what trains the gradient in float32, and what the optimizer keeps; activations kept for the backward
+    pass, about 10 widths and 4 inner widths a token and layer (only the layers' inputs and one layer's activations with
+    gradient checkpointing); logits, their log-softmax and gradient in float32.
     """
     micro, lengths = spec.micro_batch_size or spec.batch_size, spec.objective.longest(spec)
     layer = 10 * counts.width + 4 * counts.inner
     kept = counts.layers * counts.width + layer if spec.gradient_checkpointing else counts.layers * layer
-    memory = counts.weight_bytes + 12 * counts.num_trainable
+    memory = counts.weight_bytes + 4 * counts.num_trainable + counts.moment_bytes
     return memory + micro * (sum(lengths) * kept * estimate.BYTES[spec.dtype] + lengths[-1] * 3 * 4 * counts.vocabulary)

@@ -79,6 +79,8 @@ class Counts:
     num_tensors: int
     """That are trained."""
     weight_bytes: float
+    moment_bytes: float
+    """Of what the optimizer keeps."""
     layers: int
     width: int
     inner: int
@@ -115,9 +117,9 @@ def formula(
 ) -> Estimate:
     """From first principles. `first`: the untouched base is evaluated too, which later runs of a store need not do.
 
-    Memory: weights; gradient and AdamW's two moments in float32 for what trains; what the longest batch keeps for the
-    backward pass (only the layers' inputs and one layer's share with gradient checkpointing); the logits that are there
-    at a time, their log-softmax and gradient in float32.
+    Memory: weights; for what trains its gradient in float32, and what the optimizer keeps (AdamW two moments); what the
+    longest batch keeps for the backward pass (only the layers' inputs and one layer's share with gradient
+    checkpointing); the logits that are there at a time, their log-softmax and gradient in float32.
     """
     machine, passes = machine_of(spec, device, gpu), _Passes(spec, counts)
     kept = passes.profile.kept * BYTES[spec.dtype] / 4 * passes.longest / passes.usual
@@ -127,7 +129,7 @@ def formula(
     if by_tokens(spec.task):
         logits = min(logits, CHUNK_BYTES["cuda" if device.type == "cuda" else "cpu"])
     held = HELD["cuda" if device.type == "cuda" else "cpu"] * (kept + 3 * logits)
-    tensors = counts.weight_bytes + 12 * counts.num_trainable + held
+    tensors = counts.weight_bytes + 4 * counts.num_trainable + counts.moment_bytes + held
     parts = {
         "load": 0.1 + counts.weight_bytes / 1e9,
         "train": spec.total_steps * passes.step_seconds(machine),
@@ -266,7 +268,7 @@ def updates_bytes(spec: RunSpec, counts: Counts) -> float:
 
     Of `svd:K`, K singular vectors of both sides of every linear layer of the blocks: four of attention, three between.
     """
-    whole = 4.0 * counts.num_trainable
+    whole = 4.0 * counts.num_trainable * spec.method.num_stored(spec)
     if spec.keep.startswith("svd:"):
         sides = counts.layers * (8 * counts.width + 3 * (counts.width + counts.inner))
         whole = min(whole, 4.0 * int(spec.keep.removeprefix("svd:")) * sides)

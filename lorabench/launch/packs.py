@@ -61,9 +61,9 @@ def key_of(spec: RunSpec) -> str | None:
     """The same of runs that can share their passes, as far as their specs tell; None of one that never can."""
     table = spec.to_json()
     method, draws = table["method"], table["method"].get("dropout", 0.0) > 0
-    if not (spec.method.is_factors and spec.objective.shares_passes) or (spec.gradient_checkpointing and draws):
+    if not (spec.method.shares_passes and spec.objective.shares_passes) or (spec.gradient_checkpointing and draws):
         return None
-    if spec.padding == "free":
+    if spec.padding == "free" or not spec.optimizer.steps_rows:
         return None
     if any("Classification" in task.auto_class or "labels" in task.sequences for task in spec.stages):
         return None

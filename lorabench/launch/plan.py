@@ -19,7 +19,7 @@ from lorabench.models import base_model as models
 from lorabench.models import targets, weights
 from lorabench.models.remarks import remarks
 from lorabench.spec.method import Method
-from lorabench.spec.run_spec import RunSpec, flatten, short, swept_keys
+from lorabench.spec.run_spec import UNNAMED, RunSpec, flatten, short, swept_keys
 from lorabench.spec.sweep import Sweep
 from lorabench.spec.task import Task
 from lorabench.store.record import Status
@@ -81,7 +81,7 @@ def plan_text(sweep: Sweep, plan: dict[str, Any]) -> str:
         {
             "run_id": run["run_id"],
             "status": run["status"],
-            **{key: short(flat.get(key)) for key in keys},
+            **{key: short(flat.get(key, UNNAMED.get(key))) for key in keys},
             "trainable": f"{run['estimate']['num_trainable']:,}",
             "of": f"{run['estimate']['num_parameters']:,}",
             "peak": _approximate(run["done"], size(run["estimate"]["peak_gib"] * GIB)),
@@ -201,7 +201,8 @@ class _Known:
 
 
 def _known(spec: RunSpec) -> _Known | InputError:
-    keys = ("model", "revision", "method", "quantization", "tasks" if spec.tasks else "task", "dtype", "padding")
+    task = "tasks" if spec.tasks else "task"
+    keys = ("model", "revision", "method", "optimizer", "quantization", task, "dtype", "padding")
     return _know(json.dumps({key: encode(getattr(spec, key)) for key in keys}))
 
 
@@ -228,8 +229,12 @@ def _know(key: str) -> _Known | InputError:
 def counted(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> Counts:
     """Of a base without weights, to which the run's method is attached."""
     weight_bytes = _weight_bytes(spec, base)
+    if spec.method.merges_as_it_goes:
+        merged = sum(base.get_submodule(name).weight.numel() for name in spec.method.ranks(base))
+        weight_bytes += (BYTES["float32"] - BYTES[spec.dtype]) * merged
     config: Any = base.config
     tuned = _attach(spec, base, options)
+    spec.optimizer.prepare(tuned, spec)
     width = config.hidden_size
     trainable = [p for p in tuned.parameters() if p.requires_grad]
     added = 0 if spec.method.trains_base else sum(p.numel() * p.element_size() for p in trainable)
@@ -238,6 +243,7 @@ def counted(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> Co
         num_trainable=sum(p.numel() for p in trainable),
         num_tensors=len(trainable),
         weight_bytes=weight_bytes + added,
+        moment_bytes=4 * spec.optimizer.num_kept(tuned),
         layers=config.num_hidden_layers,
         width=width,
         inner=getattr(config, "intermediate_size", None) or 4 * width,

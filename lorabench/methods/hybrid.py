@@ -77,7 +77,9 @@ class Hybrid(OwnFile):
             yield "method.prompt: cannot be had together with method.prefix: both stand in front of the input"
         if len(self.parts) < 2:
             yield "method: a hybrid needs at least two of the parts lora, adapter, prefix, prompt"
-        if self.lora and (self.lora.rebased or self.lora.lr_ratio != 1):
+        if self.lora and self.lora.restart_every:
+            yield "method.lora.restart_every: cannot be had in a hybrid, whose other parts do not begin anew"
+        if self.lora and (self.lora.rebased or self.lora.num_start_examples or self.lora.lr_ratio != 1):
             yield (
                 f'method.lora: init = "{self.lora.init}", lr_ratio = {self.lora.lr_ratio}: in a hybrid, init must be '
                 "kaiming, gaussian or orthogonal, and lr_ratio 1"

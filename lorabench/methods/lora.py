@@ -3,7 +3,8 @@
 Hu et al. 2021, arXiv 2106.09685. rsLoRA: Kalajdzievski 2023, arXiv 2312.03732; DoRA: Liu et al. 2024, arXiv 2402.09353;
 LoRA+: Hayou, Ghosh and Yu 2024, arXiv 2402.12354; QLoRA: Dettmers et al. 2023, arXiv 2305.14314. Initializations:
 PiSSA: Meng, Wang and Zhang 2024, arXiv 2404.02948; OLoRA: Büyükakyüz 2024, arXiv 2406.01775; LoftQ: Li et al. 2023,
-arXiv 2310.08659. Attached, saved and loaded by PEFT.
+arXiv 2310.08659; EVA, CorDA, LoRA-GA and MiLoRA: `_starts.py`. ReLoRA: `_restarts.py`. Attached, saved and loaded by
+PEFT.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
-from lorabench.config.decode import InputError, Pattern, show
+from lorabench.config.decode import InputError, Pattern, later, show
+from lorabench.methods import _restarts, _starts
 from lorabench.methods._parameters import parameter_updates, split_targets
 from lorabench.methods._peft import ADAPTER, Tuner, head_updates, probe, tuner_layers, write_norms
 from lorabench.models import base_model as models
@@ -35,7 +37,9 @@ if TYPE_CHECKING:
 
 PerRank = Annotated[str, Pattern(r"[0-9]*\.?[0-9]+r", 'a number or a multiple of the rank such as "2r"')]
 PEFT_INITS: dict[str, Any] = {"kaiming": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora",
-                              "orthogonal": "orthogonal", "loftq": True}  # fmt: skip
+                              "orthogonal": "orthogonal", "loftq": True, "milora": True, "eva": True,
+                              "corda": True, "lora_ga": True}  # fmt: skip
+NUM_EXAMPLES, REWARMING = 32, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +54,14 @@ class Lora(Tuner):
     rslora: bool = False
     dora: bool = False
     """Learn the norm of each row of the weight apart from its direction: W = m (W0 + s B A) / ‖W0 + s B A‖."""
-    init: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal", "loftq"] = "kaiming"
-    """`kaiming`, `gaussian` and `orthogonal` begin at ΔW = 0. `pissa` and `olora` take s B0 A0 out of the base: ΔW is
+    init: Literal[
+        "kaiming", "gaussian", "pissa", "olora", "orthogonal", "loftq", "milora", "eva", "corda", "lora_ga"
+    ] = "kaiming"
+    """`kaiming`, `gaussian`, `orthogonal` and `eva` begin at ΔW = 0, `eva` where the inputs of a layer vary most.
+    `pissa`, `olora`, `milora`, `corda` (instruction-previewed) and `lora_ga` take s B0 A0 out of the base: ΔW is
     s (B A - B0 A0). `loftq` begins B A at what quantization lost, and ΔW counts from there."""
+    init_examples: Annotated[int, Ge(1)] = later(NUM_EXAMPLES)
+    """Of the training split, the first that the seed's order has: what `eva`, `corda` and `lora_ga` begin from."""
     lr_ratio: Annotated[float, Gt(0)] = 1.0
     """LoRA+: the learning rate of B over that of A and of all else that is trained."""
     rank_pattern: dict[str, Annotated[int, Ge(1)]] = field(default_factory=dict)
@@ -63,6 +72,10 @@ class Lora(Tuner):
     """Factors for the input embedding too."""
     head: bool = False
     """Factors for a language model's output matrix too."""
+    restart_every: Annotated[int, Ge(1)] | None = later(None)
+    """ReLoRA: after every so many steps s B A is merged into the base, and A, B and the optimizer begin anew."""
+    restart_warmup: Annotated[float, Ge(0), Le(1)] = later(REWARMING)
+    """Share of the steps between restarts in which the learning rate then rises linearly to the schedule's again."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the trained factors."""
 
@@ -100,8 +113,23 @@ class Lora(Tuner):
         }
 
     @property
+    def shares_passes(self) -> bool:
+        return self.is_factors and not (self.num_start_examples or self.restart_every)
+
+    @property
     def changes_base(self) -> bool:
-        return self.init in ("pissa", "olora")
+        return self.init in _starts.TAKEN_OUT
+
+    @property
+    def merges_as_it_goes(self) -> bool:
+        return self.restart_every is not None
+
+    @property
+    def num_start_examples(self) -> int:
+        return self.init_examples if self.init in _starts.FROM_DATA else 0
+
+    def num_stored(self, spec: RunSpec) -> int:
+        return 2 if self.changes_base else 1 + (spec.total_steps - 1) // (self.restart_every or spec.total_steps)
 
     @property
     def trained_dtype(self) -> str:
@@ -113,7 +141,7 @@ class Lora(Tuner):
 
     def problems(self, spec: RunSpec) -> Iterator[str]:
         yield from super().problems(spec)
-        if self.init in ("pissa", "olora") and spec.quantization != "none":
+        if self.changes_base and spec.quantization != "none":
             yield (
                 f'method.init = "{self.init}": takes its factors out of the base weights, which a quantized base '
                 f'(quantization = "{spec.quantization}") cannot hold; "loftq" is made for it'
@@ -130,11 +158,39 @@ class Lora(Tuner):
                     yield f"method.{key}: {show(pattern)}: not a regular expression: {error}"
         if isinstance(self.alpha, str) and self.alpha_value == 0:
             yield f'method.alpha = "{self.alpha}": must be greater than 0'
-        if (self.embeddings or self.head) and (self.dora or self.rebased or self.init == "orthogonal"):
+        if (self.embeddings or self.head) and (self.dora or self.init not in ("kaiming", "gaussian")):
             what = "embeddings" if self.embeddings else "head"
             yield f"method.{what} = true: only without dora, and with init kaiming or gaussian"
+        yield from self._start_problems(spec)
+        yield from self._restart_problems(spec)
         if self.dora and self.rebased:
             yield f'method.dora = true: cannot be had with method.init = "{self.init}"'
+
+    def _start_problems(self, spec: RunSpec) -> Iterator[str]:
+        if self.init_examples != NUM_EXAMPLES and not self.num_start_examples:
+            choices = ", ".join(_starts.FROM_DATA)
+            yield f'method.init_examples = {self.init_examples}: method.init = "{self.init}" has none, only {choices}'
+        if self.init == "lora_ga" and spec.objective.writes:
+            yield (
+                f'method.init = "lora_ga": begins from the gradient of the data\'s own answers, which objective '
+                f"{spec.objective.name} does not train on"
+            )
+
+    def _restart_problems(self, spec: RunSpec) -> Iterator[str]:
+        if self.restart_every is None:
+            if self.restart_warmup != REWARMING:
+                yield f"method.restart_warmup = {self.restart_warmup}: there is none without method.restart_every"
+            return
+        key = f"method.restart_every = {self.restart_every}"
+        if spec.quantization != "none":
+            yield (
+                f'{key}: merges into the base weights, and quantized ones (quantization = "{spec.quantization}") would '
+                "be rounded anew at each restart"
+            )
+        if self.init not in ("kaiming", "gaussian"):
+            yield f'{key}: draws A anew, with init kaiming or gaussian, not method.init = "{self.init}"'
+        if not self.is_factors:
+            yield f"{key}: only without dora, embeddings and head"
 
     def about_update(self, spec: RunSpec) -> str:
         start = " with the initial factors on top, which make up for the quantization" if self.init == "loftq" else ""
@@ -142,16 +198,18 @@ class Lora(Tuner):
 
     @property
     def about_storage(self) -> str:
+        if self.restart_every:
+            return "a LoRA of rank r for each restart and the last B A, which the untouched base takes"
         return "a LoRA of rank 2r, B A - B0 A0, which the untouched base takes" if self.changes_base else ""
 
     @property
     def rebased(self) -> bool:
         """Whether the product of the initial factors is not zero."""
-        return self.init in ("pissa", "olora", "loftq")
+        return self.changes_base or self.init == "loftq"
 
     def prepare(self, model: nn.Module) -> None:
         """Conv1D stays as it is where PEFT can have it so."""
-        if self.init == "olora":
+        if self.init in ("olora", "milora", "corda", "lora_ga") or self.restart_every:
             weights.as_linear(model)
         if self.embeddings or self.head:
             weights.untie(model)
@@ -188,7 +246,8 @@ class Lora(Tuner):
 
     def _check_parameters(self, model: nn.Module, spec: RunSpec, parameters: list[str]) -> None:
         """InputError for what PEFT cannot do where the target is a parameter, and not a layer."""
-        unfit = {"dropout": self.dropout > 0, "dora": self.dora, "init": self.init not in ("kaiming", "gaussian")}
+        unfit = {"dropout": self.dropout > 0, "dora": self.dora, "init": self.init not in ("kaiming", "gaussian"),
+                 "restart_every": self.restart_every is not None}  # fmt: skip
         key = next((key for key, is_so in unfit.items() if is_so), None)
         packed = spec.quantization != "none" and any(
             weights.is_linear_layer(model.get_submodule(name.rpartition(".")[0])) for name in parameters
@@ -235,11 +294,46 @@ class Lora(Tuner):
 
     def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
         tuned: Any = super().attach(model, spec)
+        if self.init in ("milora", *_starts.FROM_DATA):
+            _starts.check(self.init, tuned)
         if self.init == "loftq":
-            _start_at_quantization_error(tuned, spec)
+            _starts.quantization_error(tuned, spec)
+        elif self.init == "milora":
+            _starts.minor(tuned)
+        if self.restart_every:
+            _restarts.attach(tuned)
+        self._note_start(tuned)
+        return tuned
+
+    def begin_from_data(self, model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> None:
+        _starts.start(self.init, model, losses)
+        self._note_start(model)
+
+    def _note_start(self, tuned: Any) -> None:
         if self.rebased:  # a plain attribute: what a checkpoint or an optimizer holds is not changed by it
             tuned.initial_factors = {name: _factors(module) for name, module in tuner_layers(tuned)}
-        return tuned
+
+    def restart(self, model: nn.Module, spec: RunSpec, done: int) -> bool:
+        from lorabench.spec.run_spec import method_seed
+
+        if self.restart_every is None or done % self.restart_every or done == spec.total_steps:
+            return False
+        _restarts.begin_anew(model, method_seed(spec, restart=done // self.restart_every), PEFT_INITS[self.init])
+        return True
+
+    def lr_share(self, done: int) -> float:
+        if self.restart_every is None or done < self.restart_every:
+            return 1.0
+        rising = math.ceil(self.restart_warmup * self.restart_every - 1e-9)  # as the run's own warm-up has it
+        return min(1.0, (done % self.restart_every + 1) / rising) if rising else 1.0
+
+    def trained_state(self, model: nn.Module) -> dict[str, Tensor]:
+        return super().trained_state(model) | _restarts.state(model)
+
+    def restore(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        if self.restart_every:
+            _restarts.restore(model, state)
+        super().restore(model, state)
 
     def layer_update(self, name: str, module: Any) -> Update:
         B, A = _factors(module)
@@ -254,6 +348,7 @@ class Lora(Tuner):
 
     def layer_updates(self, model: Any, load_base: LoadBase) -> Iterator[Update]:
         initial: dict[str, tuple[Tensor, Tensor]] = getattr(model, "initial_factors", {})
+        merged = getattr(model, "merged", [])
         for name, module in tuner_layers(model):
             if hasattr(module, "parameter_name"):
                 yield from parameter_updates(name, module)
@@ -261,6 +356,8 @@ class Lora(Tuner):
             update = self.layer_update(name, module)
             if name in initial:
                 update = _since(update, initial[name], module)
+            if merged:
+                update = _restarts.whole(update, name, module, merged)
             yield update
 
     def save(self, model: Any, load_base: LoadBase, folder: Path, keep: str) -> None:
@@ -270,8 +367,9 @@ class Lora(Tuner):
         models.save_peft(model, folder)
         updates = list(self.layer_updates(model, load_base))
         write_norms(updates, folder)
-        if self.changes_base:
-            _save_for_untouched_base(self, updates, folder)
+        times = 2 if self.changes_base else 1 + len(getattr(model, "merged", []))
+        if times > 1:
+            _save_for_untouched_base(self, updates, folder, times)
         elif self.init == "loftq":
             _save_initial(model.initial_factors, folder)
         dense = [*(updates if self.dora else []), *head_updates(model)]
@@ -334,8 +432,8 @@ def _since(update: Update, initial: tuple[Tensor, Tensor], module: Any) -> Updat
     )
 
 
-def _save_for_untouched_base(method: Lora, updates: list[Update], folder: Path) -> None:
-    """Rewrite a saved adapter, whose base was changed, as one of rank 2 r for the untouched base."""
+def _save_for_untouched_base(method: Lora, updates: list[Update], folder: Path, times: int) -> None:
+    """Rewrite a saved adapter, whose base was changed, as one of so many times the rank for the untouched base."""
     from safetensors.torch import load_file, save_file
 
     file, config_file = folder / "adapter_model.safetensors", folder / "adapter_config.json"
@@ -346,10 +444,10 @@ def _save_for_untouched_base(method: Lora, updates: list[Update], folder: Path) 
         tensors[f"base_model.model.{update.layer}.lora_A.weight"] = update.A.contiguous()
         tensors[f"base_model.model.{update.layer}.lora_B.weight"] = update.B.contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
-    ranks = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
+    ranks = {name: times * rank for name, rank in config["rank_pattern"].items()}
     # The scale is in B already: alpha makes what PEFT multiplies by equal to 1.
     unit = (lambda rank: math.sqrt(rank)) if method.rslora else float
-    changes = {"r": 2 * method.rank, "lora_alpha": unit(2 * method.rank), "rank_pattern": ranks}
+    changes = {"r": times * method.rank, "lora_alpha": unit(times * method.rank), "rank_pattern": ranks}
     changes |= {"alpha_pattern": {name: unit(rank) for name, rank in ranks.items()}, "init_lora_weights": True}
     config_file.write_text(json.dumps(config | changes, indent=2, sort_keys=True) + "\n")
 
@@ -361,25 +459,6 @@ def _save_initial(initial: dict[str, tuple[Tensor, Tensor]], folder: Path) -> No
         f"{name}.{part}": tensor for name, pair in initial.items() for part, tensor in zip("BA", pair, strict=True)
     }
     save_file(tensors, folder / INITIAL_FILE)
-
-
-def _start_at_quantization_error(tuned: Any, spec: RunSpec) -> None:
-    """LoftQ with one iteration: s B A is the best approximation of rank r of W - Q(W), split evenly."""
-    import torch
-
-    if next(tuned.parameters()).device.type == "meta":
-        return
-    options = {"num_labels": tuned.config.num_labels} if models.new_heads(tuned.get_base_model()) else {}
-    with torch.random.fork_rng():  # a new head of the exact base draws its weights
-        exact = models.load_base(spec, torch.device("cpu"), options, exact=True)
-    for name, module in tuner_layers(tuned):
-        lost = exact.get_submodule(name).weight.detach().float().to(module.weight.device)
-        lost = lost - weights.dequantized(module.get_base_layer()).float()
-        U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
-        rank, scale = module.r[ADAPTER], module.scaling[ADAPTER]
-        root = (S[:rank] / scale).sqrt()
-        module.lora_B[ADAPTER].weight.data.copy_(U[:, :rank] * root)
-        module.lora_A[ADAPTER].weight.data.copy_(root[:, None] * Vh[:rank])
 
 
 EXAMPLE = Lora(rank=2)

@@ -55,7 +55,8 @@ WORDS = {
     "majority": "majority class",
     "flops": "FLOPs",
 }
-SPEAKING = ("label", "objective.name", "method.name", "quantization", "model", "method.targets", "task.name")
+SPEAKING = ("label", "objective.name", "optimizer.name", "method.name", "quantization", "model", "method.targets",
+            "task.name")  # fmt: skip
 """Keys whose values need no name beside them."""
 UNIT_SUFFIXES = ("_gib", "_seconds", "_bytes", "_joules")
 

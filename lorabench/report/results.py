@@ -16,7 +16,7 @@ import pandas as pd
 from lorabench.report.steps import StepLog, steps_frame
 from lorabench.spec.claim import matches
 from lorabench.spec.measures import MEASURES, find, is_shared_in_a_pack
-from lorabench.spec.run_spec import RunSpec, canonical_json, complete, flatten, is_tables, task_names
+from lorabench.spec.run_spec import UNNAMED, RunSpec, canonical_json, complete, flatten, is_tables, task_names
 from lorabench.spec.sweep import Sweep, known_measures
 from lorabench.store.record import FAILURES, GENERATIONS_FILE, STEPS_FILE, RunRecord, Status
 from lorabench.store.store import RunState, Store
@@ -406,7 +406,7 @@ def _frame(states: list[RunState], specs: list[dict[str, Any]]) -> pd.DataFrame:
     rows = []
     for state, spec in zip(states, specs, strict=True):
         record = state.record
-        row = {key: _hashable(spec.get(key), named) for key in keys} | {
+        row = {key: _hashable(spec.get(key, UNNAMED.get(key)), named) for key in keys} | {
             "status": str(state.status),
             "error": state.error,
         }

@@ -9,7 +9,7 @@ from typing import Any
 from lorabench.config.quote import show
 from lorabench.models.shapes import Shape
 from lorabench.spec.measures import find
-from lorabench.spec.run_spec import flatten
+from lorabench.spec.run_spec import UNNAMED, flatten
 
 SIDES = ("where", "ratio_to", "minus")
 """The fields that say which runs count, and which these are held against."""
@@ -96,6 +96,6 @@ class Claim:
 def matches(flat: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Whether a run with these flattened keys is one of those that are named."""
     return all(
-        any(flat.get(key) == item for item in (value if isinstance(value, list) else [value]))
+        any(flat.get(key, UNNAMED.get(key)) == item for item in (value if isinstance(value, list) else [value]))
         for key, value in wanted.items()
     )

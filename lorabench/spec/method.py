@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -64,9 +64,28 @@ class Method(Plugin, ABC):
         raise NotImplementedError
 
     @property
+    def shares_passes(self) -> bool:
+        """Whether such a run of factors begins and goes on by its own steps alone, so that it can be in a pack."""
+        return self.is_factors
+
+    @property
     def changes_base(self) -> bool:
-        """Whether frozen base weights are others once it is attached (PiSSA)."""
+        """Whether frozen base weights are others once training begins (PiSSA)."""
         return False
+
+    @property
+    def merges_as_it_goes(self) -> bool:
+        """Whether frozen base weights change while it trains (ReLoRA): those are held in float32, whole everywhere."""
+        return False
+
+    @property
+    def num_start_examples(self) -> int:
+        """Of the training data, from which its initial weights are made in `begin_from_data`."""
+        return 0
+
+    def num_stored(self, spec: RunSpec) -> int:
+        """Times what is trained that it keeps in its files: PiSSA its initial factors too."""
+        return 1
 
     @property
     def has_update(self) -> bool:
@@ -127,6 +146,13 @@ class Method(Plugin, ABC):
         Random initialization uses the global generator. InputError where the model has nothing to attach to.
         """
 
+    def begin_from_data(self, model: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Make the initial weights of an attached model from data, in place. Where `num_start_examples` is not 0.
+
+        Each of `losses` computes an example's forward pass, in evaluation mode, and gives its mean loss.
+        InputError where they do not tell enough.
+        """
+
     @abstractmethod
     def updates(self, model: nn.Module, load_base: LoadBase) -> Iterator[Update]:
         """ΔW layer by layer; of a new task head alone where the method has none."""
@@ -177,6 +203,15 @@ class Method(Plugin, ABC):
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after each optimizer step 0, 1, …, gradients still there (AdaLoRA reallocates its budget here)."""
+
+    def restart(self, model: nn.Module, spec: RunSpec, done: int) -> bool:
+        """Called when so many optimizer steps are done: whether the method has begun anew, and the optimizer with it
+        forgets what it keeps (ReLoRA)."""
+        return False
+
+    def lr_share(self, done: int) -> float:
+        """What the schedule's learning rate is multiplied by after so many steps (ReLoRA's warm-up after a restart)."""
+        return 1.0
 
     def trained_state(self, model: nn.Module) -> dict[str, Tensor]:
         """What a checkpoint must hold of the model: the trainable tensors, by name."""

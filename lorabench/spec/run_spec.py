@@ -16,6 +16,7 @@ from lorabench.config.plugins import example
 from lorabench.config.quote import clip
 from lorabench.spec.method import Method
 from lorabench.spec.objective import Objective
+from lorabench.spec.optimizer import Optimizer
 from lorabench.spec.task import LanguageModeling, Task
 
 Keep = Annotated[str, Pattern(r"updates|none|svd:[1-9][0-9]*", '"updates", "none" or "svd:K" (K at least 1)')]
@@ -48,6 +49,9 @@ class RunSpec:
     The same losses, but for rounding, of language models that can tell examples apart so."""
     objective: Objective = later(factory=lambda: example("objectives", "supervised"))  # noqa: RUF009
     """What is trained for: the data's own answers, or a reward for the model's."""
+    optimizer: Optimizer = later(factory=lambda: example("optimizers", "adamw"))  # noqa: RUF009
+    """How gradients become steps; `lr`, `schedule`, `clip` and, where it has them, the keys from `weight_decay` to
+    `epsilon` are its own."""
     steps: Annotated[int, Ge(1)] = 200
     """Optimizer steps, of each task."""
     lr: Annotated[float, Gt(0)] = 1e-3
@@ -83,6 +87,7 @@ class RunSpec:
             raise ValueError("task: is missing")
         object.__setattr__(self, "task", self.stages[0])
         problems = [*self.method.problems(self), *self._task_problems(), *self.objective.problems(self)]
+        problems += self.optimizer.problems(self)
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             problems.append(f"micro_batch_size = {self.micro_batch_size}: must divide batch_size = {self.batch_size}")
         if self.snapshot_every and self.keep == "none":
@@ -173,17 +178,23 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+UNNAMED = {"objective.name": "supervised", "optimizer.name": "adamw"}
+"""What runs have that do not name them, for these keys came later: in tables and claims they are told."""
+
+
 def swept_keys(flats: list[dict[str, Any]]) -> list[str]:
     """The keys of which the runs that have them have different values, the method's name apart: what labels show.
 
-    And those that like runs have and lack, as `complete` finds them; the objective, which supervised runs do not name.
+    And those that like runs have and lack, as `complete` finds them; the objective, which supervised runs do not name,
+    and the optimizer, which those of AdamW do not.
     """
     values: dict[str, set[str]] = {}
     for flat in flats:
         for key, value in flat.items():
             values.setdefault(key, set()).add(repr(value))
-    if not all("objective.name" in flat for flat in flats):
-        values.get("objective.name", set()).add(repr(None))
+    for key, name in UNNAMED.items():
+        if not all(key in flat for flat in flats):
+            values.get(key, set()).add(repr(name))
     several = [key for key, found in values.items() if len(found) > 1]
     return [key for key in complete(several, flats, ["seed"]) if key != "method.name"]
 

@@ -20,7 +20,7 @@ from lorabench.spec.claim import Claim, matches
 from lorabench.spec.figure import Figure
 from lorabench.spec.generate import ENDS, METRICS
 from lorabench.spec.measures import MEASURES, OWN, Measure, find, is_shared_in_a_pack, of_sets
-from lorabench.spec.run_spec import RunSpec, canonical_json, flatten, is_tables, unflatten
+from lorabench.spec.run_spec import UNNAMED, RunSpec, canonical_json, flatten, is_tables, unflatten
 
 SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure", "claim"]
 
@@ -321,7 +321,7 @@ def _any_of(*choices: str) -> str:
 
 def _label(template: Any, spec: RunSpec, where: str, problems: list[str]) -> str:
     """`"LoRA, rank {method.rank}"` with the run's own values."""
-    flat = spec.flat
+    flat = UNNAMED | spec.flat
     if not isinstance(template, str) or not template:
         problems.append(f"{where}label = {show(template)}: must be a text")
         return ""

@@ -83,7 +83,7 @@ def _steps(training: Training, log: StepLog, stop: Stop, saves: Saves, hold: Hol
 
 def set_lr(training: Training) -> float:
     """The next step's learning rates, as a share of their peaks."""
-    share = schedule(training.spec, training.task_step)
+    share = schedule(training.spec, training.task_step) * training.spec.method.lr_share(training.step)
     for group in training.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
     return share

@@ -34,16 +34,24 @@ T = TypeVar("T")
 
 def choose(spec: RunSpec, asked: Sharding, device: torch.device, options: dict[str, Any]) -> Literal["ddp", "fsdp"]:
     """How a run's model is spread over ranks. InputError where what is asked for cannot be had."""
-    quantized = spec.quantization != "none"
-    if asked == "fsdp" and quantized:
-        raise InputError(
-            f'--sharding fsdp: quantization = "{spec.quantization}": the weights of bitsandbytes cannot be shared out; '
-            "use ddp, which gives every rank the whole base"
-        )
+    reason = _whole(spec)
+    if asked == "fsdp" and reason:
+        raise InputError(f"--sharding fsdp: {reason}; use ddp, which gives every rank the whole base")
     if asked != "auto":
         return asked
     needed = spec.method.trains_base or _is_too_large(spec, device, options)
-    return "fsdp" if needed and not quantized else "ddp"
+    return "fsdp" if needed and not reason else "ddp"
+
+
+def _whole(spec: RunSpec) -> str:
+    """Why every rank needs the whole model; empty where it does not."""
+    if spec.quantization != "none":
+        return f'quantization = "{spec.quantization}": the weights of bitsandbytes cannot be shared out'
+    if spec.method.merges_as_it_goes:
+        return f"method {spec.method.name} merges into base weights as it trains"
+    if not spec.optimizer.by_number:
+        return f'optimizer = "{spec.optimizer.name}": its steps need whole matrices'
+    return ""
 
 
 def _is_too_large(spec: RunSpec, device: torch.device, options: dict[str, Any]) -> bool:
@@ -206,6 +214,6 @@ def _named(trained: dict[str, Tensor], moments: dict[int, dict[str, Tensor]]) ->
 
 
 def _moments(parameter: Tensor, keys: Iterable[str]) -> dict[str, Tensor]:
-    """AdamW's state of one parameter, to be filled; a parameter that has had no gradient yet has none."""
+    """An optimizer's state of one parameter, to be filled; a parameter that has had no gradient yet has none."""
     kept = parameter.detach()
     return {key: torch.zeros((), device=kept.device) if key == "step" else torch.zeros_like(kept) for key in keys}

@@ -31,6 +31,7 @@ from lorabench.training import meter as meters
 from lorabench.training.base import Base
 from lorabench.training.examples import Examples
 from lorabench.training.passes import base_of
+from lorabench.training.starting import start_from_data
 from lorabench.updates.parts import Part
 
 Score = tuple[float, int, Any]
@@ -95,6 +96,10 @@ class Training:
         about, num_base, parts = remarks(spec, model), weights.count(model), fused_parts(model)
         torch.manual_seed(method_seed(spec))
         model = spec.method.attach(model, spec)
+        with meter.loading():
+            if start := start_from_data(spec, model, base.stages[0]):
+                about["start"] = start
+        spec.optimizer.prepare(model, spec)
         base.attached(model)
         skeleton = base.once(("skeleton", method_key(spec)), lambda: flops.skeleton_of(model))
         if spec.padding == "free":
@@ -282,16 +287,9 @@ def counts_of(tuned: nn.Module, num_base: int, stages: list[Examples]) -> dict[s
 
 
 def make_optimizer(spec: RunSpec, model: nn.Module) -> torch.optim.Optimizer:
-    """Fused AdamW over the method's parameter groups; each group's own peak learning rate is kept beside it."""
+    """The run's optimizer over the method's parameter groups; each group's own peak rate is kept beside it."""
     groups = [group | {"peak_lr": group["lr"]} for group in spec.method.param_groups(model, spec.lr)]
-    return torch.optim.AdamW(
-        groups,
-        lr=spec.lr,
-        betas=(spec.beta1, spec.beta2),
-        eps=spec.epsilon,
-        weight_decay=spec.weight_decay,
-        fused=True,
-    )
+    return spec.optimizer.make(spec, model, groups)
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

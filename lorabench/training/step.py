@@ -100,5 +100,7 @@ def update(training: Training) -> torch.Tensor:
     norm = whole(nn.utils.clip_grad_norm_(parameters, limit))
     training.optimizer.step()
     training.spec.method.after_step(training.model, training.step)
+    if training.spec.method.restart(training.model, training.spec, training.step + 1):
+        training.optimizer.state.clear()
     training.optimizer.zero_grad()
     return norm

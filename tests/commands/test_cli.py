@@ -104,7 +104,7 @@ def test_list_names_every_plugin(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {"lora", "full"} <= set(found["methods"])
-    assert set(found) == {"methods", "tasks", "objectives", "analyses", "figures"}
+    assert set(found) == {"methods", "tasks", "objectives", "optimizers", "analyses", "figures"}
     assert main(["list", "methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["name", *found["methods"]]

@@ -22,7 +22,7 @@ def keys() -> set[str]:
     """All that a sweep file may say of a run."""
     of_plugins = {
         field.key
-        for folder in ("methods", "tasks", "objectives")
+        for folder in ("methods", "tasks", "objectives", "optimizers")
         for name in plugins.names(folder)
         for field in described.describe(folder, name).fields
     }
