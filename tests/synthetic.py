@@ -145,6 +145,7 @@ def measures(spec: RunSpec) -> dict[str, float]:
         "retain_loss_before": 2.905,
         "retain_loss_after": after,
         "forgetting": after - 2.905,
+        "kl_task": 0.3 * (base - loss) + abs(noise(0, 0.02)),
     }
 
 

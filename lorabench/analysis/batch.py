@@ -213,8 +213,9 @@ class _Work:
             return []
         with self._noting(run_id):
             loaded = [(step, formats.load_layer(found[parameter])) for step, found in entries if parameter in found]
-            return [replace(layer, step=_last_step(self.records[run_id]) if step is None else step)
-                    for step, layer in loaded]  # fmt: skip
+            record = self.records[run_id]
+            last = {"step": _last_step(record), "drift": record.drift.get(loaded[-1][1].layer, {})}
+            return [replace(layer, **(last if step is None else {"step": step})) for step, layer in loaded]
         return []
 
     @contextlib.contextmanager

@@ -200,8 +200,8 @@ MEASURES: dict[str, Measure] = (
         ("retain_loss_before", "nats", False, "loss of the untouched base on the retention set"),
         ("retain_loss_after", "nats", False, "loss on the retention set after training"),
         ("forgetting", "nats", False, "retain_loss_after - retain_loss_before"),
-        *_drifts(),
     )
+    | _measures("drift", *_drifts())
     | _measures(  # R[i][j]: accuracy on task j, or share of its tokens predicted right, after training on i of T tasks
         "sequence",
         ("average_final", "%", True, "mean over the tasks j of R[T][j], validation"),

@@ -91,7 +91,7 @@ def told(model: nn.Module, batch: Batch, targets: Tensor) -> Told:
 
 @torch.no_grad()
 def divergences(base: nn.Module, tuned: nn.Module, batch: Batch, targets: Tensor) -> Tensor:
-    """KL(base ‖ tuned) in nats of what the two predict at each of the `targets` (n, t) that is one, (k,); at least 0."""
+    """KL(base ‖ tuned) in nats of what the two predict where `targets` (n, t) has one; (k,), at least 0."""
     reads = _read(base, batch, targets), _read(tuned, batch, targets)
     if reads[0] is None or reads[1] is None:
         is_asked = targets != IGNORE

@@ -6,7 +6,8 @@ Shapes: M out features, N in features, r rank.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lorabench.linalg.decompose import ThinSVD
 from lorabench.updates.update import Update
@@ -34,6 +35,8 @@ class LayerSVD:
     scale_source: str | None = None
     update: Update | None = None
     step: int | None = None
+    drift: Mapping[str, float] = field(default_factory=dict)
+    """What its run has measured of it on data: `RunRecord.drift`."""
 
     @property
     def layer(self) -> str:
