@@ -15,29 +15,30 @@ from __future__ import annotations
 
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorabench.models.base_model import new_heads
 from lorabench.models.weights import is_linear_layer
-from lorabench.spec.task import Example, LanguageModeling
+from lorabench.spec.task import LanguageModeling
+from lorabench.training import gradients
 from lorabench.training.evaluation import retained_sets
-from lorabench.training.examples import Examples, collate, reader
+from lorabench.training.examples import Examples, few_batches, reader
 from lorabench.training.inference import twin
 from lorabench.training.passes import autocast, forward
 from lorabench.training.predictions import by_tokens, divergences, look_at_head
 from lorabench.training.state import Training
+from lorabench.updates.gradients import RETAIN, TASK
 from lorabench.updates.update import Update
 
 TOKENS = 256
 """About how many tokens of a set are looked at; one example at least."""
-TASK, RETAIN = "task", "retain"
 Drifts = dict[str, dict[str, float]]
 """Layer -> `task`, `task_null`, `retain`, `retain_null`."""
 
@@ -50,18 +51,21 @@ class Seen:
     energy: float = 0.0
 
 
-def measure(training: Training) -> tuple[dict[str, float], dict[str, str], Drifts]:
-    """Measures by their names in MEASURES, provenance, and the drift of each linear layer that has changed."""
+def measure(training: Training, root: Path) -> tuple[dict[str, float], dict[str, str], Drifts]:
+    """Measures by their names in MEASURES, provenance, and the drift of each linear layer that has changed.
+
+    Of a run that keeps snapshots the gradients at W0 are kept below `root` too, the store's folder.
+    """
     with training.meter.clock("drift"):
         try:
-            return _measured(training)
+            return _measured(training, root)
         except Exception as error:  # whatever it is, what was trained and saved stands
             traceback.print_exc()
             reason = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
             return {}, {"drift": f"not measured: {reason}"}, {}
 
 
-def _measured(training: Training) -> tuple[dict[str, float], dict[str, str], Drifts]:
+def _measured(training: Training, root: Path) -> tuple[dict[str, float], dict[str, str], Drifts]:
     training.model.eval()
     base = base_beside(training).eval()
     sets = {TASK: [(training.base.stages[-1], "validation")], RETAIN: retained_sets(training.base.stages)}
@@ -76,8 +80,12 @@ def _measured(training: Training) -> tuple[dict[str, float], dict[str, str], Dri
                 drifts[update.layer] |= {name: own, f"{name}_null": null}
     for key in dict.fromkeys(key for each in drifts.values() for key in each):
         measures[f"drift_{key}"] = fmean(each[key] for each in drifts.values() if key in each)
-    note = f"about {TOKENS} validation tokens a set; means over {len(drifts)} linear layers that have changed"
-    return measures, {"drift": note}, dict(drifts)
+    notes = {
+        "drift": f"{TOKENS} validation tokens or so a set; means over {len(drifts)} linear layers that have changed"
+    }
+    if training.spec.snapshot_every and drifts:
+        notes["gradients"] = gradients.keep(training, base, root)
+    return measures, notes, dict(drifts)
 
 
 def base_beside(training: Training) -> nn.Module:
@@ -95,7 +103,7 @@ def look(training: Training, base: nn.Module, examples: Examples, split: str) ->
     """
     spec, device, task = training.spec, training.meter.device, reader(examples.task, split)
     heads, total, count = tuple(f"{head}." for head in new_heads(base)), 0.0, 0
-    batches = [collate(rows, examples.padding, device) for rows in _alike(_some(examples.splits[split]))]
+    batches = few_batches(examples, split, TOKENS, device)
     if by_tokens(task):
         look_at_head(base, batches[0])  # which takes a pass of its own
     with autocast(spec, device), watched(base, lambda name: not f"{name}.".startswith(heads)) as seen:
@@ -106,25 +114,6 @@ def look(training: Training, base: nn.Module, examples: Examples, split: str) ->
             found = divergences(base, training.model, batch, task.targets(batch))
             total, count = total + float(found.double().sum()), count + len(found)
     return seen, total / count if count else None
-
-
-def _alike(rows: Iterable[Example]) -> list[list[Example]]:
-    """Those of the same lengths together."""
-    groups: dict[Any, list[Example]] = {}
-    for row in rows:
-        lengths = [len(value) if hasattr(value, "__len__") else 0 for value in (row["input_ids"], row["labels"])]
-        groups.setdefault(tuple(lengths), []).append(row)
-    return [*groups.values()]
-
-
-def _some(rows: list[Example]) -> Iterator[Example]:
-    """The first ones, of about TOKENS tokens in all."""
-    left = TOKENS
-    for row in rows:
-        if left <= 0:
-            return
-        left -= len(row["input_ids"])
-        yield row
 
 
 @contextmanager

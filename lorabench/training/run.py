@@ -198,7 +198,7 @@ def _drift(attempt: Attempt, training: Training) -> None:
     if training.base.world.sharding == "fsdp":
         record.provenance["drift"] = "not measured: no process has the whole model (fsdp)"
     elif attempt.is_first:
-        measures, notes, record.drift = drift.measure(training)
+        measures, notes, record.drift = drift.measure(training, attempt.store.root)
         record.measures |= measures | training.meter.wall_time()
         record.provenance |= notes
 
