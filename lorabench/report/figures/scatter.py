@@ -71,7 +71,8 @@ def _points(results: Any, x: str, y: str, most: int) -> tuple[Frame, dict[str, A
     from lorabench.report.results import grouped
 
     runs = drawing.finite(drawing.finite(results.runs[results.runs["status"] == Status.DONE], x), y)
-    look, rows, looks = drawing.setting_looks(results), [], {}
+    look, rows = drawing.setting_looks(results), []
+    looks: dict[str, Any] = {}
     families = [key for key in results.settings if key != RANK]
     for values, chunk in grouped(runs, [key for key in results.keys if key != "seed"]):
         own = {key: chunk.iloc[0][key] for key in results.settings}
