@@ -60,9 +60,12 @@ def measure(training: Training, root: Path) -> tuple[dict[str, float], dict[str,
         try:
             return _measured(training, root)
         except Exception as error:  # whatever it is, what was trained and saved stands
-            traceback.print_exc()
-            reason = traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
-            return {}, {"drift": f"not measured: {reason}"}, {}
+            return {}, {"drift": _why_not(error)}, {}
+
+
+def _why_not(error: Exception) -> str:
+    traceback.print_exception(error)
+    return "not measured: " + traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
 
 
 def _measured(training: Training, root: Path) -> tuple[dict[str, float], dict[str, str], Drifts]:
@@ -80,11 +83,13 @@ def _measured(training: Training, root: Path) -> tuple[dict[str, float], dict[st
                 drifts[update.layer] |= {name: own, f"{name}_null": null}
     for key in dict.fromkeys(key for each in drifts.values() for key in each):
         measures[f"drift_{key}"] = fmean(each[key] for each in drifts.values() if key in each)
-    notes = {
-        "drift": f"{TOKENS} validation tokens or so a set; means over {len(drifts)} linear layers that have changed"
-    }
+    of_layers = f"means over {len(drifts)} linear layers that have changed" if drifts else "no linear layer has changed"
+    notes = {"drift": f"{TOKENS} validation tokens or so a set; {of_layers}"}
     if training.spec.snapshot_every and drifts:
-        notes["gradients"] = gradients.keep(training, base, root)
+        try:
+            notes["gradients"] = gradients.keep(training, base, root)
+        except Exception as error:  # as above
+            notes["gradients"] = _why_not(error)
     return measures, notes, dict(drifts)
 
 

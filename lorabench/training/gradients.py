@@ -103,7 +103,9 @@ def sides(model: nn.Module) -> Iterator[Sides]:
     def begin(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output.requires_grad_()
 
-    handles = [model.get_input_embeddings().register_forward_hook(begin)]
+    tokens = model.get_input_embeddings().weight  # of T5, which encoder and decoder each have an embedding of
+    embeddings = [each for each in model.modules() if isinstance(each, nn.Embedding) and each.weight is tokens]
+    handles = [each.register_forward_hook(begin) for each in embeddings]
     handles += [watch(name, module) for name, module in layers]
     try:
         yield found

@@ -9,12 +9,12 @@ from lorabench.report.update_metrics import per_run, rows_of
 from lorabench.spec.figure import Canvas, Figure
 
 PANELS = {
-    ("phi_task_at", "input"): "φ with the task's, input",
-    ("phi_task_at", "output"): "φ with the task's, output",
-    ("phi_retain_at", "input"): "φ with the retained, input",
-    ("phi_retain_at", "output"): "φ with the retained, output",
+    ("phi_task_at", "input"): "gradient of the task, input side",
+    ("phi_task_at", "output"): "gradient of the task, output side",
+    ("phi_retain_at", "input"): "gradient of what is retained, input side",
+    ("phi_retain_at", "output"): "gradient of what is retained, output side",
 }
-"""Metric and side of the analysis `gradient` -> label of its axis."""
+"""Metric and side of the analysis `gradient` -> title of its panel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,8 @@ class GradientCurves(Figure):
         with drawing.facets(panels, self.width, columns=2) as grid:
             for label, axes in grid.axes_dict.items():
                 draw_lines(axes, panels[label], looks, "step", within=(0, 1))
-                axes.set(title="", ylabel=label)
             axes.set_ylim(bottom=0)
-            grid.set_xlabels("Step")
+            grid.set_axis_labels("Step", "φ(k, k) of ΔW with it")
             drawing.legend_below(grid.figure, looks, "random")
         return grid.figure
 
