@@ -5,6 +5,7 @@ Losses follow a rule with seeded noise; singular values and subspaces are those 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -19,10 +20,12 @@ import pandas as pd
 import torch
 
 from lorabench.analyses.dynamics import Dynamics
+from lorabench.analyses.gradient import Gradient
 from lorabench.analysis.tidy import to_table
 from lorabench.config import plugins
 from lorabench.linalg.decompose import ThinSVD, thin_svd
 from lorabench.report.results import Results, load_results, selected, with_analyses
+from lorabench.spec.analysis import Analysis
 from lorabench.spec.run_spec import RunSpec, flatten
 from lorabench.spec.sweep import Sweep, parse_sweep
 from lorabench.store.record import STEPS_FILE, RunRecord, Status
@@ -149,6 +152,7 @@ def measures(spec: RunSpec) -> dict[str, float]:
         "retain_loss_before": 2.905,
         "retain_loss_after": after,
         "forgetting": after - 2.905,
+        "kl_task": 0.3 * (base - loss) + abs(noise(0, 0.02)),
     }
 
 
@@ -273,7 +277,9 @@ def trajectories() -> Results:
             )  # fmt: skip
         results = load_results(store, sweep)
     done = [spec for spec in sweep.runs if results.runs["status"][spec.id] == Status.DONE]
-    return with_analyses(results, {"dynamics": pd.concat(_trajectory(spec) for spec in done)})
+    frames = {name: pd.concat(_trajectory(spec, analysis) for spec in done)
+              for name, analysis in {"dynamics": Dynamics(), "gradient": Gradient()}.items()}  # fmt: skip
+    return with_analyses(results, frames)
 
 
 STEPS = 40
@@ -314,15 +320,18 @@ def step_lines(spec: RunSpec) -> list[str]:
     return [json.dumps(row) + "\n" for row in rows]
 
 
-def _trajectory(spec: RunSpec) -> pd.DataFrame:
+def _trajectory(spec: RunSpec, analysis: Analysis) -> pd.DataFrame:
     """Of two layers: ΔW turns towards its end and grows, by the analysis itself."""
     frames = []
+    gradients = {name: thin_svd(torch.from_numpy(np.random.default_rng(n).normal(size=(DIM, DIM))), keep=16)
+                 for n, name in enumerate(("task", "retain"))}  # fmt: skip
     for depth in range(2):
         end, start = (torch.from_numpy(update(spec, n)) for n in (depth, depth + 2))
         layers = [_layer(end * step + start * (8 - step), _rank(spec), step) for step in (2, 4, 6, 8)]
         place = {"run_id": spec.id, "layer": layers[0].layer, "kind": "q_proj", "depth": depth}
         place["layer"] = place["layer"].replace("0", str(depth))
-        frames.append(pd.DataFrame([place | row for row in Dynamics().compute(*layers)]))
+        layers = [dataclasses.replace(layer, gradients=gradients) for layer in layers]
+        frames.append(pd.DataFrame([place | row for row in analysis.compute(*layers)]))
     return _with_categories(pd.concat(frames, ignore_index=True))
 
 

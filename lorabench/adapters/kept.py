@@ -1,6 +1,6 @@
 """What merging, compressing and intervening have kept of a sweep's runs, as sections of its report.
 
-Read from RESULTS/merges, compressions and interventions; what is damaged or of another version is left out.
+Read from RESULTS/merges, compressions, interventions and usefulness; what is damaged or of another version is left out.
 """
 
 from __future__ import annotations
@@ -17,9 +17,15 @@ Record = dict[str, Any]
 
 
 def kept_parts(store: Store, run_ids: Iterable[str]) -> list[Part]:
-    """Merges whose runs are all of these, the runs' own compressions, interventions by what counts as an intruder."""
+    """Merges whose runs are all of these, the runs' own compressions, interventions by what counts as an intruder, and
+    how useful single directions are."""
     ids = set(run_ids)
-    makers = {"merges": _merges, "compressions": _compressions, "interventions": _interventions}
+    makers = {
+        "merges": _merges,
+        "compressions": _compressions,
+        "interventions": _interventions,
+        "usefulness": _usefulness,
+    }
     found = {name: [record for record in _records(store, name) if _runs_of(record) <= ids] for name in KEPT}
     return [part for name, records in found.items() if records for part in makers[name](records)]
 
@@ -92,6 +98,15 @@ def _interventions(records: list[Record]) -> Iterator[Part]:
         whole = [record for record in group if _has(record, 1.0)]
         if whole:
             yield intervention_part(whole, make_rows(whole, wanted))
+
+
+def _usefulness(records: list[Record]) -> Iterator[Part]:
+    from lorabench.adapters.intervention.usefulness import VERSION
+    from lorabench.adapters.intervention.usefulness_report import usefulness_part
+
+    for record in records:
+        if record["key"]["version"] == VERSION and len(record["points"]) == record["num_points"]:
+            yield usefulness_part(record)
 
 
 def _has(record: Record, scale: float) -> bool:

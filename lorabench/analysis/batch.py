@@ -26,6 +26,7 @@ from lorabench.store.record import RunRecord
 from lorabench.store.store import WAY_OUT
 from lorabench.updates import formats, parts
 from lorabench.updates.base import Tuned
+from lorabench.updates.gradients import FOLDER, read_gradients
 from lorabench.updates.layer import LayerSVD
 from lorabench.updates.readers._entry import Entry
 
@@ -215,8 +216,14 @@ class _Work:
             return []
         with self._noting(run_id):
             loaded = [(step, formats.load_layer(found[parameter])) for step, found in entries if parameter in found]
-            return [replace(layer, step=_last_step(self.records[run_id]) if step is None else step)
-                    for step, layer in loaded]  # fmt: skip
+            record = self.records[run_id]
+            last: dict[str, Any]
+            name = loaded[-1][1].layer
+            last = {"step": _last_step(record), "drift": record.drift.get(name, {})}
+            if run_id in self.moving:
+                file = self.part.jobs[0].root / FOLDER / record.provenance.get("gradients", "")
+                last["gradients"] = read_gradients(file, name)
+            return [replace(layer, **(last if step is None else {"step": step})) for step, layer in loaded]
         return []
 
     @contextlib.contextmanager

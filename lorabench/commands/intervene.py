@@ -13,14 +13,20 @@ random       Σ σ a bᵀ in random directions a, b instead: as large a change o
 Merged and evaluated in float32, on the validation split of the run's (last) task and on its task.retain, with
 changes relative to λ = 1. With five settings or more, Spearman's ρ of the number of intruders with forgetting.
 
-Results are kept in RESULTS/interventions/<id>/record.json after each evaluation, and read from there the next
-time.
+With --each it is the singular directions of ΔW itself, one after the other: the i-th one of every layer is scaled by
+a single λ (default: 0, it is dropped), and so are random directions of the same singular values. Beside the change of
+loss stands what the gradient foretells to first order, (λ − 1) Σ σ uᵀ (∂L/∂W) v (Tian et al. 2026, arXiv 2603.03995).
+
+Results are kept in RESULTS/interventions/<id>/record.json after each evaluation (of --each in RESULTS/usefulness), and
+read from there the next time.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorabench.commands._arguments import (
     DEVICE,
@@ -34,13 +40,17 @@ from lorabench.commands._arguments import (
     numbers,
     write_page,
 )
+from lorabench.config.decode import InputError
 from lorabench.terminal.text import talk, tell
+
+if TYPE_CHECKING:
+    from lorabench.store.store import Store
 
 ARGUMENTS = [
     argument("runs", "a run's id, or what it begins with; one or more", nargs="+", metavar="RUN"),
     argument(
         "--lambdas",
-        "factors of the singular values, with commas (default: 0,0.3,0.5,0.7,1,1.5)",
+        "factors of the singular values, with commas (default: 0,0.3,0.5,0.7,1,1.5; with --each: 0)",
         type=numbers(float),
         metavar="L",
     ),
@@ -58,6 +68,7 @@ ARGUMENTS = [
         default=10,
         metavar="K",
     ),
+    argument("--each", "scale each of the first --top singular directions of ΔW by itself", action="store_true"),
     argument("--figure", "also draw it: FILE.pdf or FILE.png, both are written", type=Path, metavar="FILE"),
     RESULTS,
     DEVICE,
@@ -72,6 +83,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     if arguments.figure is not None:
         intervene_report.check_figure(arguments.figure)
+    if arguments.each:
+        return _each(arguments, store, device)
     wanted = intervene.Intervention(
         lambdas=tuple(arguments.lambdas or intervene.LAMBDAS), epsilon=arguments.epsilon, top=arguments.top
     )
@@ -92,4 +105,29 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.figure is not None:
         files = intervene_report.draw(rows, arguments.figure)
         talk("wrote " + " and ".join(map(str, files)) if files else "nothing to draw: no run has an intruder")
+    return 0
+
+
+def _each(arguments: argparse.Namespace, store: Store, device: str) -> int:
+    from lorabench.adapters.intervention import intervene, usefulness, usefulness_report
+
+    scales = arguments.lambdas or [usefulness.SCALE]
+    if len(scales) > 1:
+        raise InputError(f"--lambdas {','.join(f'{scale:g}' for scale in scales)}: --each takes a single one")
+    wanted = usefulness.Usefulness(top=arguments.top, scale=scales[0])
+    runs = intervene.read_runs(store, arguments.runs)
+    records = [usefulness.measure(store, run, wanted, device, talk) for run in runs]
+    if arguments.html:
+        from lorabench.report.page import parts_page
+
+        header = [("runs", ", ".join(run.record.run_id for run in runs)), ("evaluated", records[0]["evaluated"])]
+        parts = [usefulness_report.usefulness_part(record) for record in records]
+        write_page(arguments.html, parts_page("Which directions of ΔW are useful?", header, parts))
+    if arguments.json:
+        rows = {record["key"]["run_id"]: [*map(asdict, usefulness_report.make_rows(record))] for record in records}
+        tell(as_json({"usefulness": records, "rows": rows}))
+    else:
+        tell(usefulness_report.usefulness_text(records))
+    if arguments.figure is not None:
+        talk("wrote " + " and ".join(map(str, usefulness_report.draw(records, arguments.figure))))
     return 0

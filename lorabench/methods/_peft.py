@@ -132,6 +132,10 @@ class PeftMethod(Method):
     def merge(self, model: Any) -> nn.Module | None:
         return merged(model) if self.has_update else None
 
+    @property
+    def keeps_base(self) -> bool:
+        return not self.changes_base
+
     def unload(self, model: Any) -> nn.Module | None:
         """The base's layers out of the tuner's: PEFT's own `unload` refuses quantized bases with some tuners."""
         base = model.get_base_model()

@@ -71,6 +71,10 @@ class Peft(Tuner):
         return f"method.type = {show(self.type)}"
 
     @property
+    def keeps_base(self) -> bool:
+        return False  # some tuners begin by changing its weights, or train its biases
+
+    @property
     def is_prompt(self) -> bool:
         from peft.config import PromptLearningConfig
 

@@ -33,6 +33,12 @@ MEASURE_NAMES = {
     "retain_loss_before": "retention loss before",
     "retain_loss_after": "retention loss after",
     "base_valid_loss": "base validation loss",
+    "drift_task": "drift of layers on the task",
+    "drift_task_null": "drift on the task by chance",
+    "drift_retain": "drift of layers on what is retained",
+    "drift_retain_null": "drift on what is retained by chance",
+    "kl_task": "KL(base ‖ tuned) on the task",
+    "kl_retain": "KL(base ‖ tuned) on what is retained",
     "dynamics.settled_step": "settled step, input side",
     "dynamics.settled_step_output": "settled step, output side",
 }

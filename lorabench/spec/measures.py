@@ -93,6 +93,14 @@ def _inference() -> Iterator[tuple[str, str, bool | None, str]]:
                     yield f"added_{key}", "%", False, text
 
 
+def _drifts() -> Iterator[tuple[str, str, bool | None, str]]:
+    """How far training has moved layers and predictions, on the task and on what is retained."""
+    for key, what in {"task": "the task", "retain": "what is retained"}.items():
+        yield f"drift_{key}", "", None, f"E‖ΔW h‖² / E‖W0 h‖² on {what}, mean over the linear layers that have changed"
+        yield f"drift_{key}_null", "", None, f"the same on {what} of random changes of the same norms"
+        yield f"kl_{key}", "nats", None, f"KL(base ‖ tuned) a predicted token on {what}"
+
+
 MEASURES: dict[str, Measure] = (
     _measures(
         "counts",
@@ -158,6 +166,7 @@ MEASURES: dict[str, Measure] = (
         ("evaluate_seconds", "s", False, "wall time of evaluation"),
         ("generate_seconds", "s", False, "wall time of writing answers and scoring them"),
         ("snapshot_seconds", "s", False, "wall time of keeping snapshots of ΔW while training"),
+        ("drift_seconds", "s", False, "wall time of measuring drift and KL"),
         ("serve_seconds", "s", False, "wall time of measuring inference, merging, loading and swapping"),
         ("total_seconds", "s", False, "wall time of the run"),
     )
@@ -192,6 +201,7 @@ MEASURES: dict[str, Measure] = (
         ("retain_loss_after", "nats", False, "loss on the retention set after training"),
         ("forgetting", "nats", False, "retain_loss_after - retain_loss_before"),
     )
+    | _measures("drift", *_drifts())
     | _measures(  # R[i][j]: accuracy on task j, or share of its tokens predicted right, after training on i of T tasks
         "sequence",
         ("average_final", "%", True, "mean over the tasks j of R[T][j], validation"),

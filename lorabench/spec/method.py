@@ -88,6 +88,11 @@ class Method(Plugin, ABC):
         return 1
 
     @property
+    def keeps_base(self) -> bool:
+        """Whether `unload` gives the untouched base with its own values."""
+        return False
+
+    @property
     def has_update(self) -> bool:
         """Whether the method has a ΔW; soft prompts and adapters add computation instead."""
         return True

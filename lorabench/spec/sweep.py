@@ -448,11 +448,12 @@ def known_measures(runs: Sequence[RunSpec] = ()) -> Mapping[str, Measure]:
     others = {split: other.reported for run in runs for task in run.stages for split, other in task.others.items()}
     if "retain" in others:
         reports |= {"retain_loss_before", "retain_loss_after"}
-    if any(split.startswith("retain") for split in others):
-        reports |= {"forgetting"}
+    retains = any(split.startswith("retain") for split in others)
+    reports |= {"forgetting"} if retains else set()
     measures = {
         name: measure
         for name, measure in MEASURES.items()
+        if retains or measure.group != "drift" or "_retain" not in name
         if measure.group != "metrics" or name in written or re.sub("^(base_)?(valid|test|train)_", "", name) in reports
         if measure.group not in absent
     }
@@ -488,7 +489,7 @@ def _layer_measures(analyses: Iterable[Any]) -> dict[str, Measure]:
 def _why(value: str, known: Mapping[str, Measure]) -> str:
     found = find(value)
     is_written = any(metric in value for metric in METRICS) and found is not None
-    if found is not None and value.startswith(("forgetting", "retain_")):
+    if found is not None and value.startswith(("forgetting", "retain_", "drift_retain", "kl_retain")):
         return "is measured by no run of this sweep: give task.retain, the data that show what is forgotten"
     if found is not None and found.group == "serving":
         return "is measured by no run of this sweep: all of them have serving = false"

@@ -73,6 +73,8 @@ class RunRecord:
     measures: dict[str, float] = field(default_factory=dict)
     sequence: dict[str, Any] = field(default_factory=dict)
     """Of a run over several tasks: `tasks`, their names, and `matrices`, metric -> [after i tasks][on task j]."""
+    drift: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Layer -> `task`, `retain` and what chance gives for each (`lorabench.training.drift`); empty of older runs."""
     provenance: dict[str, str] = field(default_factory=dict)
     """How a measure was made where that can differ: `peak_gib: VmHWM, reset per phase`."""
     files: dict[str, str] = field(default_factory=dict)

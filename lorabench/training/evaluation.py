@@ -141,6 +141,11 @@ def _at_the_end(training: Training, on: _Evaluation) -> dict[str, float]:
     return found | ({"forgetting": sum(changes) / len(changes)} if changes else {})
 
 
+def retained_sets(stages: list[Examples]) -> list[tuple[Examples, str]]:
+    """The retention sets, each with the task that has it."""
+    return [(examples, split) for split, examples in _others(stages, "retain")]
+
+
 def _others(stages: list[Examples], kind: str) -> list[tuple[str, Examples]]:
     """The sets of that kind beside the tasks' own splits, each with the last task that has it."""
     found = {

@@ -315,3 +315,16 @@ class Order:
             generator = torch.Generator().manual_seed(self.first_seed + epoch)
             self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator).numpy()
         return int(self._permutation[offset])
+
+
+def few_batches(examples: Examples, split: str, tokens: int, device: torch.device) -> list[Batch]:
+    """The first examples of a split, of about so many tokens in all and one at least; those of the same lengths
+    together, so that nothing is padded."""
+    groups: dict[tuple[int, ...], list[Example]] = {}
+    for row in examples.splits[split]:
+        if tokens <= 0:
+            break
+        tokens -= len(row["input_ids"])
+        lengths = tuple(len(row[key]) if np.ndim(row[key]) else 0 for key in ("input_ids", "labels"))
+        groups.setdefault(lengths, []).append(row)
+    return [collate(rows, examples.padding, device) for rows in groups.values()]

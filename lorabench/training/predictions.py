@@ -89,6 +89,24 @@ def told(model: nn.Module, batch: Batch, targets: Tensor) -> Told:
     return Told(targets, read.spread([*nats], targets), read.spread([*is_right], targets))
 
 
+@torch.no_grad()
+def divergences(base: nn.Module, tuned: nn.Module, batch: Batch, targets: Tensor) -> Tensor:
+    """KL(base ‖ tuned) in nats of what the two predict where `targets` (n, t) has one; (k,), at least 0."""
+    reads = _read(base, batch, targets), _read(tuned, batch, targets)
+    if reads[0] is None or reads[1] is None:
+        is_asked = targets != IGNORE
+        return _kl(*(forward(model, batch)[is_asked] for model in (base, tuned)))
+    chunks = zip(reads[0].chunks(), reads[1].chunks(), strict=True)
+    found = torch.cat([_kl(reads[0].head(of_base), reads[1].head(of_tuned)) for (of_base, _), (of_tuned, _) in chunks])
+    return found[reads[0].targets != IGNORE]
+
+
+def _kl(base: Tensor, tuned: Tensor) -> Tensor:
+    """Of logits (k, v); (k,)."""
+    p, q = base.float().log_softmax(-1), tuned.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
+
+
 class _Summed(torch.autograd.Function):
     """Cross-entropy of rows (k, d), summed; the gradients of rows and of the head's parameters are made beside it."""
 

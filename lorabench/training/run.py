@@ -16,7 +16,7 @@ from lorabench.store.generations import write_generations
 from lorabench.store.record import GENERATIONS_FILE, STEPS_FILE, RunRecord, Status
 from lorabench.store.steps import Live, StepLog, write_steps
 from lorabench.store.store import Store
-from lorabench.training import bookkeeping, environment, ranks, serving
+from lorabench.training import bookkeeping, drift, environment, ranks, serving
 from lorabench.training.base import Base
 from lorabench.training.evaluation import evaluate_base, evaluate_task, splits_after
 from lorabench.training.loop import Saves, train
@@ -82,12 +82,13 @@ def checkpoint_file(folder: Path) -> Path:
 
 
 def run(attempt: Attempt) -> Asked:
-    """Read the data, load the base, attach, count, evaluate, train, evaluate, save, record, serve."""
+    """Read the data, load the base, attach, count, evaluate, train, evaluate, save, record, look at it, serve."""
     training = _begin(attempt)
     if not training.rows and evaluate_base(training, attempt.stop, attempt.phase, attempt.store.root / "runs"):
         attempt.record.provenance["base_valid_loss"] = "as an earlier run of this store has measured it"
     yield from _train(attempt, training)
     _save(attempt, training)
+    _drift(attempt, training)
     yield Own(training=training)
     _serve(attempt, training)
 
@@ -189,6 +190,17 @@ def _kept_if_it_fails(attempt: Attempt, training: Training) -> Iterator[None]:
         if is_alone:
             save()
         raise
+
+
+def _drift(attempt: Attempt, training: Training) -> None:
+    """How far the change has moved layers and predictions, when all else is saved: the run is done even if it fails."""
+    record = attempt.record
+    if training.base.world.sharding == "fsdp":
+        record.provenance["drift"] = "not measured: no process has the whole model (fsdp)"
+    elif attempt.is_first:
+        measures, notes, record.drift = drift.measure(training, attempt.store.root)
+        record.measures |= measures | training.meter.wall_time()
+        record.provenance |= notes
 
 
 def _serve(attempt: Attempt, training: Training) -> None:

@@ -6,9 +6,11 @@ Shapes: M out features, N in features, r rank.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lorabench.linalg.decompose import ThinSVD
+from lorabench.updates.gradients import Gradients
 from lorabench.updates.update import Update
 from lorabench.updates.weightfile import flat_name
 
@@ -34,6 +36,11 @@ class LayerSVD:
     scale_source: str | None = None
     update: Update | None = None
     step: int | None = None
+    drift: Mapping[str, float] = field(default_factory=dict)
+    """What its run has measured of it on data: `RunRecord.drift`."""
+
+    gradients: Gradients = field(default_factory=dict)
+    """The loss's at W0, where its run keeps snapshots: `updates/gradients.py`."""
 
     @property
     def layer(self) -> str:

@@ -32,13 +32,17 @@ def random_layer(M, N, r, seed=0, dtype=torch.float32):
     return layer(torch.randn(M, r, generator=g, dtype=dtype), torch.randn(r, N, generator=g, dtype=dtype))
 
 
+DRIFT = {"task": 0.02, "task_null": 0.01, "retain": 0.03, "retain_null": 0.02}
+GRADIENTS = {name: random_layer(9, 7, 3, seed).svd for seed, name in enumerate(("task", "retain"), 5)}
+
+
 def frame(analysis, *layers):
     return to_table(analysis.compute(*layers), {"layer": "l"}).to_pandas()
 
 
 def smallest(analysis):
     """What an analysis is called with, made of tiny random layers."""
-    layers = [random_layer(9, 7, 2, seed) for seed in range(2)]
+    layers = [replace(random_layer(9, 7, 2, seed), drift=DRIFT, gradients=GRADIENTS) for seed in range(2)]
     match analysis.needs:
         case "layer":
             return layers[:1]

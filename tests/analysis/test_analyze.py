@@ -27,6 +27,8 @@ from lorabench.spec.sweep import parse_sweep
 from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store
 from lorabench.updates import formats
+from lorabench.updates.gradients import FOLDER as GRADIENTS
+from lorabench.updates.gradients import write_gradients
 from lorabench.updates.update import Update, save_svds, save_updates
 from tests.conftest import BASE
 
@@ -87,7 +89,19 @@ def write_run(store, spec, status=Status.DONE):
         save(folder / name, spec, share)
     store.write_spec(spec)
     files = file_digests(folder / "updates", folder) | file_digests(folder / "snapshots", folder)
-    store.write(RunRecord(run_id=spec.id, spec=spec.to_json(), status=status, files=files))
+    gradients = store.root / GRADIENTS / "made.safetensors"
+    if not gradients.exists():
+        write_gradients({"task": {layer: thin_svd(base_weight(layer).float(), keep=4) for layer in LAYERS}}, gradients)
+    store.write(
+        RunRecord(
+            run_id=spec.id,
+            spec=spec.to_json(),
+            status=status,
+            files=files,
+            drift={layer: {"task": 0.02, "task_null": 0.01} for layer in LAYERS},
+            provenance={"gradients": gradients.name},
+        )
+    )
 
 
 def make_sweep(base):
@@ -232,6 +246,14 @@ def test_a_trajectory_has_each_snapshot_and_the_end(store, sweep, monkeypatch):
         spec = next(spec for spec in sweep.runs if spec.id == run_id)
         norm = delta_of(spec, layer).norm().item()
         assert rows.set_index("step")["norm"].to_dict() == pytest.approx({STEP: norm / 2, 200: norm}, rel=1e-5)
+
+
+def test_what_runs_have_measured_on_data_comes_with_each_layer(store, sweep):
+    frames = analyze(store, sweep)
+    assert {*frames["drift"]["metric"]} == {"task"} and {*frames["drift"]["value"]} == {0.02}
+    assert {*frames["drift"]["layer"]} == {*frames["gradient"]["layer"]} == {*LAYERS}
+    at = frames["gradient"].query("metric == 'phi_task_at'")
+    assert {*at["step"]} == {STEP, sweep.runs[0].steps} and at["value"].between(0, 1).all()
 
 
 def test_a_second_time_only_reads(store, sweep, monkeypatch):

@@ -182,11 +182,11 @@ def scaled(tuned: nn.Module, found: Sequence[Directions], kind: str, scale: floa
 
 def intervene(store: Store, run: Run, wanted: Intervention, device: str, note: Callable[[str], None]) -> dict[str, Any]:
     """A run's record with every point that is wanted; what is there already is read, and no model loaded for it."""
-    key = _key(run, wanted)
+    key = content_of(run) | {"version": VERSION, "epsilon": wanted.epsilon, "top": wanted.top}
     run_id = run.record.run_id
     name = f"{run_id}-{hashlib.sha256(canonical_json(key)).hexdigest()[:12]}"
     file = store.root / "interventions" / name / "record.json"
-    record = _read(file, key)
+    record = read_record(file, key)
     if record is not None and not _missing(record, wanted):
         return record
     note(f"{run_id}: looking for intruders")
@@ -203,16 +203,13 @@ def intervene(store: Store, run: Run, wanted: Intervention, device: str, note: C
     return record
 
 
-def _key(run: Run, wanted: Intervention) -> dict[str, Any]:
-    """All that the numbers depend on."""
+def content_of(run: Run) -> dict[str, Any]:
+    """All of a run that the numbers depend on."""
     seen = run.record.environment
     return {
-        "version": VERSION,
         "run_id": run.record.run_id,
         "files": files_of(run.record),
         **{name: seen.get(name) for name in ("data", "model_commit", "model_sha256")},
-        "epsilon": wanted.epsilon,
-        "top": wanted.top,
     }
 
 
@@ -222,7 +219,7 @@ def _describe(run: Run, found: list[Directions], device: torch.device) -> dict[s
     recorded = ("base_valid_loss", "valid_loss", "valid_accuracy", "retain_loss_before", "retain_loss_after")
     return {
         "spec": run.spec.to_json(),
-        "evaluated": _about(run.spec),
+        "evaluated": about(run.spec),
         "recorded": {name: measures[name] for name in recorded if name in measures},
         "environment": environment.describe(device) | weights_seen,
         "num_matrices": len(found),
@@ -233,7 +230,7 @@ def _describe(run: Run, found: list[Directions], device: torch.device) -> dict[s
     }
 
 
-def _about(spec: RunSpec) -> str:
+def about(spec: RunSpec) -> str:
     """What was evaluated; the record's own metrics are of the model as it was trained."""
     base = "the original weights" if spec.quantization == "none" else f"the dequantized {spec.quantization} weights"
     loaded = f", loaded in {spec.dtype}" if spec.dtype != "float32" and not spec.method.trains_base else ""
@@ -254,7 +251,7 @@ def _missing(record: dict[str, Any], wanted: Intervention) -> list[dict[str, Any
     return [point for point in wanted.points(record) if (point["scaled"], point["lambda"]) not in there]
 
 
-def _read(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+def read_record(file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     """The record that was kept, if it is whole and of this content."""
     try:
         record = read_json(file)
