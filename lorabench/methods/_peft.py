@@ -134,7 +134,7 @@ class PeftMethod(Method):
 
     @property
     def keeps_base(self) -> bool:
-        return not self.changes_base
+        return not (self.changes_base or self.merges_as_it_goes)
 
     def unload(self, model: Any) -> nn.Module | None:
         """The base's layers out of the tuner's: PEFT's own `unload` refuses quantized bases with some tuners."""

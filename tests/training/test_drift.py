@@ -68,10 +68,11 @@ def test_a_multiple_of_the_base_drifts_by_its_square_and_a_change_off_the_data_b
     assert drift(of(off), {}) is None and drift(Update(parameter="0.bias", B=W[:, :1]), seen(W, H)) is None
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A LoRA run of two steps, its record, and its folder."""
-    store, spec = Store(tmp_path_factory.mktemp("drift")), make_spec(task=TASK, steps=2, lr=3e-2)
+@pytest.fixture(scope="module", params=[{}, {"restart_every": 1}], ids=["lora", "relora"])
+def run(tmp_path_factory, request):
+    """A LoRA run of two steps, also of one that merges into its base between them, its record, and its folder."""
+    method = {"name": "lora", "rank": 2} | request.param
+    store, spec = Store(tmp_path_factory.mktemp("drift")), make_spec(method=method, task=TASK, steps=2, lr=3e-2)
     assert execute(spec, store, QUIET) == Status.DONE, store.read(spec.id).error
     return spec, store.read(spec.id), store.folder(spec.id)
 
