@@ -488,7 +488,8 @@ def test_the_command(runs, tmp_path, capsys) -> None:
     values = [record["metrics"][0]["valid_loss"] for record in shown["merges"][-2:]]
     assert f"{interval(values)[0]:.2f}" in lines[-1]
     linear = shown["merges"][3]["change"]
-    assert plain(linear[ids["code"]]["valid_loss"]).lstrip("−") == changes[2].split()[1].lstrip("+−")
+    shown_change = changes[2].partition("apart)")[2].split()[0]
+    assert plain(linear[ids["code"]]["valid_loss"]).lstrip("−") == shown_change.lstrip("+−")
     assert shown["interference"][0]["metrics"].keys() == Interference.metrics.keys()
     for by in COMBINATIONS:
         assert by in (merge.__doc__ or "")
@@ -568,7 +569,8 @@ def test_the_change_is_against_the_adapter_alone_on_its_own_task(pair, runs) -> 
 def test_text_shows_the_mean_over_seeds() -> None:
     wanted = [Body(by="dare_ties", weights=(1, 1), density=0.5, seed=seed) for seed in (0, 1)]
     records = [{"tasks": ["a"], "metrics": [{"valid_accuracy": value}]} for value in (0.5, 0.7)]
-    assert merge_table(records, wanted).text.splitlines()[-1].startswith("dare_ties (density 0.5)  60 ± ")
+    last = merge_table(records, wanted).text.splitlines()[-1]
+    assert last.startswith("dare_ties (density 0.5, A and B apart)  60 ± ")
 
 
 def test_records_are_below_the_results_folder(runs) -> None:
