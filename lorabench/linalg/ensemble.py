@@ -25,7 +25,7 @@ BLOCK, BLOCKS = 40, 5
 updates of rank 16 in 2048 dimensions: the first is 0.2% too small, the sum of the top 32 1.1%; chance's as much."""
 MOST_COLUMNS, MOST_GROUPS = 256, 16
 """Directions in all of the updates that are left out in turn, and in how many groups at most."""
-DRAWS = 4
+DRAWS = 16
 """Of the null where it is small; a large one averages itself."""
 
 
@@ -35,8 +35,8 @@ class LeftOut:
 
     `shared`: in the top k directions of the others, on one side. `mean_directions`: in the top k directions of the
     others' mean. `beyond_mean`: as `shared`, once the part along the others' mean, a multiple of it, is taken from
-    every update; None where nothing is left, as of two. By chance all three are k / d, where no update has to do with another.
-    `mean`: that part itself, cos² of ΔW and the others' mean; 1 / (M N) by chance.
+    every update; None where nothing is left, as of two. By chance all three are k / d, where no update has to do with
+    another. `mean`: that part itself, cos² of ΔW and the others' mean; 1 / (M N) by chance.
     """
 
     shared: float
@@ -65,15 +65,17 @@ def explained(frames: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
 def _top_eigenvalues(X: Tensor) -> Tensor:
     """Of X Xᵀ, by Rayleigh and Ritz in a block Krylov space: from below, the more exact the larger."""
     generator = torch.Generator().manual_seed(0)
-    block = torch.randn(X.shape[0], BLOCK, generator=generator).to(X)
-    basis = []
+    product = X.mT @ torch.randn(X.shape[0], BLOCK, generator=generator).to(X)
+    basis: list[Tensor] = []
+    products = []
     for _ in range(BLOCKS):
-        block = torch.linalg.qr(X @ (X.mT @ block)).Q
+        block = torch.linalg.qr(X @ product).Q
         for other in basis * 2:  # twice: once leaves what rounding has added
             block = block - other @ (other.mT @ block)
-        block = torch.linalg.qr(block).Q
-        basis.append(block)
-    inside = X.mT @ torch.cat(basis, 1)
+        basis.append(torch.linalg.qr(block).Q)
+        product = X.mT @ basis[-1]
+        products.append(product)
+    inside = torch.cat(products, 1)
     return torch.linalg.eigvalsh((inside.mT @ inside).double()).flip(-1)
 
 

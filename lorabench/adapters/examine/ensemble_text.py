@@ -35,7 +35,7 @@ def facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     rows = found["layers"]
     names = [each["source"] for each in found["adapters"]]
     tested = sorted({row["num_left_out"] for row in rows})
-    pairs = [("adapters", first_of(names)), ("layers", f"{len({row['layer'] for row in rows})} that all have")]
+    pairs = [("names", first_of(names)), ("layers", f"{len({row['layer'] for row in rows})} that all have")]
     return pairs + ([("tested", f"{'-'.join(map(str, tested))} of them are left out in turn")] if tested else [])
 
 
