@@ -44,14 +44,14 @@ def main() -> None:
     torch.set_num_threads(available_cores())
     pairs = factors(arguments.size, arguments.adapters, arguments.rank)
     small = factors(arguments.exact_size, arguments.adapters, arguments.rank)
-    figures = {}
+    settings = {key: getattr(arguments, key) for key in ("size", "exact_size", "adapters", "rank", "rounds")}
+    figures: dict[str, Any] = {}
     for by in arguments.by.split(","):
         figures[by] = {"relative_error": errors(by, small)} | race(by, pairs, arguments.rounds)
         print(by, json.dumps(figures[by]), flush=True)
-    settings = {key: getattr(arguments, key) for key in ("size", "exact_size", "adapters", "rank", "rounds")} | {
-        "density": DENSITY
-    }
-    print(write("merging", "cpu", settings, {"sections": figures}))
+        # After each: a dense way takes minutes.
+        file = write("merging", "cpu", settings | {"density": DENSITY}, {"sections": figures})
+    print(file)
 
 
 def factors(d: int, count: int, r: int) -> list[Pair]:

@@ -35,8 +35,9 @@ def compare_many(
 
     `layers` has two rows for each layer that all adapters have in one shape, of its `input` and its `output` side:
     `explained` and `explained_chance` (k = 1, 2, …), and, of adapters that are left out in turn, the means that
-    `linalg.ensemble.LeftOut` defines, at `k` directions: as many as one adapter has. Memory holds one layer of all
-    adapters a core. Raises InputError for fewer than two adapters, where none has a layer in common, and for damage.
+    `linalg.ensemble.LeftOut` defines, at `k` directions: as many as one adapter has (of a dense ΔW its top 64 stand for
+    it). Memory holds one layer of all adapters a core. Raises InputError for fewer than two adapters, where none has a
+    layer in common, and for damage.
     """
     if len(adapters) < 2:
         raise InputError(f"ADAPTER = {adapters[0].source if adapters else ''}: needs another to be compared with")
@@ -74,16 +75,15 @@ def _rows(entries: Layers) -> list[Row]:
     layers = [layer for layer in layers if layer.svd.numerical_rank]
     if len(layers) < 2:
         return []
-    some = [layers[place] for place in sampled([layer.svd.numerical_rank for layer in layers])]
-    k = max(layer.svd.numerical_rank for layer in some)
+    some = [layers[place] for place in sampled([layer.svd.U.shape[1] for layer in layers])]
+    k = max(layer.svd.U.shape[1] for layer in some)
     tests = left_out([layer.svd for layer in some], k)
     first, rows = layers[0], []
+    values = [layer.svd.S[: layer.svd.U.shape[1]] / layer.svd.S.norm() for layer in layers]
+    chance = {d: explained_by_chance(d, values).tolist() for d in set(first.shape)}
     for side in SIDES:
         d = first.shape[side == "input"]
         frames = [layer.svd.Vh.mT if side == "input" else layer.svd.U for layer in layers]
-        values = [
-            layer.svd.S[: frame.shape[1]] / layer.svd.S.norm() for layer, frame in zip(layers, frames, strict=True)
-        ]
         test = tests[side]
         rows.append(
             {
@@ -94,7 +94,7 @@ def _rows(entries: Layers) -> list[Row]:
                 "width": d,
                 "num_adapters": len(layers),
                 "explained": explained(frames, values).tolist(),
-                "explained_chance": explained_by_chance(d, values).tolist(),
+                "explained_chance": chance[d],
                 "num_left_out": len(some),
                 "k": k,
                 "left_out": test.shared,

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lorabench.cli import main
-from tests.adapter_files import save_lora
+from tests.adapter_files import save_dense, save_lora
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +57,12 @@ def test_layers_that_not_all_have_are_named(folders, capsys) -> None:
 def test_one_adapter_is_no_comparison(folders, capsys) -> None:
     code, _, err = run(capsys, folders / "a")
     assert code == 2 and "needs another to be compared with" in err
+
+
+def test_dense_updates_stand_with_the_directions_that_are_kept(tmp_path, capsys) -> None:
+    for seed in range(3):
+        save_dense(tmp_path / str(seed), {"model.layers.0.mlp.up_proj": (90, 100)}, seed)
+    code, out, _ = run(capsys, *(tmp_path / str(seed) for seed in range(3)), "--json")
+    first, _ = json.loads(out)["layers"]
+    assert code == 0 and first["k"] == 64 and first["chance"] == 0.64 and first["factor_cosine"] is None
+    assert first["left_out"] == pytest.approx(0.64, abs=0.05)
