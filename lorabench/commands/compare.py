@@ -53,11 +53,11 @@ def _meant(given: str, results: Path) -> Iterator[str]:
         yield given
         return
     from lorabench.analysis.jobs import files_of
-    from lorabench.spec.source import as_sweep
+    from lorabench.spec.sweep import read_sweep
     from lorabench.store.record import Status
     from lorabench.store.store import Store
 
-    states = Store(results).states(list(as_sweep(file).runs))
+    states = Store(results).states(list(read_sweep(file, stored=True).runs))
     done = [state.run_id for state in states
             if state.status == Status.DONE and state.record is not None and files_of(state.record)]  # fmt: skip
     if not done:
