@@ -16,14 +16,29 @@ magnitude_prune      factor by factor: only the --density largest entries stay, 
 ties_svd, dare_linear_svd, dare_ties_svd, magnitude_prune_svd
                      the same on each ΔW itself, then the best approximation of rank --rank
 
-Those that go factor by factor, and linear, need adapters of one rank.
+Those that go factor by factor, and linear, need adapters of one rank; the tables call them `A and B apart`: they are
+not what the papers define, which merge ΔW. On ΔW itself, as their papers define them, --by takes
+
+mean                 Σ w ΔW / Σ w, exactly
+delta_ties           TIES: of each adapter's entries, over all layers, only the --density largest stay; then a sign is
+                     elected for each entry, and those of that sign are averaged
+delta_dare           DARE: entries stay with probability --density and are divided by it, then summed
+iso_c                Σ w ΔW with every singular value replaced by their mean (Marczak et al. 2025, arXiv 2502.04959)
+tsv                  TSV-Merge: the adapters' singular triplets side by side, the vectors made orthonormal (Gargiulo et
+                     al. 2025, arXiv 2412.00081)
+knots_ties           KnOTS: TIES on the right vectors of [ΔW_1 … ΔW_T] = U Σ [V_1ᵀ …], in the basis U that all share
+                     (Stoica et al. 2025, arXiv 2410.19735)
+
+of any ranks. mean, iso_c, tsv and knots_ties have rank Σ r at most; delta_ties and delta_dare have full rank, and
+--rank cuts them to it, as it does the others.
 
 Beside it: what each merge changes for each adapter on its own task, and how much every two adapters interfere
 (cosine, overlap of their directions, sign conflicts; chance beside).
 
 Results are kept in RESULTS/merges/<id>/record.json and RESULTS/pairs/, and read from there the next time. With
---output each merge is written too, as a LoRA in PEFT's format with the scale 1, of rank Σ r (cat), --rank (svd) or r;
-how far it is from Σ w ΔW is told, and what is left out: the heads, of which each task has its own.
+--output each merge is written too, as a LoRA in PEFT's format with the scale 1, of rank Σ r (cat), --rank (svd) or r,
+a dense one as ΔW and the identity; how far it is from Σ w ΔW is told, and what is left out: the heads, of which each
+task has its own.
 """
 
 from __future__ import annotations
@@ -57,7 +72,7 @@ ARGUMENTS = [
     argument(
         "--density", "share of the entries that stay (default: 0.5)", type=number(float, 0), default=0.5, metavar="D"
     ),
-    argument("--rank", "of a merge that ends in svd", type=number(int, 1), metavar="R"),
+    argument("--rank", "of a merge that ends in svd, or of ΔW itself", type=number(int, 1), metavar="R"),
     argument("--output", "write the merge there (several: to BY below it)", type=Path, metavar="DIR"),
     argument("--seed", "of DARE, one or several with commas (default: 0)", type=numbers(int), metavar="S"),
     RESULTS,

@@ -6,7 +6,7 @@ never ΔW. Shapes: M out features, N in features, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ def sign_conflicts(a: Update, b: Update, top: float) -> SignConflicts:
     count = max(1, round(top * M * N))
     bounds = [kth_largest(update, count) for update in (a, b)]
     conflicts, totals = [0, 0], [0, 0]
-    for x, y in zip(_blocks(a), _blocks(b), strict=True):
+    for x, y in zip(row_blocks(a), row_blocks(b), strict=True):
         signed = (x != 0) & (y != 0)
         opposite = signed & ((x < 0) != (y < 0))
         large = (x.abs() >= bounds[0]) | (y.abs() >= bounds[1])
@@ -73,25 +73,30 @@ def sign_conflicts(a: Update, b: Update, top: float) -> SignConflicts:
 
 
 def kth_largest(update: Update, k: int) -> float:
-    """The k-th largest |entry| of ΔW in float32, k from 1; exact, in two passes over its blocks.
+    """The k-th largest |entry| of ΔW in float32, k from 1; exact."""
+    return kth_largest_of([update], k)
+
+
+def kth_largest_of(updates: Sequence[Update], k: int) -> float:
+    """The k-th largest |entry| of all these ΔW together, in two passes over their blocks.
 
     The bits of floats that are not negative order as the floats do: the first pass finds the upper bits of the
     wanted one in a histogram, the second the lower ones among those that share them.
     """
     upper = torch.zeros(2**_LOW_BITS, dtype=torch.int64)
-    for bits in _magnitudes(update):
+    for bits in _magnitudes(updates):
         upper += torch.bincount(bits >> _LOW_BITS, minlength=len(upper))
     high, rank = _bin_of(upper, k)
     lower = torch.zeros_like(upper)
-    for bits in _magnitudes(update):
+    for bits in _magnitudes(updates):
         lower += torch.bincount(bits[bits >> _LOW_BITS == high] & (2**_LOW_BITS - 1), minlength=len(lower))
     low, _ = _bin_of(lower, rank)
     return float(torch.tensor((high << _LOW_BITS) | low, dtype=torch.int32).view(torch.float32))
 
 
-def _magnitudes(update: Update) -> Iterator[Tensor]:
+def _magnitudes(updates: Sequence[Update]) -> Iterator[Tensor]:
     """The bits of |ΔW|, as whole numbers, block by block."""
-    return (block.abs().flatten().view(torch.int32) for block in _blocks(update))
+    return (block.abs().flatten().view(torch.int32) for update in updates for block in row_blocks(update))
 
 
 def _bin_of(histogram: Tensor, k: int) -> tuple[int, int]:
@@ -102,7 +107,7 @@ def _bin_of(histogram: Tensor, k: int) -> tuple[int, int]:
     return len(histogram) - 1 - position, k - before
 
 
-def _blocks(update: Update) -> Iterator[Tensor]:
+def row_blocks(update: Update) -> Iterator[Tensor]:
     """ΔW (rows, N) in float32, some rows at a time: the same bits at each pass."""
     dtype = torch.promote_types(update.B.dtype, torch.float32)
     A = None if update.A is None else update.A.to(dtype)

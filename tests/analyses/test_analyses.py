@@ -9,6 +9,7 @@ import scipy.linalg
 import torch
 
 from lorabench.analyses.angles import Angles
+from lorabench.analyses.factors import Factors
 from lorabench.analyses.overlap import Overlap
 from lorabench.analyses.singular_values import SingularValues
 from lorabench.analyses.spectrum import Spectrum, rounding_norm
@@ -253,3 +254,26 @@ def test_overlap_spans_more_than_64_directions_where_the_rank_does():
     large = random_layer(100, 90, 80)
     assert overlap(large, large)["input", "energy_a_in_b"] == pytest.approx(1, abs=1e-5)
     assert overlap(large, large, "null")["input", "energy_a_in_b"] == pytest.approx(80 / 90)
+
+
+def test_factors_are_alike_where_the_start_or_what_is_written_is():
+    g = torch.Generator().manual_seed(0)
+    A, B, C = torch.randn(3, 50, generator=g), torch.randn(40, 3, generator=g), torch.randn(40, 3, generator=g)
+    K = torch.randn(3, 3, generator=g)
+    one_start = frame(Factors(), layer(B, A), layer(C, A)).set_index("metric")["value"]
+    assert one_start[["similarity_A", "cosine_A"]].to_numpy() == pytest.approx(1) and one_start["cosine_B"] < 0.5
+    turned = frame(Factors(), layer(B, A), layer(-B @ K, torch.linalg.solve(K, A))).set_index("metric")["value"]
+    assert turned[["similarity_A", "similarity_B"]].to_numpy() == pytest.approx(1, abs=1e-5)
+    assert abs(turned["cosine_A"]) < 0.9, "entries change with the basis"
+    angles = scipy.linalg.subspace_angles(B.numpy(), C.numpy())
+    assert one_start["similarity_B"] == pytest.approx(np.square(np.cos(angles)).mean(), abs=1e-5)
+    assert frame(Factors(), layer(B, A), layer(B @ A)).empty, "a dense update has no factors"
+    ranks = frame(Factors(), layer(B, A), layer(C[:, :2], A[:2])).set_index("metric")
+    assert [*ranks.index] == ["similarity_A", "similarity_B"] and ranks.loc["similarity_A", "value"] == pytest.approx(1)
+
+
+def test_factors_of_unrelated_runs_give_their_chance():
+    drawn = [frame(Factors(), random_layer(40, 50, 3, seed), random_layer(40, 50, 3, seed + 100)) for seed in range(40)]
+    rows = pd.concat(drawn).groupby("metric").agg({"value": ["mean", "std"], "null": "mean", "null_std": "mean"})
+    assert (rows["value", "mean"] - rows["null", "mean"]).abs().max() < 0.03
+    assert rows["value", "std"].to_numpy() == pytest.approx(rows["null_std", "mean"].to_numpy(), rel=0.35)

@@ -11,8 +11,15 @@ from lorabench.config.quote import clip
 
 FACTOR_WISE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Combinations of A and of B apart."""
-COMBINATIONS = (*FACTOR_WISE, "cat", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+OF_PEFT = (*FACTOR_WISE, "cat", "svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
 """PEFT's `combination_type`; `lorabench merge --help` says what each computes."""
+OF_UPDATES = ("mean", "delta_ties", "delta_dare", "iso_c", "tsv", "knots_ties")
+"""Merges of the updates ΔW themselves, as their papers define them (`task_vectors`)."""
+COMBINATIONS = (*OF_PEFT, *OF_UPDATES)
+DENSE = ("delta_ties", "delta_dare")
+"""Those of full rank."""
+WITHOUT_DENSITY = ("linear", "cat", "svd", "mean", "iso_c", "tsv")
+RANDOM = ("dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd", "delta_dare")
 BASE, ADAPTER, MERGED = "base", "adapter", "merged"
 
 
@@ -32,10 +39,12 @@ class Body:
 
     @property
     def label(self) -> str:
-        """`ties (density 0.5)`; the seed apart."""
+        """`ties (density 0.5, A and B apart)`; the seed apart."""
         details = [f"{key} {getattr(self, key):g}" for key in ("density", "rank") if getattr(self, key) is not None]
         if self.weights and len(set(self.weights)) > 1:
             details.insert(0, "weights " + ":".join(f"{weight:g}" for weight in self.weights))
+        if self.by in FACTOR_WISE:
+            details.append("A and B apart")
         name = self.run_id or self.by
         return f"{name} ({', '.join(details)})" if details else name
 
@@ -58,6 +67,8 @@ def bodies(
         problems.append(f"RUN = {clip(' '.join(run_ids))}: needs at least two runs, each once")
     if len(weights) != len(run_ids):
         problems.append(f"--weights {clip(','.join(map(str, weights)))}: must be {len(run_ids)}, one a run")
+    elif "mean" in by and not sum(weights):
+        problems.append(f"--weights {','.join(f'{weight:g}' for weight in weights)}: sum to 0, and have no mean")
     if not 0 < density <= 1:
         problems.append(f"--density {density:g}: must be above 0 and at most 1")
     if problems:
@@ -66,11 +77,11 @@ def bodies(
         Body(
             by=name,
             weights=tuple(weights),
-            density=None if name in ("linear", "cat", "svd") else density,
-            rank=rank if name.endswith("svd") else None,
-            seed=seed if name.startswith("dare") else None,
+            density=None if name in WITHOUT_DENSITY else density,
+            rank=rank if name.endswith("svd") or name in OF_UPDATES else None,
+            seed=seed if name in RANDOM else None,
         )
         for name in by
-        for seed in (seeds if name.startswith("dare") else seeds[:1])
+        for seed in (seeds if name in RANDOM else seeds[:1])
     ]
     return [Body(by=BASE), *(Body(by=ADAPTER, run_id=run_id) for run_id in run_ids), *merges]

@@ -2,7 +2,8 @@
 
     results/merges/<id>/record.json      one a body (base, adapter or merge); <id> is the hash of all that it depends on
 
-PEFT's `add_weighted_adapter` merges. Shapes: ΔW_i = s_i B_i A_i of run i, with B_i (M, r_i), A_i (r_i, N), weights w_i.
+PEFT's `add_weighted_adapter` merges, or `task_vectors` the updates. Shapes:
+ΔW_i = s_i B_i A_i of run i, with B_i (M, r_i), A_i (r_i, N), weights w_i.
 A classification run trains a head of its own: each task is evaluated with the head of its run on whichever body.
 """
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from lorabench.adapters.merging.adapters import Adapter
-from lorabench.adapters.merging.bodies import ADAPTER, BASE, FACTOR_WISE, MERGED, Body
+from lorabench.adapters.merging.bodies import ADAPTER, BASE, FACTOR_WISE, MERGED, OF_UPDATES, Body
+from lorabench.adapters.merging.task_vectors import merged_updates
 from lorabench.config.decode import InputError, encode
 from lorabench.config.durable import write_json
 from lorabench.config.json_file import read_json
@@ -174,16 +176,29 @@ class Bench:
 
 def merge(tuned: Any, names: list[str], body: Body) -> None:
     """Add the merge under the name `merged`. DARE draws from the body's own seed."""
+    own = body.by in OF_UPDATES  # of which PEFT makes the place
     torch.manual_seed(body.seed or 0)
     try:
         tuned.add_weighted_adapter(
-            names, list(body.weights or ()), MERGED, combination_type=body.by, svd_rank=body.rank,
+            names, list(body.weights or ()), MERGED, combination_type="cat" if own else body.by, svd_rank=body.rank,
             svd_full_matrices=False, density=body.density,
         )  # fmt: skip
     except (ValueError, NotImplementedError) as error:
         raise InputError(f"--by {body.by}: PEFT refuses it: {error}") from error
     if body.by == "cat":
         _concatenate(tuned, names, body.weights or ())
+    elif own:
+        _put_updates(tuned, names, body)
+
+
+def _put_updates(tuned: Any, names: Sequence[str], body: Body) -> None:
+    """The merge of the updates, in place of the concatenation that PEFT has made."""
+    layers = dict(tuner_layers(tuned))
+    pairs = {name: [flat_factors(layer, run, layer.scaling[run]) for run in names] for name, layer in layers.items()}
+    for name, (B, A) in merged_updates(pairs, body):
+        old_B, old_A = factors_of(layers[name], MERGED)
+        old_B.data = B.reshape(*B.shape, *old_B.shape[2:]).to(old_B.device)
+        old_A.data = A.reshape(len(A), *old_A.shape[1:]).to(old_A.device)
 
 
 def _concatenate(tuned: Any, names: Sequence[str], weights: Sequence[float]) -> None:
@@ -201,6 +216,12 @@ def factors_of(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
     return layer.lora_B[adapter].weight, layer.lora_A[adapter].weight
+
+
+def flat_factors(layer: Any, adapter: str, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """B (M, r) times `scale` and A (r, N), of a convolution too; float32, on the CPU."""
+    B, A = (factor.detach().float().flatten(1).cpu() for factor in factors_of(layer, adapter))
+    return scale * B, A
 
 
 def put_head(base: nn.Module, head: dict[str, Tensor]) -> None:

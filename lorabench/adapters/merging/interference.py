@@ -144,5 +144,8 @@ def interference_table(found: Sequence[dict[str, Any]]) -> TextTable:
 
 def merge_part(run_ids: Sequence[str], tables: Sequence[TextTable]) -> Part:
     """A page's section of these runs' merges."""
-    text = "The base, each adapter alone and each merge, on the validation split of every run's own task."
+    text = (
+        "The base, each adapter alone and each merge, on the validation split of every run's own task. Merges of A and "
+        "B apart are PEFT's, and not what the papers of their names define: these are delta_ties and delta_dare."
+    )
     return Part(title=f"Merges of {listed(run_ids)}", text=text, tables=[*tables])

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorabench.adapters.merging.adapters import Adapter
-from lorabench.adapters.merging.bodies import MERGED, Body
-from lorabench.adapters.merging.compose import Bench, factors_of, run_name
+from lorabench.adapters.merging.bodies import DENSE, MERGED, Body
+from lorabench.adapters.merging.compose import Bench, flat_factors, run_name
 from lorabench.config.decode import InputError
 from lorabench.linalg.decompose import thin_svd
 from lorabench.methods._peft import tuner_layers
@@ -31,8 +30,9 @@ class Written:
     body: str
     folder: str
     ranks: list[int]
-    """Smallest and largest."""
+    """Smallest and largest; of a dense merge, that of the whole matrix: its factors are ΔW and the identity."""
     distance: float
+    is_whole: bool
     left_out: list[str]
     """By run: what it has trained beside its factors (a task head), which no combination merges."""
 
@@ -42,7 +42,8 @@ class Written:
     @property
     def text(self) -> str:
         rank = "-".join(map(str, dict.fromkeys(self.ranks)))
-        return f"{self.body}: rank {rank}, {self.distance:.2g} from Σ w ΔW (relative): {self.folder}"
+        whole = ", stored whole (--rank cuts it)" if self.is_whole else ""
+        return f"{self.body}: rank {rank}{whole}, {self.distance:.2g} from Σ w ΔW (relative): {self.folder}"
 
 
 def merge_folders(wanted: Sequence[Body], output: Path) -> dict[Body, Path]:
@@ -79,14 +80,14 @@ def write_merges(adapters: Sequence[Adapter], folders: dict[Body, Path], device:
         written.append(
             Written(
                 body=body.label + seed, folder=str(folder), ranks=[min(ranks), max(ranks)], distance=distance,
-                left_out=left_out,
+                is_whole=body.by in DENSE and body.rank is None, left_out=left_out,
             )
         )  # fmt: skip
     return written
 
 
 def _target(name: str, layer: Any) -> Target:
-    B, A = _factors(layer, MERGED)
+    B, A = flat_factors(layer, MERGED)
     kernel = () if MERGED in layer.lora_embedding_A else tuple(layer.lora_A[MERGED].weight.shape[2:])
     return Target(
         module=name,
@@ -98,19 +99,13 @@ def _target(name: str, layer: Any) -> Target:
     )
 
 
-def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """B (M, r) and A (r, N), without the scale."""
-    B, A = (factor.detach().float().flatten(1).cpu() for factor in factors_of(layer, adapter))
-    return B, A
-
-
 def _distance(layers: Sequence[Any], weights: Sequence[float]) -> float:
     squares = [0.0, 0.0]
     for layer in layers:
         pairs = [
-            (_factors(layer, run_name(i)), weight * layer.scaling[run_name(i)]) for i, weight in enumerate(weights)
+            (flat_factors(layer, run_name(i)), weight * layer.scaling[run_name(i)]) for i, weight in enumerate(weights)
         ]
-        merged_B, merged_A = _factors(layer, MERGED)
+        merged_B, merged_A = flat_factors(layer, MERGED)
         B, A = torch.cat([scale * B for (B, _), scale in pairs], 1), torch.cat([A for (_, A), _ in pairs])
         both = torch.cat([B, -layer.scaling[MERGED] * merged_B], 1), torch.cat([A, merged_A])
         for i, factors in enumerate((both, (B, A))):

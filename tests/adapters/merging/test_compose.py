@@ -100,7 +100,7 @@ def _oriented(module, delta: torch.Tensor) -> np.ndarray:
     from lorabench.models.weights import is_conv1d
 
     delta = delta.detach().double().numpy()
-    return delta.T if is_conv1d(module.get_base_layer()) else delta
+    return delta.T if is_conv1d(module.get_base_layer()) or MERGED in module.lora_embedding_A else delta
 
 
 def updates(adapter) -> dict[str, np.ndarray]:
@@ -225,6 +225,23 @@ def test_dare_depends_on_its_seed_alone(runs) -> None:
     other = merged_deltas(adapters, Body(by="dare_ties", weights=WEIGHTS, density=0.5, seed=4))
     assert_close(one, two, rtol=0)
     assert any(np.abs(one[name] - other[name]).max() > 0 for name in one)
+
+
+OTHERS = [("rs code", "rank 4"), ("gpt2 code", "gpt2 docs"), ("embedded code", "embedded docs")]
+
+
+@pytest.mark.parametrize("pair", OTHERS, ids=" + ".join)
+def test_merges_of_the_updates_reach_the_model(pair, runs) -> None:
+    """What they are is `test_task_vectors`'; here, that PEFT computes with it, whatever the layers are."""
+    adapters = read(runs, *pair)
+    first, second = map(updates, adapters)
+    total = {name: WEIGHTS[0] * first[name] + WEIGHTS[1] * second[name] for name in first}
+    assert_close(merged_deltas(adapters, merge_of("delta_dare", density=1.0)), total)
+    assert_close(merged_deltas(adapters, merge_of("mean")), {name: W / 1.5 for name, W in total.items()})
+    ties = merged_deltas(adapters, merge_of("delta_ties", density=1.0))
+    for name, W in ties.items():
+        same = np.sign(first[name]) == np.sign(second[name])
+        np.testing.assert_allclose(W[same], total[name][same] / 2, atol=1e-4 * np.abs(W).max())
 
 
 def test_density_one_drops_nothing(runs) -> None:
@@ -357,9 +374,9 @@ def test_results_are_kept_by_content(runs, monkeypatch) -> None:
 
     first, said = once(0.25, [0, 1])
     assert [line for line in said if "ties" in line] == [
-        "[4/6] ties (weights 1:0.5, density 0.25)",
-        "[5/6] dare_ties (weights 1:0.5, density 0.25), seed 0",
-        "[6/6] dare_ties (weights 1:0.5, density 0.25), seed 1",
+        "[4/6] ties (weights 1:0.5, density 0.25, A and B apart)",
+        "[5/6] dare_ties (weights 1:0.5, density 0.25, A and B apart), seed 0",
+        "[6/6] dare_ties (weights 1:0.5, density 0.25, A and B apart), seed 1",
     ]
     for record in first:
         kept = json.loads((store.root / "merges" / record["merge_id"] / "record.json").read_text())
@@ -471,7 +488,8 @@ def test_the_command(runs, tmp_path, capsys) -> None:
     values = [record["metrics"][0]["valid_loss"] for record in shown["merges"][-2:]]
     assert f"{interval(values)[0]:.2f}" in lines[-1]
     linear = shown["merges"][3]["change"]
-    assert plain(linear[ids["code"]]["valid_loss"]).lstrip("−") == changes[2].split()[1].lstrip("+−")
+    shown_change = changes[2].partition("apart)")[2].split()[0]
+    assert plain(linear[ids["code"]]["valid_loss"]).lstrip("−") == shown_change.lstrip("+−")
     assert shown["interference"][0]["metrics"].keys() == Interference.metrics.keys()
     for by in COMBINATIONS:
         assert by in (merge.__doc__ or "")
@@ -551,7 +569,8 @@ def test_the_change_is_against_the_adapter_alone_on_its_own_task(pair, runs) -> 
 def test_text_shows_the_mean_over_seeds() -> None:
     wanted = [Body(by="dare_ties", weights=(1, 1), density=0.5, seed=seed) for seed in (0, 1)]
     records = [{"tasks": ["a"], "metrics": [{"valid_accuracy": value}]} for value in (0.5, 0.7)]
-    assert merge_table(records, wanted).text.splitlines()[-1].startswith("dare_ties (density 0.5)  60 ± ")
+    last = merge_table(records, wanted).text.splitlines()[-1]
+    assert last.startswith("dare_ties (density 0.5, A and B apart)  60 ± ")
 
 
 def test_records_are_below_the_results_folder(runs) -> None:
