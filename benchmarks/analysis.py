@@ -31,7 +31,6 @@ import torch
 from hardware import spread, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from weightwatcher.RMT_Util import svd_values
 
 from lorabench.linalg.decompose import similarities_of_all, spectrum_metrics, subspace_similarity, thin_svd
 from lorabench.linalg.krylov import Dense, top_svd
@@ -133,6 +132,8 @@ def spectra(M: int, N: int, r: int, arguments: argparse.Namespace) -> dict[str, 
 
 def weightwatcher(B: np.ndarray, A: np.ndarray, r: int) -> np.ndarray:
     """What `WWPeftLayerIterator.update_peft_layers` and `combined_eigenvalues` do, with its own function."""
+    from weightwatcher.RMT_Util import svd_values
+
     return np.sort(svd_values(np.dot(B, A).astype(float), k=r).flatten())[::-1].copy()
 
 
