@@ -49,6 +49,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/grid.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/analysis.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/cluster.py
 	$(BIN)/python benchmarks/startup.py
