@@ -139,8 +139,9 @@ class _Packed(torch.autograd.Function):
                 dx = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
             dx = dx.view(ctx.num_runs, -1, ctx.shape[-1])
         for place, group in enumerate(ctx.groups):
+            inputs, h, mask = saved[3 * place : 3 * place + 3]
             to = None if dx is None else dx[group.runs]
-            _group_backward(group, grads[group.runs], *saved[3 * place : 3 * place + 3], to)
+            _group_backward(group, grads[group.runs], inputs, h, mask, to)
         to_given = grad if ctx.weight is None else None
         return None, None if dx is None else dx.view(ctx.shape).to(ctx.dtype), to_given, None, None
 
