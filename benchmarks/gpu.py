@@ -53,7 +53,7 @@ SHAPES: dict[str, dict[str, int]] = {
            "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
 """Of the Llama 3 models."""
-SECONDS = 500.0
+SECONDS = 400.0
 """After which no section is begun."""
 TOLERANCE = 2e-2
 """Largest relative difference of two contenders' losses after the same steps."""

@@ -171,19 +171,21 @@ class Group:
                 yield options, (*(buffer[row, part] for buffer in buffers), self.steps[row, side])
 
 
-MOST_FILLED = 1.5
-"""What a group's rows may hold at most over what its runs train, else a run begins another group."""
+MOST_FILLED = 2.0
+"""By how much, over what it trains, a run may lengthen the rows of the group before it; else it begins another."""
 
 
 def _alike_in_size(own: Sequence[dict[str, Factor]]) -> list[slice]:
     """Which runs are groups, in their order."""
-    sizes = [sum(factor.A.numel() + factor.B.numel() for factor in factors.values()) for factors in own]
-    starts = [0]
-    for end in range(1, len(own)):
+    starts, filled = [0], 0
+    for end, factors in enumerate(own):
+        size = sum(factor.A.numel() + factor.B.numel() for factor in factors.values())
         places = _places(own[starts[-1] : end + 1])
-        filled = (end + 1 - starts[-1]) * sum(math.prod(A) + math.prod(B) for A, B in places.values())
-        if filled > MOST_FILLED * sum(sizes[starts[-1] : end + 1]):
+        with_it = (end + 1 - starts[-1]) * sum(math.prod(A) + math.prod(B) for A, B in places.values())
+        if with_it - filled > MOST_FILLED * size:
             starts.append(end)
+            with_it = size
+        filled = with_it
     return [*itertools.starmap(slice, itertools.pairwise([*starts, len(own)]))]
 
 
