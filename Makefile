@@ -52,6 +52,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/analysis.py
 	$(BIN)/python benchmarks/merging.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/cluster.py
 	$(BIN)/python benchmarks/startup.py

@@ -31,7 +31,6 @@ import torch
 from hardware import spread, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from weightwatcher.RMT_Util import svd_values
 
 from lorabench.linalg.decompose import similarities_of_all, spectrum_metrics, subspace_similarity, thin_svd
 from lorabench.linalg.krylov import Dense, top_svd
@@ -133,6 +132,8 @@ def spectra(M: int, N: int, r: int, arguments: argparse.Namespace) -> dict[str, 
 
 def weightwatcher(B: np.ndarray, A: np.ndarray, r: int) -> np.ndarray:
     """What `WWPeftLayerIterator.update_peft_layers` and `combined_eigenvalues` do, with its own function."""
+    from weightwatcher.RMT_Util import svd_values
+
     return np.sort(svd_values(np.dot(B, A).astype(float), k=r).flatten())[::-1].copy()
 
 
@@ -221,13 +222,11 @@ def intruders(d: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
     ΔW is large enough for some of them to be intruders.
     """
-    W, (B, A) = base_weight(d), factors(d, d, 16, "cpu")
-    base = decompose(W)
-    B = B * (0.6 * float(base.svd.S[0]) / float(torch.linalg.matrix_norm(B @ A, 2)))
-    layer = LayerSVD(parameter="w.weight", svd=thin_svd(B, A), rank=16, update=Update(parameter="w.weight", B=B, A=A))
+    tuned = with_intruders(d)
+    base = tuned.base
     found = {
-        "lorabench, W0's SVD cached": lambda: cosines(Tuned(layer=layer, base=base)),
-        "svd(W0 + B A), svd(W0) cached": lambda: dense_cosines(base, W + B @ A),
+        "lorabench, W0's SVD cached": lambda: cosines(tuned),
+        "svd(W0 + B A), svd(W0) cached": lambda: dense_cosines(base, tuned.matrix.dense()),
     }
     ours, theirs = (call() for call in found.values())
     raced = take_turns(found, arguments.rounds, "cpu")
@@ -235,11 +234,20 @@ def intruders(d: int, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "shape": [d, d],
         "rank": 16,
-        "seconds_to_cache_one_base": seconds(lambda: decompose(W), "cpu"),
+        "seconds_to_cache_one_base": seconds(lambda: decompose(base.weight), "cpu"),
         "cached_bytes": sum(t.nbytes for t in (base.left.half(), base.svd.U, base.svd.S, base.svd.Vh)),
         "largest_difference_of_a_cosine": float((ours - theirs).abs().max()),
         "counts": {f"{e}": [int((ours < e).sum()), int((theirs < e).sum())] for e in epsilons},
     } | raced
+
+
+def with_intruders(d: int) -> Tuned:
+    """W0 (d, d) with its SVD, and a ΔW of rank 16 that is large enough to be seen among the top directions."""
+    B, A = factors(d, d, 16, "cpu")
+    base = decompose(base_weight(d))
+    B = B * (0.6 * float(base.svd.S[0]) / float(torch.linalg.matrix_norm(B @ A, 2)))
+    layer = LayerSVD(parameter="w.weight", svd=thin_svd(B, A), rank=16, update=Update(parameter="w.weight", B=B, A=A))
+    return Tuned(layer=layer, base=base)
 
 
 def base_weight(d: int) -> Tensor:

@@ -155,6 +155,7 @@ def run_trainer(race: Race) -> None:
             report_to=[],
             disable_tqdm=True,
         )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # of several GPUs it would take all
         data: dict[str, Any] = {"train_dataset": race.rows(), "data_collator": race.collator()}
         trainer = Noting(race.model(), arguments, callbacks=[Ticking()], **data)
         trainer.remove_callback(PrinterCallback)

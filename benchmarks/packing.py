@@ -15,6 +15,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,28 @@ def make_model(folder: Path, hidden: int) -> Path:
     return folder
 
 
-class Race:
-    """K runs, ready to take a step in each way."""
+def open_base(model: Path, examples: int, tokens: int, device: torch.device) -> SharedBase:
+    """The model in a folder, and data in batches of so many examples of so many tokens."""
+    return SharedBase.open(make_spec(str(model), examples, tokens), device, Meter(device, 1))
 
-    def __init__(self, model: Path, size: int, examples: int, tokens: int, device: torch.device):
-        table = {
-            "model": str(model),
-            "method": {"name": "lora", "rank": 8},
-            "task": {"name": "text", "max_train": 64, "max_eval": 4},
-            "batch_size": examples,
-            "seq_len": tokens,
-        }
-        specs = [decode(RunSpec, table | {"seed": seed}) for seed in range(size)]
-        base = SharedBase.open(specs[0], device, Meter(device, 1))
+
+def make_spec(model: str, examples: int, tokens: int, **more: Any) -> RunSpec:
+    table = {
+        "model": model,
+        "method": {"name": "lora", "rank": 8},
+        "task": {"name": "text", "max_train": 64, "max_eval": 4},
+        "batch_size": examples,
+        "seq_len": tokens,
+    }
+    return decode(RunSpec, table | more)
+
+
+class Race:
+    """K runs on a base, ready to take a step in each way."""
+
+    def __init__(self, base: SharedBase, size: int):
+        device = base.device
+        specs = [replace(base.spec, seed=seed) for seed in range(size)]
         self.trainings = [Training.attach(spec, base.of(spec), Meter(device, 1)) for spec in specs]
         self.seats = [Seat(iter(()), Clock(), device) for _ in specs]  # type: ignore[arg-type]
         for seat, training in zip(self.seats, self.trainings, strict=True):
@@ -144,7 +154,8 @@ def main() -> None:
                 make_model(model, hidden)
             for size in [size for size in SIZES if size * hidden * examples * tokens <= MOST]:
                 name = f"hidden {hidden}, {examples} x {tokens} tokens, {size} runs"
-                found = measure(Race(model, size, examples, tokens, device), arguments.rounds, device)
+                race = Race(open_base(model, examples, tokens, device), size)
+                found = measure(race, arguments.rounds, device)
                 figures[name] = found
                 gain, share = found["over_alone"]["median"], found["of_floor"]["median"]
                 print(f"{name}: {gain:.2f} times as fast as alone, {share:.0%} of the floor's speed", flush=True)

@@ -5,7 +5,6 @@ Nothing here needs torch; how many at a time pay is `lorabench.launch.pack_size`
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ class Ride:
     size: int
     """How many at most."""
     weight: int = 0
-    """Parameters that it trains: those of a pack are filled up to its largest."""
+    """Parameters that it trains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +71,10 @@ def key_of(spec: RunSpec) -> str | None:
 
 
 def in_packs(runs: Sequence[RunSpec], known: dict[str, Ride], workers: int) -> list[list[str]]:
-    """The packs of runs, by their ids, the largest runs first, each with those that are nearest to it in size.
+    """The packs of runs, by their ids, each the largest runs first.
 
-    They are as few as `Ride.size` allows, as many for each worker, and of about as many runs.
+    They are as few as `Ride.size` allows, as many for each worker, of about as many runs, and about as much work: runs
+    of all sizes are dealt out to them in turn.
     """
     alike: dict[str, list[str]] = {}
     for spec in runs:
@@ -85,8 +85,7 @@ def in_packs(runs: Sequence[RunSpec], known: dict[str, Ride], workers: int) -> l
         ids.sort(key=lambda run_id: -known[run_id].weight)
         number = math.ceil(len(ids) / known[ids[0]].size)
         number = min(math.ceil(number / workers) * workers, len(ids))
-        ends = [len(ids) * place // number for place in range(number + 1)]
-        found += [ids[a:b] for a, b in itertools.pairwise(ends) if b - a > 1]
+        found += [pack for place in range(number) if len(pack := ids[place::number]) > 1]
     return found
 
 

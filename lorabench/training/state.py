@@ -93,26 +93,29 @@ class Training:
     def _attach(cls, spec: RunSpec, base: Base, meter: meters.Meter) -> Training:
         with meter.loading():
             model = base.load()
-        about, num_base, parts = remarks(spec, model), weights.count(model), fused_parts(model)
+        key = method_key(spec)
+        about = base.once(("remarks", key), lambda: remarks(spec, model))
+        num_base = base.once(("count",), lambda: weights.count(model))
+        parts = base.once(("parts",), lambda: fused_parts(model))
         torch.manual_seed(method_seed(spec))
-        model = spec.method.attach(model, spec)
+        tuned = spec.method.attach(model, spec)
         with meter.loading():
-            if start := start_from_data(spec, model, base.stages[0]):
-                about["start"] = start
-        spec.optimizer.prepare(model, spec)
-        base.attached(model)
-        skeleton = base.once(("skeleton", method_key(spec)), lambda: flops.skeleton_of(model))
+            if start := start_from_data(spec, tuned, base.stages[0]):
+                about = {**about, "start": start}
+        spec.optimizer.prepare(tuned, spec)
+        base.attached(tuned)
+        skeleton = base.once(("skeleton", key), lambda: flops.skeleton_of(tuned))
         if spec.padding == "free":
-            attend_by_example(base_of(model))
+            attend_by_example(base_of(tuned))
         if spec.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        counts = counts_of(model, num_base, base.stages)
-        model = sharding.shard(model, base.world, base.device, spec.method.trains_base)
+            tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        counts = base.once(("counts", key), lambda: counts_of(tuned, num_base, base.stages))
+        tuned = sharding.shard(tuned, base.world, base.device, spec.method.trains_base)
         return cls(
             spec=spec,
             base=base,
-            model=model,
-            optimizer=make_optimizer(spec, model),
+            model=tuned,
+            optimizer=make_optimizer(spec, tuned),
             meter=meter,
             skeleton=skeleton,
             counts=counts,

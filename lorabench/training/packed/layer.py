@@ -1,8 +1,8 @@
 """A linear layer of the base with the factors of several runs on it, each on its own rows of the batch.
 
-Shapes: K runs, n examples of t positions each in a pass, N in and M out features, R the highest rank of the runs here.
-The factors of a run of lower rank are filled up with rows of zeros, which stay zero: the gradient of either side of
-such a row is a product with the other.
+Shapes: K runs, n examples of t positions each in a pass, N in and M out features. Runs of about one rank are a group,
+of k runs; R is the highest rank in it. The factors of a run of lower rank are filled up with rows of zeros, which stay
+zero: the gradient of either side of such a row is a product with the other.
 """
 
 from __future__ import annotations
@@ -37,26 +37,30 @@ class Lanes:
 
 @dataclass(kw_only=True)
 class Factors:
-    """What the runs train in a layer, and where its gradients are added up; zeros of a run that trains nothing here."""
+    """What a group of runs trains in a layer, and where its gradients are added up; zeros of a run that trains nothing
+    here."""
 
+    runs: slice
+    """Which of the K they are."""
     A: Tensor
-    """(K, R, N)."""
+    """(k, R, N)."""
     B: Tensor
-    """(K, R, M), transposed."""
+    """(k, R, M), transposed."""
     grad_A: Tensor
     grad_B: Tensor
     scale: Tensor
-    """(K, 1, 1)."""
+    """(k, 1, 1)."""
     dropout: list[float | None]
     """None: the run has no factors here, and draws nothing."""
     start: tuple[Tensor, Tensor] | None = None
-    """What some runs have taken out of the base, with its scale: A0 (K, R0, N), s B0 (K, R0, M)."""
+    """What some runs have taken out of the base, with its scale: A0 (k, R0, N), s B0 (k, R0, M)."""
 
 
 class PackedLinear(nn.Module):
     """In the place of a linear layer, quantized or not, for a batch of all runs' rows, one run after another."""
 
-    factors: Factors
+    groups: list[Factors]
+    """Of the runs that train something here, in their order."""
 
     def __init__(self, base_layer: nn.Module, lanes: Lanes):
         super().__init__()
@@ -68,16 +72,17 @@ class PackedLinear(nn.Module):
         if x.ndim != 3 or x.shape[0] != self.lanes.num_rows:
             raise Unpackable(f"a layer is given {tuple(x.shape)}, not the {self.lanes.num_rows} rows of the batch")
         y = None if self.is_plain else self.base_layer(x)
-        return _Packed.apply(self.lanes.hook, x, y, self, self._mask(x))
+        return _Packed.apply(self.lanes.hook, x, y, self, [self._mask(group, x) for group in self.groups])
 
-    def _mask(self, x: Tensor) -> Tensor | None:
-        """(K, n t, N): what dropout multiplies each run's inputs by, drawn as torch draws it for the run alone."""
-        shares = self.factors.dropout
+    def _mask(self, group: Factors, x: Tensor) -> Tensor | None:
+        """(k, n t, N): what dropout multiplies each run's inputs by, drawn as torch draws it for the run alone."""
+        shares = group.dropout
         if not self.training or not any(shares):
             return None
-        rows, features = x.shape[0] // len(shares), x.shape[2]
-        mask = torch.ones(len(shares), rows, x.shape[1], features, dtype=self.factors.A.dtype, device=x.device)
-        for own, share, length, generator in zip(mask, shares, self.lanes.lengths, self.lanes.generators, strict=True):
+        lengths, generators = self.lanes.lengths[group.runs], self.lanes.generators[group.runs]
+        rows, features = x.shape[0] // len(self.lanes.lengths), x.shape[2]
+        mask = torch.ones(len(shares), rows, x.shape[1], features, dtype=group.A.dtype, device=x.device)
+        for own, share, length, generator in zip(mask, shares, lengths, generators, strict=True):
             if share:
                 drawn = mask.new_empty(rows, length, features).bernoulli_(1 - share, generator=generator)
                 own[:, :length] = drawn.div_(1 - share)
@@ -89,10 +94,10 @@ class _Packed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hook: Tensor, x: Tensor, y: Tensor | None, layer: PackedLinear, mask: Tensor | None
+        ctx: Any, hook: Tensor, x: Tensor, y: Tensor | None, layer: PackedLinear, masks: list[Tensor | None]
     ) -> Tensor:
-        factors, base = layer.factors, layer.base_layer
-        ctx.factors, ctx.shape, ctx.dtype = factors, x.shape, x.dtype
+        base, num_runs = layer.base_layer, len(layer.lanes.lengths)
+        ctx.groups, ctx.num_runs, ctx.shape, ctx.dtype = layer.groups, num_runs, x.shape, x.dtype
         auto = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
         with torch.autocast(x.device.type, enabled=False) if auto else contextlib.nullcontext():
             if y is None:
@@ -104,44 +109,60 @@ class _Packed(torch.autograd.Function):
             else:
                 ctx.weight = None
                 y = y.clone()
-            dtype = auto or factors.A.dtype
-            inputs = x.reshape(len(factors.A), -1, x.shape[-1]).to(dtype)
-            outputs = y.view(len(factors.A), -1, y.shape[-1])
-            if factors.start is not None:
-                A0, B0 = (part.to(dtype) for part in factors.start)
-                _add_product(outputs, torch.bmm(inputs, A0.mT).neg_(), B0)
-            if mask is not None:
-                inputs = inputs * mask.to(dtype)
-            h = torch.bmm(inputs, factors.A.to(dtype).mT).mul_(factors.scale.to(dtype))
-            _add_product(outputs, h, factors.B.to(dtype))
-        ctx.save_for_backward(inputs, h, mask)
+            dtype = auto or layer.groups[0].A.dtype
+            inputs = x.reshape(num_runs, -1, x.shape[-1]).to(dtype)
+            outputs = y.view(num_runs, -1, y.shape[-1])
+            saved: list[Tensor | None] = []
+            for group, mask in zip(layer.groups, masks, strict=True):
+                own, to = inputs[group.runs], outputs[group.runs]
+                if group.start is not None:
+                    A0, B0 = (part.to(dtype) for part in group.start)
+                    _add_product(to, torch.bmm(own, A0.mT).neg_(), B0)
+                if mask is not None:
+                    own = own * mask.to(dtype)
+                h = torch.bmm(own, group.A.to(dtype).mT).mul_(group.scale.to(dtype))
+                _add_product(to, h, group.B.to(dtype))
+                saved += [own, h, mask]
+        ctx.save_for_backward(*saved)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, h, mask = ctx.saved_tensors
-        factors, dtype = ctx.factors, inputs.dtype
-        own = grad.reshape(len(factors.A), -1, grad.shape[-1]).to(dtype)
-        _add_product(factors.grad_B, h.mT, own)
-        dh = torch.bmm(own, factors.B.to(dtype).mT).mul_(factors.scale.to(dtype))
-        _add_product(factors.grad_A, dh.mT, inputs)
+        saved = ctx.saved_tensors
+        grads = grad.reshape(ctx.num_runs, -1, grad.shape[-1]).to(saved[0].dtype)
+        dx = None
+        if ctx.needs_input_grad[1]:
+            if ctx.weight is not None:
+                dx = grad.reshape(-1, grad.shape[-1]) @ ctx.weight
+            else:
+                dx = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
+            dx = dx.view(ctx.num_runs, -1, ctx.shape[-1])
+        for place, group in enumerate(ctx.groups):
+            inputs, h, mask = saved[3 * place : 3 * place + 3]
+            to = None if dx is None else dx[group.runs]
+            _group_backward(group, grads[group.runs], inputs, h, mask, to)
         to_given = grad if ctx.weight is None else None
-        if not ctx.needs_input_grad[1]:
-            return None, None, to_given, None, None
-        if ctx.weight is not None:
-            dx = grad.reshape(-1, grad.shape[-1]) @ ctx.weight
-        else:
-            dx = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
-        dx = dx.view(len(factors.A), -1, ctx.shape[-1])
-        if mask is None:
-            _add_product(dx, dh, factors.A.to(dtype))
-        else:
-            dx.add_(torch.bmm(dh, factors.A.to(dtype)).mul_(mask.to(dtype)))
-        if factors.start is not None:
-            A0, B0 = (part.to(dtype) for part in factors.start)
-            _add_product(dx, torch.bmm(own, B0.mT).neg_(), A0)
-        return None, dx.view(ctx.shape).to(ctx.dtype), to_given, None, None
+        return None, None if dx is None else dx.view(ctx.shape).to(ctx.dtype), to_given, None, None
+
+
+def _group_backward(
+    group: Factors, grad: Tensor, inputs: Tensor, h: Tensor, mask: Tensor | None, dx: Tensor | None
+) -> None:
+    """Add what the gradient (k, n t, M) of a group's outputs gives to those of its factors, and of its inputs."""
+    dtype = inputs.dtype
+    _add_product(group.grad_B, h.mT, grad)
+    dh = torch.bmm(grad, group.B.to(dtype).mT).mul_(group.scale.to(dtype))
+    _add_product(group.grad_A, dh.mT, inputs)
+    if dx is None:
+        return
+    if mask is None:
+        _add_product(dx, dh, group.A.to(dtype))
+    else:
+        dx.add_(torch.bmm(dh, group.A.to(dtype)).mul_(mask.to(dtype)))
+    if group.start is not None:
+        A0, B0 = (part.to(dtype) for part in group.start)
+        _add_product(dx, torch.bmm(grad, B0.mT).neg_(), A0)
 
 
 def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:

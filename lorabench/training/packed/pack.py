@@ -22,7 +22,7 @@ from lorabench.spec.task import IGNORE, LanguageModeling, Task, Told
 from lorabench.training.base import SharedBase, twin
 from lorabench.training.evaluation import score_of
 from lorabench.training.examples import Batch, Examples, collate, moved, reader
-from lorabench.training.packed.layer import Lanes, PackedLinear, Unpackable
+from lorabench.training.packed.layer import Factors, Lanes, PackedLinear, Unpackable
 from lorabench.training.packed.meter import Clock, Shares
 from lorabench.training.packed.rows import Rows
 from lorabench.training.passes import autocast
@@ -222,19 +222,19 @@ class PackedModel:
         if self.spec.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def put(self, layers: dict[str, Any]) -> None:
+    def put(self, layers: dict[str, list[Factors]]) -> None:
         """Have these factors on the base from now on, and no others."""
         for name, module in list(self.model.named_modules()):
             if isinstance(module, PackedLinear) and name not in layers:
                 self.model.set_submodule(name, module.base_layer)
-        for name, factors in layers.items():
+        for name, groups in layers.items():
             layer = self.model.get_submodule(name)
             if not isinstance(layer, PackedLinear):
                 if type(layer).__name__ not in LAYERS:
                     raise Unpackable(f"{name} is a {type(layer).__name__}")
                 layer = PackedLinear(layer, self.lanes)
                 self.model.set_submodule(name, layer)
-            layer.factors = factors
+            layer.groups = groups
 
     def losses_and_gradients(self, seats: Sequence[Seat]) -> list[Tensor]:
         """Each run's loss of its step; its gradients are added up in its row."""

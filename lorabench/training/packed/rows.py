@@ -1,4 +1,6 @@
-"""What several runs train, each a row of one buffer: gradients are clipped and AdamW steps row by row, for all at once.
+"""What several runs train, each a row of a buffer: gradients are clipped and AdamW steps row by row, for all at once.
+
+Runs of about one size that stand side by side are a group, whose rows are as long as they must be for all of them.
 
 Between steps the rows are what the runs hold; a run that looks at its own model and optimizer has its row written to
 them (`pull`), and a row is read from them again where it may have been changed (`push`). So a run's checkpoint, and all
@@ -7,6 +9,7 @@ else that is its own, is what it is when the run is computed alone.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,12 +26,55 @@ HYPERPARAMETERS = ("lr", "weight_decay", "betas", "eps")
 """Of an optimizer's group."""
 
 
+Places = dict[str, tuple[tuple[int, int], tuple[int, int]]]
+"""The shapes (R, N), (R, M) of the factors in each layer, by its name in the base."""
+
+
 class Rows:
     """Of K runs on one base; `layers` are what the runs together train, by the layer's name in the base."""
 
     def __init__(self, trainings: Sequence[Training]):
-        self.trainings = list(trainings)
-        self.own = [training.spec.method.factors(training.model) for training in trainings]
+        own = [training.spec.method.factors(training.model) for training in trainings]
+        self.groups = [Group(trainings[runs], own[runs], runs) for runs in _alike_in_size(own)]
+        names = dict.fromkeys(name for group in self.groups for name in group.layers)
+        self.layers = {name: [g.layers[name] for g in self.groups if name in g.layers] for name in names}
+        self._where = [(group, row) for group in self.groups for row in range(len(group.trainings))]
+
+    def push(self, row: int) -> None:
+        """Read a row from the run's own model and optimizer."""
+        group, own = self._where[row]
+        group.push(own)
+
+    def pull(self, row: int) -> None:
+        """Write a row to the run's own model and optimizer."""
+        group, own = self._where[row]
+        group.pull(own)
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Clip and update all rows, by the learning rates that the runs' own optimizers have now; the norms (K,)."""
+        norms = torch.cat([group.clip() for group in self.groups])
+        alike: dict[tuple[Any, ...], list[tuple[Tensor, ...]]] = {}
+        for group in self.groups:
+            for options, parts in group.parts():
+                alike.setdefault(options, []).append(parts)
+        for (lr, weight_decay, (beta1, beta2), eps), places in alike.items():
+            values, grads, first, second, steps = map(list, zip(*places, strict=True))
+            adamw(
+                values, grads, first, second, [], steps,
+                fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps,
+                maximize=False,
+            )  # fmt: skip
+        for group in self.groups:
+            group.grads.zero_()
+        return norms
+
+
+class Group:
+    """The runs `runs` of a pack, k of them, and their rows."""
+
+    def __init__(self, trainings: Sequence[Training], own: Sequence[dict[str, Factor]], runs: slice):
+        self.trainings, self.own, self.runs = trainings, own, runs
         self.places = _places(self.own)
         self.num_A = sum(math.prod(A) for A, _ in self.places.values())
         length = self.num_A + sum(math.prod(B) for _, B in self.places.values())
@@ -49,6 +95,7 @@ class Rows:
             factors = [own.get(name) for own in self.own]
             scale = A.new_tensor([each.scale if each else 0.0 for each in factors], dtype=torch.float32)
             found[name] = Factors(
+                runs=self.runs,
                 A=A,
                 B=B,
                 grad_A=grad_A,
@@ -105,39 +152,46 @@ class Rows:
         factor = next(iter(self.own[row].values()))
         return [factor.A, factor.B]
 
-    @torch.no_grad()
-    def step(self) -> Tensor:
-        """Clip and update all rows, by the learning rates that the runs' own optimizers have now; the norms (K,)."""
+    def clip(self) -> Tensor:
+        """Scale the gradients of each run to its limit; their norms before that, (k,)."""
         norms = torch.linalg.vector_norm(self.grads, dim=1)
         limits = [math.inf if t.spec.clip == "none" else t.spec.clip for t in self.trainings]
         self.grads.mul_((norms.new_tensor(limits) / (norms + 1e-6)).clamp_(max=1.0)[:, None])
-        for options, places in self._alike().items():
-            lr, weight_decay, (beta1, beta2), eps = options
-            buffers = (self.values, self.grads, self.first, self.second)
-            values, grads, first, second = ([buffer[place] for place in places] for buffer in buffers)
-            adamw(
-                values, grads, first, second, [], [self.steps[row, int(part.start > 0)] for row, part in places],
-                fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps,
-                maximize=False,
-            )  # fmt: skip
-        self.grads.zero_()
         return norms
 
-    def _alike(self) -> dict[tuple[Any, ...], list[tuple[int, slice]]]:
-        """The parts of rows that are updated with the same hyperparameters: by these, of each row's A and B."""
-        found: dict[tuple[Any, ...], list[tuple[int, slice]]] = {}
+    def parts(self) -> Iterator[tuple[tuple[Any, ...], tuple[Tensor, ...]]]:
+        """Of each row its A and its B: hyperparameters, then values, gradients, both moments and the count of steps."""
+        buffers = (self.values, self.grads, self.first, self.second)
         for row, training in enumerate(self.trainings):
-            for parameter, part in zip(self._sides(row), (slice(0, self.num_A), slice(self.num_A, None)), strict=True):
-                group = next(
-                    group for group in training.optimizer.param_groups if any(p is parameter for p in group["params"])
-                )
-                found.setdefault(tuple(group[key] for key in HYPERPARAMETERS), []).append((row, part))
-        return found
+            sides = zip(self._sides(row), (slice(0, self.num_A), slice(self.num_A, None)), strict=True)
+            for side, (parameter, part) in enumerate(sides):
+                groups = training.optimizer.param_groups
+                own = next(group for group in groups if any(p is parameter for p in group["params"]))
+                options = tuple(own[key] for key in HYPERPARAMETERS)
+                yield options, (*(buffer[row, part] for buffer in buffers), self.steps[row, side])
 
 
-def _places(own: Sequence[dict[str, Factor]]) -> dict[str, tuple[tuple[int, int], tuple[int, int]]]:
+MOST_FILLED = 2.0
+"""By how much, over what it trains, a run may lengthen the rows of the group before it; else it begins another."""
+
+
+def _alike_in_size(own: Sequence[dict[str, Factor]]) -> list[slice]:
+    """Which runs are groups, in their order."""
+    starts, filled = [0], 0
+    for end, factors in enumerate(own):
+        size = sum(factor.A.numel() + factor.B.numel() for factor in factors.values())
+        places = _places(own[starts[-1] : end + 1])
+        with_it = (end + 1 - starts[-1]) * sum(math.prod(A) + math.prod(B) for A, B in places.values())
+        if with_it - filled > MOST_FILLED * size:
+            starts.append(end)
+            with_it = size
+        filled = with_it
+    return [*itertools.starmap(slice, itertools.pairwise([*starts, len(own)]))]
+
+
+def _places(own: Sequence[dict[str, Factor]]) -> Places:
     """The shapes (R, N), (R, M) of each layer's places, R the highest rank of any run there."""
-    found: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}
+    found: Places = {}
     for factors in own:
         for name, factor in factors.items():
             rank = max(len(factor.A), found.get(name, ((0, 0), (0, 0)))[0][0])

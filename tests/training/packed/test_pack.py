@@ -168,12 +168,13 @@ def gradient_errors(trainings: list[Training]) -> list[float]:
     for row in range(len(trainings)):
         rows.push(row)
         batches.append(torch.randint(1000, (2, 8), generator=torch.Generator().manual_seed(row)))
-    model.lanes.num_rows = 2 * len(trainings)
+    model.lanes.num_rows, model.lanes.lengths = 2 * len(trainings), [8] * len(trainings)
     model.model(input_ids=torch.cat(batches)).logits.square().mean().backward()
     errors = []
     for row, (training, batch) in enumerate(zip(trainings, batches, strict=True)):
         (training.model(input_ids=batch).logits.square().mean() / len(trainings)).backward()
-        for parameter, place in rows._views(rows.grads, row):
+        group, own = next((each, row - each.runs.start) for each in rows.groups if row < each.runs.stop)
+        for parameter, place in group._views(group.grads, own):
             errors.append(float((parameter.grad - place).norm() / parameter.grad.norm()))
     return errors
 
