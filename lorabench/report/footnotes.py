@@ -94,9 +94,10 @@ def packed_notes(results: Results, runs: pd.DataFrame, values: Iterable[str]) ->
     settings = [
         series_label(results.settings, values) for values, _ in grouped(runs.loc[shares.index], results.settings)
     ]
-    which = listed(settings) if len(settings) <= NAMED else f"{len(settings)} settings ({len(shares)} runs)"
-    rest = "of the others what runs took that were computed alone: the one is not to be compared with the other"
-    return [f"Packed: {listed(map(measure_label, shared))} of {which} are a {share}, {rest}."]
+    which = f"of {len(shares)} of {len(done)} runs"
+    which += f" ({'; '.join(settings) if len(settings) <= NAMED else f'{len(settings)} settings'})"
+    rest = "of the others what they took alone: the one is not to be compared with the other"
+    return [f"Packed: {listed(map(measure_label, shared))} are {which} a {share}, {rest}."]
 
 
 def data_notes(results: Results) -> list[str]:

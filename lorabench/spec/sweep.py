@@ -176,6 +176,7 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
     for kind, shown in {"table": tables, "figure": figures}.items():
         for number, each in enumerate(shown if runs else (), 1):
             problems += unknown_runs(each.where, runs, labels, "where", f"{kind} {number}: ") if each else []
+            problems += _unknown_values(each.where, runs, labels, f"{kind} {number}: ") if each and not stored else []
     if problems:
         raise InputError(_once(problems))
     return Sweep(
@@ -219,14 +220,22 @@ def unknown_runs(
     flat = flatten(dict(wanted))
     known = [*_known_keys(list(runs)), *(["label"] if labels else [])]
     unknown = _unknown_keys(list(flat), known, f"{where}{key}")
-    if unknown:
+    if unknown or any(matches(run.flat | {"label": labels.get(run.id)}, flat) for run in runs):
         return unknown
-    flats = [run.flat | {"label": labels.get(run.id)} for run in runs]
-    if any(matches(run, flat) for run in flats):
-        listed = [(name, item) for name, items in flat.items() if isinstance(items, list) for item in items]
-        strange = [(name, item) for name, item in listed if not any(matches(run, {name: item}) for run in flats)]
-        return [f"{where}{key}.{name}: {show(item)} is no run's of this sweep" for name, item in strange]
     return [f"{where}{key} = {show(unflatten(flat))}: is no run of this sweep"]
+
+
+def _unknown_values(
+    where: Mapping[str, Any], runs: Sequence[RunSpec], labels: Mapping[str, str], prefix: str
+) -> list[str]:
+    """Those of several values that are no run's, so that what they were to show would be missing without a word."""
+    flats = [run.flat | {"label": labels.get(run.id)} for run in runs]
+    flat = flatten(dict(where))
+    if not any(matches(run, flat) for run in flats):
+        return []  # told already
+    listed = [(name, item) for name, items in flat.items() if isinstance(items, list) for item in items]
+    strange = [(name, item) for name, item in listed if not any(matches(run, {name: item}) for run in flats)]
+    return [f"{prefix}where.{name}: {show(item)} is no run's of this sweep" for name, item in strange]
 
 
 def _once(problems: list[str]) -> list[str]:

@@ -83,4 +83,4 @@ def test_a_note_names_the_settings_whose_costs_are_shares(tmp_path: Path) -> Non
             measures={"peak_gib": 1.0, "valid_loss": 2.0, "num_trainable": 10},
         ))  # fmt: skip
     (note,) = [note for note in build_tables(load_results(store, own))[-1].notes if "Packed" in note]
-    assert "lora, rank 1 and lora, rank 8 are a share" in note and "full" not in note
+    assert "of 6 of 9 runs (lora, rank 1; lora, rank 8) a share" in note and "full" not in note

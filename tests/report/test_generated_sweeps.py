@@ -328,7 +328,8 @@ def tables_of(rows: dict[tuple[str, ...], Any], jobs: list[Job], known: Any) -> 
     for job in jobs:
         methods = [record.spec["method"] for record in job.records]
         forms = ["dense" if method["name"] in ("full", "bitfit") else "low" for method in methods]
-        table = rows.get((job.analysis.name, *forms)) or rows.get((job.analysis.name, *forms[::-1]))
+        either = [(job.analysis.name, *forms), (job.analysis.name, *forms[::-1])]
+        table = next((rows[key] for key in either if key in rows), None)  # which may well have no rows
         targets = {method.get("targets") for method in methods}
         for part, layer in (("query", "q_proj"), ("mlp", "up_proj")):
             if table is not None and part in targets:
