@@ -61,8 +61,15 @@ def _names(folder: str) -> tuple[str, ...]:
 def describe(folder: str) -> dict[str, str]:
     """Name -> first line of the plug-in's docstring, without importing it."""
     root = PACKAGE.joinpath(*_place(folder))
-    trees = {name: ast.parse((root / f"{name}.py").read_text("utf-8")) for name in names(folder)}
-    return {name: (ast.get_docstring(tree) or "").partition("\n")[0] for name, tree in trees.items()}
+    return {name: _first_line((root / f"{name}.py").read_text("utf-8")) for name in names(folder)}
+
+
+def _first_line(code: str) -> str:
+    """Of a module's docstring, after which nothing is parsed: of all the plug-ins that would take half of `list`."""
+    before, quotes, rest = code.partition('"""')
+    text, end, _ = rest.partition('"""')
+    tree = ast.parse(before + quotes + text + end)
+    return (ast.get_docstring(tree) or "").partition("\n")[0]
 
 
 @cache
