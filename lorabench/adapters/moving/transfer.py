@@ -34,6 +34,7 @@ from lorabench.updates.update import Update
 from lorabench.updates.weightfile import WeightFiles
 
 WAYS: dict[str, Callable[[ThinSVD, ThinSVD], Move]] = {"project": project, "cross-lora": cross_lora}
+NO_PRODUCT = "so that ΔW is no product of two factors; lorabench compress makes it one"
 DRAWS = 4
 """Random updates of a layer that are moved too, for what chance gives; the mean is told."""
 
@@ -80,6 +81,8 @@ class Transfer:
 
         InputError where nothing is left.
         """
+        if self.subject.config.get("use_dora"):
+            raise InputError(f"{self.subject.name}: is DoRA, {NO_PRODUCT}")
         modules, partners = self.modules, Partners(self.source, self.target)
         carried = saved_whole(modules)
         self.left_out |= dict.fromkeys(sorted(carried.beside.tensors), "was saved whole, and is not moved")
@@ -107,9 +110,7 @@ class Transfer:
         for module, (entry, partner) in self.entries.items():
             update = entry.load()
             if not isinstance(update, Update) or update.A is None:
-                raise InputError(
-                    f"{self.subject.name}: {module}: ΔW is no product of two factors; lorabench compress makes it one"
-                )
+                raise InputError(f"{self.subject.name}: {module}: is dense, {NO_PRODUCT}")
             weights = self.source.read(f"{module}.weight"), self.target.read(f"{partner}.weight")
             old, new = (top_vectors(weight, self.rank) for weight in weights)
             with one_thread():
@@ -120,7 +121,8 @@ class Transfer:
         """The adapter in PEFT's format, its scale 1, into a folder that is new or empty."""
         targets = [Target(module=each.partner, B=each.B, A=each.A, rank=len(each.A)) for each in moved]
         config = {key: self.subject.config[key] for key in ("task_type",) if key in self.subject.config}
-        beside = Beside(config=config | {"base_model_name_or_path": self.to})
+        about = {"base_model_name_or_path": self.to, "fan_in_fan_out": self.target.has_conv1d}
+        beside = Beside(config=config | about)
         with whole_folder(folder) as temporary:
             save_adapter(temporary, targets, beside, configuration(targets, beside))
 

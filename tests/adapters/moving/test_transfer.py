@@ -144,6 +144,7 @@ def test_what_is_refused(bases, tiny_bases, tmp_path: Path, capsys: pytest.Captu
     """One message each, exit code 2, and nothing written."""
     save_lora(tmp_path / "adapter")
     save_dense(tmp_path / "dense", {f"model.layers.{n}.self_attn.q_proj": (32, 32) for n in range(3)})
+    save_lora(tmp_path / "dora", use_dora=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     old, out = str(bases["old"]), str(tmp_path / "out")
@@ -153,7 +154,8 @@ def test_what_is_refused(bases, tiny_bases, tmp_path: Path, capsys: pytest.Captu
         "--from: ": ["adapter", *known[:2], "-o", out],
         "--to ": ["adapter", "--to", str(tmp_path / "none"), "--from", old, "-o", out],
         "is not empty": ["adapter", *known, "-o", str(tmp_path / "full")],
-        "is no product of two factors": ["dense", *known, "-o", out],
+        "is dense, so that ΔW is no product of two factors": ["dense", *known, "-o", out],
+        "is DoRA, so that ΔW is no product of two factors": ["dora", *known, "-o", out],
         "takes no layer of": ["adapter", "--to", tiny_bases["gpt2"], "--from", old, "-o", out],
         "which --like has to name": ["adapter", *known, "--trained", str(tmp_path / "adapter"), "-o", out],
         "--rank": ["adapter", *known, "--rank", "0", "-o", out],
