@@ -10,9 +10,9 @@ project      ΔW' = U' U'ᵀ ΔW V' V'ᵀ; on a side whose width differs, the le
 cross-lora   ΔW' = U' Uᵀ ΔW V V'ᵀ: what ΔW does between the old vectors, done between the new ones (LoRA-Align of
              Cross-LoRA, Xia et al. 2025, arXiv 2508.05232; its equation 7 as printed is project)
 
-No ΔW is formed, and its rank stays. The table says which share of ‖ΔW‖ is kept, and how far its directions before and
-after overlap (where the width is the same), beside random updates of the same singular values. DIR holds a LoRA in
-PEFT's format, of the scale 1, that loads on the new base.
+ΔW stays in its factors, of the same rank. The table says which share of ‖ΔW‖ is kept, and how far its directions
+before and after overlap (where the width is the same), beside random updates of the same singular values. DIR holds a
+LoRA in PEFT's format, of the scale 1, that loads on the new base.
 
 A run is evaluated too, another adapter where --like names a run whose task and settings to take: the moved adapter on
 the new base beside the untouched one, ΔW as it is where the widths allow it (copied), its size in random directions,

@@ -9,6 +9,7 @@ from typing import Any
 from lorabench.adapters.compression.compressible import Subject
 from lorabench.adapters.moving.recovery import Recovery, can_evaluate, check_trained, table
 from lorabench.adapters.moving.transfer import Transfer, check_empty
+from lorabench.adapters.moving.transfer_text import by_kind
 from lorabench.config.decode import InputError
 from lorabench.processes.distributed import pick_device
 from lorabench.terminal.text import tracked
@@ -41,6 +42,7 @@ def move_adapter(
         "by": transfer.by,
         "rank": transfer.rank,
         "output": str(output),
+        "kinds": by_kind([each.row for each in moved]),
         "layers": [each.row for each in moved],
         "left_out": transfer.left_out,
         "losses": rows,

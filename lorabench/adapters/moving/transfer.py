@@ -35,6 +35,7 @@ from lorabench.updates.weightfile import WeightFiles
 
 WAYS: dict[str, Callable[[ThinSVD, ThinSVD], Move]] = {"project": project, "cross-lora": cross_lora}
 NO_PRODUCT = "so that ΔW is no product of two factors; lorabench compress makes it one"
+TAKEN = "has a partner in the new base that is another's already"
 DRAWS = 4
 """Random updates of a layer that are moved too, for what chance gives; the mean is told."""
 
@@ -95,8 +96,9 @@ class Transfer:
             module = modules.module(parameter)
             named = parameter.removeprefix(f"{modules.model}.")  # the file may have a wrapper that the weights lack
             partner = partners.find(named if named.endswith(f".{module}.weight") else f"{module}.weight")
-            if partner is None:
-                self.left_out[parameter] = "has no partner in the new base"
+            taken = {each for _, each in found.values()}
+            if partner is None or partner.removesuffix(".weight") in taken:
+                self.left_out[parameter] = "has no partner in the new base" if partner is None else TAKEN
             else:
                 found[module] = entry, partner.removesuffix(".weight")
         if not found:

@@ -16,18 +16,34 @@ MOST = 4
 """Layers that are named of those left out for one reason."""
 
 
-def kept_table(rows: Sequence[dict[str, Any]]) -> TextTable:
-    """By kind of layer, in their order: ‖ΔW'‖ / ‖ΔW‖, and φ(r, r) of ΔW's directions before and after."""
+def by_kind(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each kind of layer, in their order, medians: ‖ΔW'‖ / ‖ΔW‖, and φ(r, r) of ΔW's directions before and after.
+
+    None where no width is the same.
+    """
     kinds: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         kinds.setdefault(row["kind"], []).append(row)
+    return [
+        {
+            "kind": kind,
+            "num_layers": len(of_kind),
+            "ranks": _ends(row["rank"] for row in of_kind),
+            "num_vectors": _ends(count for row in of_kind for count in row["num_vectors"]),
+            **{key: _middle(row[key] for row in of_kind) for key in (*SHARES, *(f"{key}_null" for key in SHARES))},
+        }
+        for kind, of_kind in kinds.items()
+    ]
+
+
+def kept_table(rows: Sequence[dict[str, Any]]) -> TextTable:
+    """`by_kind`, with chance in brackets."""
     table = []
-    for kind, of_kind in kinds.items():
-        line: dict[str, Any] = {"kind": kind, "n": len(of_kind), "rank": _span(row["rank"] for row in of_kind)}
-        line["vectors"] = _span(count for row in of_kind for count in row["num_vectors"])
+    for row in by_kind(rows):
+        line = {"kind": row["kind"], "n": row["num_layers"], "rank": _span(row["ranks"])}
+        line["vectors"] = _span(row["num_vectors"])
         for key, head in SHARES.items():
-            line[head] = _middle(row[key] for row in of_kind)
-            line[_chance(head)] = _middle(row[f"{key}_null"] for row in of_kind)
+            line |= {head: _share(row[key]), _chance(head): _share(row[f"{key}_null"])}
         table.append(line)
     heads = ["kind", "n", "rank", "vectors", *(each for head in SHARES.values() for each in (head, _chance(head)))]
     return TextTable(title=KEPT, heads=heads, rows=table)
@@ -95,14 +111,22 @@ def _chance(head: str) -> str:
     return f"({head.split()[-1]})"
 
 
-def _middle(values: Iterable[float | None]) -> str | None:
+def _middle(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return f"{median(known):.3f}" if known else None
+    return median(known) if known else None
 
 
-def _span(values: Iterable[int]) -> str:
+def _ends(values: Iterable[int]) -> list[int]:
     known = [*values]
-    return f"{min(known)}" if min(known) == max(known) else f"{min(known)}-{max(known)}"
+    return [min(known), max(known)]
+
+
+def _span(ends: Sequence[int]) -> str:
+    return "-".join(map(str, dict.fromkeys(ends)))
+
+
+def _share(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"
 
 
 def _interval(ends: Sequence[float], decimals: int | None = None) -> str:

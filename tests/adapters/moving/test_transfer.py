@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lorabench.adapters.compression.compressible import open_subject
 from lorabench.adapters.moving.move import move_adapter
-from lorabench.adapters.moving.recovery import DRAWS, bootstrap_means, can_evaluate, table
-from lorabench.adapters.moving.transfer import Transfer
+from lorabench.adapters.moving.recovery import DRAWS, bootstrap_means, can_evaluate, random_update, table
+from lorabench.adapters.moving.transfer import TAKEN, Moved, Transfer
 from lorabench.adapters.moving.transfer_text import transfer_part, transfer_text
 from lorabench.cli import main
 from lorabench.models.base_model import BUILTIN
@@ -178,11 +178,41 @@ def test_the_command_prints_json_and_a_page(bases, tmp_path: Path, capsys: pytes
     assert main([*command, "-o", str(tmp_path / "out"), "--json", *page]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["by"] == "project" and len(found["layers"]) == 6
+    assert {row["kind"]: row["num_layers"] for row in found["kinds"]} == {"q_proj": 3, "up_proj": 3}
+    kept = [row["kept"] for row in found["layers"] if row["kind"] == "up_proj"]
+    assert found["kinds"][0]["kept"] == sorted(kept)[1] and found["kinds"][0]["overlap_in"] is None
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file() and "up_proj" in (
         tmp_path / "page.html"
     ).read_text()
     with pytest.raises(SystemExit):
         main(["transfer", str(tmp_path / "adapter")])
+
+
+def test_a_partner_is_taken_once(tmp_path: Path) -> None:
+    """Two stacks of the old base, and one in the new: the second is left out, and told."""
+    weight, peft = torch.randn(4, 4), "base_model.model."
+    for folder, stacks in {"old": "ab", "new": "c"}.items():
+        (tmp_path / folder).mkdir()
+        save_file({f"{s}.0.q.weight": weight.clone() for s in stacks}, tmp_path / folder / "model.safetensors")
+    (tmp_path / "adapter").mkdir()
+    factors = {
+        f"{peft}{s}.0.q.lora_{f}.weight": torch.randn(*n) for s in "ab" for f, n in {"A": (1, 4), "B": (4, 1)}.items()
+    }
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    subject = open_subject(Store(tmp_path), str(tmp_path / "adapter"))
+    transfer = Transfer(subject, str(tmp_path / "new"), str(tmp_path / "old"), "project", 320)
+    assert {module: partner for module, (_, partner) in transfer.entries.items()} == {"a.0.q": "c.0.q"}
+    assert transfer.left_out == {"b.0.q.weight": TAKEN}
+
+
+def test_the_random_update_has_the_singular_values_alone() -> None:
+    g = torch.Generator().manual_seed(0)
+    B, A = torch.randn(60, 3, generator=g), torch.randn(3, 50, generator=g)
+    random, whole = random_update(Moved(partner="layer", B=B, A=A, row={})).dense(), B @ A
+    assert torch.allclose(torch.linalg.svdvals(random)[:3], torch.linalg.svdvals(whole)[:3], rtol=1e-4)
+    assert abs(float((random * whole).sum() / whole.square().sum())) < 0.1
 
 
 def test_a_task_with_a_head_is_not_evaluated(tiny_bases, labelled: str) -> None:
