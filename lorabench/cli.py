@@ -39,6 +39,7 @@ COMMANDS = (
     "compare",
     "convert",
     "compress",
+    "transfer",
     "intervene",
     "list",
     "completion",

@@ -194,7 +194,8 @@ COMMANDS = [
     "merge a b --results RESULTS --by VALUE", "merge a b --results RESULTS --weights VALUE", "inspect VALUE",
     "inspect RESULTS --base VALUE", "compare VALUE RESULTS", "convert VALUE RESULTS",
     "compress VALUE --results RESULTS", "compress VALUE/a --results RESULTS --like a",
-    "compress a --results RESULTS --energy VALUE", "intervene VALUE --results RESULTS", "list VALUE",
+    "compress a --results RESULTS --energy VALUE", "transfer VALUE --to RESULTS -o out",
+    "transfer RESULTS --to VALUE -o out", "intervene VALUE --results RESULTS", "list VALUE",
     "new --task VALUE", "export RESULTS VALUE --to csv", "export RESULTS --to VALUE",
     "completion VALUE",
 ]  # fmt: skip
