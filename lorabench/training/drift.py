@@ -28,6 +28,7 @@ from lorabench.models.base_model import new_heads
 from lorabench.models.weights import is_linear_layer
 from lorabench.spec.task import LanguageModeling
 from lorabench.training import gradients
+from lorabench.training.base import SharedBase
 from lorabench.training.evaluation import retained_sets
 from lorabench.training.examples import Examples, few_batches, reader
 from lorabench.training.inference import twin
@@ -94,9 +95,15 @@ def _measured(training: Training, root: Path) -> tuple[dict[str, float], dict[st
 
 
 def base_beside(training: Training) -> nn.Module:
-    """The untouched base: out of the tuned model, sharing its frozen weights, else loaded anew."""
-    method = training.spec.method
-    base = method.unload(twin(training.model)) if method.keeps_base else None
+    """The untouched base: out of the tuned model, sharing its frozen weights, once for a pack; else loaded anew."""
+    if not training.spec.method.keeps_base:
+        return training.base.untouched()
+
+    def taken_out() -> nn.Module | None:
+        return training.spec.method.unload(twin(training.model))
+
+    is_shared = isinstance(training.base, SharedBase)
+    base = training.base.once(("beside",), taken_out) if is_shared else taken_out()
     return base if base is not None else training.base.untouched()
 
 
