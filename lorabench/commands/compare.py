@@ -2,8 +2,8 @@
 
 A and B are runs (their ids, or what these begin with), files, folders or Hub ids, of any known formats. For every
 layer that both have, on its input and its output side: subspace similarity φ(i, j), principal angles, Grassmann
-distance, how much of each ΔW lies in the other's subspace, and a permutation test of whether the two share directions.
-Scales play no part in any of these.
+distance, how much of each ΔW lies in the other's subspace, and a permutation test of whether the two share directions
+(or have the same large coordinates), corrected over the layers. Scales play no part in any of these.
 """
 
 from __future__ import annotations
