@@ -26,6 +26,7 @@ class Cosines(Analysis):
     """
 
     needs: ClassVar[Literal["base"]] = "base"
+    version: ClassVar[int] = 2
     values: ClassVar[dict[str, tuple[str, ...]]] = {"cosine": ("null",)}
     columns: ClassVar[dict[str, str]] = {
         "i": "left singular vector of W0, from 1; 0: whichever of those beyond is nearest",
@@ -39,7 +40,7 @@ class Cosines(Analysis):
         (tuned,) = layers
         if not tuned.layer.svd.numerical_rank:
             return []
-        found, null = (grid(each) for each in (tuned, tuned.random))
+        found, null = (grid(each) for each in (tuned, tuned.null))
         i, j = np.indices(found.shape, dtype=np.int16)
         return [
             {

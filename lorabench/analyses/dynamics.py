@@ -21,7 +21,7 @@ RISEN_SHARE = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamics(Analysis):
-    """Rows {step, metric, value, null} of each snapshot and of the end, then of the layer's milestones, with no step.
+    """Rows {step, metric, value, null, null_std} of each snapshot and of the end, then of milestones, with no step.
 
     Metrics and nulls of `spectrum`. `phi_*` is φ(k, k) of `subspace` with k directions that hold 90% of the final
     energy, at most 64; of fewer, p, that a ΔW has, φ(p, k). Null: chance. Both sides of a zero ΔW are left out.
@@ -31,6 +31,7 @@ class Dynamics(Analysis):
     """
 
     needs: ClassVar[Literal["trajectory"]] = "trajectory"
+    version: ClassVar[int] = 2
     metrics: ClassVar[dict[str, str]] = Spectrum.metrics | {
         "phi_final_input": "similarity of the input directions with the final ones, in [0, 1]",
         "phi_final_output": "similarity of the output directions with the final ones, in [0, 1]",
@@ -54,7 +55,7 @@ class Dynamics(Analysis):
             if before is not None:
                 found += _similarities(layer, before, k, "previous")
             rows += [{"step": layer.step} | row for row in [*found, *_beside(layer, final)]]
-        return rows + [{"step": None, "metric": key, "value": value, "null": None} for key, value in _milestones(rows)]
+        return rows + [{"step": None} | _row(key, value) for key, value in _milestones(rows)]
 
 
 def inner_product(a: LayerSVD, b: LayerSVD) -> float | None:
@@ -90,17 +91,22 @@ def _similarities(layer: LayerSVD, other: LayerSVD, k: int, name: str) -> Iterat
     for side, a, b in directions(layer, other) if k else ():
         mine, theirs = a[:, :k], b[:, :k]
         phi = subspace_similarity(mine, theirs)[-1, -1]
-        chance, _ = similarity_chance(mine.shape[1], theirs.shape[1], len(a))
-        yield {"metric": f"phi_{name}_{side}", "value": float(phi), "null": float(chance[-1, -1])}
+        chance = (float(grid[-1, -1]) for grid in similarity_chance(mine.shape[1], theirs.shape[1], len(a)))
+        yield _row(f"phi_{name}_{side}", float(phi), *chance)
 
 
 def _beside(layer: LayerSVD, final: LayerSVD) -> Iterator[dict[str, Any]]:
     """The size and the direction of all of ΔW beside the final one's."""
     norm, end = float(layer.svd.S.norm()), float(final.svd.S.norm())
-    yield {"metric": "norm_share", "value": norm / end if end else None, "null": None}
+    yield _row("norm_share", norm / end if end else None)
     product = inner_product(layer, final) if norm and end else None
     cosine = None if product is None else max(-1.0, min(1.0, product / (norm * end)))
-    yield {"metric": "cosine_final", "value": cosine, "null": 0.0}
+    M, N = layer.shape
+    yield _row("cosine_final", cosine, 0.0, (M * N) ** -0.5)
+
+
+def _row(metric: str, value: float | None, null: float | None = None, null_std: float | None = None) -> dict[str, Any]:
+    return {"metric": metric, "value": value, "null": null, "null_std": null_std}
 
 
 def _factors(layer: LayerSVD) -> tuple[Tensor, Tensor | None] | None:

@@ -26,15 +26,15 @@ class Intruders(Analysis):
     """Rows {metric, epsilon, k, value, null, num_degenerate}.
 
     The j-th left singular vector y_j of W0 + ΔW is an intruder when max over all left singular vectors x_i of W0 of
-    |cos(y_j, x_i)| is below ε; counted among the top k (Shuttleworth et al. 2024, arXiv 2410.21228). `num_intruders`
-    is the count of one matrix at the paper's ε = 0.5, k = 10 (the paper sums over matrices), `count` the same over a
-    grid, `largest_cosine` what y_k is judged by. `null`: an update with the same singular values in random
-    directions. `num_degenerate` says of how many of the intruders (for `largest_cosine`: whether of y_k itself) the
+    |cos(y_j, x_i)| is below ε; counted among the top k (Shuttleworth et al. 2024, arXiv 2410.21228). `num_intruders` is
+    the count of one matrix at the paper's ε = 0.5, k = 10 (the paper sums over matrices), `count` the same over a grid,
+    `largest_cosine` what y_k is judged by. `null`: an update with all the same singular values in random directions,
+    one draw. `num_degenerate` says of how many of the intruders (for `largest_cosine`: whether of y_k itself) the
     singular value is within 1% of a neighbour's, so that single vectors mean little.
     """
 
     needs: ClassVar[Literal["base"]] = "base"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     metrics: ClassVar[dict[str, str]] = {
         "num_intruders": "intruder dimensions among the top 10 of a matrix, ε = 0.5; null: random directions",
         "count": "intruder dimensions among the top k at ε; null: ΔW's singular values in random directions",
@@ -54,7 +54,7 @@ class Intruders(Analysis):
         if not tuned.layer.svd.numerical_rank:
             return []
         found = judge(tuned.base, tuned.svd)
-        null = judge(tuned.base, tuned.random.svd)
+        null = judge(tuned.base, tuned.null.svd)
         size = len(found.cosines)
         grid = [(epsilon, k) for epsilon in EPSILONS for k in TOPS if k <= size]
         vectors = {"value": found.cosines, "null": null.cosines, "num_degenerate": found.degenerate}

@@ -36,6 +36,7 @@ class OffPrincipal(Analysis):
     """
 
     needs: ClassVar[Literal["base"]] = "base"
+    version: ClassVar[int] = 2
     metrics: ClassVar[dict[str, str]] = {
         "spectral_shift": "‖σ(W) − σ(W0)‖ / ‖σ(W0)‖, all singular values; null: random directions",
         "spectral_shift_at": "the same of the k largest singular values",

@@ -22,6 +22,7 @@ class SharedChanges(Analysis):
     """
 
     needs: ClassVar[Literal["base_pair"]] = "base_pair"
+    version: ClassVar[int] = 2
     max_pairs: ClassVar[int] = 256
     metrics: ClassVar[dict[str, str]] = {
         "changed_a_in_b": "share of the weights that run a changes in bfloat16 that run b changes too",

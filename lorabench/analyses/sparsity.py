@@ -23,10 +23,11 @@ class Sparsity(Analysis):
     to 1. The overlaps are shares of a set of changes that lie among the 30% of W0's entries that are principal
     (largest in its approximation of rank min(M, N) / 16, at most 256) or smallest in magnitude. By location alone
     that is 0.3; rounding hides what is small beside its weight, so that the smallest weights change first, in a random
-    update too. A random dense update has a Gaussian bulk; of factors it has their rank.
+    update too.
     """
 
     needs: ClassVar[Literal["base"]] = "base"
+    version: ClassVar[int] = 2
     metrics: ClassVar[dict[str, str]] = {
         "changed": "share of the weights that ΔW changes in bfloat16; null: random directions",
         "hidden": "share of the weights where ΔW is not 0, yet bfloat16 shows no change; null: random directions",

@@ -21,15 +21,17 @@ w = m · 2^e with m in [1, 2) lies between floats eps · 2^e apart, so its error
 
 @dataclass(frozen=True, kw_only=True)
 class Spectrum(Analysis):
-    """Rows {metric, value, null}: `null` is the metric of a random update of the same form and Frobenius norm.
+    """Rows {metric, value, null, null_std}: `null` is of a random update of the same form and Frobenius norm.
 
-    That is i.i.d. Gaussian for a dense ΔW (Marchenko-Pastur law), B A of Gaussian factors for a factored one. It is
-    None for metrics that the form does not fix.
+    That is i.i.d. Gaussian for a dense ΔW (Marchenko-Pastur law), B A of Gaussian factors for a factored one, of which
+    16 are drawn. It is None for metrics that the form does not fix. `null_std` is the standard deviation of one such
+    update; None for a dense one, where the law of large matrices gives one spectrum.
 
     `noise_floor`² is the share of Σσ² that is rounding alone: a rank_q whose 1 - q it reaches counts noise.
     """
 
     needs: ClassVar[Literal["layer", "pair"]] = "layer"
+    version: ClassVar[int] = 2
     metrics: ClassVar[dict[str, str]] = {
         "rank_50": "fewest singular values with 50% of the sum of squares",
         "rank_90": "fewest singular values with 90% of the sum of squares",
@@ -54,12 +56,16 @@ class Spectrum(Analysis):
         (layer,) = layers
         values = spectrum_metrics(layer.svd.S.numpy(), layer.svd.numerical_rank)
         norm = float(layer.svd.S.norm())
-        nulls = {key: _scaled(key, value, norm) for key, value in null_metrics(*layer.shape, layer.rank).items()}
+        nulls = {
+            key: [_scaled(key, number, norm) for number in numbers]
+            for key, numbers in null_metrics(*layer.shape, layer.rank).items()
+        }
         if layer.base_norm:
             values["relative_norm"] = norm / layer.base_norm
         if layer.precision and layer.base_norm and norm:
             values["noise_floor"] = rounding_norm(layer.base_norm, layer.precision) / norm
-        return [{"metric": key, "value": value, "null": nulls.get(key)} for key, value in values.items()]
+        rows = [(key, value, *nulls.get(key, (None, None))) for key, value in values.items()]
+        return [dict(zip(("metric", "value", "null", "null_std"), row, strict=True)) for row in rows]
 
 
 def _scaled(key: str, null: float | None, norm: float) -> float | None:

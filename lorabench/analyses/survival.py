@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Survival(Analysis):
-    """Rows {metric, side, k, value, null} for k = 1, … up to 32 top directions, left (`output`) and right (`input`).
+    """Rows {metric, side, k, value, null, null_std} for k = 1, … up to 32 top directions of a side.
 
     `survival_at` is φ(k, k) between the top k directions of W0 and of W0 + ΔW (Hu et al. 2021, equation 4): 1 where
     they span the same space, and by chance (`null`) k / d. `direction_cosine` is |cos| of the k-th direction with its
@@ -22,7 +22,7 @@ class Survival(Analysis):
     """
 
     needs: ClassVar[Literal["base"]] = "base"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     metrics: ClassVar[dict[str, str]] = {
         "survival": "share of the top 32 directions of W0 that lies in the top 32 of W0 + ΔW; null: random ones",
         "survival_at": "the same for the top k directions",
@@ -35,6 +35,7 @@ class Survival(Analysis):
         import numpy as np
 
         from lorabench.linalg.decompose import subspace_similarity
+        from lorabench.linalg.nulls import cosine_chance, similarity_chance
 
         (tuned,) = layers
         before, after = tuned.base.svd, tuned.svd
@@ -46,16 +47,22 @@ class Survival(Analysis):
             d = a.shape[0]
             kept = subspace_similarity(a, b).diagonal().numpy()
             own = (a * b).sum(0).abs().double().numpy().clip(max=1)
-            chance = np.full(K, (2 / np.pi / d) ** 0.5)  # E|cos| of two random directions, to within 1 / (4d) of it
-            rows += [
-                {"metric": "survival_at", "side": side, "k": k, "value": kept, "null": k / d},
-                {"metric": "direction_cosine", "side": side, "k": k, "value": own, "null": chance},
-                {"metric": "survival", "side": side, "k": k[-1:], "value": kept[-1:], "null": k[-1:] / d},
-            ]
+            null, std = (grid.diagonal() for grid in similarity_chance(K, K, d))
+            cosine = [np.full(K, number) for number in cosine_chance(d)]
+            columns = {
+                "survival_at": (k, kept, null, std),
+                "direction_cosine": (k, own, *cosine),
+                "survival": (k[-1:], kept[-1:], null[-1:], std[-1:]),
+            }
+            rows += [_row(metric, side, *values) for metric, values in columns.items()]
         with np.errstate(divide="ignore", invalid="ignore"):
             shift = after.S[:K].numpy() / before.S[:K].numpy() - 1
         nothing = np.full(K, np.nan)
-        return [*rows, {"metric": "singular_value_shift", "side": "both", "k": k, "value": shift, "null": nothing}]
+        return [*rows, _row("singular_value_shift", "both", k, shift, nothing, nothing)]
+
+
+def _row(metric: str, side: str, *columns: Any) -> dict[str, Any]:
+    return {"metric": metric, "side": side} | dict(zip(("k", "value", "null", "null_std"), columns, strict=True))
 
 
 EXAMPLE = Survival()

@@ -110,7 +110,7 @@ def compare(
     if not len(gathered.table):
         return pd.DataFrame(columns=["run_a", "run_b", *LAYER_COLUMNS])
     runs = {column: [job.runs[side] for job in gathered.jobs] for side, column in enumerate(("run_a", "run_b"))}
-    return to_frame(gathered.table, gathered.counts, runs)
+    return analysis.over_layers(to_frame(gathered.table, gathered.counts, runs))
 
 
 def _analyzable(states: Iterable[RunState], note: Callable[[str], None]) -> dict[str, RunRecord]:
@@ -152,7 +152,7 @@ def _frame(analysis: Analysis, gathered: Gathered, pairs: list[Pair]) -> pd.Data
         before = {column: [getattr(named[job.runs], column) for job in gathered.jobs] for column in PAIR_COLUMNS}
     if not len(gathered.table):
         return pd.DataFrame(columns=[*before, *LAYER_COLUMNS])
-    return to_frame(gathered.table, gathered.counts, before)
+    return analysis.over_layers(to_frame(gathered.table, gathered.counts, before))
 
 
 def _compute(

@@ -5,7 +5,7 @@ file, or its name in RESULTS) stands for all its runs that are done. Scales play
 
 Of two, for every layer that both have, on its input and its output side: subspace similarity φ(i, j), principal angles,
 Grassmann distance, how much of each ΔW lies in the other's subspace, and a permutation test of whether the two share
-directions.
+directions (or have the same large coordinates), corrected over the layers.
 
 Of three or more: how much of all of them the best k directions hold; how much of one that is left out lies in k
 directions of the others, beside the others' mean adapter alone; and how alike their factors A and B are.

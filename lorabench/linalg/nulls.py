@@ -6,24 +6,50 @@ q of its subspaces. Draws have fixed seeds, so the same shapes always give the s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lorabench.linalg.decompose import spectrum_metrics
 
+Traces = tuple[Any, Any]
+"""Of a symmetric matrix: its trace, and the trace of its square."""
+
 DRAWS = 16
-_PERMUTED_ENTRIES = 2**22
-"""Held at a time by the permutation test: 16 MiB of float32."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Simulated:
+    """A number by chance, from random draws: its mean and standard deviation, and the standard error of that mean."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    error: np.ndarray
+
+    @classmethod
+    def of(cls, draws: np.ndarray) -> Simulated:
+        """`draws` (n, ...), n > 1."""
+        std = draws.std(0, ddof=1)
+        return cls(mean=draws.mean(0), std=std, error=std / len(draws) ** 0.5)
 
 
 @lru_cache(maxsize=4096)
-def null_metrics(M: int, N: int, rank: int | None) -> dict[str, float | None]:
-    """`spectrum_metrics` of a random update of this form and of Frobenius norm 1: the mean over draws."""
+def null_metrics(M: int, N: int, rank: int | None) -> dict[str, tuple[float | None, float | None]]:
+    """`spectrum_metrics` of a random update of this form and of Frobenius norm 1: mean and standard deviation.
+
+    Over the draws; a dense update's law is one spectrum, and its metrics have no standard deviation (None).
+    """
     draws = [spectrum_metrics(S) for S in null_spectra(M, N, rank)]
-    return {key: None if draws[0][key] is None else float(np.mean([d[key] for d in draws])) for key in draws[0]}
+    return {key: _mean_and_std([draw[key] for draw in draws]) for key in draws[0]}
+
+
+def _mean_and_std(values: list[float | None]) -> tuple[float | None, float | None]:
+    numbers = np.array([value for value in values if value is not None])
+    if len(numbers) < len(values):
+        return None, None
+    return float(numbers.mean()), float(numbers.std(ddof=1)) if len(numbers) > 1 else None
 
 
 @lru_cache(maxsize=256)
@@ -73,51 +99,57 @@ def _gaussian_r_factor(random: np.random.Generator, rows: int, columns: int) -> 
     return R
 
 
+def trace_chance(A: Traces, B: Traces, d: int) -> tuple[Any, Any]:
+    """Mean and standard deviation of tr(A Q B Qᵀ) for a uniformly random orthogonal Q (d, d).
+
+    Of symmetric A and B (d, d) their trace and that of their square, numbers or arrays. The mean is tr A tr B / d.
+    Their parts without trace lie in an irreducible representation of the rotations of dimension (d - 1)(d + 2) / 2, so
+    the variance is 2 (d tr A² - tr² A)(d tr B² - tr² B) / (d² (d - 1)(d + 2)), exactly.
+    """
+    spread = (d * A[1] - np.square(A[0])) * (d * B[1] - np.square(B[0]))
+    variance = 2.0 * spread / (d**2 * max(d - 1, 1) * (d + 2))
+    return A[0] * B[0] / d, np.sqrt(np.maximum(variance, 0.0))
+
+
 def similarity_chance(p: int, q: int, d: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (p, q) of φ(i, j) between independent uniformly random subspaces of R^d.
 
-    For T = ‖UᵀV‖_F²: E T = i j / d, so E φ = max(i, j) / d; Var T = 2 i j (d-i)(d-j) / (d² (d-1)(d+2)), the variance
-    of the trace of two random projections (i = 1: T is Beta(j/2, (d-j)/2)).
+    φ min(i, j) is the trace of the product of two random projections, so E φ = max(i, j) / d (for i = 1 it is
+    Beta(j/2, (d-j)/2)).
     """
-    i, j = np.arange(1, p + 1)[:, None], np.arange(1, q + 1)[None, :]
-    mean = np.maximum(i, j) / d
-    variance = 2.0 * i * j * (d - i) * (d - j) / (d**2 * max(d - 1, 1) * (d + 2))
-    return mean, np.sqrt(variance) / np.minimum(i, j)
+    i, j = np.arange(1.0, p + 1)[:, None], np.arange(1.0, q + 1)[None, :]
+    mean, std = trace_chance((i, i), (j, j), d)
+    return mean / np.minimum(i, j), std / np.minimum(i, j)
 
 
-def permutation_p_value(U: Tensor, V: Tensor, draws: int = 199, seed: int = 0) -> float:
-    """Permutation test of whether the column spaces of `U` (d, p) and `V` (d, q) share directions, one-sided.
-
-    Null hypothesis: the coordinates of one space have nothing to do with those of the other. The rows of `V` are
-    permuted at random, which keeps the distribution of its entries: a few coordinates that are large in both, each
-    for itself, make large overlaps likely, and are no evidence here. With T = ‖UᵀPV‖_F², p = (1 + #{T_draw ≥ T}) /
-    (draws + 1), in [1 / (draws + 1), 1] (Phipson and Smyth 2010, SAGMB 9(1), equation 2).
-    """
-    observed = (U.mT @ V).square().sum()
-    orders = _permutations(len(V), draws, seed)
-    at_a_time = max(1, _PERMUTED_ENTRIES // V.numel())
-    rows = V.contiguous()  # whole rows are copied, by `index_select`: a third of the time of indexing columns
-    permuted = (rows.index_select(0, some.flatten()).view(-1, *rows.shape) for some in orders.split(at_a_time))
-    drawn = torch.cat([(U.mT @ each).square().sum((-2, -1)) for each in permuted])
-    as_large = drawn >= observed * (1 - 1e-5)  # ties count: of the whole space all draws are equal but for rounding
-    return (1 + int(as_large.sum())) / (draws + 1)
+def energy_chance(S: np.ndarray, q: int, d: int) -> tuple[float, float]:
+    """Mean q / d and standard deviation of the share of ‖ΔW‖² in a random q-dimensional subspace of R^d, one side's
+    space; `S` (R,) all singular values of ΔW, not all 0."""
+    shares = np.square(S / S.max())
+    shares /= shares.sum()
+    mean, std = trace_chance((1.0, float(np.square(shares).sum())), (q, q), d)
+    return float(mean), float(std)
 
 
-@lru_cache(maxsize=4)
-def _permutations(d: int, draws: int, seed: int) -> Tensor:
-    """(draws, d), the same for all layers of a width: each layer's test stands for itself."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(draws, d, generator=generator, dtype=torch.float64).argsort(1)
+def cosine_chance(d: int) -> tuple[float, float]:
+    """Mean Γ(d/2) / (√π Γ((d+1)/2)) and standard deviation of |cos| between two random directions of R^d."""
+    from scipy.special import gammaln
+
+    mean = float(np.exp(gammaln(d / 2) - gammaln((d + 1) / 2)) / np.pi**0.5)
+    return mean, max(0.0, 1 / d - mean**2) ** 0.5
 
 
 @lru_cache(maxsize=1024)
-def angle_chance(p: int, q: int, d: int) -> tuple[np.ndarray, float]:
-    """Mean principal angles (min(p, q),), ascending, and mean Grassmann distance of random subspaces of R^d."""
+def angle_chance(p: int, q: int, d: int) -> tuple[Simulated, Simulated]:
+    """Principal angles (min(p, q),), ascending, and Grassmann distance of random subspaces of R^d, radians.
+
+    From 16 to 256 draws.
+    """
     p, q = sorted((p, q))
     random = np.random.default_rng([p, q, d])
     draws = max(DRAWS, min(16 * DRAWS, 2**14 // (q * (p + q))))  # few angles vary more, and cost less
     angles = np.array([_random_angles(random, p, q, d) for _ in range(draws)])
-    return angles.mean(0), float(np.sqrt(np.square(angles).sum(1)).mean())
+    return Simulated.of(angles), Simulated.of(np.sqrt(np.square(angles).sum(1)))
 
 
 def _random_angles(random: np.random.Generator, p: int, q: int, d: int) -> np.ndarray:

@@ -20,7 +20,7 @@ PLAIN_ROWS, MOST_ROWS = 100_000, 2_000_000
 """Tables of up to so many rows are also written as csv, and as csv.gz; longer ones are parquet alone."""
 PLACE = ["layer", "kind", "depth"]
 PAIR = ["run_a", "run_b", "axis", "value_a", "value_b"]
-LAST = ["value", "null"]
+LAST = ["value", "null", "null_std"]
 
 
 def long_tables(results: Results) -> dict[str, pa.Table]:
@@ -103,7 +103,7 @@ def _arrow(column: pd.Series) -> pa.Array:
 
 
 def _united(tables: list[pa.Table]) -> pa.Table:
-    """One table of all, `value` and `null` last; a column that one lacks is empty there."""
+    """One table of all, `value` and what chance gives last; a column that one lacks is empty there."""
     whole = pa.concat_tables(tables, promote_options="permissive").unify_dictionaries()
     names = [name for name in whole.column_names if name not in LAST]
     return whole.select([*names, *(name for name in LAST if name in whole.column_names)]).replace_schema_metadata()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorabench.config.plugins import Plugin
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = {
     "metric": "what `value` is",
@@ -40,7 +43,7 @@ class Analysis(Plugin, ABC):
     """Column -> what it is; what is in COLUMNS need not be told again."""
     values: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Where rows have a column for each metric, not `metric` and `value`: these columns -> those of what chance gives,
-    its mean and its standard deviation."""
+    its mean, its standard deviation and, where it is simulated, the standard error of that mean."""
     max_pairs: ClassVar[int] = 2048
     """Pairs along one axis, at most, that it is made of; of more a sample (`lorabench.analysis.pairs`)."""
 
@@ -58,3 +61,7 @@ class Analysis(Plugin, ABC):
 
         A row may hold one-dimensional arrays of one length, and then stands for that many rows.
         """
+
+    def over_layers(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The rows of all layers of all runs or pairs, with those added that need more than one layer."""
+        return frame

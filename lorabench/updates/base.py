@@ -15,6 +15,7 @@ from torch import Tensor
 from lorabench.linalg import perturbed
 from lorabench.linalg.decompose import ThinSVD, thin_svd
 from lorabench.linalg.krylov import OVERSAMPLING, Matrix, Plus, top_svd, transposed_product
+from lorabench.linalg.rotations import in_random_directions, turned
 from lorabench.updates import stored
 from lorabench.updates.layer import LayerSVD
 from lorabench.updates.update import Update
@@ -84,30 +85,18 @@ class Tuned:
         return plus(self.base.weight, self.layer)
 
     @cached_property
-    def random(self) -> Tuned:
-        """The same W0 with ΔW's singular values in random directions, of a fixed seed.
-
-        Of a dense ΔW its top kept values alone, without the bulk.
-        """
-        svd = self.layer.svd
-        count = svd.U.shape[1]
-        generator = torch.Generator().manual_seed(0)
-        U, V = (torch.linalg.qr(torch.randn(d, count, generator=generator)).Q for d in self.layer.shape)
-        found = ThinSVD(U=U, S=svd.S[:count], Vh=V.mT)
-        return Tuned(layer=LayerSVD(parameter=self.layer.parameter, svd=found), base=self.base)
-
-    @cached_property
     def null(self) -> Tuned:
-        """`random`, with a Gaussian bulk in the place of the singular values that it lacks: as large as ΔW."""
-        svd, random = self.layer.svd, self.random.layer.svd
-        rest = float(svd.S[svd.U.shape[1] :].norm())
-        if not rest:
-            return self.random
-        M, N = self.layer.shape
-        bulk = torch.randn(M, N, generator=torch.Generator().manual_seed(1)) * (rest / (M * N) ** 0.5)
-        update = Update(parameter=self.layer.parameter, B=bulk.addmm_(random.U * random.S.float(), random.Vh))
-        whole = ThinSVD(U=random.U, S=svd.S, Vh=random.Vh)
-        return Tuned(layer=LayerSVD(parameter=update.parameter, svd=whole, update=update), base=self.base)
+        """The same W0 with all of ΔW's singular values in random directions, of a fixed seed."""
+        S, count, name = self.layer.svd.S, self.layer.svd.U.shape[1], self.layer.parameter
+        if S[count:].any():  # of a dense ΔW only the top vectors are kept
+            U, V = (turned(torch.eye(d, count), seed) for seed, d in enumerate(self.layer.shape))
+            update = Update(parameter=name, B=in_random_directions(S.float(), *self.layer.shape))
+            found = LayerSVD(parameter=name, svd=ThinSVD(U=U, S=S, Vh=V.mT), update=update)
+        else:
+            generator = torch.Generator().manual_seed(0)
+            U, V = (torch.linalg.qr(torch.randn(d, count, generator=generator)).Q for d in self.layer.shape)
+            found = LayerSVD(parameter=name, svd=ThinSVD(U=U, S=S[:count], Vh=V.mT))
+        return Tuned(layer=found, base=self.base)
 
     def delta(self) -> Tensor:
         """ΔW (M, N) in float32: for what needs it entry by entry."""

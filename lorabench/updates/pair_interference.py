@@ -25,11 +25,13 @@ class SignConflicts:
     """Shares of entries with opposite signs in two updates, in [0, 1]; 0.5 where the signs are independent.
 
     An entry that is 0 in either has no sign and is not counted; None where none is left. `top` is of those entries
-    alone that are among the largest of either update.
+    alone that are among the largest of either update. `num_all`, `num_top`: of how many entries.
     """
 
     all: float | None
     top: float | None
+    num_all: int
+    num_top: int
 
 
 def inner(a: Update, b: Update) -> float:
@@ -69,7 +71,7 @@ def sign_conflicts(a: Update, b: Update, top: float) -> SignConflicts:
             totals[number] += int(chosen.sum())
             conflicts[number] += int((opposite & chosen).sum())
     shares = [conflict / total if total else None for conflict, total in zip(conflicts, totals, strict=True)]
-    return SignConflicts(all=shares[0], top=shares[1])
+    return SignConflicts(all=shares[0], top=shares[1], num_all=totals[0], num_top=totals[1])
 
 
 def kth_largest(update: Update, k: int) -> float:

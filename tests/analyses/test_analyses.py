@@ -219,7 +219,7 @@ def test_overlap_of_the_same_and_of_orthogonal_updates():
     one = random_layer(60, 50, 4, dtype=torch.float64)
     same = overlap(one, one)
     assert same.drop("p_value", level="metric").to_numpy() == pytest.approx(np.ones(8))
-    assert same.xs("p_value", level="metric").to_numpy() == pytest.approx(np.full(2, 1 / 200))
+    assert same.xs("p_value", level="metric").to_numpy() == pytest.approx(np.full(2, 1e-4))
     eye = torch.eye(20)
     apart = overlap(layer(eye[:, :3], eye[:3]), layer(eye[:, 3:8], eye[5:10]))
     assert apart.drop("p_value", level="metric").max() < 1e-10
@@ -228,12 +228,39 @@ def test_overlap_of_the_same_and_of_orthogonal_updates():
 def test_overlap_of_random_updates_is_chance():
     pairs = [(random_layer(40, 30, 4, s), random_layer(40, 30, 6, 1000 + s)) for s in range(200)]
     rows = pd.concat(frame(Overlap(), *pair) for pair in pairs)
-    assert {*rows["metric"]} == {*Overlap.metrics}
+    assert {*rows["metric"]} == {*Overlap.metrics} - {"p_value_corrected"}, "which is over layers"
     groups = rows[rows["metric"] != "p_value"].groupby(["side", "metric"])
     mean, std, null = groups["value"].mean(), groups["value"].std(), groups["null"].first()
     assert (np.abs(mean - null) < 4.5 * std / 200**0.5).all()
-    spread = groups["null_std"].first().dropna()
-    assert spread.to_numpy() == pytest.approx(std[spread.index].to_numpy(), rel=0.25)
+    assert groups["null_std"].mean().to_numpy() == pytest.approx(std.to_numpy(), rel=0.25)
+
+
+def test_p_values_are_corrected_over_the_layers_of_each_pair():
+    """Rows of two pairs of runs, as the engine joins them; each stands after its own p-value."""
+    pairs = {("a", "b"): [0.001, 0.02, 0.9], ("a", "c"): [0.03, 0.04]}
+    rows = [
+        {
+            "run_a": a,
+            "run_b": b,
+            "layer": f"l{k}",
+            "side": "input",
+            "metric": metric,
+            "value": p if metric != "phi" else 1,
+        }
+        for (a, b), values in pairs.items()
+        for k, p in enumerate(values)
+        for metric in ("phi", "p_value")
+    ]
+    words = ("run_a", "run_b", "metric")
+    before = pd.DataFrame(rows).astype(dict.fromkeys(words, "category"))
+    found = Overlap().over_layers(before)
+    assert {*found.columns} == {*before.columns} and isinstance(found["metric"].dtype, pd.CategoricalDtype)
+    assert [*found["metric"]] == ["phi", "p_value", "p_value_corrected"] * 5
+    mine = found[found["metric"] == "p_value_corrected"]
+    assert [*mine["value"]] == pytest.approx([0.003, 0.03, 0.9, 0.04, 0.04])
+    assert [*mine["layer"]] == ["l0", "l1", "l2", "l0", "l1"] and found[found["metric"] == "phi"]["value"].eq(1).all()
+    nothing = before[before["metric"] == "phi"]
+    assert len(Overlap().over_layers(nothing)) == len(nothing)
 
 
 def test_overlap_of_a_dense_update_counts_all_its_energy_and_keeps_64_directions():

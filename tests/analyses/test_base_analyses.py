@@ -10,6 +10,7 @@ from lorabench.analyses.intruders import DEGENERATE, Intruders, degenerate
 from lorabench.analyses.survival import Survival
 from lorabench.analysis.tidy import to_table
 from lorabench.linalg.decompose import thin_svd
+from lorabench.linalg.nulls import similarity_chance
 from lorabench.updates import base as bases
 from lorabench.updates.base import Tuned, decompose
 from lorabench.updates.layer import LayerSVD
@@ -152,6 +153,22 @@ def test_a_small_update_has_no_intruders_and_a_new_strong_direction_is_one():
     assert not Intruders().compute(tuned(W, 0 * B, A))
 
 
+def test_the_null_of_a_dense_update_has_all_of_its_singular_values():
+    """Of which few vectors are kept; by numpy on W0 + ΔW with these values in the null's directions."""
+    W, delta = decaying(60, 40), 2.5 * torch.linalg.qr(torch.randn(60, 40))[0]
+    svd = thin_svd(delta, keep=4)
+    update = Update(parameter="model.layers.0.mlp.up_proj.weight", B=delta)
+    subject = Tuned(layer=LayerSVD(parameter=update.parameter, svd=svd, update=update), base=decompose(W))
+    null = subject.null.delta()
+    assert np.linalg.svd(null.numpy(), compute_uv=False) == pytest.approx(np.full(40, 2.5), rel=1e-5)
+    assert (torch.linalg.norm(null @ subject.null.layer.svd.Vh.mT, dim=0) - 2.5).abs().max() < 1e-5
+    cosines = dense_cosines(W, null, 10)
+    rows = frame(Intruders(), subject)
+    assert value(rows, "num_intruders", "null") == (cosines < 0.5).sum()
+    found = rows[(rows["metric"] == "largest_cosine") & (rows["k"] <= 10)]["null"]
+    assert found.to_numpy() == pytest.approx(cosines, abs=1e-3)
+
+
 def test_neighbours_within_a_percent_are_degenerate():
     assert degenerate(torch.tensor([5.0, 3.0, 3.0 * (1 - DEGENERATE / 2), 1.0])).tolist() == [False, True, True, False]
 
@@ -168,6 +185,8 @@ def test_survival_is_that_of_dense_svds(shape):
             phi = np.linalg.norm(a[:, :k].T @ b[:, :k]) ** 2 / k
             assert value(rows, "survival_at", side=side, k=k) == pytest.approx(phi, abs=1e-3)
             assert value(rows, "survival_at", "null", side=side, k=k) == pytest.approx(k / a.shape[0])
+            _, std = similarity_chance(k, k, a.shape[0])
+            assert value(rows, "survival_at", "null_std", side=side, k=k) == pytest.approx(std[-1, -1])
         shift = after[1][k - 1] / before[1][k - 1] - 1
         assert value(rows, "singular_value_shift", k=k) == pytest.approx(shift, abs=1e-5)
 

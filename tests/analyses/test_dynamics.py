@@ -88,6 +88,7 @@ def test_similarity_is_that_of_the_top_directions_which_hold_90_percent():
         assert values(rows, f"phi_final_{side}")[20] == pytest.approx(1)
         chance = rows[rows["metric"] == f"phi_final_{side}"]["null"]
         assert list(chance) == pytest.approx([3 / {"output": 40, "input": 30}[side]] * 2)
+        assert (rows[rows["metric"] == f"phi_final_{side}"]["null_std"] > 0).all()
 
 
 def test_fewer_directions_than_the_final_ones_may_lie_within_them():
@@ -103,8 +104,9 @@ def test_the_spectrum_of_each_step_is_the_spectrum_analysis_s():
     for each in layers:
         mine = rows[rows["step"] == each.step].set_index("metric")
         want = frame(Spectrum(), each).set_index("metric")
-        got = mine.loc[want.index, ["value", "null"]].astype(float)
-        pd.testing.assert_frame_equal(got, want[["value", "null"]].astype(float), check_categorical=False)
+        columns = ["value", "null", "null_std"]
+        got = mine.loc[want.index, columns].astype(float)
+        pd.testing.assert_frame_equal(got, want[columns].astype(float), check_categorical=False)
 
 
 def test_a_subspace_that_turns_settles_when_it_stays():

@@ -133,7 +133,7 @@ def delta_of(spec, layer):
 def test_spectra_are_those_of_the_updates(store, sweep, capsys):
     frames = analyze(store, sweep)
     spectrum = frames["spectrum"]
-    assert list(spectrum.columns) == ["run_id", "layer", "kind", "depth", "metric", "value", "null"]
+    assert list(spectrum.columns) == ["run_id", "layer", "kind", "depth", "metric", "value", "null", "null_std"]
     assert set(spectrum["run_id"]) == {spec.id for spec in sweep.runs}
     assert set(spectrum["kind"]) == {"q_proj", "up_proj"}
     values = spectrum.set_index(["run_id", "layer", "metric"])["value"]
@@ -290,7 +290,7 @@ def test_only_what_is_new_is_computed(store, sweep, monkeypatch):
     assert len(opened) == len({*opened}) and {*opened} == partners and len(partners) < len(sweep.runs)
     assert set(frames["spectrum"].query("run_id == @changed.id")["layer"]) == {next(iter(LAYERS))}
     opened.clear()
-    monkeypatch.setattr(Spectrum, "version", 2)
+    monkeypatch.setattr(Spectrum, "version", Spectrum.version + 1)
     analyze(store, sweep)
     assert sorted(opened) == sorted(spec.id for spec in sweep.runs)
 

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from lorabench.analysis.analyze import analyze
 from lorabench.config import plugins
 from lorabench.report import analysis_rows, columns
-from lorabench.report.analysis_rows import files, long_tables
+from lorabench.report.analysis_rows import LAST, files, long_tables
 from lorabench.report.columns import column_text, columns_page
 from lorabench.report.results import load_results
 from lorabench.report.tables import build_tables, subspace_table, write_tables
@@ -38,7 +38,7 @@ def tables(results):
 
 def test_every_number_has_a_row_with_its_run(results, tables):
     frame = tables["metrics"].to_pandas()
-    assert list(frame.columns)[: len(SETTINGS)] == SETTINGS and list(frame.columns)[-2:] == ["value", "null"]
+    assert list(frame.columns)[: len(SETTINGS)] == SETTINGS and list(frame.columns)[-3:] == LAST
     analyses = {name: f for name, f in results.analyses.items() if "metric" in f and "run_id" in f}
     assert len(frame) == sum(map(len, analyses.values())) and set(frame["analysis"]) == {*analyses}
     for name, own in analyses.items():

@@ -69,7 +69,7 @@ def test_entries_without_a_sign_are_not_counted():
     a, b = (Update(parameter="lin.weight", B=matrix) for matrix in (rows, others))
     assert sign_conflicts(a, b, 1.0).all == 1 / 3
     nothing = Update(parameter="lin.weight", B=torch.zeros(2, 4))
-    assert sign_conflicts(a, nothing, 0.2) == pair_interference.SignConflicts(all=None, top=None)
+    assert sign_conflicts(a, nothing, 0.2) == pair_interference.SignConflicts(all=None, top=None, num_all=0, num_top=0)
 
 
 @settings(max_examples=40, deadline=None)

@@ -15,7 +15,8 @@ import numpy as np
 from lorabench.analyses.overlap import energy_share
 from lorabench.analyses.subspace import MAX_DIRECTIONS, directions
 from lorabench.linalg.decompose import grassmann_distance, one_thread, principal_angles, subspace_similarity
-from lorabench.linalg.nulls import angle_chance, permutation_p_value, similarity_chance
+from lorabench.linalg.nulls import angle_chance, energy_chance, similarity_chance
+from lorabench.linalg.permutation import corrected, permutation_p_value
 from lorabench.updates.formats import Adapter, load_layer
 from lorabench.updates.layer import LayerSVD
 
@@ -42,8 +43,10 @@ def compare_adapters(
     """What `lorabench compare --json` prints.
 
     `layers` has two rows for each layer that both have, of its `input` and its `output` side: `phi` and `chance`
-    (min(p, 64), min(q, 64)), angles and distances of the same directions, energy shares of all p and q.
-    Raises InputError where a file is damaged.
+    (min(p, 64), min(q, 64)), angles and distances of the same directions, energy shares of all p and q. `_chance` is
+    what random subspaces give on average, `_chance_std` its standard deviation; where `_chance` is simulated,
+    `_chance_error` is the standard error of that mean. `p_value_corrected` is over all rows. Raises InputError where a
+    file is damaged.
     """
     matches = match_layers(list(a.entries), list(b.entries))
     shapes = {names: (a.entries[names[0]].shape, b.entries[names[1]].shape) for names in matches.pairs}
@@ -56,6 +59,7 @@ def compare_adapters(
         rows += found
         if not found:
             unchanged.append(layers[0].layer)
+    tests = corrected([row["p_value"] for row in rows])
     return {
         "a": _about(a),
         "b": _about(b),
@@ -68,7 +72,7 @@ def compare_adapters(
             if pair[0] != pair[1]
         ],
         "unchanged": unchanged,
-        "layers": rows,
+        "layers": [row | {"p_value_corrected": float(p)} for row, p in zip(rows, tests, strict=True)],
     }
 
 
@@ -94,7 +98,8 @@ def _row(layers: tuple[LayerSVD, LayerSVD], side: str, U: Tensor, V: Tensor) -> 
     top_a, top_b = U[:, :MAX_DIRECTIONS], V[:, :MAX_DIRECTIONS]
     chance, chance_std = similarity_chance(top_a.shape[1], top_b.shape[1], d)
     angles = principal_angles(top_a, top_b)
-    angles_chance, distance_chance = angle_chance(*sorted((top_a.shape[1], top_b.shape[1])), d)
+    angle, distance = angle_chance(*sorted((top_a.shape[1], top_b.shape[1])), d)
+    in_b, in_a = (energy_chance(layer.svd.S.numpy(), count, d) for layer, count in ((a, q), (b, p)))
     return {
         "layer": a.layer,
         "layer_b": b.layer,
@@ -109,12 +114,17 @@ def _row(layers: tuple[LayerSVD, LayerSVD], side: str, U: Tensor, V: Tensor) -> 
         "chance_std": chance_std.tolist(),
         "p_value": permutation_p_value(top_a, top_b),
         "principal_angles_radians": angles.tolist(),
-        "principal_angles_chance": angles_chance.tolist(),
+        "principal_angles_chance": angle.mean.tolist(),
+        "principal_angles_chance_std": angle.std.tolist(),
+        "principal_angles_chance_error": angle.error.tolist(),
         "grassmann": grassmann_distance(angles),
-        "grassmann_chance": distance_chance,
+        "grassmann_chance": float(distance.mean),
+        "grassmann_chance_std": float(distance.std),
+        "grassmann_chance_error": float(distance.error),
         "energy_of_a_in_b": energy_share(a, side, V),
         "energy_of_b_in_a": energy_share(b, side, U),
-        "energy_chance": {"a_in_b": q / d, "b_in_a": p / d},
+        "energy_chance": {"a_in_b": in_b[0], "b_in_a": in_a[0]},
+        "energy_chance_std": {"a_in_b": in_b[1], "b_in_a": in_a[1]},
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,8 @@ from lorabench.terminal.text import text_table
 
 SIDES = ("input", "output")
 MAX_CELLS = 16
+COLUMNS = ("p × q", "φ(p, q)", "p-value", "corrected"), ("distance", "A in B", "B in A")
+"""Of `measured`: all of them would not keep to the line."""
 
 
 def comparison_text(found: dict[str, Any], bold: bool = False) -> str:
@@ -24,11 +25,9 @@ def comparison_text(found: dict[str, Any], bold: bool = False) -> str:
     top = [line for name, text in pairs for line in wrapped(f"  {name:<8}", text)]
     parts = [(f"A = {found['a']['source']}\nB = {found['b']['source']}", "\n".join(top))]
     if rows:
-        parts += [
-            (f"{side.capitalize()} side: medians by kind of layer, in brackets chance", _kinds(found, side))
-            for side in SIDES
-        ]
-        parts.append(("Share of one's ‖ΔW‖² in the other's subspace: medians, in brackets chance", _shares(found)))
+        for side in SIDES:
+            title = f"{side.capitalize()} side: medians by kind of layer, in brackets chance ± std"
+            parts.append((title, "\n\n".join(_kinds(found, side, columns) for columns in COLUMNS)))
         parts.append(("Subspace similarity φ(i, j), mean over layers", "\n".join(_heat(rows))))
     return "\n\n".join(f"{heading(title, bold)}\n{body}" for title, body in parts)
 
@@ -64,44 +63,34 @@ def first_of(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _kinds(found: dict[str, Any], side: str) -> str:
+def _kinds(found: dict[str, Any], side: str, columns: tuple[str, ...]) -> str:
     groups = by_kind([row for row in found["layers"] if row["side"] == side])
     table = [{"kind": short(kind), **measured(rows)} for kind, rows in groups.items()]
-    return text_table(table, ["kind", "p × q", "φ(p, q)", "p-value", "distance"])
-
-
-def _shares(found: dict[str, Any]) -> str:
-    table = []
-    for kind, rows in by_kind(found["layers"]).items():
-        sides = {side: measured([row for row in rows if row["side"] == side]) for side in SIDES}
-        shares = {f"{side} {key}": cells[key] for side, cells in sides.items() for key in ("A in B", "B in A")}
-        table.append({"kind": short(kind), **shares})
-    return text_table(table, list(table[0]))
+    return text_table(table, ["kind", *columns])
 
 
 def measured(rows: list[Row]) -> dict[str, str]:
     """The medians of some rows of one side, with chance in brackets."""
     phi, chance, std = (middle((row[key][-1][-1] for row in rows), 2) for key in ("phi", "chance", "chance_std"))
+    distance, mean = (middle(row[f"grassmann{key}"] for row in rows) for key in ("", "_chance"))
+    spread = middle((row["grassmann_chance_std"] for row in rows), 2)
     return {
         "p × q": f"{middle(row['dim_a'] for row in rows)} × {middle(row['dim_b'] for row in rows)}",
         "φ(p, q)": f"{phi} ({chance} ± {std})",
         "p-value": middle((row["p_value"] for row in rows), 2),
-        "distance": _beside((row["grassmann"] for row in rows), (row["grassmann_chance"] for row in rows)),
+        "corrected": middle((row["p_value_corrected"] for row in rows), 2),
+        "distance": f"{distance} ({mean} ± {spread})",
         "A in B": _energy(rows, "a_in_b"),
         "B in A": _energy(rows, "b_in_a"),
     }
-
-
-def _beside(values: Iterable[float | None], chance: Iterable[float]) -> str:
-    return f"{middle(values)} ({middle(chance)})"
 
 
 def _energy(rows: list[Row], key: str) -> str:
     shares = [row[f"energy_of_{key}"] for row in rows if row[f"energy_of_{key}"] is not None]
     if not shares:
         return ""
-    chance = [row["energy_chance"][key] for row in rows]
-    return "{}% ({}%)".format(*(significant(100 * float(np.median(each)), 2) for each in (shares, chance)))
+    chance, std = ([row[name][key] for row in rows] for name in ("energy_chance", "energy_chance_std"))
+    return "{}% ({} ± {}%)".format(*(significant(100 * float(np.median(each)), 2) for each in (shares, chance, std)))
 
 
 def _heat(rows: list[Row]) -> list[str]:

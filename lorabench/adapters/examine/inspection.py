@@ -27,8 +27,8 @@ def inspect_adapter(
     """What `lorabench inspect --json` prints.
 
     `layers` has a row for each matrix ΔW: `spectrum`'s metrics, `null` with those of a random update of the same form
-    and norm, and `singular_values`. `rank_advice` is by percent of ‖ΔW‖²: 90, 95, 99 and `energy`. Raises InputError
-    where a file is damaged.
+    and norm, `null_std` with their standard deviations (of a dense one there are none), and `singular_values`.
+    `rank_advice` is by percent of ‖ΔW‖²: 90, 95, 99 and `energy`. Raises InputError where a file is damaged.
     """
     if not adapter.entries:
         raise InputError(f"{adapter.source}: changed no matrix, vectors alone (biases, norms): there is no spectrum")
@@ -65,7 +65,10 @@ def _row(layer: LayerSVD) -> Row:
         "precision": layer.precision,
         "base_norm": layer.base_norm,
         **{each["metric"]: _whole(each["metric"], each["value"]) for each in metrics},
-        "null": {each["metric"]: each["null"] for each in metrics if each["null"] is not None},
+        **{
+            key: {each["metric"]: each[key] for each in metrics if each[key] is not None}
+            for key in ("null", "null_std")
+        },
         "singular_values": layer.svd.S.tolist(),
     }
 

@@ -79,10 +79,11 @@ def _several(rows: list[Row], key: str, missing: str) -> str:
 
 def _metric(rows: list[Row], key: str) -> str:
     values = [row[key] for row in rows if row.get(key) is not None]
-    nulls = [row["null"][key] for row in rows if key in row["null"]]
+    nulls, stds = ([row[name][key] for row in rows if key in row[name]] for name in ("null", "null_std"))
     if not values:
         return "–"
-    return plain(median(values)) + (f" ({median(nulls):.3g})" if nulls else "")
+    spread = f" ± {median(stds):.2g}" if stds else ""
+    return plain(median(values)) + (f" ({median(nulls):.3g}{spread})" if nulls else "")
 
 
 def _advice(found: dict[str, Any], shown: str) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ ANALYSIS = "interference"
 def interference(store: Store, adapters: Sequence[Adapter], note: Callable[[str], None]) -> list[dict[str, Any]]:
     """For every two adapters, each metric's mean and standard deviation over the layers that are merged, and chance.
 
+    `chance` and `chance_std` are the mean and standard deviation of one layer by chance, both averaged over the layers.
     Kept layer by layer in RESULTS/pairs/, where `lorabench analyze` finds it too.
     """
     pairs = list(itertools.combinations([adapter.record for adapter in adapters], 2))
@@ -39,6 +40,7 @@ def interference(store: Store, adapters: Sequence[Adapter], note: Callable[[str]
                 "mean": float(rows["value"].mean()),
                 "std": float(rows["value"].std()) if len(rows) > 1 else None,
                 "chance": float(rows["null"].mean()),
+                "chance_std": float(rows["null_std"].mean()),
                 "num_layers": len(rows),
             }
             for metric, rows in mine.groupby("metric", sort=False, observed=True)
@@ -134,12 +136,13 @@ def interference_table(found: Sequence[dict[str, Any]]) -> TextTable:
             "mean": number(numbers["mean"], 3),
             "std": None if numbers["std"] is None else number(numbers["std"], 3),
             "chance": number(numbers["chance"], 3),
+            "chance_std": number(numbers["chance_std"], 3),
         }
         for pair in found
         for metric, numbers in pair["metrics"].items()
     ]
     title = "interference of every two adapters, mean and standard deviation over the layers"
-    return TextTable(title=title, heads=["run_a", "run_b", "metric", "mean", "std", "chance"], rows=rows)
+    return TextTable(title=title, heads=["run_a", "run_b", "metric", "mean", "std", "chance", "chance_std"], rows=rows)
 
 
 def merge_part(run_ids: Sequence[str], tables: Sequence[TextTable]) -> Part:

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 from safetensors.torch import load_file, save_file
 
 from lorabench.adapters.examine.comparison import compare_adapters, match_layers, mean_grid
@@ -60,18 +61,25 @@ def test_json_is_what_scipy_and_numpy_give_of_pefts_own_changes(pair, capsys):
         share = np.linalg.norm(U.T @ X) ** 2 / np.linalg.norm(X) ** 2
         assert row["energy_of_b_in_a"] == pytest.approx(share, abs=1e-5)
         d = len(W)
-        assert row["energy_chance"] == {"a_in_b": 5 / d, "b_in_a": 3 / d} and row["chance"][-1][-1] == 5 / d
-        assert np.shape(row["chance_std"]) == (3, 5) and len(row["principal_angles_chance"]) == 3
-        assert 1 / 200 <= row["p_value"] <= 1 and row["grassmann_chance"] > 0
+        assert row["energy_chance"] == pytest.approx({"a_in_b": 5 / d, "b_in_a": 3 / d})
+        assert row["chance"][-1][-1] == pytest.approx(5 / d) and np.shape(row["chance_std"]) == (3, 5)
+        assert 0 < row["energy_chance_std"]["a_in_b"] < 5 / d
+        for name, shape in (("principal_angles", (3,)), ("grassmann", ())):
+            mean, std, error = (np.array(row[f"{name}_chance{end}"]) for end in ("", "_std", "_error"))
+            assert mean.shape == std.shape == error.shape == shape and (error > 0).all() and (error < std).all()
+            assert (std < mean).all()
+        assert 1e-4 <= row["p_value"] <= row["p_value_corrected"] <= 1
+    adjusted = scipy.stats.false_discovery_control([row["p_value"] for row in table["layers"]])
+    assert [row["p_value_corrected"] for row in table["layers"]] == pytest.approx([*adjusted])
 
 
 def test_an_adapter_and_itself_rescaled(tmp_path):
     save_lora(tmp_path / "a", 3)
     save_lora(tmp_path / "b", 3, lora_alpha=100)
     table = compare(tmp_path / "a", tmp_path / "b")
-    assert "100% (9.4%)" in comparison_text(table)
+    assert "100% (9.4 ± " in comparison_text(table)
     for row in table["layers"]:
-        assert np.diag(row["phi"]) == pytest.approx(np.ones(3), abs=1e-4) and row["p_value"] == 1 / 200
+        assert np.diag(row["phi"]) == pytest.approx(np.ones(3), abs=1e-4) and row["p_value"] == 1e-4
         assert row["grassmann"] < 1e-3 and row["energy_of_a_in_b"] == pytest.approx(1, abs=1e-5)
 
 

@@ -67,6 +67,7 @@ def test_json_is_numpys_svd_of_pefts_own_change(lora, capsys):
         assert row["participation_ratio"] == pytest.approx(np.sum(S**2) ** 2 / np.sum(S**4), rel=1e-5)
         assert row["frobenius_norm"] == pytest.approx(W.norm().item(), rel=1e-5)
         assert row["null"]["rank_90"] > 1 and "frobenius_norm" not in row["null"]
+        assert row["null_std"].keys() == row["null"].keys() and 0 < row["null_std"]["stable_rank"] < 2
     total = sum(W.square().sum().item() for W in expected.values()) ** 0.5
     assert table["frobenius_norm"] == pytest.approx(total) and table["relative_norm"] is None
 

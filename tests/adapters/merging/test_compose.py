@@ -536,6 +536,8 @@ def test_interference_is_the_mean_over_the_layers_that_are_merged(runs) -> None:
     ]
     assert found["metrics"]["cosine"]["mean"] == pytest.approx(np.mean(cosines), rel=1e-4)
     assert found["metrics"]["cosine"]["std"] == pytest.approx(np.std(cosines, ddof=1), rel=1e-4)
+    spread = np.mean([first[name].size ** -0.5 for name in first])
+    assert found["metrics"]["cosine"]["chance_std"] == pytest.approx(spread)
     conflicts = [np.mean(np.sign(first[name]) != np.sign(second[name])) for name in first]
     assert found["metrics"]["sign_conflict"]["mean"] == pytest.approx(np.mean(conflicts), abs=1e-4)
     file = store.root / "pairs" / "--".join(a.record.run_id for a in adapters) / "interference.parquet"
