@@ -89,5 +89,6 @@ def _angles(a: Tensor, b: Tensor) -> tuple[list[float], list[float]]:
     from lorabench.linalg.decompose import principal_angles
     from lorabench.linalg.nulls import angle_chance
 
-    nulls, _ = angle_chance(a.shape[1], b.shape[1], len(a))
-    return principal_angles(a, b).tolist(), nulls.tolist()
+    p, q = sorted((a.shape[1], b.shape[1]))
+    angle, _ = angle_chance(p, q, len(a))
+    return principal_angles(a, b).tolist(), angle.mean.tolist()
