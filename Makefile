@@ -13,10 +13,8 @@ RESULTS ?= results
 MINUTES ?= 60
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile -c constraints.txt
-# On every core; pip would compile on one alone, and a third more: tests, hundreds of models, what few ever import.
-# Python compiles those of them that are imported after all.
-UNUSED := tests?|transformers/models|mlflow|databricks|debugpy|networkx|pip|wandb
-COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/($(UNUSED))/' $(VENV)/lib || true
+# On every core; pip would compile on one alone, and the tests of all packages too.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 
 .PHONY: help demo test suite lint bench campaign clean
 
@@ -34,11 +32,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(MAKE) -j2 lint suite
 
-# Where Python is told to write no bytecode, each of the tests' hundreds of processes would compile all sources anew.
+# Where Python is told to write no bytecode, each of the tests' hundreds of processes would compile all sources anew, and
+# each of pytest's workers what it makes of the tests' assertions.
 # Four workers more than cores: the tests on a real SLURM, and of what several processes say to each other, mostly wait.
 suite: $(VENV)/.installed-dev
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m compileall -q lorabench tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() + 4)') --dist loadfile --no-loadscope-reorder
+	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() + 4)') --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
