@@ -134,7 +134,7 @@ def launch(
     """
     check_writable(store.root)
     with Display(sweep.name, labels(sweep)) as display:
-        return _Launch(sweep, store, pool, target, display).go(begin)
+        return _Launch(sweep, store, pool, target, display, begin).go()
 
 
 def labels(sweep: Sweep) -> dict[str, str]:
@@ -194,8 +194,11 @@ class _Child:
 class _Launch:
     """The state of one `launch`: a run is pending, in a child, elsewhere (another worker's) or settled."""
 
-    def __init__(self, sweep: Sweep, store: Store, pool: Pool, target: Target, display: Display):
+    def __init__(
+        self, sweep: Sweep, store: Store, pool: Pool, target: Target, display: Display, begin: Callable[[], object]
+    ):
         self.sweep, self.store, self.pool, self.target, self.display = sweep, store, pool, target, display
+        self.begin = begin
         self.pending: list[RunSpec] = []
         self.children: list[_Child] = []
         self.elsewhere: list[RunSpec] = []
@@ -216,11 +219,11 @@ class _Launch:
         self.stopped: tuple[str, ...] = ()
         self.stopping_since = 0.0
 
-    def go(self, begin: Callable[[], object]) -> Outcome:
+    def go(self) -> Outcome:
         self._sort()
         if self.pending and (self.pool.check or self._may_pack()) and self.target is execute_run:
             self._check()
-        begin()
+        self.begin()
         with self._handlers():
             while self.pending or self.children or self.elsewhere:
                 self._obey_signals()

@@ -41,7 +41,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("merge lora-8658ba9b86bb lora-db22e2484d93 lora-8", RUNS[:1]),
         ("cancel ", ["ranks", *RUNS]),
         ("status ra", ["ranks"]),
-        ("list lor", ["lora"]),
+        ("list lor", ["lora", "lora_fa"]),
         ("export results --to te", ["tensorboard"]),
         ("run --sharding ", ["auto", "ddp", "fsdp"]),
         ("status --", ["--help", "--results", "--watch", "--verify", "--all", "--json"]),

@@ -165,7 +165,7 @@ def test_a_head_with_dropout_draws_as_one(tiny_bases):
     ):
         torch.manual_seed(0)
         losses.append(float(loss().detach()))
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)  # summed otherwise; another draw differs by far more
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
