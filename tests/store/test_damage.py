@@ -266,7 +266,10 @@ def test_a_value_of_another_kind(name: str, whole: Small, tmp_path: Path, capsys
     ("damage", "reason"),
     [
         (Path.unlink, "is gone"),
-        (lambda file: file.write_bytes(b"x" + file.read_bytes()[1:]), "has changed since it was written"),
+        (
+            lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 255]) + file.read_bytes()[1:]),
+            "has changed since it was written",
+        ),
         (lambda file: file.write_bytes(b""), "has changed since it was written"),
         (into_folder, "is no file"),
         (into_dangling, "is a link"),
