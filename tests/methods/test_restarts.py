@@ -11,16 +11,13 @@ from lorabench.config.decode import InputError
 from lorabench.launch import packs
 from lorabench.methods._peft import ADAPTER, tuner_layers
 from lorabench.spec.run_spec import RunSpec
-from lorabench.store.record import Status
-from lorabench.store.store import Store
 from lorabench.training.examples import collate, prepare
-from lorabench.training.execute import execute
 from lorabench.training.passes import autocast, forward
 from lorabench.training.state import make_optimizer
 from lorabench.updates.formats import read_layers, read_updates
 from tests.conftest import make_spec
 from tests.methods.test_methods import CPU, add, attach, load_base, method_spec
-from tests.training.test_execute import QUIET, stop_after
+from tests.training.test_execute import whole_and_resumed
 
 RELORA = {"restart_every": 2, "alpha": 3.0}
 
@@ -133,15 +130,9 @@ def test_a_run_resumes_with_the_same_bits(name, tiny_bases, tmp_path, monkeypatc
     """ReLoRA with a snapshot between restarts; what begins from data makes the same of it again."""
     method = {"name": "lora", "rank": 2} | (RELORA if name == "relora" else {"init": name})
     spec = make_spec(method=method, model=tiny_bases["llama"], snapshot_every=3)
-    whole, resumed = Store(tmp_path / "whole"), Store(tmp_path / "resumed")
-    assert execute(spec, whole, QUIET) == Status.DONE, whole.read(spec.id).error
-    with monkeypatch.context() as context:
-        stop_after(context, 6)
-        assert execute(spec, resumed, QUIET) == Status.CANCELLED
-    assert execute(spec, resumed, QUIET) == Status.DONE, resumed.read(spec.id).error
+    whole, resumed = whole_and_resumed(spec, tmp_path, monkeypatch, 6)
     want, got = whole.read(spec.id), resumed.read(spec.id)
     assert 2 < got.resumed_from_step < spec.steps
-    assert got.files == want.files and got.measures["valid_loss"] == want.measures["valid_loss"]
     rows = [json.loads(line) for line in (whole.folder(spec.id) / "steps.jsonl").read_text().splitlines()]
     rates = [row["lr"] for row in rows]
     assert len(rates) == 6 and rates[-1] < rates[0]

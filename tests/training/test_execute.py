@@ -45,6 +45,19 @@ def stop_after(monkeypatch, checks: int) -> None:
     monkeypatch.setattr(Stop, "check", check)
 
 
+def whole_and_resumed(spec, tmp_path, monkeypatch, checks: int) -> tuple[Store, Store]:
+    """The run at one go, and stopped on its way and taken up again: of the same files and the same loss."""
+    whole, resumed = Store(tmp_path / "whole"), Store(tmp_path / "resumed")
+    assert execute(spec, whole, QUIET) == Status.DONE, whole.read(spec.id).error
+    with monkeypatch.context() as context:
+        stop_after(context, checks)
+        assert execute(spec, resumed, QUIET) == Status.CANCELLED
+    assert execute(spec, resumed, QUIET) == Status.DONE, resumed.read(spec.id).error
+    want, got = whole.read(spec.id), resumed.read(spec.id)
+    assert got.files == want.files and got.measures["valid_loss"] == want.measures["valid_loss"]
+    return whole, resumed
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """Each spec's uninterrupted record."""
