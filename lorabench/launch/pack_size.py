@@ -7,6 +7,7 @@ for the operations; a pass of large ones takes as long as theirs one after anoth
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from lorabench.config.decode import InputError
 from lorabench.launch.estimate import Counts, pack_bytes, pack_seconds
-from lorabench.launch.packs import Asked, Ride, key_of
+from lorabench.launch.packs import Asked, Ride, key_of, unshared
 from lorabench.processes.machine import free_memory
 from lorabench.spec.run_spec import RunSpec
 
@@ -23,6 +24,9 @@ ENOUGH = 0.9
 """Share of the most that packing can gain, at which more runs in a pack gain little and cost their memory."""
 LEAST_GAIN = 1.15
 """Below which the runs are computed alone: nothing is then shared that could have been measured apart."""
+COUNTED_ALONE = "one seed of each setting, for the sweep shows what they cost"
+NONE_LIKE_IT = "no other has their base, data, batches and steps"
+TOO_LARGE = "several of their size take as long as one after another, or do not fit in memory"
 MEMORY_SHARE = 0.7
 """Of the memory that is free, what the packs of all workers may take together by the estimate."""
 
@@ -51,14 +55,17 @@ def rides(
     found: dict[str, Ride] = {}
     notes: list[str] = []
     alike: dict[str, list[RunSpec]] = {}
-    apart = 0
+    apart: Counter[str] = Counter()
     for spec in specs if asked.size != 1 else ():
-        if (key := key_of(spec)) is not None and spec.id in asked.alone:
-            apart += 1
-        elif key is not None:
+        if (key := key_of(spec)) is None:
+            apart[unshared(spec)] += 1
+        elif spec.id in asked.alone:
+            apart[COUNTED_ALONE] += 1
+        else:
             alike.setdefault(key, []).append(spec)
     for key, runs in alike.items():
         if len(runs) < 2:
+            apart[NONE_LIKE_IT] += 1
             continue
         try:
             known = [know(spec) for spec in runs]
@@ -69,13 +76,15 @@ def rides(
             continue
         spec, (counts, _) = max(zip(runs, known, strict=True), key=lambda each: each[1][0].num_trainable)
         size = asked.size or best_size(spec, counts, asked, device)
-        if size > 1:
-            found |= {
-                spec.id: Ride(key=key, size=size, weight=counts.num_trainable)
-                for spec, (counts, _) in zip(runs, known, strict=True)
-            }
-    if apart and found:
-        notes.append(f"not packed: {apart} runs, one seed of each setting, for the sweep shows what they cost")
+        if size == 1:
+            apart[TOO_LARGE] += len(runs)
+            continue
+        found |= {
+            spec.id: Ride(key=key, size=size, weight=counts.num_trainable)
+            for spec, (counts, _) in zip(runs, known, strict=True)
+        }
+    if found:
+        notes += [f"not packed: {number} {'run' if number == 1 else 'runs'}: {why}" for why, number in apart.items()]
     return found, notes
 
 

@@ -56,18 +56,30 @@ def most_in_pack(text: int | str) -> int | None:
     return text
 
 
+def unshared(spec: RunSpec) -> str:
+    """Why a run can never share its passes, as far as its spec tells; empty where it may."""
+    if not spec.method.shares_passes:
+        return f'method.name = "{spec.method.name}", as it is set, trains other than factors or needs passes of its own'
+    if not spec.objective.shares_passes:
+        return f'objective.name = "{spec.objective.name}" has passes of its own'
+    if spec.gradient_checkpointing and spec.to_json()["method"].get("dropout", 0.0) > 0:
+        return "dropout is drawn anew under gradient_checkpointing"
+    if spec.padding == "free":
+        return 'padding = "free" lays the batch of a run end to end'
+    if not spec.optimizer.steps_rows:
+        return f'optimizer.name = "{spec.optimizer.name}" does not step the factors of several runs at once'
+    if any("Classification" in task.auto_class or "labels" in task.sequences for task in spec.stages):
+        return f'task.name = "{spec.task.name}" has a head or a decoder'
+    return ""
+
+
 def key_of(spec: RunSpec) -> str | None:
     """The same of runs that can share their passes, as far as their specs tell; None of one that never can."""
+    if unshared(spec):
+        return None
     table = spec.to_json()
-    method, draws = table["method"], table["method"].get("dropout", 0.0) > 0
-    if not (spec.method.shares_passes and spec.objective.shares_passes) or (spec.gradient_checkpointing and draws):
-        return None
-    if spec.padding == "free" or not spec.optimizer.steps_rows:
-        return None
-    if any("Classification" in task.auto_class or "labels" in task.sequences for task in spec.stages):
-        return None
     shared = {key: value for key, value in table.items() if key not in OWN}
-    return json.dumps(shared | {"adapter_dtype": method.get("adapter_dtype")}, sort_keys=True)
+    return json.dumps(shared | {"adapter_dtype": table["method"].get("adapter_dtype")}, sort_keys=True)
 
 
 def in_packs(runs: Sequence[RunSpec], known: dict[str, Ride], workers: int) -> list[list[str]]:

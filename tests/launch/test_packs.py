@@ -99,6 +99,11 @@ def test_as_many_are_packed_as_pay_and_fit(monkeypatch: pytest.MonkeyPatch) -> N
     assert {found[spec.id].size for spec in small} <= {4, 8, 16, 32} and not {spec.id for spec in large} & set(found)
     asked, _ = rides(small, Asked(device="cpu", size=2))
     assert {asked[spec.id].size for spec in small} == {2} and rides(small, Asked(size=1))[0] == {}
+    found, why = rides([*small, *large, *ALONE.values(), make_spec(seq_len=16)], Asked(device="cpu"))
+    assert set(found) == {spec.id for spec in small}
+    assert sum(int(note.split()[2]) for note in why) == len(large) + len(ALONE) + 1 and len(why) >= 6
+    assert "not packed: 1 run: no other has their base, data, batches and steps" in why
+    assert any(note.startswith('not packed: 1 run: task.name = "classification"') for note in why)
     monkeypatch.setattr(pack_size, "free_memory", lambda: 1e6)
     assert rides(small, Asked(device="cpu"))[0] == {}
 
