@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorabench.models import base_model
+from lorabench.models.copies import copied
 from lorabench.processes.distributed import ALONE, Sharding, World
 from lorabench.spec.run_spec import RunSpec
 from lorabench.store.base_results import BaseResult
@@ -153,7 +154,7 @@ def twin(model: nn.Module, *, own_weights: bool = False) -> nn.Module:
         held += [value for value in vars(getattr(module, "state", None) or object).values() if torch.is_tensor(value)]
         new = {id(tensor): tensor for tensor in held if tensor is not None and id(tensor) not in memo}
         memo |= {key: _twin_of(tensor, own_weights) for key, tensor in new.items()}
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)
 
 
 def _twin_of(tensor: torch.Tensor, own: bool) -> torch.Tensor:

@@ -13,7 +13,6 @@ Shapes: n examples of t positions in a pass.
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import traceback
 from collections.abc import Iterator, Mapping
@@ -27,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 if TYPE_CHECKING:
-    from lorabench.spec.method import Method
+    from lorabench.models.copies import copied
+from lorabench.spec.method import Method
 
 _Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 Shape = tuple[int, ...]
@@ -55,7 +55,7 @@ def without_numbers(model: nn.Module) -> nn.Module:
             size: Any = module
             linear = nn.Linear(size.in_features, size.out_features, size.bias is not None, device="meta")
             memo[id(module)] = linear.requires_grad_(False)
-    return _countable(copy.deepcopy(model, memo))
+    return _countable(copied(model, memo))
 
 
 def _countable(model: Any) -> nn.Module:

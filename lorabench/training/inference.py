@@ -5,7 +5,6 @@ Shapes: n rows in a batch, t tokens of a prompt.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import statistics
 import time
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from lorabench.models.base_model import max_length
+from lorabench.models.copies import copied
 from lorabench.spec.measures import BATCH_SIZES
 from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.task import IGNORE
@@ -42,7 +42,7 @@ def twin(model: nn.Module) -> nn.Module:
     What was trained is copied, so that full fine-tuning does cost its weights again: no more than its optimizer held.
     """
     trained = {id(p) for p in model.parameters() if p.requires_grad}
-    return copy.deepcopy(model, {id(held): held for held in _held(model) if id(held) not in trained})
+    return copied(model, {id(held): held for held in _held(model) if id(held) not in trained})
 
 
 def _held(model: nn.Module) -> Iterator[Any]:
