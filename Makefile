@@ -2,7 +2,7 @@
 # make test    install, then lint, type check and all tests
 # make lint    ruff and mypy alone
 # make bench   speed and memory beside other tools; writes benchmarks/results/*.json
-# make paper   published figures made again small, beside what the papers report: one page, in some minutes
+# make paper   published figures made again small, beside what the papers report: one page; some minutes a paper
 # make campaign MINUTES=60   random kills and damaged files (tests/campaign/README.md); not a part of `make test`
 # make clean   remove the virtual environment and what tools have cached; results stay
 #
