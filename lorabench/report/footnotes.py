@@ -70,7 +70,9 @@ def figure_notes(results: Results, figure: Any) -> str:
             notes.append("Hollow: of one seed or two, which give no useful interval.")
     if any(choice["num_values"] > 1 for choice in selection.rows):
         notes.append(f"Settings at their own best {key_label(results.over[0])}.")
-    if figure.most is not None and len(groups) > figure.most:
+    along = getattr(figure, "along", None)  # whose values are one curve
+    shown = grouped(selection.done, [key for key in results.settings if key != along]) if along else groups
+    if figure.most is not None and len(shown) > figure.most:
         notes.append(THINNED)
     notes += packed_notes(results, selection.runs, figure.measures)
     notes += figure.notes(results)
