@@ -468,7 +468,7 @@ def known_measures(runs: Sequence[RunSpec] = ()) -> Mapping[str, Measure]:
     }
     measures |= of_sets(others)
     moving = any(run.snapshot_every for run in runs)
-    return measures | _layer_measures([a for a in analyses if a.needs != "trajectory" or moving])
+    return measures | _layer_measures([a for a in analyses if moving or not a.is_over_training()])
 
 
 def _written(run: RunSpec) -> Iterator[str]:

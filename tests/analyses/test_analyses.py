@@ -54,6 +54,9 @@ def smallest(analysis):
             return [Tuned(layer=layer, base=base) for layer in layers]
         case "trajectory":
             return [replace(layer, step=step) for step, layer in enumerate(layers, 1)]
+        case "base_trajectory":
+            base = decompose(torch.randn(9, 7))
+            return [Tuned(layer=replace(layer, step=step), base=base) for step, layer in enumerate(layers, 1)]
     return layers
 
 
