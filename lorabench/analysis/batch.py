@@ -224,7 +224,11 @@ class _Work:
             record = self.records[run_id]
             last: dict[str, Any]
             name = loaded[-1][1].layer
-            last = {"step": _last_step(record), "drift": record.drift.get(name, {})}
+            last = {
+                "step": _last_step(record),
+                "drift": record.drift.get(name, {}),
+                "movement": record.movement.get(name, {}),
+            }
             if run_id in self.moving:
                 file = self.part.jobs[0].root / FOLDER / record.provenance.get("gradients", "")
                 last["gradients"] = read_gradients(file, name)

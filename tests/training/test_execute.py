@@ -55,6 +55,7 @@ def whole_and_resumed(spec, tmp_path, monkeypatch, checks: int) -> tuple[Store, 
     assert execute(spec, resumed, QUIET) == Status.DONE, resumed.read(spec.id).error
     want, got = whole.read(spec.id), resumed.read(spec.id)
     assert got.files == want.files and got.measures["valid_loss"] == want.measures["valid_loss"]
+    assert got.movement == want.movement
     return whole, resumed
 
 
