@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Accumulation(Analysis):
     """Rows {step, metric, value, null} after each snapshot and at the end; with `snapshot_every = steps` of a sequence
-    that is after each of its tasks.
+    that is after each of its tasks. Then `growth`, with no step: of the end less the first snapshot.
 
     `num_intruders` is that of `intruders`: of the top 10 left singular vectors of W0 + ΔW those of which |cos| with
     every one of W0 is below 0.5 (Shuttleworth et al. 2024, arXiv 2410.21228; section 5 and figure 9 over a sequence,
@@ -28,10 +28,12 @@ class Accumulation(Analysis):
     metrics: ClassVar[dict[str, str]] = {
         "num_intruders": "intruder dimensions among the top 10 of a matrix, ε = 0.5; null: random directions",
         "num_new": "of these, those that are like none of the top 32 of the snapshot before",
+        "growth": "`num_intruders` at the end less those after the first snapshot; null: the same of random directions",
     }
+    per_layer: ClassVar[dict[str, str]] = {"growth": ""}
 
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for before, tuned in zip([None, *layers], layers, strict=False):
             count = num_new = null = 0
             if tuned.layer.svd.numerical_rank:
@@ -43,7 +45,9 @@ class Accumulation(Analysis):
                     num_new = int((is_intruder & ~known).sum())
             rows.append({"step": tuned.layer.step, "metric": "num_intruders", "value": count, "null": null})
             rows.append({"step": tuned.layer.step, "metric": "num_new", "value": num_new, "null": None})
-        return rows
+        first, last = rows[0], rows[-2]
+        growth = {key: last[key] - first[key] for key in ("value", "null")}
+        return [*rows, {"step": None, "metric": "growth"} | growth]
 
 
 EXAMPLE = Accumulation()

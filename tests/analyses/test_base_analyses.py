@@ -253,6 +253,6 @@ def test_each_task_adds_the_one_direction_that_it_learns():
         Accumulation().compute(*over_tasks(W, *((spread[:, :n], A[:n]) for n in (1, 2, 3)))), {"layer": "l"}
     ).to_pandas()
     assert counts(rows, "num_intruders") == [1, 2, 3] == counts(rows, "num_intruders", "null")
-    assert counts(rows, "num_new") == [1, 1, 1]
+    assert counts(rows, "num_new") == [1, 1, 1] and counts(rows, "growth") == [2] == counts(rows, "growth", "null")
     nothing = to_table(Accumulation().compute(*over_tasks(W, *2 * [(0 * spread, A)])), {"layer": "l"}).to_pandas()
     assert counts(nothing, "num_intruders") == counts(nothing, "num_new") == [0, 0]
