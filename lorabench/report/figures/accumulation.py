@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lorabench.report.update_metrics import metric_rows, per_run
-from lorabench.spec.figure import Axes, Canvas, Figure
+from lorabench.spec.figure import Axes, Canvas, Figure, Frame
 
 PANELS = {"num_intruders": "Intruders in {}", "num_new": "New since the one before"}
 """Metric of the analysis `accumulation` -> label of its axis."""
@@ -35,14 +35,15 @@ class AccumulationCurves(Figure):
         which = f"{matrices.max()} matrices" if matrices.nunique() == 1 else "its own matrices"
         sums = [per_run(results, part, ["step"], "sum").assign(metric=metric) for metric, part in rows.items()]
         found, looks = settings(results, pd.concat(sums), self.most)
+        tasks = _tasks(results.runs.loc[found.index.unique()])
         with drawing.facets(PANELS, self.width, sharey=False) as grid:
             for metric, axes in grid.axes_dict.items():
                 own = found[found["metric"] == metric]
                 draw_lines(axes, own, looks, "step", within=(0, float("inf")))
                 axes.set(title="", ylabel=PANELS[metric].format(which), ylim=(0, max(1.0, axes.get_ylim()[1])))
                 drawing.whole_numbers(axes.yaxis)
-                _name_tasks(axes, results.runs.loc[found.index.unique()])
-            grid.set_xlabels("Step" if not _is_sequence(results, found) else "After training on")
+                _mark_tasks(axes, tasks)
+            grid.set_xlabels("After training on" if tasks else "Step")
             drawing.legend_below(grid.figure, looks, "random directions")
         return grid.figure
 
@@ -59,20 +60,22 @@ class AccumulationCurves(Figure):
 EXAMPLE = AccumulationCurves()
 
 
-def _is_sequence(results: Any, found: Any) -> bool:
-    """Whether all the runs go through as many tasks, one after the other, in as many steps each."""
-    runs = results.runs.loc[found.index.unique()]
-    return "tasks" in runs and runs["tasks"].notna().all() and runs["steps"].nunique() == 1
-
-
-def _name_tasks(axes: Axes, runs: Any) -> None:
-    """Of a sequence a line at the end of each task, with its name where all runs have the same."""
+def _tasks(runs: Frame) -> dict[int, str]:
+    """Step after which a task ends -> its name, where all runs go through tasks in as many steps each; of different
+    tasks their number."""
     if "tasks" not in runs or not runs["tasks"].notna().all() or runs["steps"].nunique() > 1:
-        return
+        return {}
     sequences, steps = [tasks.split(" > ") for tasks in dict.fromkeys(runs["tasks"])], int(runs["steps"].iloc[0])
     longest = max(sequences, key=len)
     names = longest if len(sequences) == 1 else [f"task {number}" for number in range(1, len(longest) + 1)]
-    ends = [steps * number for number in range(1, len(longest) + 1)]
-    axes.set_xticks(ends, names, rotation=20 if len(sequences) == 1 else 0, ha="right" if len(sequences) == 1 else None)
-    for end in ends:
-        axes.axvline(end, color="#B5B5B5", linewidth=0.6, zorder=1)
+    return {steps * number: name for number, name in enumerate(names, 1)}
+
+
+def _mark_tasks(axes: Axes, tasks: dict[int, str]) -> None:
+    """A line at the end of each task, and its name."""
+    from lorabench.report.drawing import REFERENCE
+
+    if tasks:
+        axes.set_xticks([*tasks], [*tasks.values()], rotation=20, ha="right")
+    for end in tasks:
+        axes.axvline(end, color=REFERENCE, linewidth=0.6, zorder=1)
