@@ -243,12 +243,13 @@ def _measured(item: Verdict) -> str:
         names[1:] = [measure_label(other)]
     elif other:
         names[1:] = [f"{measure_label(other)} of {names[1]}"]
-    at = [*map(_at_text, claim.places.values())]
-    if len(set(at)) > 1:
-        names = [f"{name} at {text}" for name, text in zip(names, at, strict=True)]
+    places_of = [*claim.places.values()]
+    shared = {key: value for key, value in claim.at.items() if all(at.get(key) == value for at in places_of)}
+    own = [_at_text({key: value for key, value in at.items() if key not in shared}) for at in places_of]
+    names = [f"{name} at {text}" if text else name for name, text in zip(names, own, strict=True)]
     unit = "" if claim.ratio_to is not None else measure(claim.measure).unit
     between = " over " if claim.ratio_to is not None else " less "
-    where = f" at {at[0]}" if at[0] and len(set(at)) == 1 else ""
+    where = f" at {_at_text(shared)}" if shared else ""
     what = capitalized(f"{measure_label(claim.measure)}{where}, {between.join(names)}")
     return f"{what}: {_number(estimate)}{f' {unit}' if unit and estimate else ''}"
 

@@ -50,7 +50,7 @@ from lorabench.training.environment import source_digest
 TEMPLATE = "report.html.j2"
 MANIFEST = ".report.json"
 """What the files of a report were made of, and their names."""
-HEADINGS = ("Question", "Cost", "Expect")
+HEADINGS = ("Question", "Source", "Found there", "Cost", "Expect")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -256,7 +256,7 @@ def notes_once(sheets: Sequence[Sheet]) -> dict[str, tuple[list[str], list[str]]
 
 
 def read_header(text: str) -> dict[str, str]:
-    """Question, cost and expected result from the comment that opens a sweep file; other words as `About`."""
+    """Each of HEADINGS with its words, from the comment that opens a sweep file; other words as `About`."""
     lines = []
     for line in text.splitlines():
         if not line.startswith("#"):

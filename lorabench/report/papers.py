@@ -19,6 +19,8 @@ from lorabench.spec.paper import Paper
 from lorabench.store.record import Status
 
 TEMPLATE = "papers.html.j2"
+FOUND = "Found there"
+"""Which the page tells in whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class Repeated:
     sweep: str
     paper: Paper
     header: dict[str, str]
-    """Question, cost, expectation."""
+    """Question, source, cost, expectation."""
     num_runs: int
     counts: dict[str, int]
     """Status -> runs."""
@@ -99,7 +101,7 @@ def repeated(results: Results, paper: Paper) -> Repeated:
     return Repeated(
         sweep=results.sweep.name,
         paper=paper,
-        header=read_header(results.sweep.text),
+        header={name: words for name, words in read_header(results.sweep.text).items() if name != FOUND},
         num_runs=len(results.runs),
         counts={str(status): counts[status] for status in (*Status, "missing") if counts[status]},
         shown=[

@@ -19,7 +19,7 @@ class Reported:
     """`Table 6`: which. The claims that put it to the test name it, `reported = "Table 6"`."""
     says: str
     """What it found, in a sentence or two."""
-    numbers: tuple[tuple[str | float, ...], ...] = ()
+    numbers: tuple[tuple[str | int | float, ...], ...] = ()
     """A table of its own: the first row is its head."""
     caption: str = ""
     """What these numbers are, with their unit."""
@@ -91,4 +91,5 @@ def read_paper(table: Any) -> Paper:
 
 
 def _text(cell: str | float) -> str:
-    return cell if isinstance(cell, str) else f"{cell:.10g}"
+    """With the digits that stand there: `70.0` has one behind the point."""
+    return str(cell)

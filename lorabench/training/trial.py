@@ -176,7 +176,7 @@ def _made(spec: RunSpec, config: Any, divisors: list[int], whole: Collection[str
             if sum(p.numel() for p in meta.parameters()) > LARGEST or meta.state_dict().keys() != whole:
                 continue
             torch.manual_seed(0)
-            base = models.from_config(spec, narrow, torch.device("cpu")).eval()
+            base = models.from_config(spec, narrow, torch.device("cpu")).float().eval()  # as a method's own weights
             _logits(spec, base, _tokens(base))
         except Exception:  # widths that do not go together: another proportion may
             continue

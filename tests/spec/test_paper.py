@@ -38,7 +38,7 @@ source = "Someone 2024"
 [[paper.reports]]
 item = "Table 1"
 says = "Rank helps."
-numbers = [["rank", "accuracy"], [1, 70.5], ["two", 71]]
+numbers = [["rank", "accuracy"], [1, 70.0], ["two", 71]]
 shown_by = ["valid_loss", "rank_quality_2"]
 """
 )
@@ -52,7 +52,7 @@ def test_a_paper_reports_words_and_numbers_of_what_the_sweep_shows() -> None:
     paper = parsed(TEXT).paper
     assert paper is not None and (paper.title, paper.source) == ("A paper", "Someone 2024")
     (item,) = paper.reports
-    assert item.heads == ["rank", "accuracy"] and item.rows == [["1", "70.5"], ["two", "71"]]
+    assert item.heads == ["rank", "accuracy"] and item.rows == [["1", "70.0"], ["two", "71"]]
     assert paper.beside("rank_quality_2") == [item] and paper.beside("rank_quality") == []
 
 
@@ -63,7 +63,7 @@ def test_a_paper_reports_words_and_numbers_of_what_the_sweep_shows() -> None:
         ('"rank_quality_2"', '"rank_quality_3"', 'paper.reports "Table 1": shown_by = "rank_quality_3": unknown table'),
         ('title = "A paper"', 'title = " "', 'title = "": needs some words'),
         ('title = "A paper"\n', "", "title: is missing"),
-        ("[1, 70.5]", "[1]", "numbers: must be a row of heads and one or more rows of as many cells"),
+        ("[1, 70.0]", "[1]", "numbers: must be a row of heads and one or more rows of as many cells"),
         ('says = "Rank helps."', "says = 1", "says = 1: must be a"),
         ('item = "Table 1"', 'items = "Table 1"', "unknown key 'items'"),
         ("[[paper.reports]]", '[[paper.reports]]\nitem = "Table 1"\nsays = "so"\n[[paper.reports]]', "there twice"),

@@ -42,13 +42,13 @@ def test_a_dict_a_text_and_a_file_are_one_sweep_and_its_text_says_the_same(file)
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_changed_keys_are_in_every_run_and_all_else_of_the_file_stays(file):
-    sweep = as_sweep(file, {"steps": 7, "threads": 2, "name": "other"})
-    before = [{**spec.flat, "steps": 7, "threads": 2} for spec in read_sweep(file).runs]
+    sweep = as_sweep(file, {"seq_len": 48, "threads": 2, "name": "other"})
+    before = [{**spec.flat, "seq_len": 48, "threads": 2} for spec in read_sweep(file).runs]
     assert [spec.flat for spec in sweep.runs] == [flat for n, flat in enumerate(before) if flat not in before[:n]]
-    assert sweep.name == "other" and tomllib.loads(sweep.text)["base"]["steps"] == 7
-    kept = [line for line in file.read_text().splitlines() if not line.startswith(("steps", "name"))]
+    assert sweep.name == "other" and tomllib.loads(sweep.text)["base"]["seq_len"] == 48
+    kept = [line for line in file.read_text().splitlines() if not line.startswith(("seq_len", "name"))]
     assert [line for line in sweep.text.splitlines() if line in kept] == kept
-    assert sweep.text.startswith('# Changed: steps = 7; threads = 2; name = "other".\n')
+    assert sweep.text.startswith('# Changed: seq_len = 48; threads = 2; name = "other".\n')
 
 
 def test_dotted_keys_and_arrays_of_a_dict():

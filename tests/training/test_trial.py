@@ -102,6 +102,12 @@ def test_a_model_that_cannot_be_computed_with_the_method_is_refused_before_the_f
         trial.check_saving(spec, trial.models.skeleton(spec, {}, torch.device("cpu")))
 
 
+def test_a_model_that_is_stored_in_bfloat16_is_tried_with_weights_in_float32(untried):
+    """As it runs: either without autocast in float32, or with it, which lets the two meet."""
+    spec = make_spec(model="builtin:tiny-llama-arithmetic", method={"name": "vera", "rank": 4})
+    assert trial.check_saving(spec, trial.small(spec, {})) == ""
+
+
 @pytest.mark.parametrize("method", ["prompt", "prefix", "ptuning"])
 def test_soft_prompts_are_refused_where_a_classifier_takes_none(method, spec_of, untried):
     task = {"name": "classification", "data": "builtin:english-docs"}

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from lorabench.report.update_metrics import metric_rows, per_run
 from lorabench.spec.figure import Axes, Canvas, Figure, Frame
 
-PANELS = {"num_intruders": "Intruders in {}", "num_new": "New since the one before"}
+GREY = "#CCCCCC"
+PANELS = {"num_intruders": "Intruders in\n{}", "num_new": "New since the\nsnapshot before"}
 """Metric of the analysis `accumulation` -> label of its axis."""
 
 
@@ -36,7 +37,7 @@ class AccumulationCurves(Figure):
         sums = [per_run(results, part, ["step"], "sum").assign(metric=metric) for metric, part in rows.items()]
         found, looks = settings(results, pd.concat(sums), self.most)
         tasks = _tasks(results.runs.loc[found.index.unique()])
-        with drawing.facets(PANELS, self.width, sharey=False) as grid:
+        with drawing.facets(PANELS, self.width, height=2.3, sharey=False) as grid:
             for metric, axes in grid.axes_dict.items():
                 own = found[found["metric"] == metric]
                 draw_lines(axes, own, looks, "step", within=(0, float("inf")))
@@ -73,9 +74,7 @@ def _tasks(runs: Frame) -> dict[int, str]:
 
 def _mark_tasks(axes: Axes, tasks: dict[int, str]) -> None:
     """A line at the end of each task, and its name."""
-    from lorabench.report.drawing import REFERENCE
-
     if tasks:
         axes.set_xticks([*tasks], [*tasks.values()], rotation=20, ha="right")
     for end in tasks:
-        axes.axvline(end, color=REFERENCE, linewidth=0.6, zorder=1)
+        axes.axvline(end, color=GREY, linewidth=0.6, zorder=1)

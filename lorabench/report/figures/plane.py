@@ -47,7 +47,7 @@ class Plane(Figure):
         points = runs[list(names)] * factors
         rest = points.drop(index=found.index)
         keys = [key for key in results.setting_keys if key not in results.settings]
-        with drawing.facets([""], self.width, height=2.6) as grid:
+        with drawing.facets([""], self.width, height=2.6 + 0.12 * max(0, len(looks) - 4)) as grid:
             axes = grid.axes.flat[0]
             axes.scatter(rest[names[0]], rest[names[1]], s=9, color=GREY, linewidth=0, zorder=2)
             for label, look in looks.items():

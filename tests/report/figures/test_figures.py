@@ -11,6 +11,7 @@ from lorabench.config.decode import decode_plugin, encode
 from lorabench.report import drawing
 from lorabench.report.figures.dynamics import PANELS, Dynamics
 from lorabench.report.figures.rank_quality import RankQuality
+from lorabench.report.figures.scatter import Scatter
 from lorabench.report.figures.spectra import Spectra
 from lorabench.report.figures.subspace_grid import SubspaceGrid
 from lorabench.report.results import load_results, selected
@@ -203,3 +204,23 @@ def test_drawn_in_a_subfigure_it_is_the_same(name, results, laid_out):
     assert [t.get_text() for legend in part.legends for t in legend.get_texts()] == [
         t.get_text() for legend in whole.legends for t in legend.get_texts()
     ]
+
+
+def test_scatter_joins_the_values_of_a_key_of_each_setting_in_its_order(tmp_path):
+    """Curves of made-up losses: each setting's points are the means of its durations, the shortest first."""
+    text = GRID.replace("seed = [0, 1]", "seed = [0, 1]\nsteps = [40, 10, 20]")
+    assert text != GRID
+    results = load(tmp_path, text, lambda spec: spec.steps / 10 + getattr(spec.method, "rank", 9) + spec.seed)
+    results.runs["valid_token_accuracy"] = [1 / steps for steps in results.runs["steps"]]
+    figure = Scatter(x="valid_loss", y="valid_token_accuracy", along="steps").draw(results)
+    (axes,) = figure.axes
+    runs = results.selection.done
+    expected = [
+        [[chunk["valid_loss"].mean(), 100 / steps] for steps, chunk in group.groupby("steps")]
+        for _, group in runs.fillna({"method.rank": -1}).groupby(["method.name", "method.rank"])
+    ]
+    lines = [np.asarray(line.get_xydata()) for line in axes.lines]
+    for curve in expected:
+        assert any(line.shape == np.shape(curve) and np.allclose(line, curve) for line in lines), curve
+    assert {text.get_text() for text in axes.texts} == {"10", "40", ""}
+    assert Scatter(along="seq_len").draw(results) is None

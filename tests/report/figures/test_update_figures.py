@@ -359,7 +359,7 @@ def test_intruders_over_snapshots_are_sums_over_matrices_and_means_over_seeds():
         drawn = [line.get_ydata() for line in axes.lines if len(line.get_ydata()) == 4]
         for _, mean in means.iterrows():
             assert any(np.allclose(mean, line) for line in drawn), metric
-    assert canvas.axes[0].get_ylabel() == "Intruders in 2 matrices"
+    assert canvas.axes[0].get_ylabel() == "Intruders in\n2 matrices"
     drawing.plt.close(canvas)
 
 
