@@ -14,11 +14,13 @@ import tempfile
 import tomllib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
+from lorabench.analyses.accumulation import Accumulation
 from lorabench.analyses.dynamics import Dynamics
 from lorabench.analyses.gradient import Gradient
 from lorabench.analysis.tidy import to_table
@@ -32,7 +34,7 @@ from lorabench.store.record import STEPS_FILE, RunRecord, Status
 from lorabench.store.steps import write_steps
 from lorabench.store.store import Store
 from lorabench.training import sequence
-from lorabench.updates.base import Tuned, decompose
+from lorabench.updates.base import BaseLayer, Tuned, decompose
 from lorabench.updates.layer import LayerSVD
 from tests import synthetic_base
 from tests.conftest import TOY, made_once
@@ -278,7 +280,8 @@ def trajectories() -> Results:
         results = load_results(store, sweep)
     done = [spec for spec in sweep.runs if results.runs["status"][spec.id] == Status.DONE]
     frames = {name: pd.concat(_trajectory(spec, analysis) for spec in done)
-              for name, analysis in {"dynamics": Dynamics(), "gradient": Gradient()}.items()}  # fmt: skip
+              for name, analysis in {"dynamics": Dynamics(), "gradient": Gradient(),
+                                    "accumulation": Accumulation()}.items()}  # fmt: skip
     return with_analyses(results, frames)
 
 
@@ -322,17 +325,24 @@ def step_lines(spec: RunSpec) -> list[str]:
 
 def _trajectory(spec: RunSpec, analysis: Analysis) -> pd.DataFrame:
     """Of two layers: ΔW turns towards its end and grows, by the analysis itself."""
-    frames = []
+    frames, dtype = [], torch.float32 if analysis.is_beside_base() else torch.float64
     gradients = {name: thin_svd(torch.from_numpy(np.random.default_rng(n).normal(size=(DIM, DIM))), keep=16)
                  for n, name in enumerate(("task", "retain"))}  # fmt: skip
     for depth in range(2):
-        end, start = (torch.from_numpy(update(spec, n)) for n in (depth, depth + 2))
+        end, start = (torch.from_numpy(update(spec, n)).to(dtype) for n in (depth, depth + 2))
         layers = [_layer(end * step + start * (8 - step), _rank(spec), step) for step in (2, 4, 6, 8)]
         place = {"run_id": spec.id, "layer": layers[0].layer, "kind": "q_proj", "depth": depth}
         place["layer"] = place["layer"].replace("0", str(depth))
-        layers = [dataclasses.replace(layer, gradients=gradients) for layer in layers]
-        frames.append(pd.DataFrame([place | row for row in analysis.compute(*layers)]))
+        given: list[Any] = [dataclasses.replace(layer, gradients=gradients) for layer in layers]
+        if analysis.is_beside_base():
+            given = [Tuned(layer=layer, base=_base(depth)) for layer in given]
+        frames.append(pd.DataFrame([place | row for row in analysis.compute(*given)]))
     return _with_categories(pd.concat(frames, ignore_index=True))
+
+
+@cache
+def _base(depth: int) -> BaseLayer:
+    return decompose(torch.from_numpy(np.random.default_rng(100 + depth).normal(size=(DIM, DIM))).float())
 
 
 def _layer(delta: torch.Tensor, rank: int, step: int) -> LayerSVD:

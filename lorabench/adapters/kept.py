@@ -1,6 +1,7 @@
 """What merging, compressing and intervening have kept of a sweep's runs, as sections of its report.
 
 Read from RESULTS/merges, compressions, interventions and usefulness; what is damaged or of another version is left out.
+RESULTS/paths are the report's own: `lorabench.report.paths`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def kept_parts(store: Store, run_ids: Iterable[str]) -> list[Part]:
         "interventions": _interventions,
         "usefulness": _usefulness,
     }
-    found = {name: [record for record in _records(store, name) if _runs_of(record) <= ids] for name in KEPT}
+    found = {name: [each for each in _records(store, name) if _runs_of(each) <= ids] for name in KEPT if name in makers}
     return [part for name, records in found.items() if records for part in makers[name](records)]
 
 

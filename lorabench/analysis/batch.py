@@ -120,7 +120,7 @@ class _Work:
     def __init__(self, part: Part, bases: Bases):
         self.part, self.bases = part, bases
         self.records = {record.run_id: record for job in part.jobs for record in job.records}
-        self.moving = {job.records[0].run_id for job in part.jobs if job.analysis.needs == "trajectory"}
+        self.moving = {job.records[0].run_id for job in part.jobs if job.analysis.is_over_training()}
         self.failed: dict[str, str] = {}
         left_out = [
             place
@@ -198,17 +198,22 @@ class _Work:
         last = [seen[run_id][-1] for run_id in job.runs]
         if len({layer.shape for layer in last}) > 1:
             return []
-        if job.analysis.needs == "trajectory":
+        if job.analysis.is_over_training():
             steps = seen[job.runs[0]]
-            return steps if len(steps) > 1 else []
+            if len(steps) < 2 or not job.analysis.is_beside_base():
+                return steps if len(steps) > 1 else []
+            found = [self._tuned(job.records[0], layer) for layer in steps]
+            return found if all(each is not None for each in found) else []
         if not job.analysis.is_beside_base():
             return last
         for record, layer in zip(job.records, last, strict=True):
             if record.run_id not in tuned:
-                is_new = f"{UPDATES}/{parts.PARTS_FILE}" in record.files
-                tuned[record.run_id] = self.bases.tuned(record, layer, old_names=is_new)
+                tuned[record.run_id] = self._tuned(record, layer)
         found = [tuned[run_id] for run_id in job.runs]
         return found if all(each is not None for each in found) else []
+
+    def _tuned(self, record: RunRecord, layer: LayerSVD) -> Tuned | None:
+        return self.bases.tuned(record, layer, old_names=f"{UPDATES}/{parts.PARTS_FILE}" in record.files)
 
     def _load(self, run_id: str, parameter: str, entries: list[tuple[int | None, dict[str, Entry]]]) -> list[LayerSVD]:
         """The layer after each step, the end last; empty where the run is damaged."""
@@ -219,7 +224,11 @@ class _Work:
             record = self.records[run_id]
             last: dict[str, Any]
             name = loaded[-1][1].layer
-            last = {"step": _last_step(record), "drift": record.drift.get(name, {})}
+            last = {
+                "step": _last_step(record),
+                "drift": record.drift.get(name, {}),
+                "movement": record.movement.get(name, {}),
+            }
             if run_id in self.moving:
                 file = self.part.jobs[0].root / FOLDER / record.provenance.get("gradients", "")
                 last["gradients"] = read_gradients(file, name)

@@ -61,7 +61,7 @@ class Job:
     @property
     def folders(self) -> tuple[str, ...]:
         """The folders of a run that are read."""
-        return (UPDATES, SNAPSHOTS) if self.analysis.needs == "trajectory" else (UPDATES,)
+        return (UPDATES, SNAPSHOTS) if self.analysis.is_over_training() else (UPDATES,)
 
 
 def files_of(record: RunRecord, folders: tuple[str, ...] = (UPDATES,)) -> dict[str, str]:
@@ -73,7 +73,7 @@ def subjects(analysis: Analysis, records: dict[str, RunRecord], pairs: list[Pair
     """The runs, or the pairs of runs, that an analysis is made of; each once."""
     if analysis.is_of_pairs():
         return list(dict.fromkeys((pair.run_a, pair.run_b) for pair in pairs if pair.order < analysis.max_pairs))
-    if analysis.needs == "trajectory":
+    if analysis.is_over_training():
         return [(run_id,) for run_id, record in records.items() if files_of(record, (SNAPSHOTS,))]
     return [(run_id,) for run_id in records]
 

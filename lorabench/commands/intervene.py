@@ -13,12 +13,16 @@ random       Σ σ a bᵀ in random directions a, b instead: as large a change o
 Merged and evaluated in float32, on the validation split of the run's (last) task and on its task.retain, with
 changes relative to λ = 1. With five settings or more, Spearman's ρ of the number of intruders with forgetting.
 
+With --update it is ΔW as a whole: W0 + λ ΔW from the untouched base, λ = 0, through the run's own model, λ = 1, and
+beyond (Wortsman et al. 2021, arXiv 2109.01903). RUN may then also be a sweep: all of its runs that are done. The
+sweep's report has them as a table, and in the figure `plane`.
+
 With --each it is the singular directions of ΔW itself, one after the other: the i-th one of every layer is scaled by
 a single λ (default: 0, it is dropped), and so are random directions of the same singular values. Beside the change of
 loss stands what the gradient foretells to first order, (λ − 1) Σ σ uᵀ (∂L/∂W) v (Tian et al. 2026, arXiv 2603.03995).
 
-Results are kept in RESULTS/interventions/<id>/record.json after each evaluation (of --each in RESULTS/usefulness), and
-read from there the next time.
+Results are kept in RESULTS/interventions/<id>/record.json after each evaluation (of --each in RESULTS/usefulness, of
+--update in RESULTS/paths), and read from there the next time.
 """
 
 from __future__ import annotations
@@ -47,7 +51,9 @@ if TYPE_CHECKING:
     from lorabench.store.store import Store
 
 ARGUMENTS = [
-    argument("runs", "a run's id, or what it begins with; one or more", nargs="+", metavar="RUN"),
+    argument(
+        "runs", "a run's id, or what it begins with; one or more (with --update also a sweep)", nargs="+", metavar="RUN"
+    ),
     argument(
         "--lambdas",
         "factors of the singular values, with commas (default: 0,0.3,0.5,0.7,1,1.5; with --each: 0)",
@@ -69,6 +75,7 @@ ARGUMENTS = [
         metavar="K",
     ),
     argument("--each", "scale each of the first --top singular directions of ΔW by itself", action="store_true"),
+    argument("--update", "scale ΔW as a whole (λ by default: 0,0.25,0.5,0.75,1,1.25,1.5)", action="store_true"),
     argument("--figure", "also draw it: FILE.pdf or FILE.png, both are written", type=Path, metavar="FILE"),
     RESULTS,
     DEVICE,
@@ -83,6 +90,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     if arguments.figure is not None:
         intervene_report.check_figure(arguments.figure)
+    if arguments.update:
+        return _along(arguments, store, device)
     if arguments.each:
         return _each(arguments, store, device)
     wanted = intervene.Intervention(
@@ -130,4 +139,25 @@ def _each(arguments: argparse.Namespace, store: Store, device: str) -> int:
         tell(usefulness_report.usefulness_text(records))
     if arguments.figure is not None:
         talk("wrote " + " and ".join(map(str, usefulness_report.draw(records, arguments.figure))))
+    return 0
+
+
+def _along(arguments: argparse.Namespace, store: Store, device: str) -> int:
+    from lorabench.adapters.intervention import intervene, path, path_text
+
+    given = [name for each in arguments.runs for name in path.runs_of(store, each, talk)]
+    runs = intervene.read_runs(store, list(dict.fromkeys(given)))
+    lambdas = arguments.lambdas or path.LAMBDAS
+    records = [path.measure(store, run, lambdas, device, talk) for run in runs]
+    tables = [path_text.table(record) for record in records]
+    if arguments.html:
+        from lorabench.report.page import Part, parts_page
+
+        header = [("runs", ", ".join(run.record.run_id for run in runs)), ("evaluated", records[0]["evaluated"])]
+        part = Part(title="Along W0 + λ ΔW", text=path_text.ABOUT, tables=tables)
+        write_page(arguments.html, parts_page("What is learned and forgotten along ΔW?", header, [part]))
+    if arguments.json:
+        tell(as_json({"paths": records}))
+    else:
+        tell("\n\n".join([path_text.ABOUT, *(each.text for each in tables)]))
     return 0

@@ -28,7 +28,7 @@ from lorabench.report.labels import (
 from lorabench.report.results import Results, grouped, kept_rows, selected
 from lorabench.report.typeset import Column, Sheet
 from lorabench.report.update_metrics import at_place
-from lorabench.spec.claim import Claim
+from lorabench.spec.claim import CHOSEN, Claim
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not enough data"
 COUNTED = ("model_gib", "optimizer_state_gib", "tensor_peak_gib", "resident_adapter_gib", "flops_per_step")
@@ -139,7 +139,7 @@ def _exact(claim: Claim, values: Sequence[float], n: int) -> Estimate:
 
 
 def _is_count(name: str) -> bool:
-    return measure(name).group == "counts" or name.endswith("_bytes") or name in COUNTED
+    return measure(name).group == "counts" or name.endswith("_bytes") or name in (*COUNTED, CHOSEN)
 
 
 def _decided(claim: Claim, estimate: Estimate) -> tuple[str, str]:

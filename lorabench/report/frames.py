@@ -43,7 +43,7 @@ def spectra_frame(results: Results) -> pd.DataFrame:
 def metrics_frame(results: Results) -> pd.DataFrame:
     """A row a metric of a layer of a run: `analysis`, `metric`, `value` and what chance gives (`null`); the columns
     that tell several values of a metric apart (`side`, `k`, `epsilon`, `step`) are empty where it has but one."""
-    return _with_keys(results, _joined(results, ("layer", "base", "trajectory")), "run_id")
+    return _with_keys(results, _joined(results, ("layer", "base", "trajectory", "base_trajectory")), "run_id")
 
 
 def pairs_frame(results: Results) -> pd.DataFrame:

@@ -19,6 +19,7 @@ KEYS = {
     "seq_len": "sequence length",
 }
 MEASURE_NAMES = {
+    "lr": "best learning rate",
     "num_trainable": "trainable parameters",
     "num_parameters": "parameters",
     "trainable_share": "trainable share",

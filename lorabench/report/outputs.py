@@ -192,7 +192,7 @@ def _digest(results: Results, more: list[Any]) -> str:
     digest.update(results.runs.to_csv().encode())
     digest.update(
         json.dumps(
-            [results.environments, results.provenance, results.unread, results.broken, more],
+            [results.environments, results.provenance, results.unread, results.broken, results.paths, more],
             sort_keys=True,
             default=str,
         ).encode()

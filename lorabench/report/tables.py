@@ -35,6 +35,7 @@ from lorabench.report.labels import (  # fmt: skip
     value_label,
     with_unit,
 )
+from lorabench.report.paths import path_sheet
 from lorabench.report.results import Results, Selection, grouped, kept_rows, ordered, ordinal, selected
 from lorabench.report.transfer import transfer_sheet
 from lorabench.report.typeset import Column, Sheet
@@ -93,9 +94,23 @@ def build_tables(results: Results, attempt: Attempt = directly) -> list[Any]:
     sheets = [attempt("table summary", lambda: summary(results, selection))]
     matrix = attempt("table transfer", lambda: transfer_sheet(results, selection))
     sheets += [matrix] if matrix else []
+    along = attempt("table paths", lambda: path_sheet(results))
+    sheets += [along] if along else []
     if results.test_sets:
         sheets.append(attempt("table tests", lambda: declared(results, selection, _of_test_sets(results), "tests")))
-    taken = {"summary", "runs", "subspace", "transfer", "tests", "metrics", "pairs", "steps", "claims", "comparisons"}
+    taken = {
+        "summary",
+        "runs",
+        "subspace",
+        "transfer",
+        "paths",
+        "tests",
+        "metrics",
+        "pairs",
+        "steps",
+        "claims",
+        "comparisons",
+    }
     for table in results.sweep.tables:
         name = distinct(table.title, taken)
         taken.add(name)

@@ -25,6 +25,7 @@ NAMES = {
     "spectrum.rank_99": "Rank 99% of ΔW (directions)",
     "alignment.amplification": "Amplification factor",
     "intruders.num_intruders": "Intruder dimensions a matrix",
+    "accumulation.growth": "Intruder dimensions added a matrix",
     "drift.task": "Drift on the task, E‖ΔW h‖² / E‖W0 h‖²",
     "drift.retain": "Drift on what is retained, E‖ΔW h‖² / E‖W0 h‖²",
     "survival.survival": "φ(32, 32), W0 and W0 + ΔW",

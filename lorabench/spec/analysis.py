@@ -32,10 +32,11 @@ class Analysis(Plugin, ABC):
 
     folder: ClassVar[str] = "analyses"
     in_sweep: ClassVar[tuple[str, str]] = ("[[table]]", "")
-    needs: ClassVar[Literal["layer", "base", "pair", "base_pair", "trajectory"]]
+    needs: ClassVar[Literal["layer", "base", "pair", "base_pair", "trajectory", "base_trajectory"]]
     """What `compute` is called with. `layer`: each layer of a run. `base`: each layer on its W0 (`base.Tuned`).
     `pair`: the same layer of two runs that differ in one axis. `base_pair`: the same, each on its W0. `trajectory`: the
-    same layer of a run after each of its snapshots, in order of `step`, the end of training last."""
+    same layer of a run after each of its snapshots, in order of `step`, the end of training last. `base_trajectory`:
+    the same, each on its W0."""
     version: ClassVar[int] = 1
     """Part of the cache key: raise it when the numbers change."""
     metrics: ClassVar[dict[str, str]] = {}
@@ -56,7 +57,11 @@ class Analysis(Plugin, ABC):
 
     @classmethod
     def is_beside_base(cls) -> bool:
-        return cls.needs in ("base", "base_pair")
+        return cls.needs in ("base", "base_pair", "base_trajectory")
+
+    @classmethod
+    def is_over_training(cls) -> bool:
+        return cls.needs in ("trajectory", "base_trajectory")
 
     @abstractmethod
     def compute(self, *layers: Any) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ MEASURE, AT = "measure", "at"
 """In the runs that are held against: another measure, or another place of it, where it is not the claim's."""
 NULL = ":null"
 """How the number ends that chance gives: `subspace.phi:null`."""
+CHOSEN = "lr"
+"""The key whose value a claim may be about where [select] chooses it: the best learning rate."""
 COUNTABLE = ("num_parameters", "num_trainable", "trainable_share", "storage_bytes", "model_gib", "peak_gib")
 """What a model's shapes alone say."""
 
@@ -32,6 +34,7 @@ class Claim:
     says: str
     """The sentence that is put to the test."""
     measure: str
+    """As a table's `value`; with `over = "lr"` in [select] also `lr`, the learning rate that is chosen."""
     where: dict[str, Any] = field(default_factory=dict)
     """The runs that count (empty: all)."""
     ratio_to: dict[str, Any] | None = None

@@ -17,7 +17,7 @@ from lorabench.config.quote import clip, show_path
 from lorabench.data.dataset import builtin_data
 from lorabench.models.base_model import builtin_models
 from lorabench.spec.analysis import COLUMNS, LAYERS, PAIRS
-from lorabench.spec.claim import NULL, Claim, matches
+from lorabench.spec.claim import CHOSEN, NULL, Claim, matches
 from lorabench.spec.figure import Figure
 from lorabench.spec.generate import ENDS, METRICS
 from lorabench.spec.measures import MEASURES, OWN, Measure, find, is_shared_in_a_pack, of_sets
@@ -167,8 +167,9 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
         _collect(problems, lambda c=c, i=i: decode(Claim, c, f"claim {i}: "))
         for i, c in enumerate(_blocks(table, "claim", problems), 1)
     ]
+    chosen = {CHOSEN: Measure("", None, "what [select] chooses", "counts")} if select and select.over == CHOSEN else {}
     for number, claim in enumerate(claims if runs else (), 1):
-        problems += _untestable(claim, runs, labels, measures, f"claim {number}: ") if claim else []
+        problems += _untestable(claim, runs, labels, {**measures, **chosen}, f"claim {number}: ") if claim else []
         problems += [f"claim {number}: {text}" for text in (claim.senseless() if claim and not stored else ())]
     if select and runs:
         problems += _unknown_keys([select.over], [key for key in known if key not in ("seed", "label")], "select.over")
@@ -502,7 +503,7 @@ def known_measures(runs: Sequence[RunSpec] = ()) -> Mapping[str, Measure]:
     }
     measures |= of_sets(others)
     moving = any(run.snapshot_every for run in runs)
-    return measures | _layer_measures([a for a in analyses if a.needs != "trajectory" or moving])
+    return measures | _layer_measures([a for a in analyses if moving or not a.is_over_training()])
 
 
 def _written(run: RunSpec) -> Iterator[str]:

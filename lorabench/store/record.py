@@ -75,6 +75,8 @@ class RunRecord:
     """Of a run over several tasks: `tasks`, their names, and `matrices`, metric -> [after i tasks][on task j]."""
     drift: dict[str, dict[str, float]] = field(default_factory=dict)
     """Layer -> `task`, `retain` and what chance gives for each (`lorabench.training.drift`); empty of older runs."""
+    movement: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Layer -> how far its factors have moved (`lorabench.training.movement`); empty of older runs."""
     provenance: dict[str, str] = field(default_factory=dict)
     """How a measure was made where that can differ: `peak_gib: VmHWM, reset per phase`."""
     files: dict[str, str] = field(default_factory=dict)

@@ -29,7 +29,7 @@ from lorabench.store import claim as claims
 from lorabench.store.claim import SHELF, Claim, Followed, Hold, current_claim
 from lorabench.store.record import RunRecord, Status, now
 
-KEPT = ("merges", "compressions", "interventions", "usefulness")
+KEPT = ("merges", "compressions", "interventions", "usefulness", "paths")
 """Folders beside `runs` of what was asked of finished adapters, each result in `<id>/record.json`."""
 CANCEL_MARKER = "cancel"
 _ID = re.compile("-[0-9a-f]{12}$")

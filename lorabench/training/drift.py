@@ -61,10 +61,10 @@ def measure(training: Training, root: Path) -> tuple[dict[str, float], dict[str,
         try:
             return _measured(training, root)
         except Exception as error:  # whatever it is, what was trained and saved stands
-            return {}, {"drift": _why_not(error)}, {}
+            return {}, {"drift": why_not(error)}, {}
 
 
-def _why_not(error: Exception) -> str:
+def why_not(error: Exception) -> str:
     traceback.print_exception(error)
     return "not measured: " + traceback.format_exception_only(error)[-1].strip().partition("\n")[0]
 
@@ -90,7 +90,7 @@ def _measured(training: Training, root: Path) -> tuple[dict[str, float], dict[st
         try:
             notes["gradients"] = gradients.keep(training, base, root)
         except Exception as error:  # as above
-            notes["gradients"] = _why_not(error)
+            notes["gradients"] = why_not(error)
     return measures, notes, dict(drifts)
 
 

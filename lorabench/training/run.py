@@ -16,7 +16,7 @@ from lorabench.store.generations import write_generations
 from lorabench.store.record import GENERATIONS_FILE, STEPS_FILE, RunRecord, Status
 from lorabench.store.steps import Live, StepLog, write_steps
 from lorabench.store.store import Store
-from lorabench.training import bookkeeping, drift, environment, ranks, serving
+from lorabench.training import bookkeeping, drift, environment, movement, ranks, serving
 from lorabench.training.base import Base
 from lorabench.training.evaluation import evaluate_base, evaluate_task, splits_after
 from lorabench.training.loop import Saves, train
@@ -113,6 +113,9 @@ def _begin(attempt: Attempt) -> Training:
     bookkeeping.begin(record, training)
     ranks.compare(training)
     ranks.seed(training)
+    if is_first and not (checkpoint.exists() and (checkpoint.parent / movement.FILE).exists()):
+        attempt.hold.check()
+        movement.keep(training, checkpoint.parent)
     if training.resume(checkpoint):
         record.resumed_from_step = training.step
     if is_first:
@@ -195,6 +198,11 @@ def _kept_if_it_fails(attempt: Attempt, training: Training) -> Iterator[None]:
 def _drift(attempt: Attempt, training: Training) -> None:
     """How far the change has moved layers and predictions, when all else is saved: the run is done even if it fails."""
     record = attempt.record
+    if attempt.is_first:
+        try:
+            record.movement = movement.measure(training, attempt.checkpoint.parent)
+        except Exception as error:  # as for the drift: what was trained and saved stands
+            record.provenance["movement"] = drift.why_not(error)
     if training.base.world.sharding == "fsdp":
         record.provenance["drift"] = "not measured: no process has the whole model (fsdp)"
     elif attempt.is_first:

@@ -38,6 +38,8 @@ class LayerSVD:
     step: int | None = None
     drift: Mapping[str, float] = field(default_factory=dict)
     """What its run has measured of it on data: `RunRecord.drift`."""
+    movement: Mapping[str, float] = field(default_factory=dict)
+    """How far its factors have moved: `RunRecord.movement`."""
 
     gradients: Gradients = field(default_factory=dict)
     """The loss's at W0, where its run keeps snapshots: `updates/gradients.py`."""

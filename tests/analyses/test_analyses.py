@@ -33,6 +33,7 @@ def random_layer(M, N, r, seed=0, dtype=torch.float32):
     return layer(torch.randn(M, r, generator=g, dtype=dtype), torch.randn(r, N, generator=g, dtype=dtype))
 
 
+MOVEMENT = {"moved_A": 0.1, "relative_A": 0.2, "relative_A_null": 1.4, "cosine_A": 0.9, "cosine_A_null_std": 0.1}
 DRIFT = {"task": 0.02, "task_null": 0.01, "retain": 0.03, "retain_null": 0.02}
 GRADIENTS = {name: random_layer(9, 7, 3, seed).svd for seed, name in enumerate(("task", "retain"), 5)}
 
@@ -43,7 +44,9 @@ def frame(analysis, *layers):
 
 def smallest(analysis):
     """What an analysis is called with, made of tiny random layers."""
-    layers = [replace(random_layer(9, 7, 2, seed), drift=DRIFT, gradients=GRADIENTS) for seed in range(2)]
+    layers = [
+        replace(random_layer(9, 7, 2, seed), drift=DRIFT, movement=MOVEMENT, gradients=GRADIENTS) for seed in range(2)
+    ]
     match analysis.needs:
         case "layer":
             return layers[:1]
@@ -54,6 +57,9 @@ def smallest(analysis):
             return [Tuned(layer=layer, base=base) for layer in layers]
         case "trajectory":
             return [replace(layer, step=step) for step, layer in enumerate(layers, 1)]
+        case "base_trajectory":
+            base = decompose(torch.randn(9, 7))
+            return [Tuned(layer=replace(layer, step=step), base=base) for step, layer in enumerate(layers, 1)]
     return layers
 
 

@@ -1,10 +1,14 @@
 """Analyses beside W0, against dense SVDs in float64, the closed forms and the published figures."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from lorabench.analyses.accumulation import Accumulation
 from lorabench.analyses.alignment import Alignment, projected_norms
 from lorabench.analyses.intruders import DEGENERATE, Intruders, degenerate
 from lorabench.analyses.survival import Survival
@@ -208,3 +212,47 @@ def test_updates_in_float64_are_taken_too(analysis):
     W, (B, A) = decaying(330, 300), factors(330, 300, 4)
     double, single = (frame(analysis, tuned(W, B.to(dtype), A.to(dtype))) for dtype in (torch.float64, torch.float32))
     assert double["value"].to_numpy() == pytest.approx(single["value"].to_numpy(), rel=1e-2, abs=1e-2, nan_ok=True)
+
+
+def over_tasks(W, *deltas):
+    base = decompose(W)
+    subjects = [tuned(W, *delta) for delta in deltas]
+    return [replace(each, base=base, layer=replace(each.layer, step=n)) for n, each in enumerate(subjects, 1)]
+
+
+def counts(rows, metric, column="value"):
+    return list(rows[rows["metric"] == metric].sort_values("step")[column])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_accumulates_is_that_of_dense_svds(dense):
+    """At each step by the definition in float64, and how many of them the top 32 of the step before have not."""
+    W = decaying(60, 40)
+    pairs = [factors(60, 40, r, seed, 4.0) for seed, r in enumerate((2, 4, 6))]
+    matrices = [B.double() @ A.double() for B, A in pairs]
+    rows = to_table(
+        Accumulation().compute(
+            *over_tasks(W, *([m.float()] if dense else pair for m, pair in zip(matrices, pairs, strict=True)))
+        ),
+        {"layer": "l"},
+    ).to_pandas()
+    lefts = [np.linalg.svd((W.double() + m).numpy(), full_matrices=False)[0] for m in matrices]
+    far = [dense_cosines(W, m, 10) < 0.5 for m in matrices]
+    seen = [np.abs(a[:, :32].T @ b[:, :10]).max(0) >= 0.5 for a, b in pairwise(lefts)]
+    assert counts(rows, "num_intruders") == [each.sum() for each in far] and far[-1].sum() > 2
+    new = [far[0].sum(), *((each & ~known).sum() for each, known in zip(far[1:], seen, strict=True))]
+    assert counts(rows, "num_new") == new and new[1] > 0
+
+
+def test_each_task_adds_the_one_direction_that_it_learns():
+    """Random orthonormal directions, one more after each, far larger than W0 and of sizes of their own."""
+    W = torch.diag(torch.arange(64, 0, -1.0) / 64)
+    spread = torch.linalg.qr(torch.randn(64, 3, generator=torch.Generator().manual_seed(3))).Q
+    spread, A = spread * torch.tensor([11.0, 9.0, 7.0]), torch.eye(64)[:3]
+    rows = to_table(
+        Accumulation().compute(*over_tasks(W, *((spread[:, :n], A[:n]) for n in (1, 2, 3)))), {"layer": "l"}
+    ).to_pandas()
+    assert counts(rows, "num_intruders") == [1, 2, 3] == counts(rows, "num_intruders", "null")
+    assert counts(rows, "num_new") == [1, 1, 1] and counts(rows, "growth") == [2] == counts(rows, "growth", "null")
+    nothing = to_table(Accumulation().compute(*over_tasks(W, *2 * [(0 * spread, A)])), {"layer": "l"}).to_pandas()
+    assert counts(nothing, "num_intruders") == counts(nothing, "num_new") == [0, 0]

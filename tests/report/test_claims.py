@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lorabench.config.decode import encode
+from lorabench.config.decode import InputError, encode
 from lorabench.report.claims import FAILS, HOLDS, OPEN, Verdict, claims_sheet, judge, read
 from lorabench.report.comparisons import compare, outcome
 from lorabench.report.results import Results, load_results, selected
@@ -380,3 +380,21 @@ def test_an_edge_is_told_by_the_label_of_its_setting(tmp_path: Any) -> None:
         "The best learning rate is the largest that was tried of ours (0.002): try further.",
         "The best learning rate is the smallest that was tried of theirs (0.001): try further.",
     ]
+
+
+def test_the_learning_rate_that_select_chooses_is_a_measure_without_spread(tmp_path: Any) -> None:
+    text = {"method": {"name": "lora"}, "lr": [1e-3, 1e-2, 1e-1]}, {"method": {"name": "full"}, "lr": [1e-4, 1e-3]}
+    ten = {"says": "ten times", "measure": "lr", "where": LORA, "ratio_to": FULL, "at_least": 5, "at_most": 20}
+    sweep = {"base": TOY | {"seed": [0, 1]}, "grid": [*text], "claim": [ten]}
+    parsed = parse_sweep(sweep | {"select": {"over": "lr", "by": "valid_loss"}})
+    results = load_results(Store(tmp_path), parsed)
+    best = {"lora": 1e-2, "full": 1e-3}
+    away = np.log(results.runs["lr"].astype(float) / results.runs["method.name"].map(best)).abs()
+    runs = results.runs.assign(status=Status.DONE, valid_loss=2 + away + results.runs["seed"].astype(float) / 100)
+    (claim,) = parsed.claims
+    found = judge(claim, dataclasses.replace(results, runs=runs))
+    assert found.verdict == HOLDS and found.estimate is not None
+    assert (found.estimate.value, found.estimate.low) == (pytest.approx(10), pytest.approx(10))
+    for other in ({}, {"select": {"over": "method.name", "by": "valid_loss"}}):
+        with pytest.raises(InputError, match='claim 1: measure = "lr"'):
+            parse_sweep(sweep | other)

@@ -55,6 +55,7 @@ def whole_and_resumed(spec, tmp_path, monkeypatch, checks: int) -> tuple[Store, 
     assert execute(spec, resumed, QUIET) == Status.DONE, resumed.read(spec.id).error
     want, got = whole.read(spec.id), resumed.read(spec.id)
     assert got.files == want.files and got.measures["valid_loss"] == want.measures["valid_loss"]
+    assert got.movement == want.movement
     return whole, resumed
 
 
@@ -97,7 +98,7 @@ def test_resumed_run_gives_the_same_bits(name, checks, reference, tmp_path, monk
     monkeypatch.undo()
     assert execute(spec, store, QUIET) == Status.DONE
     record = store.read(spec.id)
-    assert record.files == reference[name].files
+    assert record.files == reference[name].files and record.movement == reference[name].movement
     assert record.attempts == 2
     assert record.measures["valid_loss"] == reference[name].measures["valid_loss"]
     assert record.measures["train_loss"] == reference[name].measures["train_loss"]

@@ -152,11 +152,11 @@ class Bench:
     def evaluate(self, point: dict[str, Any]) -> dict[str, float]:
         """Validation metrics on the run's (last) task, and the retention set's."""
         if point["scaled"] in (BASE, TUNED):
-            return self._metrics(self.base if point["scaled"] == BASE else self.tuned)
+            return self.metrics(self.base if point["scaled"] == BASE else self.tuned)
         with scaled(self.tuned, self.found, point["scaled"], point["lambda"]):
-            return self._metrics(self.tuned)
+            return self.metrics(self.tuned)
 
-    def _metrics(self, evaluated: nn.Module) -> dict[str, float]:
+    def metrics(self, evaluated: nn.Module) -> dict[str, float]:
         spec = replace(self.run.spec, dtype="float32")  # without autocast
         valid = metrics_of(evaluated, spec, self.stages[-1], "validation")
         return valid | retention_of(evaluated, spec, self.stages)

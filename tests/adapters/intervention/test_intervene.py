@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorabench.adapters.intervention import intervene as engine
+from lorabench.adapters.intervention import path
 from lorabench.adapters.intervention.directions import CONTROL, INTRUDERS, KINDS, RANDOM, find_directions, nearest
 from lorabench.adapters.intervention.intervene import BASE, TUNED, Bench, Intervention, intervene, read_run, scaled
 from lorabench.adapters.intervention.intervene_report import by_setting, correlation, intervention_text, make_rows
@@ -19,7 +21,9 @@ from lorabench.adapters.kept import kept_parts
 from lorabench.analysis.bases import FOLDER, Bases
 from lorabench.cli import main
 from lorabench.config.digests import file_digests
+from lorabench.config.toml_text import as_toml
 from lorabench.report.aggregate import interval
+from lorabench.store.paths import read_paths
 from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store
 from lorabench.training.execute import Options, execute
@@ -394,3 +398,83 @@ def test_a_model_that_is_not_the_runs_own_is_told() -> None:
     text = intervention_text(records, make_rows(records, wanted))
     assert "at λ = 1 valid_loss is 2 here, and 2.100 in the run's record" in text
     assert "no matrix that has changed is in the base's files" in text
+
+
+def state_of(model):
+    return {name: tensor.detach().double().clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["lora", "gpt2", "films"])
+def test_along_the_path_weights_are_the_bases_and_so_many_times_the_change(name, runs) -> None:
+    run = run_of(runs, name)
+    bench = Bench(run, [], CPU)
+    with path.scaled(bench.base, run, 0.0) as model:
+        base = state_of(model)
+    with path.scaled(bench.base, run, 1.0) as model:
+        whole = state_of(model)
+    for scale in (0.5, 1.5):
+        with path.scaled(bench.base, run, scale) as model:
+            for parameter, found in state_of(model).items():
+                want = base[parameter] + scale * (whole[parameter] - base[parameter])
+                torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(found, base[parameter]) for parameter, found in state_of(bench.base).items())
+    assert any(not torch.equal(whole[parameter], found) for parameter, found in base.items())
+
+
+def test_a_path_begins_at_the_base_goes_through_the_run_and_is_added_to(runs, monkeypatch, capsys, tmp_path) -> None:
+    store, ids = runs
+    root, measures = ["--results", str(store.root)], store.read(ids["lora"]).measures
+    assert main(["intervene", ids["lora"], "--update", "--lambdas", "1", "--device", "cpu", "--json", *root]) == 0
+    (record,) = json.loads(capsys.readouterr().out)["paths"]
+    assert [point["lambda"] for point in record["points"]] == [0, 1], "forgetting counts from the base"
+    first, last = record["points"]
+    assert first["valid_loss"] == pytest.approx(measures["base_valid_loss"], rel=1e-5)
+    assert last["valid_loss"] == pytest.approx(measures["valid_loss"], rel=1e-4)
+    assert (first["forgetting"], last["forgetting"]) == (0, pytest.approx(measures["forgetting"], abs=1e-4))
+    assert main(["intervene", ids["lora"], "--update", "--lambdas", "0.5,1", "--device", "cpu", *root]) == 0
+    assert "λ = 1:" not in capsys.readouterr().err, "it is there"
+    page, monkeypatched = tmp_path / "page.html", "lorabench.adapters.intervention.path.Bench"
+    monkeypatch.setattr(monkeypatched, None)
+    assert main(["intervene", ids["lora"], "--update", "--lambdas", "0.5", "--html", str(page), *root]) == 0
+    assert "λ" in page.read_text() and ids["lora"] in capsys.readouterr().out
+    records = {ids["lora"]: store.read(ids["lora"])}
+    assert [point["lambda"] for point in read_paths(store.root, records)[ids["lora"]]] == [0, 0.5, 1]
+    other = replace(records[ids["lora"]], files={"updates/delta.safetensors": "of another training"})
+    (store.root / "paths" / "damaged").mkdir()
+    (store.root / "paths" / "damaged" / "record.json").write_text('{"key": {"run_id": 3')
+    assert read_paths(store.root, {ids["lora"]: other}) == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lora", "--lambdas", "-1"], "--lambdas -1: must be at least 0"),
+        (["nothing"], "RUN = nothing: unknown run 'nothing'"),
+    ],
+)
+def test_a_path_that_cannot_be_had_is_told(arguments, message, runs, capsys) -> None:
+    name, *more = arguments
+    assert main(["intervene", runs[1].get(name, name), "--update", *more, "--results", str(runs[0].root)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def without_none(table):
+    """As a sweep file has it: what is None is not named."""
+    return {
+        key: without_none(value) if isinstance(value, dict) else value
+        for key, value in table.items()
+        if value is not None
+    }
+
+
+def test_a_sweep_stands_for_its_runs_that_are_done(runs, capsys) -> None:
+    store, ids = runs
+    told = without_none(store.read(ids["lora"]).spec)
+    file = store.root / "mine" / "sweep.toml"
+    file.parent.mkdir()
+    file.write_text(as_toml({"base": told | {"seed": [told["seed"], 99]}}))
+    for name in ("mine", str(file)):
+        assert path.runs_of(store, name, pytest.fail) == [ids["lora"]], "seed 99 has not run"
+    file.write_text(as_toml({"base": told | {"seed": 99}}))
+    assert main(["intervene", "mine", "--update", "--results", str(store.root)]) == 2
+    assert "RUN = mine: no run of this sweep is done" in capsys.readouterr().err

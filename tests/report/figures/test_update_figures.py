@@ -12,6 +12,8 @@ from scipy import stats
 
 from lorabench.config.decode import InputError
 from lorabench.report import drawing
+from lorabench.report.figures import accumulation
+from lorabench.report.figures.accumulation import AccumulationCurves
 from lorabench.report.figures.amplification import Amplification
 from lorabench.report.figures.containment import Containment
 from lorabench.report.figures.cosine_map import CosineMap
@@ -343,3 +345,29 @@ def test_an_unknown_metric_is_refused_when_the_sweep_is_read(name, value):
     with pytest.raises(InputError, match=rf"figure 1: figure.*{value}.*unknown measure"):
         synthetic.read(synthetic.TEXT + f'[[figure]]\nname = "{name}"\nvalue = "{value}"\n')
     synthetic.read(synthetic.TEXT + f'[[figure]]\nname = "{name}"\nvalue = "alignment.amplification"\n')
+
+
+def test_intruders_over_snapshots_are_sums_over_matrices_and_means_over_seeds():
+    results = synthetic.trajectories()
+    frame = results.analyses["accumulation"]
+    canvas = AccumulationCurves().draw(results)
+    for metric, axes in zip(("num_intruders", "num_new"), canvas.axes, strict=False):
+        rows = frame[frame["metric"] == metric]
+        sums = rows.groupby(["run_id", "step"], observed=True)["value"].sum().unstack("step")
+        runs = results.runs.loc[sums.index]
+        means = sums.groupby(runs["method.rank"].fillna(0)).mean()
+        drawn = [line.get_ydata() for line in axes.lines if len(line.get_ydata()) == 4]
+        for _, mean in means.iterrows():
+            assert any(np.allclose(mean, line) for line in drawn), metric
+    assert canvas.axes[0].get_ylabel() == "Intruders in\n2 matrices"
+    drawing.plt.close(canvas)
+
+
+def test_a_sequence_has_the_names_of_its_tasks_where_they_end():
+    def runs(*tasks, steps=(5, 5)):
+        return pd.DataFrame({"tasks": tasks, "steps": steps[: len(tasks)]})
+
+    assert accumulation._tasks(runs("code > sums", "code > sums")) == {5: "code", 10: "sums"}
+    assert accumulation._tasks(runs("code > sums", "sums > code")) == {5: "task 1", 10: "task 2"}
+    assert accumulation._tasks(runs("code > sums", None)) == {}
+    assert accumulation._tasks(runs("code > sums", "code > sums", steps=(5, 6))) == {}
