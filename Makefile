@@ -2,6 +2,7 @@
 # make test    install, then lint, type check and all tests
 # make lint    ruff and mypy alone
 # make bench   speed and memory beside other tools; writes benchmarks/results/*.json
+# make paper   published figures made again small, beside what the papers report: one page, in some minutes
 # make campaign MINUTES=60   random kills and damaged files (tests/campaign/README.md); not a part of `make test`
 # make clean   remove the virtual environment and what tools have cached; results stay
 #
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile -c 
 # On every core; pip would compile on one alone, and the tests of all packages too.
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true
 
-.PHONY: help demo test suite lint bench campaign clean
+.PHONY: help demo paper test suite lint bench campaign clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -28,6 +29,12 @@ demo: $(VENV)/.installed
 	@echo "Tables:  $(RESULTS)/quickstart/tables/   (csv, md, tex)"
 	@echo "Figures: $(RESULTS)/quickstart/figures/  (pdf, png)"
 	@echo "Report:  $(RESULTS)/quickstart/report.html"
+
+# A sweep whose runs did not all end well is on the page too, and says so.
+paper: $(VENV)/.installed
+	@code=0; for sweep in sweeps/paper/small/*.toml; do \
+		$(BIN)/lorabench run $$sweep --results $(RESULTS) || code=$$?; done; \
+	$(BIN)/lorabench paper $(RESULTS) sweeps/paper/small/*.toml && exit $$code
 
 test: $(VENV)/.installed-dev
 	$(MAKE) -j2 lint suite

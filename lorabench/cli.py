@@ -33,6 +33,7 @@ COMMANDS = (
     "cancel",
     "analyze",
     "report",
+    "paper",
     "export",
     "merge",
     "inspect",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,9 +16,18 @@ from lorabench.config.decode import InputError
 from lorabench.models.shapes import NAMES, Shape
 from lorabench.report.aggregate import CONFIDENCE, by_seed, number, places, plain, seed_means
 from lorabench.report.differences import Estimate, Seeds, difference, mean, ratio, seeds_needed
-from lorabench.report.labels import capitalized, measure, measure_label, series_label, shown_factor
+from lorabench.report.labels import (
+    capitalized,
+    key_label,
+    measure,
+    measure_label,
+    series_label,
+    shown_factor,
+    value_label,
+)
 from lorabench.report.results import Results, grouped, kept_rows, selected
 from lorabench.report.typeset import Column, Sheet
+from lorabench.report.update_metrics import at_place
 from lorabench.spec.claim import Claim
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not enough data"
@@ -52,10 +61,10 @@ def judge(claim: Claim, results: Results) -> Verdict:
     runs = selected(results).done
     sides, run_ids, left_out = [], [], []
     for side, wanted in claim.sides.items():
-        named = set(results.of(wanted).runs.index)
-        own, lacking = _whole(
-            kept_rows(runs, [run_id in named for run_id in runs.index]), results.settings, claim.measures[side]
-        )
+        named, name, at = set(results.of(wanted).runs.index), claim.measures[side], claim.places[side]
+        own = kept_rows(runs, [run_id in named for run_id in runs.index])
+        own = own.assign(**{name: at_place(results, name, at)}) if at else own
+        own, lacking = _whole(own, results.settings, name)
         sides.append(seed_means(own, claim.measures[side]))
         run_ids += list(own.index)
         left_out += lacking
@@ -199,7 +208,8 @@ def _tidy(found: list[Verdict]) -> pd.DataFrame:
         claim, estimate = item.claim, item.estimate
         rows.append({
             "claim": claim.says, "measure": claim.measure, "other_measure": _other_measure(claim), "kind": _kind(claim),
-            "counted_on": claim.counted_on, "verdict": item.verdict,
+            "at": _at_text(claim.at) or None, "counted_on": claim.counted_on, "reported": claim.reported,
+            "verdict": item.verdict,
             "estimate": estimate.value if estimate else None, "low": estimate.low if estimate else None,
             "high": estimate.high if estimate else None, "at_least": claim.at_least, "at_most": claim.at_most,
             "num_seeds": min(item.seeds, default=0), "paired": estimate.is_paired if estimate else None,
@@ -233,10 +243,19 @@ def _measured(item: Verdict) -> str:
         names[1:] = [measure_label(other)]
     elif other:
         names[1:] = [f"{measure_label(other)} of {names[1]}"]
+    at = [*map(_at_text, claim.places.values())]
+    if len(set(at)) > 1:
+        names = [f"{name} at {text}" for name, text in zip(names, at, strict=True)]
     unit = "" if claim.ratio_to is not None else measure(claim.measure).unit
     between = " over " if claim.ratio_to is not None else " less "
-    what = capitalized(f"{measure_label(claim.measure)}, {between.join(names)}")
+    where = f" at {at[0]}" if at[0] and len(set(at)) == 1 else ""
+    what = capitalized(f"{measure_label(claim.measure)}{where}, {between.join(names)}")
     return f"{what}: {_number(estimate)}{f' {unit}' if unit and estimate else ''}"
+
+
+def _at_text(at: Mapping[str, Any]) -> str:
+    """`k 10, epsilon 0.5`."""
+    return ", ".join(f"{key_label(key)} {value_label(_one(value))}" for key, value in at.items())
 
 
 def _one(value: Any) -> Any:

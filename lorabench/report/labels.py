@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
+from lorabench.spec.claim import NULL
 from lorabench.spec.measures import Measure, find
 from lorabench.spec.sweep import known_measures
 from lorabench.terminal.text import one_line
@@ -112,6 +113,8 @@ def measure_label(name: str) -> str:
     """`valid_loss` -> `validation loss`, `spectrum.rank_90` -> `rank 90`; the unit apart."""
     if name in MEASURE_NAMES:
         return MEASURE_NAMES[name]
+    if name.endswith(NULL):
+        return f"{measure_label(name.removesuffix(NULL))} by chance"
     text = name.rpartition(".")[2]
     for suffix in UNIT_SUFFIXES:
         text = text.removesuffix(suffix)

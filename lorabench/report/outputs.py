@@ -23,6 +23,7 @@ from lorabench.config.durable import write_bytes, write_json
 from lorabench.report import drawing
 from lorabench.report.aggregate import FAILED, plain
 from lorabench.report.answers import Shown, read_answers
+from lorabench.report.beside import beside, by_name
 from lorabench.report.claims import claims_sheet
 from lorabench.report.comparisons import Outcome, instabilities, outcome
 from lorabench.report.footnotes import figure_notes, part_note
@@ -138,8 +139,8 @@ def _write(results: Results, more: dict[str, Any], folder: Path, attempt: Attemp
     files = write_tables(results, sheets, folder / "tables", attempt)
     shown: dict[str, list[Drawn | Broken]] = {section: [] for section in SECTIONS}
     empty = {}
-    for name, figure in _figures(results).items():
-        made = attempt(f"figure {name}", partial(_draw, results, name, figure, folder / "figures"))
+    for name, figure in named_figures(results).items():
+        made = attempt(f"figure {name}", partial(draw_figure, results, name, figure, folder / "figures"))
         if made is None:
             if figure in results.sweep.figures or not results.sweep.figures:
                 empty[name] = " ".join([f"{name} needs {figure.needs}.", *part_note(figure.where)])
@@ -166,12 +167,13 @@ def _write_page(results: Results, folder: Path, attempt: Attempts, page: Content
     return folder / "report.html"
 
 
-def _draw(results: Results, name: str, figure: Figure, folder: Path) -> Drawn | None:
+def draw_figure(results: Results, name: str, figure: Figure, folder: Path | None = None) -> Drawn | None:
+    """The figure for a page, saved in `folder` where one is given; None where there is nothing to draw."""
     results = results.of(figure.where)
     canvas = figure.draw(results)
     if canvas is None:
         return None
-    files = drawing.save(canvas, folder / name)
+    files = drawing.save(canvas, folder / name) if folder else []
     return drawn(name, f"{figure.caption()} {figure_notes(results, figure)}".strip(), canvas, files)
 
 
@@ -230,6 +232,7 @@ def render(results: Results, page: Content) -> str:
         failures=_failures(results),
         unread=_unread(results),
         page=page,
+        beside=by_name(beside(results.sweep.paper, page.claims if isinstance(page.claims, Sheet) else None)),
         sections=[(SECTIONS[section], drawn) for section, drawn in page.figures.items() if drawn],
         runs=_run_rows(results),
         notes=notes_once([sheet for sheet in sheets if isinstance(sheet, Sheet)]),
@@ -266,7 +269,7 @@ def read_header(text: str) -> dict[str, str]:
     return {name: words for name, words in found.items() if words}
 
 
-def _figures(results: Results) -> dict[str, Figure]:
+def named_figures(results: Results) -> dict[str, Figure]:
     """File name -> figure: the sweep's own and those that always stand there, or every figure as it comes."""
     every: list[Any] = [plugins.example("figures", name) for name in plugins.names("figures")]
     asked = {figure.name for figure in results.sweep.figures}

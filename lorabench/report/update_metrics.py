@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -60,6 +60,39 @@ def metric_rows(results: Any, value: str, runs: pd.DataFrame | None = None, kind
         return frame
     frame = frame[(frame["metric"] == metric) & frame["depth"].notna() & frame["value"].notna()]
     return frame.astype({"run_id": str, "kind": str, "depth": int, "value": float, "null": float})
+
+
+def at_place(results: Any, value: str, at: Mapping[str, Any]) -> pd.Series:
+    """By run id the mean of a metric over the rows that have these values in these columns: of layers inside the
+    model's blocks that all runs have; of pairs by their first run. `value` may end in `:null`: what chance gives there.
+
+    Empty where there are no such rows.
+    """
+    import numpy as np
+    import pandas as pd
+
+    from lorabench.config import plugins
+    from lorabench.report.results import shared
+    from lorabench.spec.claim import NULL
+
+    analysis, _, metric = value.removesuffix(NULL).partition(".")
+    frame, known = rows_of(results, analysis), plugins.plugin_class("analyses", analysis)
+    by_chance: Mapping[str, Sequence[str]] = known.values  # type: ignore[attr-defined]
+    columns = (metric, by_chance[metric][0]) if metric in by_chance else (VALUE, "null")
+    frame = frame if metric in by_chance or "metric" not in frame else frame[frame["metric"] == metric]
+    for key, wanted in at.items() if len(frame) else ():
+        items = wanted if isinstance(wanted, list) else [wanted]
+        found = frame[key] if key in frame else pd.Series(None, frame.index, dtype=object)
+        if pd.api.types.is_float_dtype(found):
+            kept = np.any([np.isclose(found, item) for item in items], axis=0)
+        else:
+            kept = found.isin(items).to_numpy()
+        frame = frame[kept]
+    column, by = columns[value.endswith(NULL)], "run_id" if "run_id" in frame else "run_a"
+    if column not in frame or frame.empty:
+        return pd.Series(dtype=float)
+    rows = shared(frame.rename(columns={by: "run_id"}))
+    return rows[column].astype(float).groupby(rows["run_id"].astype(object), observed=True).mean()
 
 
 def per_run(results: Any, rows: pd.DataFrame, keys: Sequence[str], how: How = "mean") -> pd.DataFrame:

@@ -22,6 +22,9 @@ COLUMNS = {
     "step": "optimizer steps after which the number stood; empty where it is one of the whole training",
 }
 """Columns that mean the same in every analysis."""
+LAYERS = ("layer", "kind", "depth")
+"""What the engine puts before them, of a layer; and of a pair of runs:"""
+PAIRS = ("axis", "value_a", "value_b")
 
 
 class Analysis(Plugin, ABC):

@@ -13,8 +13,10 @@ from lorabench.spec.run_spec import UNNAMED, flatten
 
 SIDES = ("where", "ratio_to", "minus")
 """The fields that say which runs count, and which these are held against."""
-MEASURE = "measure"
-"""In the runs that are held against: another measure, where it is not the claim's."""
+MEASURE, AT = "measure", "at"
+"""In the runs that are held against: another measure, or another place of it, where it is not the claim's."""
+NULL = ":null"
+"""How the number ends that chance gives: `subspace.phi:null`."""
 COUNTABLE = ("num_parameters", "num_trainable", "trainable_share", "storage_bytes", "model_gib", "peak_gib")
 """What a model's shapes alone say."""
 
@@ -36,11 +38,18 @@ class Claim:
     """Divide by the measure of these runs."""
     minus: dict[str, Any] | None = None
     """Subtract the measure of these runs."""
+    at: dict[str, Any] = field(default_factory=dict)
+    """Of a metric of ΔW that has several values a layer, or is of pairs of runs (`intruders.count`, `subspace.phi`;
+    with `:null` what chance gives): which, by columns of the analysis' table, each with a value or a list of values:
+    `{ k = 10, epsilon = 0.5 }`. It is the mean over these rows; a pair counts for the seed of its first run. The runs
+    that are held against may have an `at` of their own, of what differs."""
     at_least: float | None = None
     at_most: float | None = None
     """As tables show the measure: percentages times 100."""
     counted_on: Shape | None = None
     """Not by the runs, but by what their methods would train, store and take on this model, counted on its shapes."""
+    reported: str | None = None
+    """The `item` of [[paper.reports]] that it puts to the test."""
 
     def __post_init__(self) -> None:
         problems = [*self._problems()]
@@ -56,6 +65,8 @@ class Claim:
             yield f"at_least = {self.at_least:g}: is above at_most = {self.at_most:g}"
         if self.ratio_to is not None and self.minus is not None:
             yield f"minus = {show(self.minus)}: not beside ratio_to"
+        if self.counted_on and self.at:
+            yield f"at = {show(self.at)}: not beside counted_on"
         for name in self.measures.values() if self.counted_on else ():
             if name not in COUNTABLE:
                 yield f"measure = {show(name)}: is nothing that can be counted. Choices: {', '.join(COUNTABLE)}"
@@ -69,7 +80,9 @@ class Claim:
             told = " and ".join(f"{name} in {unit or 'no unit'}" for name, unit in units.items())
             yield f"measure = {show(self.measure)}: cannot be held against the other side's: {told}"
         sides = [*self.sides.values()]
-        if len(sides) == 2 and sides[0] == sides[1] and len({*self.measures.values()}) == 1:
+        places = [*self.places.values()]
+        alike = [len(set(self.measures.values())) == 1, *(each[0] == each[-1] for each in (sides, places))]
+        if len(sides) == 2 and all(alike):
             yield f"where = {show(self.where)}: are the runs that these are held against"
 
     @property
@@ -77,7 +90,8 @@ class Claim:
         """Field -> flattened key -> value, of the runs that count and of those they are held against."""
         given = {key: flatten(value) for key in SIDES if (value := getattr(self, key)) is not None}
         return {
-            side: {k: v for k, v in wanted.items() if side == "where" or k != MEASURE} for side, wanted in given.items()
+            side: {k: v for k, v in wanted.items() if side == "where" or (k != MEASURE and not k.startswith(f"{AT}."))}
+            for side, wanted in given.items()
         }
 
     @property
@@ -85,6 +99,12 @@ class Claim:
         """The measure of each of these."""
         held = self.ratio_to or self.minus or {}
         return {side: self.measure if side == "where" else held.get(MEASURE, self.measure) for side in self.sides}
+
+    @property
+    def places(self) -> dict[str, dict[str, Any]]:
+        """What `at` is of each of these."""
+        held = self.ratio_to or self.minus or {}
+        return {side: self.at if side == "where" else self.at | held.get(AT, {}) for side in self.sides}
 
     @property
     def bound(self) -> str:

@@ -16,13 +16,15 @@ from lorabench.config.decode import InputError, Pattern, decode, decode_plugin, 
 from lorabench.config.quote import clip, show_path
 from lorabench.data.dataset import builtin_data
 from lorabench.models.base_model import builtin_models
-from lorabench.spec.claim import Claim, matches
+from lorabench.spec.analysis import COLUMNS, LAYERS, PAIRS
+from lorabench.spec.claim import NULL, Claim, matches
 from lorabench.spec.figure import Figure
 from lorabench.spec.generate import ENDS, METRICS
 from lorabench.spec.measures import MEASURES, OWN, Measure, find, is_shared_in_a_pack, of_sets
+from lorabench.spec.paper import Paper, read_paper
 from lorabench.spec.run_spec import UNNAMED, RunSpec, canonical_json, flatten, is_tables, unflatten
 
-SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure", "claim"]
+SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure", "claim", "paper"]
 
 LIST = ".generate.metrics"
 """How a key ends whose value is a list."""
@@ -96,6 +98,8 @@ class Sweep:
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
     claims: tuple[Claim, ...] = ()
+    paper: Paper | None = None
+    """The publication that it repeats a part of."""
 
     @cached_property
     def axes(self) -> list[str]:
@@ -177,11 +181,14 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
         for number, each in enumerate(shown if runs else (), 1):
             problems += unknown_runs(each.where, runs, labels, "where", f"{kind} {number}: ") if each else []
             problems += _unknown_values(each.where, runs, labels, f"{kind} {number}: ") if each and not stored else []
+    paper = _collect(problems, lambda: read_paper(table["paper"])) if "paper" in table else None
+    problems += _unreported(paper, claims) if paper or "paper" not in table else []
+    problems += paper.unknown(_shown(tables, figures)) if paper else ()
     if problems:
         raise InputError(_once(problems))
     return Sweep(
         name=name, text=text, runs=tuple(runs), zips=tuple(zips), labels=labels, given=given, select=select,
-        tables=tuple(tables), figures=tuple(figures), claims=tuple(claims),
+        tables=tuple(tables), figures=tuple(figures), claims=tuple(claims), paper=paper,
     )  # fmt: skip
 
 
@@ -206,10 +213,37 @@ def _untestable(
         problem
         for side, name in claim.measures.items()
         if side == "where" or name != claim.measure
-        for problem in unknown_measures([name], measures, f"{where}{'' if side == 'where' else f'{side}.'}measure")
+        for problem in unknown_measures(
+            [name],
+            places_of() if claim.places[side] else measures,
+            f"{where}{'' if side == 'where' else f'{side}.'}measure",
+        )
     ]
+    for side, at in claim.places.items():
+        columns = places_of().get(claim.measures[side], ())
+        key = f"{where}{'' if side == 'where' else f'{side}.'}at"
+        problems += _unknown_keys([*at], [*columns], key) if columns else []
     return problems + [
         problem for key, wanted in claim.sides.items() for problem in unknown_runs(wanted, runs, labels, key, where)
+    ]
+
+
+def _unreported(paper: Paper | None, claims: Sequence[Claim | None]) -> list[str]:
+    """A problem for each claim that names nothing which the paper reports."""
+    items, what = [item.item for item in paper.reports] if paper else [], "item of paper.reports"
+    return [
+        f"claim {number}: reported = {show(claim.reported)}: {plugins.unknown(what, claim.reported, items)}"
+        for number, claim in enumerate(claims, 1)
+        if claim and claim.reported is not None and claim.reported not in items
+    ]
+
+
+def _shown(tables: Sequence[Table | None], figures: Sequence[Figure | None]) -> list[str]:
+    """What the sweep's own tables and figures are called in its report."""
+    names = [table.title for table in tables if table]
+    own = [figure.name for figure in figures if figure]
+    return names + [
+        name if name not in own[:place] else f"{name}_{own[: place + 1].count(name)}" for place, name in enumerate(own)
     ]
 
 
@@ -486,6 +520,20 @@ def _all_measures(analyses: tuple[Any, ...]) -> Mapping[str, Measure]:
     return MappingProxyType(MEASURES | _layer_measures(analyses))
 
 
+@cache
+def places_of() -> dict[str, tuple[str, ...]]:
+    """Metric of ΔW, and what chance gives for it -> the columns that tell its values apart: what `at` may name."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in plugins.names("analyses"):
+        analysis: Any = plugins.plugin_class("analyses", name)
+        numbers = {*analysis.values, *(text for texts in analysis.values.values() for text in texts)}
+        columns = [*LAYERS, *(PAIRS if analysis.is_of_pairs() else ()), *COLUMNS, *analysis.columns]
+        columns = [key for key in columns if key not in {*numbers, "metric", "value", "null", "null_std"}]
+        metrics = [*analysis.metrics, *analysis.values]
+        found |= dict.fromkeys((f"{name}.{key}{end}" for key in metrics for end in ("", NULL)), tuple(columns))
+    return found
+
+
 def _layer_measures(analyses: Iterable[Any]) -> dict[str, Measure]:
     found: dict[str, Measure] = {}
     for analysis in analyses:
@@ -495,7 +543,7 @@ def _layer_measures(analyses: Iterable[Any]) -> dict[str, Measure]:
     return found
 
 
-def _why(value: str, known: Mapping[str, Measure]) -> str:
+def _why(value: str, known: Mapping[str, Any]) -> str:
     found = find(value)
     is_written = any(metric in value for metric in METRICS) and found is not None
     if found is not None and value.startswith(("forgetting", "retain_", "drift_retain", "kl_retain")):
@@ -508,7 +556,7 @@ def _why(value: str, known: Mapping[str, Measure]) -> str:
 UNMEASURED = "is measured by no run of this sweep, or cannot be used here (answers: see task.generate.splits)"
 
 
-def unknown_measures(values: list[str], known: Mapping[str, Measure], where: str) -> list[str]:
+def unknown_measures(values: list[str], known: Mapping[str, Any], where: str) -> list[str]:
     return [f"{where} = {show(value)}: {_why(value, known)}" for value in values if value not in known]
 
 

@@ -342,7 +342,7 @@ def tables_of(rows: dict[tuple[str, ...], Any], jobs: list[Job], known: Any) -> 
 @pytest.fixture
 def light(monkeypatch, rows):
     """Nothing is computed or waited for; gives what says whether figures are drawn, and rendered."""
-    save_rendered, render, draw = drawing.save, FigureCanvasAgg.draw, outputs._draw
+    save_rendered, render, draw = drawing.save, FigureCanvasAgg.draw, outputs.draw_figure
 
     def save(figure: Any, stem: Path) -> list[Path]:
         files = [stem.with_suffix(".pdf"), stem.with_suffix(".png")]
@@ -353,7 +353,7 @@ def light(monkeypatch, rows):
         return files
 
     def set_drawing(drawn: bool, rendered: bool) -> None:
-        monkeypatch.setattr(outputs, "_draw", draw if drawn else lambda *_: None)
+        monkeypatch.setattr(outputs, "draw_figure", draw if drawn else lambda *_: None)
         monkeypatch.setattr(drawing, "save", save_rendered if rendered else save)
         monkeypatch.setattr(FigureCanvasAgg, "draw", render if rendered else lambda self, *_: None)
 

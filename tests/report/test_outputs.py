@@ -214,7 +214,7 @@ def test_a_damaged_manifest_ends_nothing(bare, tmp_path, text):
 
 
 def test_curves_stand_in_every_report_and_unstable_runs_are_named(light, page, tmp_path):
-    assert [*outputs._figures(light)] == ["rank_quality", "curves"] and "Nothing to draw" not in page
+    assert [*outputs.named_figures(light)] == ["rank_quality", "curves"] and "Nothing to draw" not in page
     logged = synthetic.make_logged(tmp_path / "store")
     asked = dataclasses.replace(logged, sweep=dataclasses.replace(logged.sweep, figures=(SurvivalCurves(),)))
     files = {file.name for file in write_report(asked, tmp_path).files}

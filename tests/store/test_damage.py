@@ -157,7 +157,7 @@ def without_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_Launch, "go", go)
     monkeypatch.setattr(analyze, "analyze", lambda *_, **__: {})
-    monkeypatch.setattr(outputs, "_figures", lambda _: {})
+    monkeypatch.setattr(outputs, "named_figures", lambda _: {})
 
 
 class Case:

@@ -1,0 +1,163 @@
+"""The page of published figures made again, from made-up results; and claims of places in an analysis' table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorabench.cli import main
+from lorabench.report.claims import FAILS, HOLDS, judge
+from lorabench.report.outputs import write_report
+from lorabench.report.papers import papers_page, repeated
+from lorabench.report.results import Results
+from lorabench.report.update_metrics import at_place
+from lorabench.spec.claim import Claim
+from tests import synthetic
+
+CLAIM = '[[claim]]\nsays = "{says}"\nmeasure = "valid_loss"\nwhere = {{ method.rank = {rank} }}\n{bound}\n{reported}\n'
+PAPER = """
+[[figure]]
+name = "rank_quality"
+[paper]
+title = "LoRA <again>"
+source = "Hu et al. 2021"
+[[paper.reports]]
+item = "Table 6"
+says = "Rank one suffices."
+caption = "Accuracy (%)"
+numbers = [["r = 1", "r = 64"], [73.4, 73.5]]
+shown_by = ["valid_loss-method_rank", "rank_quality"]
+[[paper.reports]]
+item = "Section 9"
+says = "It never fails."
+"""
+RUNS = """# Question: what?
+[base]
+model = "builtin:tiny-llama"
+task.name = "text"
+task.data = "builtin:python-code"
+seed = [0, 1, 2]
+method.name = "lora"
+method.rank = [4, 16]
+[[table]]
+rows = ["method.name"]
+columns = "method.rank"
+value = "valid_loss"
+"""
+TEXT = RUNS + "".join([
+    CLAIM.format(says="it learns", rank=16, bound="at_most = 99", reported='reported = "Table 6"'),
+    CLAIM.format(says="it learns all", rank=16, bound="at_most = 0.001", reported='reported = "Table 6"'),
+    CLAIM.format(says="by the way", rank=4, bound="at_most = 99", reported=""), PAPER,
+])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return synthetic.make(tmp_path_factory.mktemp("store"), TEXT, analyzed=False)
+
+
+def test_each_report_stands_beside_its_tables_figures_and_verdicts(results: Results) -> None:
+    assert results.sweep.paper
+    found = repeated(results, results.sweep.paper)
+    table, section = found.shown
+    assert [row[0] for row in table.beside.claims] == ["it learns", "it learns all"]
+    assert (table.beside.shows, table.beside.counts) == ("not the same", "1 holds, 1 does not hold")
+    assert section.beside.shows == "not put to the test" and not section.figures
+    assert [figure.name for figure in table.figures] == ["quickstart-rank_quality"] and len(table.tables) == 1
+    assert found.errors == {} and sum(found.counts.values()) == found.num_runs == len(results.runs)
+    page = papers_page([found])
+    assert "LoRA &lt;again&gt;" in page and "<again>" not in page
+    assert page.count('alt="quickstart-rank_quality"') == 1 and "73.4" in page and "It never fails." in page
+    assert "by the way" not in page
+
+
+def test_the_sweeps_own_report_has_it_beside_the_figure(results: Results, tmp_path: Path) -> None:
+    write_report(results, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.index("It never fails.") < page.index('id="figure-rank_quality"') < page.index("Rank one suffices.")
+    assert page.count("Rank one suffices.") == 2 + 1, "beside the figure, beside the table, in the sweep file"
+
+
+def run(store: Path, *words: str) -> int:
+    return main(["paper", str(store), *words])
+
+
+def test_the_command_writes_the_page_and_its_verdicts_decide(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    synthetic.make(tmp_path, TEXT, analyzed=False)
+    (tmp_path / "mine.toml").write_text(TEXT)
+    assert run(tmp_path, str(tmp_path / "mine.toml"), "--json") == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert told["title"] == "LoRA <again>" and told["reports"][0]["shows"] == "not the same"
+    assert [claim["Verdict"] for claim in told["reports"][0]["claims"]] == [HOLDS, FAILS]
+    assert (tmp_path / "papers.html").is_file() and (tmp_path / "mine" / "report.html").is_file()
+    assert run(tmp_path, "--html", str(tmp_path / "own.html"), "--check") == 1, "of all with a [paper], and one fails"
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'own.html'}\n" and err.endswith("does not hold: it learns all\n")
+
+
+def test_what_has_no_paper_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "plain.toml").write_text(RUNS)
+    assert run(tmp_path, str(tmp_path / "plain.toml")) == 2
+    assert "has no [paper] section" in capsys.readouterr().err
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "sweep.toml").write_text(RUNS)
+    assert run(tmp_path) == 2 and "holds no sweep with a [paper] section" in capsys.readouterr().err
+    assert run(tmp_path / "none") == 2 and "no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("measure", "at"),
+    [
+        ("subspace.phi", {"axis": "method.rank", "value_a": 4, "value_b": 64, "i": 1, "j": [1, 2], "side": "input"}),
+        ("subspace.phi:null", {"axis": "seed", "i": 2, "j": 3, "kind": "q_proj"}),
+        ("intruders.count", {"epsilon": 0.3, "k": 10}),
+        ("intruders.count:null", {"epsilon": [0.3, 0.5], "k": 5}),
+    ],
+)
+def test_a_place_is_the_mean_of_its_rows(measure: str, at: dict[str, Any], whole: Results) -> None:
+    """Counted by hand, row by row, over the runs that are compared."""
+    name, _, metric = measure.removesuffix(":null").partition(".")
+    column = {"phi": "chance" if measure.endswith(":null") else "phi"}.get(
+        metric, "null" if ":" in measure else "value"
+    )
+    by_hand: dict[str, list[float]] = {}
+    compared, frame = set(whole.selection.done.index), whole.analyses[name]
+    wanted = {key: value if isinstance(value, list) else [value] for key, value in at.items()}
+    runs = [key for key in ("run_id", "run_a", "run_b") if key in frame]
+    fixed = {"metric": [metric]} if "metric" in frame else {}
+    for row in zip(*(frame[key] for key in [*wanted, *fixed, *runs, column]), strict=True):
+        *places, value = row
+        fits = all(map(_is_one_of, places, (wanted | fixed).values()))
+        own = places[-len(runs) :]
+        if fits and set(own) <= compared:
+            by_hand.setdefault(own[0], []).append(value)
+    found = at_place(whole, measure, at)
+    assert by_hand and found.to_dict() == pytest.approx({run: sum(all_) / len(all_) for run, all_ in by_hand.items()})
+
+
+def _is_one_of(value: Any, wanted: list[Any]) -> bool:
+    return any(abs(value - item) < 1e-6 if isinstance(item, float) else value == item for item in wanted)
+
+
+@pytest.fixture
+def whole() -> Results:
+    return synthetic.shared()
+
+
+def test_a_claim_of_a_place_is_judged_over_seeds_and_chance_can_stand_against_it(whole: Results) -> None:
+    at = {"axis": "method.rank", "value_a": 4, "value_b": 64, "i": 1, "j": 1, "side": "input"}
+    own = {"quantization": "none"}
+    held = own | {"measure": "subspace.phi:null"}
+    claim = Claim(says="so", measure="subspace.phi", where=own, at=at, at_least=0, minus=held)
+    found = judge(claim, whole)
+    phi, chance = (at_place(whole.of(own), name, at) for name in ("subspace.phi", "subspace.phi:null"))
+    assert found.estimate and found.estimate.value == pytest.approx(
+        (phi - chance).groupby(whole.runs["seed"]).mean().mean()
+    )
+    nothing = judge(Claim(says="so", measure="subspace.phi", at={"axis": "nothing"}, at_least=0), whole)
+    assert nothing.why == 'no run of "where" is done and has the measure'
