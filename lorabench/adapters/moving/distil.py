@@ -301,6 +301,8 @@ class Distiller:
             self.note(f"train {what}: {spec.steps} steps")
             status = execute(spec, self.store, Options(device=str(self.device)))
             record = self.store.read(spec.id)
+            if status == Status.CANCELLED:  # a signal: it goes on from its checkpoint
+                raise KeyboardInterrupt
             if status != Status.DONE or record is None:
                 error = (record.error if record else None) or f"see {show_path(self.store.folder(spec.id) / 'log.txt')}"
                 raise InputError(f"{BY_DATA}: {what}, {spec.id}, has ended as {status}: {clip(error)}")
