@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,7 @@ from lorabench.training.examples import Examples, prepare_stages, read_usable
 from lorabench.training.execute import Options, execute
 from lorabench.training.generation import answers
 from lorabench.training.objectives.supervised import Supervised
+from lorabench.updates.update import Update
 
 ATTEMPTS = 20
 HELD_OUT = 5
@@ -83,6 +84,8 @@ class Distiller:
         )  # fmt: skip
         self.task = task
         self.store = Store(self.folder)
+        if subject.own:  # the new adapter is of the same method: found out before anything is trained
+            _check_factors(subject, updates_of(subject, self.transfer.source))
 
     def moved(self) -> tuple[list[Moved], dict[str, Any]]:
         """The new adapter's ΔW, and what its record says of how it came about."""
@@ -92,9 +95,7 @@ class Distiller:
         record = self._train(spec, "the new adapter")
         student = open_subject(self.store, record.run_id)
         modules = list(updates_of(student, self.transfer.target))
-        dense = next((update for update in modules if update.A is None), None)
-        if dense is not None:
-            raise InputError(f"{self.transfer.subject.name}: {dense.layer}: is no product of two factors")
+        _check_factors(student, modules)
         moved = [Moved(partner=each.layer, B=each.B, A=each.A, row={}) for each in modules if each.A is not None]
         return moved, known | {"student": record.run_id, "steps": spec.steps, "lr": spec.lr}
 
@@ -315,3 +316,9 @@ class Distiller:
         for split, rows in (("validation", validation), ("train", train)):
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write_bytes(self.folder / name / f"{split}.jsonl", lines.encode())
+
+
+def _check_factors(subject: Subject, updates: Iterable[Update]) -> None:
+    dense = next((update for update in updates if update.A is None), None)
+    if dense is not None:
+        raise InputError(f"--by {BY_DATA}: {subject.name}: {dense.layer}: ΔW is no product of two factors")

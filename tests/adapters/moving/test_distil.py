@@ -177,12 +177,14 @@ def test_prompts_are_a_set() -> None:
 
 def test_what_is_refused(study, tiny_bases, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, spec, *_ = study
-    text, short = (make_spec(model=tiny_bases["llama"], steps=1, **more) for more in ({}, {"task": SUMS}))
-    for each in (text, short):
+    changes = ({}, {"task": SUMS}, {"task": SUMS, "method": {"name": "lora", "dora": True}})
+    text, short, dora = (make_spec(model=tiny_bases["llama"], steps=1, **more) for more in changes)
+    for each in (text, short, dora):
         assert execute(each, store, Options(log_to_file=False, device="cpu")) == Status.DONE
     data, to = ["--by", "trans-lora"], ["--to", tiny_bases["gpt2"], "-o", str(tmp_path / "out")]
     cases = {
         "makes prompts to answer, as task completion has them": [text.id, *data],
+        "ΔW is no product of two factors": [dora.id, *data],
         "--set prompts: is of --by trans-lora alone": [spec.id, "--set", "prompts=3"],
         "--set prompt = 3: unknown key": [spec.id, *data, "--set", "prompt=3"],
         "--set prompts = 1": [spec.id, *data, "--set", "prompts=1"],
