@@ -11,6 +11,8 @@ from lorabench.api.results import SweepResults, find
 
 if TYPE_CHECKING:
     from lorabench.report.freshness import SweepFile
+    from lorabench.report.results import Results
+    from lorabench.report.typeset import Sheet
     from lorabench.spec.source import Source
     from lorabench.spec.sweep import Sweep
     from lorabench.store.store import Store
@@ -74,11 +76,26 @@ def _write(store: Store, made: SweepResults, workers: int | None) -> None:
     results = attempt("analyses", lambda: load_results(store, sweep, compute, states))
     if not isinstance(results, Results):
         results = load_results(store, sweep, None, states)
+    further = attempt("transfers", lambda: _moved(store, results, attempt.errors))
     kept = attempt("kept results", lambda: kept_parts(store, [spec.id for spec in sweep.runs]))
     made.analyzed = replace(results, unread=made.unread, broken=attempt.errors)
-    report = write_report(made.analyzed, made.folder, kept if isinstance(kept, list) else ())
+    sections, tables = kept if isinstance(kept, list) else (), further if isinstance(further, list) else ()
+    report = write_report(made.analyzed, made.folder, sections, tables)
     made.files, made.errors = report.files, report.errors
     if made.whole:
         write_stamp(store, sweep, key, report.files)
     else:  # the next call looks again, and says so again
         remove_stamp(store, sweep)
+
+
+def _moved(store: Store, results: Results, errors: dict[str, str]) -> list[Sheet]:
+    """Tables of what [[transfer]] asks for, moved now where it is not yet; why some is not goes to the `errors`."""
+    if not results.sweep.moves:
+        return []
+    from lorabench.adapters.moving.moved_sheets import moved_sheets
+    from lorabench.adapters.moving.stage import move_runs
+    from lorabench.terminal.text import talk
+
+    moves = move_runs(store, results, "auto", talk)
+    errors |= moves.errors
+    return moved_sheets(results, moves)

@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -96,8 +96,9 @@ class Report:
     errors: dict[str, str] = field(default_factory=dict)
 
 
-def write_report(results: Results, folder: Path, kept: Sequence[Part] = ()) -> Report:
-    """Write `tables/`, `figures/`, `sweep.toml` and `report.html` below `folder`; `kept` has sections of its own.
+def write_report(results: Results, folder: Path, kept: Sequence[Part] = (), further: Sequence[Sheet] = ()) -> Report:
+    """Write `tables/`, `figures/`, `sweep.toml` and `report.html` below `folder`; `kept` has sections of its own, and
+    `further` tables stand behind the sweep's.
 
     The same results give the same bytes, since nothing tells when or where the report was made; where the files are
     there already, made of the same results by the same code, they stay. Files of an earlier report that this one no
@@ -106,12 +107,13 @@ def write_report(results: Results, folder: Path, kept: Sequence[Part] = ()) -> R
     attempt = Attempts()
     answers = attempt("answers", lambda: read_answers(results))
     details = attempt("run details", lambda: run_details(results))
-    inputs = attempt("digest", lambda: _digest(results, [answers, details, *kept]))
+    rows = [[sheet.name, sheet.rows, sheet.notes] for sheet in further]
+    inputs = attempt("digest", lambda: _digest(results, [answers, details, *kept, rows]))
     before = _read_manifest(folder)
     there = [file for name in before.files if (file := _own_file(folder, name))]
     if before.inputs == inputs and len(there) == len(before.files):
         return Report(files=there, errors=_named(results.broken))
-    more = {"answers": answers, "details": details, "kept": list(kept)}
+    more = {"answers": answers, "details": details, "kept": list(kept), "further": list(further)}
     more = {name: value for name, value in more.items() if not isinstance(value, Broken)}
     made = attempt("report", lambda: _write(results, more, folder, attempt))
     files = [_write_page(results, folder, attempt)] if isinstance(made, Broken) else made
@@ -130,6 +132,8 @@ def _named(broken: dict[str, str]) -> dict[str, str]:
 def _write(results: Results, more: dict[str, Any], folder: Path, attempt: Attempts) -> list[Path]:
     """`more`: fields of `Content` that are made already."""
     summary, *tables = build_tables(results, attempt)
+    taken = [sheet.name for sheet in tables]
+    tables += [replace(sheet, name=distinct(sheet.name, taken)) for sheet in more.pop("further", [])]
     name = distinct("changes", [sheet.name for sheet in tables])
     changes = attempt("table changes", lambda: changes_sheet(results, selected(results), name))
     claims = attempt("table claims", lambda: claims_sheet(results))

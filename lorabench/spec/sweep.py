@@ -21,10 +21,11 @@ from lorabench.spec.claim import CHOSEN, NULL, Claim, matches
 from lorabench.spec.figure import Figure
 from lorabench.spec.generate import ENDS, METRICS
 from lorabench.spec.measures import MEASURES, OWN, Measure, find, is_shared_in_a_pack, of_sets
+from lorabench.spec.move import Move
 from lorabench.spec.paper import Paper, read_paper
 from lorabench.spec.run_spec import UNNAMED, RunSpec, canonical_json, flatten, is_tables, unflatten
 
-SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure", "claim", "paper"]
+SECTIONS = ["name", "base", "grid", "exclude", "select", "table", "figure", "claim", "transfer", "paper"]
 
 LIST = ".generate.metrics"
 """How a key ends whose value is a list."""
@@ -98,6 +99,8 @@ class Sweep:
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
     claims: tuple[Claim, ...] = ()
+    moves: tuple[Move, ...] = ()
+    """Of [[transfer]]: what is moved to another base once its runs are done."""
     paper: Paper | None = None
     """The publication that it repeats a part of."""
 
@@ -168,6 +171,10 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
         for i, c in enumerate(_blocks(table, "claim", problems), 1)
     ]
     chosen = {CHOSEN: Measure("", None, "what [select] chooses", "counts")} if select and select.over == CHOSEN else {}
+    moves = [
+        _collect(problems, lambda m=m, i=i: decode(Move, m, f"transfer {i}: "))
+        for i, m in enumerate(_blocks(table, "transfer", problems), 1)
+    ]
     for number, claim in enumerate(claims if runs else (), 1):
         problems += _untestable(claim, runs, labels, {**measures, **chosen}, f"claim {number}: ") if claim else []
         problems += [f"claim {number}: {text}" for text in (claim.senseless() if claim and not stored else ())]
@@ -178,7 +185,7 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
     problems += _pooled(labels, runs, over | {"seed", select.over if select else "seed"})
     for number, figure in enumerate(figures, 1):
         problems += unknown_measures(figure.measures if figure else [], measures, f"figure {number}: figure")
-    for kind, shown in {"table": tables, "figure": figures}.items():
+    for kind, shown in {"table": tables, "figure": figures, "transfer": moves}.items():
         for number, each in enumerate(shown if runs else (), 1):
             problems += unknown_runs(each.where, runs, labels, "where", f"{kind} {number}: ") if each else []
             problems += _unknown_values(each.where, runs, labels, f"{kind} {number}: ") if each and not stored else []
@@ -189,7 +196,7 @@ def parse_sweep(table: dict[str, Any], text: str = "", default_name: str = "swee
         raise InputError(_once(problems))
     return Sweep(
         name=name, text=text, runs=tuple(runs), zips=tuple(zips), labels=labels, given=given, select=select,
-        tables=tuple(tables), figures=tuple(figures), claims=tuple(claims), paper=paper,
+        tables=tuple(tables), figures=tuple(figures), claims=tuple(claims), moves=tuple(moves), paper=paper,
     )  # fmt: skip
 
 

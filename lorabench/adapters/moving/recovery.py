@@ -54,8 +54,8 @@ class Recovery:
             MOVED: (self.new, (each.update for each in moved)),
             RANDOM: (self.new, random),
         }
-        if all(each.row["shape"] == each.row["new_shape"] for each in moved):
-            wanted[COPIED] = self.new, self._copies(moved)
+        if self.transfer.fits:
+            wanted[COPIED] = self.new, self._copies()
         if trained is not None:
             wanted[TRAINED] = self.new, updates_of(trained, self.transfer.target)
         wanted |= {OLD_BASE: (self.old, ()), OLD: (self.old, updates_of(self.transfer.subject, self.transfer.source))}
@@ -65,8 +65,8 @@ class Recovery:
             note(f"[{number}/{len(wanted)}] {name}: loss {mean(found[name]):.4g}")
         return found
 
-    def _copies(self, moved: Sequence[Moved]) -> Iterable[Update]:
-        partners = {each.row["layer"]: each.partner for each in moved}
+    def _copies(self) -> Iterable[Update]:
+        partners = self.transfer.fits
         for update in updates_of(self.transfer.subject, self.transfer.source):
             if update.layer in partners:
                 yield replace(update, parameter=f"{partners[update.layer]}.weight")

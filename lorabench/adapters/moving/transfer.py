@@ -24,6 +24,7 @@ from lorabench.config.decode import InputError
 from lorabench.config.plugins import unknown
 from lorabench.config.quote import clip, show_path
 from lorabench.linalg.decompose import ThinSVD, one_thread, thin_svd
+from lorabench.spec.move import BY_DATA
 from lorabench.updates.layer import layer_kind
 from lorabench.updates.locate import weights_path
 from lorabench.updates.modules import Modules
@@ -62,8 +63,9 @@ class Transfer:
     """
 
     def __init__(self, subject: Subject, to: str, source: str | None, by: str, rank: int):
-        if by not in WAYS:
-            raise InputError(f"--by {clip(by)}: {unknown('way', by, list(WAYS))}")
+        ways = [*WAYS, BY_DATA]
+        if by not in ways:
+            raise InputError(f"--by {clip(by)}: {unknown('way', by, ways)}")
         self.to, self.by, self.rank = to, by, rank
         self.source_name, self.revision = _base_of(subject, source)
         self.source = _weight_files(self.source_name, self.revision, "--from")
@@ -76,6 +78,10 @@ class Transfer:
     def modules(self) -> Modules:
         return modules_of(self.subject)
 
+    @property
+    def by_data(self) -> bool:
+        return self.by == BY_DATA
+
     @cached_property
     def entries(self) -> dict[str, tuple[Entry, str]]:
         """Module of the old base -> its ΔW, and the module of the new one; what is not moved stands in `left_out`.
@@ -84,6 +90,21 @@ class Transfer:
         """
         if self.subject.config.get("use_dora"):
             raise InputError(f"{self.subject.name}: is DoRA, {NO_PRODUCT}")
+        if not self._pairs:
+            some = next(iter(self.left_out.items()))
+            raise InputError(f"--to {clip(self.to)}: takes no layer of {self.subject.name}: {some[0]} {some[1]}")
+        return self._pairs
+
+    @cached_property
+    def fits(self) -> dict[str, str]:
+        """Module of the old base -> module of the new one, where each has the shape of its partner: then ΔW can be put
+        there as it is. Else empty."""
+        pairs = {old: new for old, (_, new) in self._pairs.items()}
+        shape = lambda weights, module: weights.stored_shape(f"{module}.weight")  # noqa: E731
+        return pairs if all(shape(self.source, old) == shape(self.target, new) for old, new in pairs.items()) else {}
+
+    @cached_property
+    def _pairs(self) -> dict[str, tuple[Entry, str]]:
         modules, partners = self.modules, Partners(self.source, self.target)
         carried = saved_whole(modules)
         self.left_out |= dict.fromkeys(sorted(carried.beside.tensors), "was saved whole, and is not moved")
@@ -101,9 +122,6 @@ class Transfer:
                 self.left_out[parameter] = "has no partner in the new base" if partner is None else TAKEN
             else:
                 found[module] = entry, partner.removesuffix(".weight")
-        if not found:
-            some = next(iter(self.left_out.items()))
-            raise InputError(f"--to {clip(self.to)}: takes no layer of {self.subject.name}: {some[0]} {some[1]}")
         return found
 
     def layers(self) -> Iterator[Moved]:

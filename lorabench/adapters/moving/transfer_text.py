@@ -11,6 +11,7 @@ from lorabench.report.page import Part
 from lorabench.terminal.text import TextTable
 
 KEPT = "Medians over the n layers of a kind; in brackets: random updates with ΔW's singular values, moved likewise"
+DISTILLED = "What the new adapter has learned from: made prompts that the discriminator takes for the task's"
 SHARES = {"kept": "kept", "overlap_out": "overlap out", "overlap_in": "overlap in"}
 MOST = 4
 """Layers that are named of those left out for one reason."""
@@ -49,6 +50,24 @@ def kept_table(rows: Sequence[dict[str, Any]]) -> TextTable:
     return TextTable(title=KEPT, heads=heads, rows=table)
 
 
+def distilled_table(told: dict[str, Any]) -> TextTable:
+    """What `trans-lora` has distilled on."""
+    accuracy = f"{number(100 * told['discriminator_accuracy'], 0)}%"
+    low, high = (number(100 * end, 0) for end in told["discriminator_interval"])
+    row = {
+        "prompts made": told["prompts_made"],
+        "without end": told["prompts_without_end"],
+        "repeated": told["prompts_repeated"],
+        "kept": told["prompts_kept"],
+        "share": f"{number(100 * told['kept_share'], 0)}%",
+        "discriminator is right": accuracy,
+        "[95%]": f"[{low}, {high}]",
+        "of": told["discriminator_held_out"],
+        "steps": told["steps"],
+    }
+    return TextTable(title=DISTILLED, heads=[*row], rows=[row])
+
+
 def losses_table(rows: Sequence[dict[str, Any]]) -> TextTable:
     """A row a model: its loss, its gain over its base, and that as a share of the reference's."""
     table = [
@@ -78,6 +97,9 @@ def remarks(found: dict[str, Any]) -> list[str]:
         f"left out: {', '.join(layers[:MOST])}{f', … ({len(layers)} in all)' if len(layers) > MOST else ''}: {reason}"
         for reason, layers in reasons.items()
     ]
+    told = found.get("distilled")
+    if told and told["prompts_kept"] < told["prompts_wanted"]:
+        lines.append(f"only {told['prompts_kept']} of {told['prompts_wanted']} prompts that were wanted are kept")
     unknown = sum(not row["signs_known"] for row in found["layers"])
     if unknown:
         lines.append(
@@ -97,14 +119,18 @@ def remarks(found: dict[str, Any]) -> list[str]:
 
 
 def transfer_text(found: dict[str, Any]) -> str:
-    tables = [kept_table(found["layers"]), *([losses_table(found["losses"])] if found["losses"] else [])]
-    return "\n\n".join(filter(None, [*(table.text for table in tables), "\n".join(remarks(found))]))
+    return "\n\n".join(filter(None, [*(table.text for table in _tables(found)), "\n".join(remarks(found))]))
 
 
 def transfer_part(found: dict[str, Any]) -> Part:
     """A page's section of one moved adapter."""
-    tables = [kept_table(found["layers"]), *([losses_table(found["losses"])] if found["losses"] else [])]
-    return Part(title=f"{found['adapter']} on {found['to']}", tables=tables, notes=remarks(found))
+    return Part(title=f"{found['adapter']} on {found['to']}", tables=_tables(found), notes=remarks(found))
+
+
+def _tables(found: dict[str, Any]) -> list[TextTable]:
+    told = found.get("distilled")
+    about = distilled_table(told) if told else kept_table(found["layers"])
+    return [about, *([losses_table(found["losses"])] if found["losses"] else [])]
 
 
 def _chance(head: str) -> str:
