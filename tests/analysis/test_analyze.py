@@ -99,6 +99,7 @@ def write_run(store, spec, status=Status.DONE):
             status=status,
             files=files,
             drift={layer: {"task": 0.02, "task_null": 0.01} for layer in LAYERS},
+            movement={} if spec.method.name == "full" else {layer: {"moved_A": 0.5} for layer in LAYERS},
             provenance={"gradients": gradients.name},
         )
     )
@@ -373,7 +374,7 @@ def test_a_corrupt_run_is_noted_and_left_out(store, sweep, damage, message):
     assert list(unread) == [bad.id] and message in unread[bad.id]
     for name, frame in frames.items():
         runs = {*frame.get("run_id", []), *frame.get("run_a", []), *frame.get("run_b", [])}
-        of_factors = {spec.id for spec in sweep.runs if name != "factors" or spec.method.name != "full"}
+        of_factors = {spec.id for spec in sweep.runs if name not in ("factors", "movement") or spec.method.name != "full"}
         assert runs == of_factors - {bad.id}, name
     assert not list(store.root.rglob("*.tmp")) and not list(store.folder(bad.id).rglob("*.parquet"))
 
