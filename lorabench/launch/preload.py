@@ -94,6 +94,7 @@ class _Compiler(ModuleType):
         super().__init__(spec.name)
         self.__spec__, self.__path__ = spec, list(spec.submodule_search_locations or ())
         self._marked: list[tuple[str, Callable[..., Any]]] = []
+        self.trace_rules = _Rules(self)
         self._parts = _Parts(self)
         sys.modules[self.__name__] = self
         sys.meta_path.insert(0, self._parts)
@@ -133,6 +134,22 @@ class _Compiler(ModuleType):
     def allow_in_graph(self, function: Callable[..., Any]) -> Callable[..., Any]:
         self._marked.append(("allow_in_graph", function))
         return function
+
+
+class _Rules:
+    """Stands for the compiler's `trace_rules`: when a group of processes begins, torch has them forget what they have
+    kept of functions. Nothing is kept where there is no compiler, which takes a second of each process."""
+
+    def __init__(self, stand_in: _Compiler):
+        self._stand_in = stand_in
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stand_in.compiler().trace_rules, name)
+
+    def clear_lru_cache(self) -> None:
+        compiler = sys.modules[self._stand_in.__name__]
+        if compiler is not self._stand_in:
+            compiler.trace_rules.clear_lru_cache()
 
 
 class _Parts(MetaPathFinder):

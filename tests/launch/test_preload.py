@@ -31,10 +31,14 @@ weight = torch.nn.Parameter(torch.ones(2))
 optimizer = torch.optim.AdamW([weight])
 disabled(weight).sum().backward()
 optimizer.step()
+rules = torch._dynamo.trace_rules
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 assert [disabled(2), later(2), constant(2)] == [6, 6, 6] and not is_there(), "imported too early"
 traced = torch.compile(lambda x: disabled(x) + 1, backend="eager")
 assert traced(torch.ones(1)).item() == 4 and is_there()
 assert torch._dynamo.__spec__.name == "torch._dynamo" and triple._dynamo_marked_constant
+assert rules.check is torch._dynamo.trace_rules.check and torch._dynamo.trace_rules.__spec__ is not None
+rules.clear_lru_cache()
 try:
     torch.compile(lambda x: disabled(x) + 1, backend="eager", fullgraph=True)(torch.ones(1))
 except torch._dynamo.exc.Unsupported:
