@@ -87,12 +87,13 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def impatient() -> Iterator[None]:
     """A claim that seems dead is looked at again at once, no file waits for the disk (a run has two dozen that would),
-    and the device's peak is measured by small products alone, which every run adds some of. Patched apart: many a test
-    undoes what its own `monkeypatch` has done, and runs on."""
+    the device's peak is measured by small products alone, which every run adds some of, and a race ends after its
+    fewest rounds. Patched apart: many a test undoes what its own `monkeypatch` has done, and runs on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda _: None)
         patch.setattr("lorabench.store.claim.LOOK_AGAIN_SECONDS", 0.05)
         patch.setattr("lorabench.training.peak.SIZES", {"cpu": (256,)})
+        patch.setattr("lorabench.training.inference.SECONDS", 0.0)
         yield
 
 
