@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lorabench.models.copies import copied
+
 if TYPE_CHECKING:
-    from lorabench.models.copies import copied
-from lorabench.spec.method import Method
+    from lorabench.spec.method import Method
 
 _Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 Shape = tuple[int, ...]
