@@ -332,7 +332,7 @@ def tables_of(rows: dict[tuple[str, ...], Any], jobs: list[Job], known: Any) -> 
         table = next((rows[key] for key in either if key in rows), None)  # which may well have no rows
         targets = {method.get("targets") for method in methods}
         for part, layer in (("query", "q_proj"), ("mlp", "up_proj")):
-            if table is not None and part in targets:
+            if table and part in targets:  # one without rows has no columns either
                 table = table.filter([layer in name for name in table["layer"].to_pylist()])
         if table is not None:
             found[job] = table
