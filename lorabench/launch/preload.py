@@ -153,15 +153,16 @@ class _Rules:
 
 
 class _Parts(MetaPathFinder):
-    """Has all of the compiler imported before a part of it, but for the part of which transformers takes a class."""
+    """Has all of the compiler imported before a part of it, but for that of which transformers takes a class, and for
+    the settings, which tensors without numbers look at (FSDP's have some, at a second of each process)."""
 
-    APART = "torch._dynamo._trace_wrapped_higher_order_op"
+    APART = ("torch._dynamo._trace_wrapped_higher_order_op", "torch._dynamo.config")
 
     def __init__(self, stand_in: _Compiler):
         self.stand_in = stand_in
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name.startswith(f"{self.stand_in.__name__}.") and name != self.APART:
+        if name.startswith(f"{self.stand_in.__name__}.") and name not in self.APART:
             self.stand_in.compiler()
             if name in sys.modules:
                 return spec_from_loader(name, _Imported(sys.modules[name]))

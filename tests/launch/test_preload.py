@@ -32,12 +32,16 @@ optimizer = torch.optim.AdamW([weight])
 disabled(weight).sum().backward()
 optimizer.step()
 rules = torch._dynamo.trace_rules
+with torch._subclasses.FakeTensorMode():
+    assert torch.ones(2, 3).sum(0).shape == (3,)
+settings = torch._dynamo.config
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 assert [disabled(2), later(2), constant(2)] == [6, 6, 6] and not is_there(), "imported too early"
 traced = torch.compile(lambda x: disabled(x) + 1, backend="eager")
 assert traced(torch.ones(1)).item() == 4 and is_there()
 assert torch._dynamo.__spec__.name == "torch._dynamo" and triple._dynamo_marked_constant
 assert rules.check is torch._dynamo.trace_rules.check and torch._dynamo.trace_rules.__spec__ is not None
+assert torch._dynamo.config is settings and sys.modules["torch._dynamo.config"] is settings
 rules.clear_lru_cache()
 try:
     torch.compile(lambda x: disabled(x) + 1, backend="eager", fullgraph=True)(torch.ones(1))
