@@ -74,22 +74,30 @@ def seconds(call: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - used
 
 
-def dense_way(base: BaseLayer, delta: Tensor, tuned: Tuned) -> tuple[float, dict[str, float]]:
-    """SVDs of W0 and of W, and ΔW along every direction, as the papers' scripts have it."""
+def dense_way(base: BaseLayer, delta: Tensor, tuned: Tuned) -> tuple[dict[str, float], dict[str, float]]:
+    """SVDs of W0 and of W, and ΔW along every direction, as the papers' scripts have it: the largest error of `profile`
+    against the same in float64, as a share of the root mean square, and the seconds.
+
+    Along the last few directions, whose singular values are next to nothing, right vectors are told from rounding."""
     begun = time.perf_counter()
     U, _, Vh = torch.linalg.svd(base.weight, full_matrices=False)
     first = time.perf_counter() - begun
     torch.linalg.svd(base.weight + delta, full_matrices=False)
     second = time.perf_counter() - begun - first
-    response = torch.linalg.vector_norm(delta @ Vh.mT, dim=0)
+    torch.linalg.vector_norm(delta @ Vh.mT, dim=0)
     ((U.mT @ (base.weight + delta)) @ Vh.mT).diagonal()
     whole = time.perf_counter() - begun
+    *_, exact = torch.linalg.svd(base.weight.double(), full_matrices=False)  # of close ones float32 mixes the vectors
+    response = torch.linalg.vector_norm(delta.double() @ exact.mT, dim=0)
     _, _, chosen = directions(len(base.svd.S))
-    error = max(
-        float(abs(responses(tuned, each)["input"] - response[torch.from_numpy(each)].numpy()).max()) for each in chosen
-    )
+    errors: dict[str, float] = {"of_99_percent": 0.0, "of_the_smallest": 0.0}
+    for each in chosen:
+        found = abs(responses(tuned, each)["input"] - response[torch.from_numpy(each)].numpy())
+        for place, error in zip(each, found / float(response.square().mean().sqrt()), strict=True):
+            name = "of_99_percent" if place < 0.99 * len(response) else "of_the_smallest"
+            errors[name] = max(errors[name], float(error))
     times = {"svd_of_w0": first, "svd_of_w": second, "along_w0s_directions": whole - first - second}
-    return error / float(response.square().mean().sqrt()), times
+    return errors, times
 
 
 def base_weight(d: int) -> Tensor:
