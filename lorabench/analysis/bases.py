@@ -30,11 +30,14 @@ from lorabench.store.record import RunRecord
 from lorabench.updates.base import BaseLayer, Tuned, decompose, with_exact_top
 from lorabench.updates.layer import LayerSVD
 from lorabench.updates.old_experts import names_in_files
+from lorabench.updates.other_names import old_image_names
 from lorabench.updates.parts import Part, fused_name
 from lorabench.updates.tensorfile import TensorFile
 from lorabench.updates.weightfile import WeightFiles
 
 FOLDER = "bases"
+IMAGES = "AutoModelForImageClassification"
+"""What transformers loads as such has other names in its files than in the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,10 +115,15 @@ class Base:
         With `old_names` also by what files call experts that they do not keep stacked, as transformers 5 has them.
         """
         names = [*names_in_files(parameter), parameter] if old_names else [parameter]
+        if self.key.auto_class == IMAGES:
+            names += old_image_names(parameter)
         stored = next((name for name in names if self._weights.find(name)), None)
         if stored is None:
             return None
         weight = self._weights.read(stored).to(getattr(torch, self.key.dtype))
+        of_file = self._weights.stored_shape(stored)
+        if len(of_file) == 3 and of_file[0] == 1:  # a ViT's position embeddings: their ΔW is (t, d)
+            weight = weight.view(of_file[1:])
         if self.key.quantization != "none" and parameter.removesuffix(".weight") in self._quantized:
             weight = rounded(weight, self.key.quantization)
         return weight.float().contiguous()

@@ -19,20 +19,27 @@ from lorabench.spec.sweep import parse_sweep
 
 NUM_ROWS = 200
 """That are looked at."""
-MODELS = {"AutoModelForCausalLM": "builtin:tiny-llama", "AutoModelForSequenceClassification": "builtin:tiny-llama",
-          "AutoModelForSeq2SeqLM": "builtin:tiny-t5"}  # fmt: skip
+MODELS = {
+    "AutoModelForCausalLM": "builtin:tiny-llama",
+    "AutoModelForSequenceClassification": "builtin:tiny-llama",
+    "AutoModelForSeq2SeqLM": "builtin:tiny-t5",
+    "AutoModelForImageClassification": "builtin:tiny-vit",
+}
 """The transformers class that a task loads -> the built-in model that does, until one names another."""
 DATA = {
     "builtin:arithmetic": ("completion", "seq2seq"),
     "builtin:questions": ("chat", "classification", "multiple_choice", "regression"),
+    "builtin:digits-turned": ("image_classification",),
 }
 """Built-in data -> the tasks that read it where no data are named; any other reads running text."""
-ORDER = ("chat", "multiple_choice", "classification", "regression", "completion", "text")
+ORDER = ("image_classification", "chat", "multiple_choice", "classification", "regression", "completion", "text")
 """In which tasks are tried, the more particular first; others come behind."""
 
 Table = dict[str, str]
 """`data`, and `columns` of what has no header line: fields of any task."""
 HEADLESS = "columns = {} # the first line looks like a row, no header: call the columns what you like"
+
+SEQ_LEN = "seq_len = {} # tokens; what is longer is cut\n"
 
 TEXT = """\
 # Question: how near does LoRA come to full fine-tuning on {head}, and what rank does it need?
@@ -49,8 +56,7 @@ task.name = "{task}" # `lorabench list {task}` shows all of its fields
 task.data = {data} # without a validation split, 1 row in 20 is held out
 {fields}
 # task.max_train = 1000 # at most so many examples
-seq_len = {seq_len} # tokens; what is longer is cut
-batch_size = 8
+{seq_len}batch_size = 8
 steps = 100 # optimizer steps
 seed = [0, 1, 2] # for intervals
 
@@ -155,7 +161,7 @@ def _text(found: Guessed, table: Table, rows: list[Row], model: str, file: str) 
         task=name,
         data=toml(source),
         fields="\n".join(fields),
-        seq_len=128 if is_builtin else 256,
+        seq_len=SEQ_LEN.format(128 if is_builtin else 256) if found.task.unit == "tokens" else "",
         value="valid_accuracy" if "accuracy" in found.task.reports else "valid_loss",
     )
 

@@ -14,6 +14,7 @@ from lorabench.config.decode import InputError
 from lorabench.models import base_model
 from lorabench.models.weights import dequantized
 from lorabench.updates.base import KEEP, decompose
+from tests import families
 from tests.conftest import make_spec
 
 
@@ -43,6 +44,26 @@ def test_weights_are_those_of_the_loaded_model(tiny_bases, tmp_path, name, quant
         assert torch.equal(found, wanted) or (found.shape[0] == found.shape[1] and torch.equal(found, wanted.mT)), layer
         compared += 1
     assert compared > 8
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "swin", "convnext"])
+def test_weights_of_images_models_are_found_by_what_files_call_them(family, tmp_path):
+    """And convolutions are (out, in · height · width)."""
+    torch.manual_seed(0)
+    model = families.make(family, "cpu")
+    model.save_pretrained(tmp_path)
+    image_key = BaseKey(
+        model=str(tmp_path), revision=None, dtype="float32", quantization="none", auto_class=bases.IMAGES
+    )
+    base = Base(image_key, tmp_path / "cache")
+    layers = 0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or name.endswith("relative_position_bias_table"):
+            continue
+        wanted = parameter[0] if parameter.ndim == 3 else parameter.flatten(1)
+        assert torch.equal(base.weight(name), wanted.detach()), name
+        layers += name.endswith(("fc1.weight", "pwconv1.weight"))
+    assert layers == 2
 
 
 @pytest.mark.parametrize("name", ["builtin:tiny-llama", "gpt2"])
