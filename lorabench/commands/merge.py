@@ -73,7 +73,7 @@ ARGUMENTS = [
         "--density", "share of the entries that stay (default: 0.5)", type=number(float, 0), default=0.5, metavar="D"
     ),
     argument("--rank", "of a merge that ends in svd, or of ΔW itself", type=number(int, 1), metavar="R"),
-    argument("--output", "write the merge there (several: to BY below it)", type=Path, metavar="DIR"),
+    argument("-o --output", "write the merge there (several: to BY below it)", type=Path, metavar="DIR"),
     argument("--seed", "of DARE, one or several with commas (default: 0)", type=numbers(int), metavar="S"),
     RESULTS,
     DEVICE,

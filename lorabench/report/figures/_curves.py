@@ -88,7 +88,7 @@ def draw_curve(
 
 
 def draw_null(axes: Axes, rows: pd.DataFrame, x: str, y: str, color: str | dict[str, str]) -> None:
-    """What chance gives at each x, dashed; at a single x as a dash. Where there are `series`, a line and colour each."""
+    """What chance gives at each x, dashed; at a single x as a dash; where there are `series`, each in its colour."""
     if isinstance(color, str):
         rows, color = rows.assign(**{SERIES: ""}), {"": color}
     is_single = rows.groupby(SERIES)[x].transform("nunique") == 1

@@ -449,6 +449,7 @@ def test_what_is_tried_unasked_can_be_made_of_any_ranks(runs) -> None:
 def test_runs_are_found_by_what_their_ids_begin_with(runs) -> None:
     store, ids = runs
     assert find_run(store, ids["code"]) == find_run(store, ids["code"][:-2]) == ids["code"]
+    assert find_run(store, str(store.folder(ids["code"]))) == ids["code"]
     assert "runs begin so" in refusal(lambda: find_run(store, "lora-"))
     assert "unknown run 'zap'" in refusal(lambda: find_run(store, "zap"))
     assert "is not those" not in refusal(lambda: find_run(store, ""))
