@@ -95,9 +95,8 @@ def seconds(call: Callable[[], Any]) -> tuple[float, float]:
 
 
 def dense_way(base: BaseLayer, delta: Tensor, tuned: Tuned) -> tuple[dict[str, float], dict[str, float]]:
-    """SVDs of W0 and of W (of a sequence after each task), and ΔW along every direction, as the papers' scripts have it:
-    the largest error of `profile` against the same in float64, as a share of the root mean square, and the
-    seconds.
+    """SVDs of W0 and of W (of a sequence one a task), and ΔW along every direction, as the papers' scripts have it: the
+    largest error of `profile` against the same in float64, as a share of the root mean square, and the seconds.
 
     Along the last few directions, whose singular values are next to nothing, right vectors are told from rounding."""
     begun = time.perf_counter()
