@@ -59,6 +59,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/analysis.py
 	$(BIN)/python benchmarks/weights.py
+	$(BIN)/python benchmarks/ensemble.py
 	$(BIN)/python benchmarks/merging.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/store.py

@@ -93,6 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
         interference_table,
         merge_part,
         merge_table,
+        peft_note,
         with_changes,
     )
     from lorabench.adapters.merging.merged_files import merge_folders, write_merges
@@ -115,6 +116,8 @@ def main(arguments: argparse.Namespace) -> int:
             talk(f"left out: {line}: each task has its own")
     for each in written:
         talk(each.text)
+    for line in peft_note(wanted):
+        talk(line)
     tables = [merge_table(records, wanted), change_table(records, wanted), interference_table(pairs)]
     if arguments.html:
         from lorabench.report.page import parts_page

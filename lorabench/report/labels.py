@@ -7,8 +7,8 @@ from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from lorabench.spec.claim import NULL
+from lorabench.spec.known import known_measures
 from lorabench.spec.measures import Measure, find
-from lorabench.spec.sweep import known_measures
 from lorabench.terminal.text import one_line
 
 KEYS = {

@@ -482,6 +482,7 @@ def test_the_command(runs, tmp_path, capsys) -> None:
         "dare_linear",
     ]
     assert "±" in lines[-1] and "[4/6] linear" in err
+    assert err.count("dare_linear merges A and B apart, as PEFT does; what its paper defines") == 1
     assert [line.split()[0] for line in changes[1:]] == ["body", "linear", "dare_linear"] and "±" in changes[-1]
     assert [line.split()[:3] for line in pairs[2:]] == [[ids["code"], ids["docs"], m] for m in Interference.metrics]
     assert main([*command, "--json"]) == 0
