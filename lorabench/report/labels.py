@@ -63,7 +63,8 @@ WORDS = {
     "majority": "majority class",
     "flops": "FLOPs",
 }
-SPEAKING = ("label", "objective.name", "optimizer.name", "method.name", "quantization", "model", "method.targets",
+SPEAKING = ("label", "objective.name", "optimizer.name", "optimizer.type", "method.name", "method.type",
+            "quantization", "model", "method.targets",
             "task.name")  # fmt: skip
 """Keys whose values need no name beside them."""
 UNIT_SUFFIXES = ("_gib", "_seconds", "_bytes", "_joules")

@@ -241,6 +241,11 @@ def test_a_key_that_like_runs_lack_tells_them_apart() -> None:
         assert {*swept_keys([run.flat for run in sweep.runs])} == {f"method.{key}", "seed"}
 
 
+def test_the_name_of_a_bridge_stands_with_its_type() -> None:
+    sweep = parse(f'{BASE}[[grid]]\noptimizer = ["adamw", {{name = "torch", type = "Adagrad"}}]\n')
+    assert swept_keys([run.flat for run in sweep.runs]) == ["optimizer.name", "optimizer.type"]
+
+
 # ---------------------------------------------------------------- specs and their ids
 
 SPECS = st.fixed_dictionaries(
