@@ -16,7 +16,7 @@ from typing import Any
 
 from lorabench.analysis.bases import Bases
 from lorabench.analysis.jobs import SNAPSHOTS, UPDATES, Job, files_of
-from lorabench.analysis.tidy import Spool, to_table, write_table
+from lorabench.analysis.tidy import Spool, write_table
 from lorabench.config.decode import InputError
 from lorabench.config.digests import check_files, check_listing
 from lorabench.config.json_file import Unreadable
@@ -189,7 +189,7 @@ class _Work:
             rows = job.analysis.compute(*given)
         if rows:
             last = seen[job.runs[0]][-1]
-            self.spools[place].add(to_table(rows, {column: getattr(last, column) for column in LAYER_COLUMNS}))
+            self.spools[place].add(rows, {column: getattr(last, column) for column in LAYER_COLUMNS})
 
     def _given(self, job: Job, seen: dict[str, list[LayerSVD]], tuned: dict[str, Tuned | None]) -> list[Any]:
         """What the job's analysis is called with; empty where it does not apply to the layer."""
