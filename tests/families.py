@@ -64,6 +64,17 @@ CONFIGS: dict[str, partial[Any]] = {
                           linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"], **_SHARED),
     "gpt-oss": partial(t.GptOssConfig, num_local_experts=4, num_experts_per_tok=2, **_HEADED),
 }  # fmt: skip
+_SEEN = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 8,
+         "patch_size": 4}  # fmt: skip
+_STAGES = {"depths": [1, 1], "image_size": 8, "patch_size": 2, "drop_path_rate": 0.0}
+VISION: dict[str, partial[Any]] = {
+    "vit": partial(t.ViTConfig, **_SEEN),
+    "deit": partial(t.DeiTConfig, architectures=["DeiTForImageClassification"], **_SEEN),
+    "dinov2": partial(t.Dinov2Config, mlp_ratio=2, **{k: v for k, v in _SEEN.items() if k != "intermediate_size"}),
+    "swin": partial(t.SwinConfig, embed_dim=16, num_heads=[2, 4], window_size=2, **_STAGES),
+    "convnext": partial(t.ConvNextConfig, hidden_sizes=[16, 32], num_stages=2, layer_scale_init_value=1.0, **_STAGES),
+}
+"""Families of models of images, of 8 × 8 pixels, with a head for classes."""
 CLASSIFIERS = ("bert", "roberta", "deberta-v2", "modernbert", "distilbert", "t5", "t5-gated", "bart")
 """Families that are used with a classification head here; the others are language models."""
 
@@ -71,5 +82,6 @@ CLASSIFIERS = ("bert", "roberta", "deberta-v2", "modernbert", "distilbert", "t5"
 def make(name: str, device: str = "meta") -> Any:
     """A model of the family; on another device than `meta` its weights are random, by the global generator."""
     head = t.AutoModelForSequenceClassification if name in CLASSIFIERS else t.AutoModelForCausalLM
+    head = t.AutoModelForImageClassification if name in VISION else head
     with torch.device(device):
-        return head.from_config(CONFIGS[name]())
+        return head.from_config((CONFIGS | VISION)[name]())

@@ -15,6 +15,7 @@ from typing import Any
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import clip, show, show_path
+from lorabench.data.image_folder import has_classes, image_rows, image_splits
 from lorabench.data.rows_file import SUFFIXES, Row, Source, kind, placed, read_rows, source_of
 from lorabench.data.values import find
 
@@ -109,6 +110,8 @@ def _read_local(path: Path, columns: str | None, names: dict[str, list[str]], ca
     """`called` is what messages say instead of the path, where that is none of the user's."""
     if names is not ALIASES and not path.is_dir():
         raise InputError(f'task.data = "{show_path(path)}@{next(iter(names))}": a single file has no splits')
+    if path.is_dir() and not any(kind(file) in SUFFIXES for file in path.iterdir()) and has_classes(path):
+        return _read_images(path, names)
     files = _split_files(path, names) if path.is_dir() else {"train": [path]}
     digest = hashlib.sha256()
     splits: dict[str, list[Row]] = {}
@@ -120,6 +123,19 @@ def _read_local(path: Path, columns: str | None, names: dict[str, list[str]], ca
             splits[split] += read_rows(file, content, columns, f"{called}, {split}" if called else "")
         if not splits[split]:
             raise InputError(f'task.data = "{show_path(path)}": {show_path(parts[0].name)} holds no rows')
+    return splits, digest.hexdigest()
+
+
+def _read_images(folder: Path, names: dict[str, list[str]]) -> Read:
+    """A row an image; the fingerprint is of their names and bytes, read one at a time."""
+    digest = hashlib.sha256()
+    splits: dict[str, list[Row]] = {}
+    for split, classes in image_splits(folder, names).items():
+        for name, files in classes.items():
+            for file in files:
+                content = _content(file)
+                digest.update(f"{split} {name} {file.name} {len(content)} ".encode() + content)
+        splits[split] = [*image_rows(classes)]
     return splits, digest.hexdigest()
 
 

@@ -235,7 +235,7 @@ def counted(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> Co
     config: Any = base.config
     tuned = _attach(spec, base, options)
     spec.optimizer.prepare(tuned, spec)
-    width = config.hidden_size
+    depth, width = _depth(config), _width(config)
     trainable = [p for p in tuned.parameters() if p.requires_grad]
     added = 0 if spec.method.trains_base else sum(p.numel() * p.element_size() for p in trainable)
     return Counts(
@@ -244,13 +244,24 @@ def counted(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> Co
         num_tensors=len(trainable),
         weight_bytes=weight_bytes + added,
         moment_bytes=4 * spec.optimizer.num_kept(tuned),
-        layers=config.num_hidden_layers,
+        layers=depth,
         width=width,
         inner=getattr(config, "intermediate_size", None) or 4 * width,
         vocabulary=0 if "Classification" in spec.task.auto_class else config.vocab_size,
         step_flops=_step_flops(tuned, spec.method),
         profile=_profile(tuned),
     )
+
+
+def _depth(config: Any) -> int:
+    """Blocks of a model, of all stages together where it has several."""
+    depths = getattr(config, "depths", None)
+    return sum(depths) if depths else int(config.num_hidden_layers)
+
+
+def _width(config: Any) -> int:
+    """Of a model whose stages widen, the last one's."""
+    return int(getattr(config, "hidden_size", None) or config.hidden_sizes[-1])
 
 
 def _step_flops(tuned: torch.nn.Module, method: Method) -> Callable[[flops.Shape, int], float]:
@@ -286,11 +297,11 @@ def _profile(tuned: torch.nn.Module) -> Callable[[flops.Shape], flops.Profile]:
             print(f"what {type(tuned).__name__} computes is guessed: {error}", file=sys.stderr)
             config: Any = tuned.config
             positions = flops.num_positions(shape)
-            written = 4.0 * positions * config.num_hidden_layers * 30 * config.hidden_size
+            written = 4.0 * positions * _depth(config) * 30 * _width(config)
             forward = flops.Cost(
                 flops=2.0 * weights.count(tuned) * positions,
                 written=written,
-                operations=60.0 * config.num_hidden_layers,
+                operations=60.0 * _depth(config),
             )
             return flops.Profile(forward=forward, both=forward * 3, kept=written)
 
@@ -307,7 +318,7 @@ class _Files:
 
 
 def _of_files(spec: RunSpec, options: dict[str, Any]) -> _Files:
-    """InputError where they, or the base's tokenizer, do not fit the model."""
+    """InputError where they, or the base's tokenizer, do not fit the model. What reads images ties nothing."""
     keys = ("model", "revision", "tasks" if spec.tasks else "task")
     found = _look(json.dumps({key: encode(getattr(spec, key)) for key in keys}), json.dumps(options))
     if isinstance(found, InputError):
@@ -320,10 +331,11 @@ def _look(key: str, options: str) -> _Files | InputError:
     spec = RunSpec.from_json(json.loads(key) | {"method": {"name": "head"}})
     try:
         base: Any = models.from_files(spec, from_json(options))
-        models.padding(spec, base)
+        if spec.task.unit == "tokens":
+            models.padding(spec, base)
     except InputError as error:
         return error
-    output = base.get_output_embeddings()
+    output = base.get_output_embeddings() if spec.task.unit == "tokens" else None
     return _Files(
         lacking=tuple(base.drawn), is_tied=output is None or output.weight is base.get_input_embeddings().weight
     )

@@ -161,7 +161,8 @@ class Tuner(PeftMethod):
     """Quantizations on which PEFT's implementation fails."""
 
     targets: str = "all-linear"
-    """`query`, `query-value`, `attention`, `mlp`, `key-value-down`, `all-linear`, or a regular expression on names."""
+    """`query`, `query-value`, `attention`, `mlp`, `key-value-down`, `all-linear`, `convolutions`, or a regular
+    expression on names."""
     layers: str | None = None
     """Only these blocks, from 0: `"0-3,11"` (None: all)."""
 
@@ -208,6 +209,12 @@ class SoftPrompt(PeftMethod):
             yield (
                 f'padding = "free": method {self.name} puts its vectors in front of a row, not of each example; '
                 'use padding = "longest"'
+            )
+
+        if spec.task.unit == "images":
+            yield (
+                f'method.name = "{self.name}": puts trained vectors in front of tokens, and task {spec.task.name} '
+                "reads images: a ViT takes no vectors beside them, and no keys and values; use lora, adapter, head …"
             )
 
     def prepare(self, model: nn.Module) -> None:

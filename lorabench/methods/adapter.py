@@ -19,7 +19,7 @@ That is AdapterHub's `adapters` (DoubleSeqBnConfig, SeqBnConfig, ParBnConfig), t
   residual stream there.
 - The norms stay frozen, as in AdapterHub; Houlsby et al. train them as well.
 - Encoder and decoder have the same adapters, as in AdapterHub none after the attention on what was read.
-- BART has its dropouts in its blocks' own code: houlsby's A stands before them there.
+- BART has its dropouts in its blocks' own code, and ViT and Swin one for both: houlsby's A stands before them there.
 - Nonlinearity and reduction are the same for all three by default; AdapterHub's houlsby has SiLU, its parallel m = d/2.
 """
 
@@ -153,6 +153,16 @@ LAYOUTS: dict[str, Layout] = {
         "pfeiffer": {"": _extended},
         "parallel": {"mlp": _beside},
     },
+    "DINOv2": {
+        "houlsby": {"layer_scale1": _after, "layer_scale2": _after},
+        "pfeiffer": {"": _extended},
+        "parallel": {"mlp": _beside},
+    },
+    "ViT and Swin": {
+        "houlsby": {"attention.o_proj": _after, "mlp": _after},
+        "pfeiffer": {"": _extended},
+        "parallel": {"mlp": _beside},
+    },
     "BERT": {
         "houlsby": {"attention.output.dropout": _after, "output.dropout": _after},
         "pfeiffer": {"output.LayerNorm": _around_norm},
@@ -227,7 +237,7 @@ class Adapter(OwnFile):
                 f"an adapter could stand beside. Choices: {', '.join(choices)}"
             )
         scale = self.scale or (4.0 if self.placement == "parallel" else 1.0)
-        width = model.config.get_text_config().hidden_size
+        usual = model.config.get_text_config().hidden_size
         model.requires_grad_(False)
         for head in new_heads(model):
             model.get_submodule(head).float().requires_grad_(True)
@@ -235,6 +245,7 @@ class Adapter(OwnFile):
             device = next(model.get_submodule(block.rstrip(".")).parameters()).device
             for path, hook in blocks[block.rstrip(".")][self.placement].items():
                 module = model.get_submodule((block + path).rstrip("."))
+                width = _width(model.get_submodule(block.rstrip(".")), usual)
                 module.bottleneck = self._bottleneck(width).to(device)
                 if hook in EXTENDING:
                     module.__class__ = hook(type(module), scale)
@@ -266,6 +277,12 @@ class Adapter(OwnFile):
     def updates(self, model: nn.Module, load_base: LoadBase) -> Iterator[Update]:
         """Of a new task head alone: an adapter changes no weight."""
         return new_head_updates(model, load_base)
+
+
+def _width(block: nn.Module, usual: int) -> int:
+    """Of a block's states; a Swin's widen from stage to stage, by what its own norm says."""
+    norm: Any = getattr(block, "layernorm_before", None)
+    return usual if norm is None else int(norm.normalized_shape[0])
 
 
 def _find_blocks(model: nn.Module) -> dict[str, Layout]:

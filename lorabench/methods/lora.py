@@ -220,7 +220,8 @@ class Lora(Tuner):
         found = targets.find(model, self.targets, self.layers)
         as_modules, as_parameters = split_targets(model, found)
         self._check_parameters(model, spec, as_parameters)
-        names = [*as_modules]
+        self._check_convolutions(model, found.convolutions)
+        names = [*as_modules, *found.convolutions]
         transposed = any(weights.is_conv1d(model.get_submodule(name)) for name in names)
         if self.embeddings:
             names.append(_embedding_of(model))
@@ -243,6 +244,17 @@ class Lora(Tuner):
 
     def reach(self, found: Targets) -> Targets:
         return found
+
+    def _check_convolutions(self, model: nn.Module, names: list[str]) -> None:
+        """InputError for what is not done where the target is a convolution."""
+        unfit = {"dora": self.dora, "init": self.init not in ("kaiming", "gaussian"),
+                 "restart_every": self.restart_every is not None}  # fmt: skip
+        key = next((key for key, is_so in unfit.items() if is_so), None)
+        if names and key:
+            raise InputError(
+                f"method.{key} = {show(getattr(self, key))}: is not done on convolutions, as {names[0]} of "
+                f"{type(model).__name__}; leave them out: method.targets"
+            )
 
     def _check_parameters(self, model: nn.Module, spec: RunSpec, parameters: list[str]) -> None:
         """InputError for what PEFT cannot do where the target is a parameter, and not a layer."""
@@ -290,7 +302,7 @@ class Lora(Tuner):
 
     def _names(self, model: nn.Module) -> list[str]:
         found = targets.find(model, self.targets, self.layers)
-        return [*found.layers, *found.stacked]
+        return [*found.layers, *found.stacked, *found.convolutions]
 
     def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
         tuned: Any = super().attach(model, spec)
@@ -408,13 +420,14 @@ def _name_of(model: nn.Module, wanted: nn.Module | None, what: str) -> str:
 
 
 def _factors(module: Any) -> tuple[Tensor, Tensor]:
-    """Copies of B (M, r) and A (r, N), without the scale."""
+    """Copies of B (M, r) and A (r, N), without the scale; of a convolution with its kernel flattened."""
     if ADAPTER in module.lora_embedding_A:
         return (
             module.lora_embedding_B[ADAPTER].detach().clone(),
             module.lora_embedding_A[ADAPTER].detach().clone(),
         )
-    return module.lora_B[ADAPTER].weight.detach().clone(), module.lora_A[ADAPTER].weight.detach().clone()
+    B, A = module.lora_B[ADAPTER].weight.detach(), module.lora_A[ADAPTER].weight.detach()
+    return B.flatten(1).clone(), A.flatten(1).clone()
 
 
 def _since(update: Update, initial: tuple[Tensor, Tensor], module: Any) -> Update:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorabench.config.decode import InputError, show
 from lorabench.config.quote import show_path
 from lorabench.data.dataset import BUILTIN as BUILTIN
+from lorabench.data.images import VISION
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +76,16 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def load_image_processor(source: str, revision: str | None = None) -> Any:
+    """The model's image processor. InputError where it has none, or a library that it needs is missing."""
+    try:
+        from transformers import AutoImageProcessor
+
+        return _pretrained(source, revision, AutoImageProcessor.from_pretrained)
+    except ImportError:
+        raise InputError(f'model = "{show_path(source)}": its image processor needs {VISION}') from None
+
+
 def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any], exact: bool = False) -> nn.Module:
     """The untouched base on `device`: in float32 if it is to be trained, else in `spec.dtype`, quantized as asked.
 
@@ -105,7 +116,8 @@ def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any], exac
             # bitsandbytes 0.50 repacks 4-bit weights at the first evaluation, rounding their scales to bfloat16;
             # training on afterwards reads the repacked bytes as if they were not, and learns from noise.
             module.support_avx512bf16_for_cpu = False
-    model.config.pad_token_id = padding(spec, model)  # a classifier looks for it
+    if spec.task.unit == "tokens":
+        model.config.pad_token_id = padding(spec, model)  # a classifier looks for it
     return model
 
 
@@ -151,6 +163,11 @@ def from_config(spec: RunSpec, config: Any, device: torch.device) -> nn.Module:
         ) from error
     if "labels" in spec.task.sequences:
         _check_decoder(spec, config)
+    if any("BatchNorm" in type(module).__name__ for module in model.modules()):
+        raise InputError(
+            f'model = "{show_path(spec.model)}": {type(model).__name__} normalizes by batch, and training changes its '
+            "running means beside all weights; use a model with layer norms: ViT, DeiT, Swin, ConvNeXt, DINOv2"
+        )
     return model
 
 
@@ -296,7 +313,7 @@ def _padding_token(source: str, revision: str | None) -> tuple[int, str, int]:
 
 def new_heads(model: nn.Module) -> list[str]:
     """The head modules that a classification model puts on the pretrained base."""
-    if not type(model).__name__.endswith("ForSequenceClassification"):
+    if not type(model).__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
         return []
     prefix = model.base_model_prefix
     return [name for name, module in model.named_children() if name != prefix and list(module.parameters())]
@@ -307,8 +324,15 @@ def _below(modules: list[str]) -> tuple[str, ...]:
     return tuple(f"{name}." for name in modules)
 
 
-def task_type(model: nn.Module) -> str:
-    """What PEFT calls what the model does."""
+def reads_images(model: Any) -> bool:
+    """Whether a model's input are pixels (n, channels, height, width), and no tokens."""
+    return getattr(model, "main_input_name", "") == "pixel_values"
+
+
+def task_type(model: nn.Module) -> str | None:
+    """What PEFT calls what the model does; it has no word for telling images apart, and wraps such a model as it is."""
+    if reads_images(model):
+        return None
     if new_heads(model):
         return "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import show
-from lorabench.models.weights import is_linear_layer, is_stack
+from lorabench.models.weights import is_convolution, is_linear_layer, is_stack
 
 if TYPE_CHECKING:
     from torch import nn
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|expert|dense_?(relu|act|gated)|moe(block|layer)?$", re.IGNORECASE)
-"""In the name or the class of a module around a matrix."""
+_FEED_FORWARD = re.compile(
+    r"mlp|ffn|feed_?forward|convnext(v2)?layer$|expert|dense_?(relu|act|gated)|moe(block|layer)?$", re.IGNORECASE
+)
+"""In the name or the class of a module around a matrix; of a ConvNeXt the block is the feed-forward."""
 KINDS = {
     "query": r"q_proj|query|q_lin|wq|query_proj|q|q_a_proj|q_b_proj",
     "key": r"k_proj|key|k_lin|wk|key_proj|k",
@@ -40,14 +42,18 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp",),
     "key-value-down": ("key", "value", "fused", "down"),
     "all-linear": ("",),
+    "convolutions": ("convolution",),
 }
-"""What each takes: kinds of layers, a part of the blocks, or all there is."""
+"""What each takes: kinds of layers, a part of the blocks, or all there is; of convolutions none but the last."""
 _UNFIT = {
     "dt_proj": ("mamba", "falcon_mamba", "jamba"),
     "out_proj": ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2"),
 }
 """Layers that a model type uses by their weight alone, without their forward pass, if only in its fast path: what is
 put on such a layer is not computed there. PEFT refuses `out_proj` of some of them."""
+
+
+CONVOLUTIONS = "convolutions"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,8 @@ class Targets:
     """Linear layers, by module name."""
     stacked: list[str]
     """Matrices that no linear layer has, by parameter name: stacked experts (experts, out, in), and routers."""
+    convolutions: list[str] = field(default_factory=list)
+    """Convolutions over images, by module name."""
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -68,6 +76,11 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in model.named_modules()
         if is_linear_layer(module) and not any(name == h or name.startswith(h + ".") for h in heads)
     }
+
+
+def convolutions(model: nn.Module) -> list[str]:
+    """The convolutions over images that a matrix (out, in · height · width) stands for; see `is_convolution`."""
+    return [name for name, module in model.named_modules() if is_convolution(module)]
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -148,20 +161,30 @@ def find(model: nn.Module, targets: str, layers: str | None = None) -> Targets:
     An expression matches as PEFT's does: the whole name, or its end after a dot. `layers` (`"0-3,11"`) keeps only
     those of some blocks. InputError if nothing fits.
     """
-    linear, stacked = list(linear_layers(model)), list(stacked_matrices(model))
+    linear, stacked, convolved = list(linear_layers(model)), list(stacked_matrices(model)), convolutions(model)
     names = [*linear, *map(_plain, stacked)]
-    found = _preset(model, targets, names) if targets in PRESETS else _expression(targets, names)
+    if targets == CONVOLUTIONS:
+        found = convolved
+    else:
+        found = _preset(model, targets, names) if targets in PRESETS else _expression(targets, [*names, *convolved])
     if not found:
-        raise InputError(_fits_nothing(model, targets, names))
+        raise InputError(_fits_nothing(model, targets, [*names, *convolved]))
     kept = set(in_layers(found, layers))
     return Targets(
-        layers=[name for name in linear if name in kept], stacked=[name for name in stacked if _plain(name) in kept]
+        layers=[name for name in linear if name in kept],
+        stacked=[name for name in stacked if _plain(name) in kept],
+        convolutions=[name for name in convolved if name in kept],
     )
 
 
 def match(model: nn.Module, targets: str, layers: str | None = None) -> list[str]:
     """The linear layers of `find`. InputError if there are none."""
     found = find(model, targets, layers)
+    if found.convolutions:
+        raise InputError(
+            f"method.targets = {show(targets)}: fits convolutions of {type(model).__name__} "
+            f"({found.convolutions[0]} …), which method lora alone can be put on"
+        )
     if not found.layers:
         kinds = ", ".join(sorted({_leaf(_plain(name)) for name in found.stacked}))
         raise InputError(

@@ -72,6 +72,8 @@ def weight_changes(
 def _as_matrix(delta: Tensor, module: nn.Module) -> Tensor:
     if delta.ndim == 1:
         return delta[:, None]
+    if delta.ndim == 3 and len(delta) == 1:  # a ViT's position embeddings (1, t, d) and its like
+        return delta[0].contiguous()
     return (delta.T if is_transposed(module) else delta.flatten(1)).contiguous()
 
 
@@ -144,6 +146,8 @@ def sides(model: nn.Module, name: str) -> tuple[int, int]:
         return int(out), int(inner)
     if is_conv1d(module):
         return int(module.weight.shape[1]), int(module.weight.shape[0])
+    if is_convolution(module):
+        return int(module.weight.shape[0]), int(module.weight[0].numel())
     return int(module.out_features), int(module.in_features)
 
 
@@ -152,6 +156,14 @@ def is_linear_layer(module: nn.Module) -> bool:
     from torch import nn
 
     return (isinstance(module, nn.Linear) and "Router" not in type(module).__name__) or is_conv1d(module)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """A convolution over images whose every output sees all inputs: its weight is (out, in · height · width) as a
+    matrix, the kernel's columns and then its rows running fastest. One in groups, each with its own inputs, is none."""
+    from torch import nn
+
+    return isinstance(module, nn.Conv2d) and module.groups == 1
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ MEASURE_NAMES = {
     "optimizer_peak_gib": "peak memory, optimizer step",
     "rollout_peak_gib": "peak memory, writing answers",
     "tokens_per_second": "throughput",
+    "images_per_second": "throughput",
     "padded_tokens_per_second": "throughput, padding counted",
     "label_tokens_per_second": "throughput, labels only",
     "retain_loss_before": "retention loss before",

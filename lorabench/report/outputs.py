@@ -307,7 +307,7 @@ def _run_rows(results: Results) -> dict[str, Any]:
     """The table of single runs: swept keys, status, a few measures, error."""
     stem = results.quality
     names = [f"{split}_{what}" for split in ("valid", "test") for what in dict.fromkeys([stem, *METRICS])]
-    names += ["forgetting", "peak_gib", "tokens_per_second", "total_seconds"]
+    names += ["forgetting", "peak_gib", "tokens_per_second", "images_per_second", "total_seconds"]
     names = [name for name in names if name in results.runs]
     keys = list(dict.fromkeys(["method.name", *results.keys]))
     chosen = set(selected(results).run_ids)

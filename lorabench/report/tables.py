@@ -131,8 +131,8 @@ def _of_test_sets(results: Results) -> Table:
 def summary(results: Results, selection: Selection) -> Sheet:
     """One row a setting: what it trains, costs and reaches."""
     stem = results.quality
-    names = ["num_trainable", "peak_gib", "tensor_peak_gib", "tokens_per_second", f"base_valid_{stem}"]
-    names += ["valid_majority", f"valid_{stem}", f"test_{stem}"]
+    names = ["num_trainable", "peak_gib", "tensor_peak_gib", "tokens_per_second", "images_per_second"]
+    names += [f"base_valid_{stem}", "valid_majority", f"valid_{stem}", f"test_{stem}"]
     written = "test" if any(f"test_{metric}" in results.runs for metric in METRICS) else "valid"
     names += [f"{who}{written}_{metric}" for metric in METRICS for who in ("base_", "")]
     names += ["forgetting"]

@@ -88,6 +88,8 @@ def _inference() -> Iterator[tuple[str, str, bool | None, str]]:
                 key, who = f"{part}_{model}_batch_{size}", f"{model} model, {batch}"
                 yield f"{key}_seconds", "s", False, f"median time {what}: {who}"
                 yield f"{key}_tokens_per_second", "tokens/s", True, f"tokens per second of {part}: {who}"
+                if part == "prefill":
+                    yield f"{key}_images_per_second", "images/s", True, f"images per second: {who}"
                 if model != "base":
                     text = f"{part} time over the base's, less 1: {who}; median over pairs of calls"
                     yield f"added_{key}", "%", False, text
@@ -132,6 +134,12 @@ MEASURES: dict[str, Measure] = (
         "throughput",
         ("tokens_per_second", "tokens/s", True, "non-padding tokens per second of training step, warm-up left out"),
         ("padded_tokens_per_second", "tokens/s", None, "the same with padding counted"),
+        (
+            "images_per_second",
+            "images/s",
+            True,
+            "images per second of training step, warm-up left out, instead of tokens",
+        ),
         ("label_tokens_per_second", "tokens/s", None, "the same, only what the loss is taken over"),
         ("step_seconds_median", "s", False, "median time of an optimizer step"),
         ("step_seconds_p95", "s", False, "95th percentile of the time of an optimizer step"),

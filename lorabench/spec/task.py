@@ -9,10 +9,10 @@ import dataclasses
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from annotated_types import Ge
 
@@ -34,7 +34,8 @@ Example = dict[str, Any]
 Of an encoder-decoder `labels` are (s,), what it is to write.
 
 `token_type_ids` (t,) where the tokenizer tells the texts of a pair apart by them. Whole numbers by other names are the
-task's own: they are (n,) in a batch, and no input of the model.
+task's own: they are (n,) in a batch, and no input of the model. Of an image there are `pixel_values` instead of tokens,
+`lorabench.data.images.Pixels` (channels, height, width).
 """
 IGNORE = -100
 
@@ -77,6 +78,8 @@ class Task(Plugin, ABC):
     sequences: ClassVar[tuple[str, ...]] = ("input_ids",)
     """What of an example goes through the model: what it reads, and of an encoder-decoder the `labels` that its decoder
     is to write, which are of a length of their own."""
+    unit: ClassVar[Literal["tokens", "images"]] = "tokens"
+    """What is counted of examples: of throughput, and where only some are looked at."""
     is_running_text: ClassVar[bool] = False
     """Whether a single row may be cut up, its end held out for validation."""
 
@@ -175,6 +178,24 @@ class Task(Plugin, ABC):
 
         Only the first `max_train` or `max_eval` are taken: an iterator need not make the others.
         """
+
+    def reads_with(self, model: str, revision: str | None) -> Any:
+        """What `examples` is given to read rows with: the model's tokenizer."""
+        from lorabench.models.base_model import load_tokenizer
+
+        return load_tokenizer(model, revision)
+
+    def lengths(self, example: Example) -> tuple[int, ...]:
+        """Tokens of an example, of each of the `sequences`; of an image its shape."""
+        return tuple(len(example[key]) for key in self.sequences)
+
+    def size(self, row: Row) -> int:
+        """About what it takes to make an example of a row, in characters of text."""
+        return sum(len(value) for value in row.values() if isinstance(value, str))
+
+    def varied(self, example: Example, seed: Sequence[int]) -> Example:
+        """The example as a step of training sees it, by these numbers alone: with the task's augmentation."""
+        return example
 
     def longest(self, seq_len: int) -> tuple[int, ...]:
         """Tokens of an example at most, of each of the `sequences`."""

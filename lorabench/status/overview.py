@@ -19,9 +19,10 @@ from lorabench.status.logs import last_lines, run_log
 from lorabench.status.pace import Usual, all_seconds_left, seconds_left
 from lorabench.store.record import FAILURES, Status
 from lorabench.store.store import Store
-from lorabench.terminal.text import count_statuses, doing, duration, text_table
+from lorabench.terminal.text import UNITS, count_statuses, doing, duration, text_table
 
-COLUMNS = ["run_id", "status", "step", "loss", "doing", "tokens/s", "left", "heartbeat", "job", "swept", "reason"]
+RATES = [f"{unit}/s" for unit in UNITS]
+COLUMNS = ["run_id", "status", "step", "loss", "doing", *RATES, "left", "heartbeat", "job", "swept", "reason"]
 OPTIONAL = {"loss", "doing", "left", "job"}
 """Columns that are left out where no run has any."""
 MANY = 60
@@ -135,7 +136,10 @@ def _columns(standing: Standing, flat: dict[str, Any], swept: list[str], usual: 
     loss = row["progress"].get("loss") if works else None
     steps = flat.get("steps", 0) * len(flat.get("tasks", [0]))
     step = steps if row["status"] == Status.DONE else row["progress"].get("step")
-    rate = row["measures"].get("tokens_per_second", row["progress"].get("tokens_per_second"))
+    rates = {
+        f"{unit}/s": row["measures"].get(f"{unit}_per_second", row["progress"].get(f"{unit}_per_second"))
+        for unit in UNITS
+    }
     beat, left = row["heartbeat_seconds"], row["eta_seconds"]
     is_here = standing.status in (Status.PENDING, Status.RUNNING, Status.LOST)
     return {
@@ -144,7 +148,7 @@ def _columns(standing: Standing, flat: dict[str, Any], swept: list[str], usual: 
         "step": f"{step or 0}/{steps}" if steps else None,
         "loss": f"{loss:.4g}" if loss is not None else None,
         "doing": doing(row["progress"]) if works else None,
-        "tokens/s": f"{rate:.0f}" if rate else None,
+        **{name: f"{rate:.0f}" for name, rate in rates.items() if rate},
         "left": duration(left) if left is not None else None,
         "heartbeat": duration(beat) if beat is not None else None,
         "job": queue.job_id if queue and is_here else None,

@@ -49,6 +49,7 @@ PROGRESS: dict[str, Any] = {
     "steps": int,
     "loss": float,
     "tokens_per_second": float,
+    "images_per_second": float,
     "step_seconds_median": float,
     "evaluate_seconds": float,
     "waiting": int,

@@ -1,4 +1,4 @@
-"""What the tasks share that give a text, or a pair of texts, one label or score by a head on the model."""
+"""What the tasks share that give a text, a pair of texts or an image one label or score by a head on the model."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lorabench.spec.run_spec import RunSpec
 
 NO_LABEL = "-1"
+LABELS = "label labels class category sentiment score target gold rating"
+"""What a column of labels is often called."""
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text1", "text2"),
          ("text", "text_pair"), ("question", "sentence"))  # fmt: skip
 """What the two texts of a pair are often called."""
@@ -34,13 +36,7 @@ class Labelled(Task):
     counts as none.
     """
 
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
-
     data: str
-    text: str = "text"
-    """Column of the (first) text."""
-    text_pair: str | None = None
-    """Column of the second text of a pair."""
     label: str = "label"
     """Column of the label, or of the score."""
     columns: str | None = None
@@ -51,15 +47,9 @@ class Labelled(Task):
     holds: ClassVar[Holds] = are_labels
     """What the values of a column of labels are."""
 
-    @classmethod
-    def guess(cls, rows: list[Row], model: str) -> dict[str, Any]:
-        label = called(columns(rows, cls.holds), "label labels class category sentiment score target gold rating")
-        texts = [name for name in columns(rows, are_texts) if name != label]
-        pair = next((pair for pair in PAIRS if {*pair} <= {*texts}), None)
-        text = called(texts, "text sentence review content question") or longest(rows, texts)
-        if label is None or text is None:
-            return {}
-        return ({"text": pair[0], "text_pair": pair[1]} if pair else {"text": text}) | {"label": label}
+    @abstractmethod
+    def check_content(self, rows: list[Row]) -> None:
+        """InputError with what is wrong of what is to be labelled."""
 
     @abstractmethod
     def written(self, label: str) -> str:
@@ -81,7 +71,7 @@ class Labelled(Task):
         if split == "test" and self._says_nothing(rows, options):
             return []
         problems = []
-        for check in (self._texts, lambda rows: self._checked(split, rows, options)):
+        for check in (self.check_content, lambda rows: self._checked(split, rows, options)):
             try:
                 check(rows)
             except InputError as error:
@@ -90,37 +80,15 @@ class Labelled(Task):
             raise InputError(problems)
         return [row for row, label in zip(rows, self._labels(rows), strict=True) if label is not None]
 
-    def examples(self, rows: list[Row], tokenizer: Any, seq_len: int, options: dict[str, Any]) -> list[Example]:
-        if not rows:
-            return []
-        encoded = tokenizer(*self._texts(rows), truncation=True, max_length=seq_len)
-        if [] in encoded["input_ids"]:
-            empty = encoded["input_ids"].index([])
-            raise InputError(f"task.text = {show(self.text)}: {place(rows[empty], empty + 1)} has no tokens")
-        segments = encoded.get("token_type_ids", [[]] * len(rows))
-        targets = [self.target(label, options) for label in self._labels(rows) if label is not None]
-        return [
-            {"input_ids": ids, "labels": target} | ({"token_type_ids": kinds} if any(kinds) else {})
-            for ids, kinds, target in zip(encoded["input_ids"], segments, targets, strict=True)
-        ]
-
     def count(self, batch: dict[str, Tensor]) -> int:
         return len(batch["labels"])
 
     def classes(self, rows: list[Row]) -> list[str]:
         return in_order(label for label in self._labels(rows) if label is not None)
 
-    def _texts(self, rows: list[Row]) -> list[list[str]]:
-        """Of each text column. InputError with what is wrong in all of them."""
-        found, problems = [], []
-        for key, column in (("task.text", self.text), ("task.text_pair", self.text_pair)):
-            try:
-                found += [] if column is None else [texts(rows, key, column)]
-            except InputError as error:
-                problems += error.problems
-        if problems:
-            raise InputError(problems)
-        return found
+    def targets(self, rows: list[Row], options: dict[str, Any]) -> list[int | float]:
+        """Of usable rows."""
+        return [self.target(label, options) for label in self._labels(rows) if label is not None]
 
     def _labels(self, rows: list[Row]) -> list[str | None]:
         """In one way of writing; None where one is missing or is what `unlabelled` says."""
@@ -156,6 +124,57 @@ class Labelled(Task):
     def _way_out(self, none: str) -> str:
         also = ', task.unlabelled = "" takes them as they are' if none else ""
         return f"task.unlabelled = {shown(none)} leaves such rows out{also}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledText(Labelled):
+    """A text, or a pair of texts."""
+
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+
+    text: str = "text"
+    """Column of the (first) text."""
+    text_pair: str | None = None
+    """Column of the second text of a pair."""
+
+    @classmethod
+    def guess(cls, rows: list[Row], model: str) -> dict[str, Any]:
+        label = called(columns(rows, cls.holds), LABELS)
+        texts = [name for name in columns(rows, are_texts) if name != label]
+        pair = next((pair for pair in PAIRS if {*pair} <= {*texts}), None)
+        text = called(texts, "text sentence review content question") or longest(rows, texts)
+        if label is None or text is None:
+            return {}
+        return ({"text": pair[0], "text_pair": pair[1]} if pair else {"text": text}) | {"label": label}
+
+    def check_content(self, rows: list[Row]) -> None:
+        self._texts(rows)
+
+    def examples(self, rows: list[Row], tokenizer: Any, seq_len: int, options: dict[str, Any]) -> list[Example]:
+        if not rows:
+            return []
+        encoded = tokenizer(*self._texts(rows), truncation=True, max_length=seq_len)
+        if [] in encoded["input_ids"]:
+            empty = encoded["input_ids"].index([])
+            raise InputError(f"task.text = {show(self.text)}: {place(rows[empty], empty + 1)} has no tokens")
+        segments = encoded.get("token_type_ids", [[]] * len(rows))
+        targets = self.targets(rows, options)
+        return [
+            {"input_ids": ids, "labels": target} | ({"token_type_ids": kinds} if any(kinds) else {})
+            for ids, kinds, target in zip(encoded["input_ids"], segments, targets, strict=True)
+        ]
+
+    def _texts(self, rows: list[Row]) -> list[list[str]]:
+        """Of each text column. InputError with what is wrong in all of them."""
+        found, problems = [], []
+        for key, column in (("task.text", self.text), ("task.text_pair", self.text_pair)):
+            try:
+                found += [] if column is None else [texts(rows, key, column)]
+            except InputError as error:
+                problems += error.problems
+        if problems:
+            raise InputError(problems)
+        return found
 
 
 def _first(rows: list[Row], found: list[str | None], label: str | None) -> str:

@@ -10,14 +10,14 @@ from lorabench.config.quote import clip, show
 from lorabench.data.columns import Holds, are_numbers
 from lorabench.data.rows_file import Row, place
 from lorabench.data.values import number, shown
-from lorabench.tasks._labelled import Labelled
+from lorabench.tasks._labelled import LabelledText
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regression(Labelled):
+class Regression(LabelledText):
     """Scores are finite numbers, taken as they are. The loss is the squared error, and their mean the reported one."""
 
     reports: ClassVar[tuple[str, ...]] = ("loss", "pearson", "spearman")

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorabench.terminal.notebook import NotebookBars, in_notebook
 
+UNITS = ("tokens", "images")
+"""What runs are trained on so many of a second."""
+
 if TYPE_CHECKING:
     from lorabench.store.store import RunState
 
@@ -218,8 +221,7 @@ def progress_text(progress: dict[str, Any]) -> str:
     parts = [doing(progress)]
     if progress.get("loss") is not None:
         parts.append(f"loss {progress['loss']:.4g}")
-    if progress.get("tokens_per_second"):
-        parts.append(f"{progress['tokens_per_second']:.0f} tokens/s")
+    parts += [f"{rate:.0f} {unit}/s" for unit in UNITS if (rate := progress.get(f"{unit}_per_second"))]
     return "  ".join(parts)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorabench.spec.task import Example, Task
-from lorabench.training.examples import LENGTHS, Batch, Order, collate, end_to_end
+from lorabench.training.examples import LENGTHS, PIXELS, Batch, Order, collate, end_to_end
 from lorabench.training.flops import Shape, num_positions
 from lorabench.training.meter import Shapes
 from lorabench.training.predictions import PLACES, by_tokens, places, task_loss
@@ -82,8 +82,11 @@ class Rows(Batches):
         self._labels = 1
 
     def next(self) -> tuple[list[Batch], Work]:
-        indices = self.training.world.share(self._order.indices(self.training.task_step))
-        parts, work = self.parts([self.rows[i] for i in indices])
+        training = self.training
+        first, indices = training.task_step * training.spec.batch_size, self._order.indices(training.task_step)
+        own = training.world.share([*enumerate(indices, first)])
+        seed, task = (training.spec.seed, training.stage), training.examples.task
+        parts, work = self.parts([task.varied(self.rows[index], (*seed, place)) for place, index in own])
         self._labels = max(work.labels, 1)
         return parts, work
 
@@ -95,12 +98,15 @@ class Rows(Batches):
 
 
 def example_length(example: Example, task: Task) -> int:
-    """Tokens that go through the model: what is read, and what a decoder of its own is to write."""
-    return sum(len(example[key]) for key in task.sequences)
+    """Tokens that go through the model: what is read, and what a decoder of its own is to write; 1 of an image."""
+    return 1 if task.unit == "images" else sum(task.lengths(example))
 
 
 def batch_shapes(batch: Batch, task: Task) -> list[Shape]:
-    """Padding included; of examples laid end to end, which are each by itself, that of each."""
+    """Padding included; of examples laid end to end, which are each by itself, that of each; of images
+    (n, channels, height, width)."""
     if LENGTHS in batch:
         return [(1, length) for length in batch[LENGTHS].tolist()]
+    if PIXELS in batch:
+        return [tuple(batch[PIXELS].shape)]
     return [(len(batch["input_ids"]), *(batch[key].shape[1] for key in task.sequences))]

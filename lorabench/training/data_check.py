@@ -11,7 +11,7 @@ from lorabench.config.decode import InputError
 from lorabench.config.quote import show_path
 from lorabench.data.fingerprints import named
 from lorabench.data.rows_file import place
-from lorabench.models.base_model import load_tokenizer, sequence_end
+from lorabench.models.base_model import sequence_end
 from lorabench.spec.run_spec import RunSpec, in_stage
 from lorabench.spec.task import Example, Task
 from lorabench.training.examples import Usable, read_usable, reader, tokenized
@@ -132,13 +132,13 @@ def _tokens(model: str, revision: str | None, task: Task, seq_len: int) -> Token
     try:
         if isinstance(usable, InputError):
             raise usable
-        tokenizer = load_tokenizer(model, revision)
+        tokenizer = task.reads_with(model, revision)
         splits = tokenized(task, usable, tokenizer, seq_len, CHECKED_CHARACTERS)
         if task.auto_class.endswith("ForSequenceClassification"):
             _check_ends(model, sequence_end(model, revision), tokenizer, splits, usable)
     except InputError as error:
         return Tokens(problems=tuple(error.problems))
-    sizes = {split: [_characters(row) for row in rows] for split, rows in usable.rows.items()}
+    sizes = {split: [*map(reader(task, split).size, rows)] for split, rows in usable.rows.items()}
     found = {split: _lengths(task, split, examples, sizes[split]) for split, examples in splits.items() if examples}
     return Tokens(splits=found, characters=sum(map(sum, sizes.values())))
 
@@ -149,14 +149,8 @@ def _lengths(task: Task, split: str, examples: list[Example], sizes: list[int]) 
     most = task.max_train if split == "train" else reads.max_eval
     share = max(1.0, sum(sizes) / CHECKED_CHARACTERS)
     count = len(examples) if most is not None and len(examples) >= most else round(share * len(examples))
-    sample = [
-        tuple(len(example[key]) for key in reads.sequences) for example in examples[:: max(1, len(examples) // 512)]
-    ]
+    sample = [reads.lengths(example) for example in examples[:: max(1, len(examples) // 512)]]
     return Lengths(count=count if most is None else max(len(examples), min(count, most)), sample=tuple(sample))
-
-
-def _characters(row: Any) -> int:
-    return sum(len(value) for value in row.values() if isinstance(value, str))
 
 
 def _check_ends(model: str, end: int | None, tokenizer: Any, splits: dict[str, list[Example]], usable: Usable) -> None:

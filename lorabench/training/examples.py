@@ -16,7 +16,6 @@ from lorabench.config.decode import InputError
 from lorabench.config.quote import show
 from lorabench.data.dataset import SPLITS, Data, read_data
 from lorabench.data.rows_file import Row
-from lorabench.models.base_model import load_tokenizer
 from lorabench.spec.run_spec import in_stage
 from lorabench.spec.task import IGNORE, Example, Prompt, Task
 
@@ -28,8 +27,8 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Tokenized splits of one task (`train`, `validation`, `test`, and those of `Task.others`) and where they come
-    from."""
+    """Splits of one task (`train`, `validation`, `test`, and those of `Task.others`), tokenized or made ready for the
+    model, and where they come from."""
 
     task: Task
     splits: dict[str, list[Example]]
@@ -74,14 +73,14 @@ def shared_options(options: list[dict[str, Any]]) -> dict[str, Any]:
 
 @lru_cache(maxsize=16)
 def _prepare(model: str, revision: str | None, task: Task, seq_len: int, writes: bool) -> Examples:
-    tokenizer = load_tokenizer(model, revision)
+    tokenizer = task.reads_with(model, revision)
     usable = read_usable(task)
     splits = tokenized(task, usable, tokenizer, seq_len)
     return Examples(
         task=task,
         splits={name: [_compact(example) for example in examples] for name, examples in splits.items()},
         model_options=usable.options,
-        padding=tokenizer.pad_token_id,
+        padding=getattr(tokenizer, "pad_token_id", 0),
         prompts=_prompts(task, usable, tokenizer, seq_len, writes),
         fingerprints=usable.fingerprints,
         notes=usable.notes,
@@ -156,7 +155,7 @@ def tokenized(
             continue
         reads = reader(task, split)
         with _collected(split, problems):
-            given = _first(rows, most), tokenizer, seq_len, usable.options
+            given = _first(reads, rows, most), tokenizer, seq_len, usable.options
             if split == "train":
                 splits[split] = list(islice(reads.examples(*given), task.max_train)) if rows else []
             else:
@@ -182,12 +181,12 @@ def _prompts(task: Task, usable: Usable, tokenizer: Any, seq_len: int, writes: b
     )
 
 
-def _first(rows: list[Row], most: int | None) -> list[Row]:
+def _first(task: Task, rows: list[Row], most: int | None) -> list[Row]:
     if most is None:
         return rows
     size = 0
     for place, row in enumerate(rows, 1):
-        size += sum(len(value) for value in row.values() if isinstance(value, str))
+        size += task.size(row)
         if size > most:
             return rows[:place]
     return rows
@@ -248,7 +247,12 @@ def _evaluated(split: str, data: Data) -> tuple[list[Row], str]:
 
 
 def collate(examples: list[Example], padding: int, device: torch.device) -> Batch:
-    """Tensors (n, longest) on `device`, padded on the right; no attention mask where nothing is padded."""
+    """Tensors (n, longest) on `device`, padded on the right; no attention mask where nothing is padded. Of images
+    (n, channels, height, width), as the model sees them."""
+    if PIXELS in examples[0]:
+        found = np.stack([example[PIXELS].seen() for example in examples])
+        labels = np.array([example["labels"] for example in examples], np.int64)
+        return {key: torch.from_numpy(each).to(device) for key, each in ((PIXELS, found), ("labels", labels))}
     lengths = [len(example["input_ids"]) for example in examples]
     longest = max(lengths)
     per_token = not isinstance(examples[0]["labels"], (int, float))
@@ -273,6 +277,10 @@ def collate(examples: list[Example], padding: int, device: torch.device) -> Batc
     return {key: torch.from_numpy(array).to(device, non_blocking=True) for key, array in arrays.items()}
 
 
+PIXELS = "pixel_values"
+"""The key of an example that is an image, and of a batch of them."""
+IMAGE_TOKENS = 32
+"""Tokens of text for which an image counts where only so many of a split are looked at."""
 LENGTHS = "lengths"
 """The key of a batch that is one row of examples laid end to end: the tokens of each, (n,), on the CPU wherever the
 rest is, for to read them off a GPU would wait for it."""
@@ -319,12 +327,12 @@ class Order:
 
 def few_batches(examples: Examples, split: str, tokens: int, device: torch.device) -> list[Batch]:
     """The first examples of a split, of about so many tokens in all and one at least; those of the same lengths
-    together, so that nothing is padded."""
+    together, so that nothing is padded. An image counts as IMAGE_TOKENS."""
     groups: dict[tuple[int, ...], list[Example]] = {}
     for row in examples.splits[split]:
         if tokens <= 0:
             break
-        tokens -= len(row["input_ids"])
-        lengths = tuple(len(row[key]) if np.ndim(row[key]) else 0 for key in ("input_ids", "labels"))
+        tokens -= IMAGE_TOKENS if PIXELS in row else len(row["input_ids"])
+        lengths = tuple(len(row[key]) if np.ndim(row[key]) else 0 for key in ("input_ids", "labels") if key in row)
         groups.setdefault(lengths, []).append(row)
     return [collate(rows, examples.padding, device) for rows in groups.values()]

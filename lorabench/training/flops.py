@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 
 _Form = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
 Shape = tuple[int, ...]
-"""(n, t) of a forward pass; (n, t, s) where a decoder has s positions beside the t that an encoder reads."""
+"""(n, t) of a forward pass; (n, t, s) where a decoder has s positions beside the t that an encoder reads; of images
+(n, channels, height, width)."""
 ABOUT = "matrix products of forward and backward, padding included and recomputation apart, as torch counts them"
 MAX_PASSES = 4
-"""That are counted one by one; of more shapes than that a + n (b + c t + d t²) tells, which is what a pass takes: a is
-what no token changes, such as ΔW formed from factors. A decoder adds n (e s + f s² + g t s) to it."""
+"""Of text, that are counted one by one; of more shapes than that a + n (b + c t + d t²) tells, which is what a pass
+takes: a is what no token changes, such as ΔW formed from factors. A decoder adds n (e s + f s² + g t s) to it."""
 
 
 def without_numbers(model: nn.Module) -> nn.Module:
@@ -84,7 +85,7 @@ def of_step(copied: nn.Module, shapes: Mapping[Shape, int], method: Method, num_
 
 
 def _of_passes(copied: nn.Module, shapes: Mapping[Shape, int]) -> float:
-    if len(shapes) <= MAX_PASSES:
+    if len(shapes) <= MAX_PASSES or any(map(_is_of_images, shapes)):
         return float(sum(times * of_pass(copied, shape) for shape, times in shapes.items()))
     axes = [sorted(set(axis)) for axis in zip(*shapes, strict=True)]
     most = tuple(axis[-1] for axis in axes)
@@ -104,15 +105,25 @@ def _terms(n: int, t: int, s: int = 0) -> np.ndarray:
 
 
 def num_positions(shape: Shape) -> int:
-    """Of all that a pass of this shape goes through."""
-    return shape[0] * sum(shape[1:])
+    """Of all that a pass of this shape goes through; images count one each."""
+    return shape[0] if _is_of_images(shape) else shape[0] * sum(shape[1:])
+
+
+def _is_of_images(shape: Shape) -> bool:
+    return len(shape) == 4
+
+
+def _inputs(shape: Shape) -> dict[str, Tensor]:
+    if _is_of_images(shape):
+        return {"pixel_values": torch.zeros(shape, device="meta")}
+    n, *lengths = shape
+    ids = [torch.zeros(n, length, dtype=torch.long, device="meta") for length in lengths]
+    return dict(zip(("input_ids", "decoder_input_ids"), ids, strict=False))
 
 
 def of_pass(copied: nn.Module, shape: Shape) -> int:
     """Of one forward and backward pass."""
-    n, *lengths = shape
-    ids = [torch.zeros(n, length, dtype=torch.long, device="meta") for length in lengths]
-    inputs = dict(zip(("input_ids", "decoder_input_ids"), ids, strict=False))
+    inputs = _inputs(shape)
     fork = torch.random.fork_rng(devices=[])  # some tuners draw numbers for their dropout
     with fork, _no_autocast(), _Counter() as counter:
         copied(**inputs).logits.sum().backward()
@@ -166,9 +177,7 @@ class Profile:
 
 def profile(copied: nn.Module, shape: Shape) -> Profile:
     """Of a forward and backward pass, in float32; see `of_pass`."""
-    n, *lengths = shape
-    ids = [torch.zeros(n, length, dtype=torch.long, device="meta") for length in lengths]
-    inputs = dict(zip(("input_ids", "decoder_input_ids"), ids, strict=False))
+    inputs, lengths = _inputs(shape), () if _is_of_images(shape) else shape[1:]
     weights = {t.untyped_storage()._cdata for t in itertools.chain(copied.parameters(), copied.buffers())}
     kept: dict[int, int] = {}
 

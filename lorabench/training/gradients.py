@@ -15,13 +15,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorabench.config.decode import encode
 from lorabench.linalg.decompose import ThinSVD, thin_svd
-from lorabench.models.base_model import new_heads
+from lorabench.models.base_model import new_heads, reads_images
 from lorabench.models.weights import is_linear_layer
 from lorabench.training.evaluation import retained_sets
 from lorabench.training.examples import Examples, few_batches, reader
@@ -80,6 +81,14 @@ def top(pairs: list[tuple[Tensor, Tensor]], count: int) -> ThinSVD:
     return ThinSVD(U=svd.U, S=svd.S[:RANK], Vh=svd.Vh)
 
 
+def _first(model: Any) -> list[nn.Module]:
+    """The modules that make states of what the model is given."""
+    if reads_images(model):
+        return [next(each for each in model.modules() if isinstance(each, nn.Conv2d))]
+    tokens = model.get_input_embeddings().weight  # of T5, which encoder and decoder each have an embedding of
+    return [each for each in model.modules() if isinstance(each, nn.Embedding) and each.weight is tokens]
+
+
 @contextmanager
 def sides(model: nn.Module) -> Iterator[Sides]:
     """What a backward pass inside gives of the linear layers but for the head, of whose weights none need train."""
@@ -103,9 +112,7 @@ def sides(model: nn.Module) -> Iterator[Sides]:
     def begin(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return output.requires_grad_()
 
-    tokens = model.get_input_embeddings().weight  # of T5, which encoder and decoder each have an embedding of
-    embeddings = [each for each in model.modules() if isinstance(each, nn.Embedding) and each.weight is tokens]
-    handles = [each.register_forward_hook(begin) for each in embeddings]
+    handles = [each.register_forward_hook(begin) for each in _first(model)]
     handles += [watch(name, module) for name, module in layers]
     try:
         yield found

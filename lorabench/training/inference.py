@@ -23,7 +23,7 @@ from lorabench.models.copies import copied
 from lorabench.spec.measures import BATCH_SIZES
 from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.task import IGNORE
-from lorabench.training.examples import Batch, Examples, collate
+from lorabench.training.examples import PIXELS, Batch, Examples, collate
 from lorabench.training.passes import decodes, forward
 
 NEW_TOKENS = 5
@@ -63,15 +63,25 @@ def as_served(model: nn.Module, dtype: str) -> nn.Module:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Prompts of the run's own data, all of one length, so that nothing is padded."""
+    """Prompts of the run's own data, all of one length, so that nothing is padded; or images."""
 
     ids: Tensor
-    """(largest batch size, t)."""
+    """(largest batch size, t); of images (largest batch size, channels, height, width)."""
     generates: bool
     options: dict[str, Any]
     """For a forward pass over prompts: a decoder is to make its cache, and the logits of the last token alone."""
     start: int | None = None
     """The token by which the decoder of an encoder-decoder begins."""
+
+    @property
+    def unit(self) -> str:
+        """What is counted."""
+        return "images" if self.ids.ndim == 4 else "tokens"
+
+    @property
+    def about(self) -> str:
+        size = " × ".join(map(str, self.ids.shape[2:]))
+        return f"images of {size}" if self.unit == "images" else f"prompts of {self.ids.shape[1]} tokens"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -104,6 +114,8 @@ class Workload:
 
     def inputs(self, ids: Tensor) -> dict[str, Any]:
         """Of a forward pass over prompts (n, t)."""
+        if self.unit == "images":
+            return {PIXELS: ids}
         began = {} if self.start is None else {"decoder_input_ids": ids.new_full((len(ids), 1), self.start)}
         return {"input_ids": ids} | began | self.options
 
@@ -126,6 +138,10 @@ class _Clock(BaseStreamer):
 
 def workload(spec: RunSpec, examples: Examples, base: nn.Module, device: torch.device) -> Workload:
     """Validation examples, joined and cut to the length of the longest, less where the model takes no more."""
+    if examples.task.unit == "images":
+        size, held = max(BATCH_SIZES), examples.splits["validation"]
+        batch = collate([held[place % len(held)] for place in range(size)], examples.padding, device)
+        return Workload(ids=batch[PIXELS], generates=False, options={})
     rows = [example["input_ids"] for example in examples.splits["validation"]]
     generates, length = hasattr(base, "generate") and base.can_generate(), max(map(len, rows))
     limit = max_length(base)
@@ -155,7 +171,8 @@ def compare(base: nn.Module, models: dict[str, nn.Module], work: Workload) -> di
             for name, times in {"base": of_base, **dict(zip(models, others, strict=True))}.items():
                 key, median = f"{part}_{name}_batch_{size}", statistics.median(times)
                 measures[f"{key}_seconds"] = median
-                measures[f"{key}_tokens_per_second"] = (ids.numel() if part == "prefill" else size) / median
+                counted = ids.numel() if part == "prefill" and work.unit == "tokens" else size
+                measures[f"{key}_{work.unit}_per_second"] = counted / median
                 if name != "base":
                     measures[f"added_{key}"] = statistics.median(b / a for a, b in zip(of_base, times, strict=True)) - 1
     return measures
@@ -188,7 +205,7 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 def checked_batch(examples: Examples, device: torch.device) -> Batch:
     """The first validation examples, of about CHECKED_TOKENS tokens in all, one at least."""
     rows = examples.splits["validation"]
-    longest = max(len(row["input_ids"]) for row in rows)
+    longest = 1 if PIXELS in rows[0] else max(len(row["input_ids"]) for row in rows)
     return collate(rows[: max(1, min(max(BATCH_SIZES), CHECKED_TOKENS // longest))], examples.padding, device)
 
 

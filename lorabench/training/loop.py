@@ -127,7 +127,8 @@ class Losses:
         if self.pending:
             throughput = training.meter.throughput()
             progress |= {"step": training.step, "loss": training.losses[-1]}
-            progress |= {k: v for k, v in throughput.items() if k in ("tokens_per_second", "step_seconds_median")}
+            shown = (f"{training.meter.unit}_per_second", "step_seconds_median")
+            progress |= {k: v for k, v in throughput.items() if k in shown}
         self.pending.clear()
         self.log.flush()
 

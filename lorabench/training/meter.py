@@ -38,8 +38,8 @@ of an encoder-decoder."""
 class Meter:
     """Measures one attempt at a run; `state` goes into the checkpoint, so that a resumed run keeps what was seen."""
 
-    def __init__(self, device: torch.device, steps: int):
-        self.device = device
+    def __init__(self, device: torch.device, steps: int, unit: str = "tokens"):
+        self.device, self.unit = device, unit
         self.warm_up = min(WARM_UP_STEPS, steps // 10)
         self.peaks: dict[str, float] = {}
         self.seconds: dict[str, float] = {}
@@ -57,7 +57,7 @@ class Meter:
 
     @classmethod
     def of_run(cls, spec: RunSpec, device: torch.device) -> Meter:
-        return cls(device, spec.total_steps)
+        return cls(device, spec.total_steps, spec.task.unit)
 
     def set_baseline(self) -> None:
         """Count CPU memory from here: what the process and its data hold is not the method's."""
@@ -187,16 +187,18 @@ class Meter:
         return named | {"total_seconds": sum(self.seconds.values())}
 
     def throughput(self) -> dict[str, float]:
-        """Tokens per second and step times; nothing if no step was past the warm-up."""
+        """Tokens, or images, per second and step times; nothing if no step was past the warm-up."""
         if not self.step_rows:
             return {}
         times, tokens, padded, labels, _ = zip(*self.step_rows, strict=True)
         total = sum(times)
         ordered = sorted(times)
-        return {
+        rates = {
             "tokens_per_second": sum(tokens) / total,
             "padded_tokens_per_second": sum(padded) / total,
             "label_tokens_per_second": sum(labels) / total,
+        }
+        return (rates if self.unit == "tokens" else {f"{self.unit}_per_second": sum(tokens) / total}) | {
             "step_seconds_median": statistics.median(ordered),
             "step_seconds_p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
         }

@@ -12,7 +12,7 @@ from torch import nn
 from lorabench.models.flat import laid_out
 from lorabench.processes.distributed import ALONE, World
 from lorabench.spec.run_spec import RunSpec
-from lorabench.training.examples import LENGTHS, Batch
+from lorabench.training.examples import LENGTHS, PIXELS, Batch
 
 
 def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -20,6 +20,9 @@ def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
 
     Of a decoder that is apart from what is read they are those of its labels' positions.
     """
+    if PIXELS in batch:
+        found: torch.Tensor = model(pixel_values=batch[PIXELS]).logits
+        return found
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
     if decodes(model, batch):
         inputs["decoder_input_ids"] = decoder_inputs(model, batch["labels"])
@@ -36,7 +39,12 @@ def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def decodes(model: nn.Module, batch: Batch) -> bool:
     """Whether the labels are what the decoder of an encoder-decoder is to write; it also classifies."""
-    return base_of(model).config.is_encoder_decoder and "labels" in batch and batch["labels"].ndim == 2
+    return (
+        PIXELS not in batch
+        and base_of(model).config.is_encoder_decoder
+        and "labels" in batch
+        and batch["labels"].ndim == 2
+    )
 
 
 def decoder_inputs(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:

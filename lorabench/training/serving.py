@@ -125,9 +125,8 @@ class _Bench:
             base, source = as_served(self.subject.load_base(), spec.dtype).requires_grad_(False), "loaded anew"
         self.base = base
         self.work = workload(spec, self.subject.examples, base, self.subject.device)
-        tokens = f"prompts of {self.work.ids.shape[1]} tokens"
         also = f", {NEW_TOKENS} generated" if self.work.generates else ""
-        self.notes["inference"] = f"{tokens}{also}, {spec.dtype} without autocast; the base {source}"
+        self.notes["inference"] = f"{self.work.about}{also}, {spec.dtype} without autocast; the base {source}"
 
     def merging(self) -> None:
         """Changes the weights that all models share: from here on their speed counts, not what they compute."""

@@ -29,7 +29,5 @@ def start_from_data(spec: RunSpec, model: nn.Module, examples: Examples) -> str:
 
     model.eval()
     spec.method.begin_from_data(model, [partial(loss, row) for row in range(wanted)])
-    tokens = sum(len(row["input_ids"]) for row in chosen)
-    return (
-        f"from {wanted} examples of the training split, {tokens:,} tokens, the first in the order of seed {spec.seed}"
-    )
+    tokens = "" if task.unit == "images" else f", {sum(len(row['input_ids']) for row in chosen):,} tokens"
+    return f"from {wanted} examples of the training split{tokens}, the first in the order of seed {spec.seed}"

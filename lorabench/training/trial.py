@@ -184,12 +184,15 @@ def _made(spec: RunSpec, config: Any, divisors: list[int], whole: Collection[str
 
 
 def _divisors(config: Any) -> list[int]:
-    """By how much its widths may all be divided, most first; 1 is last."""
+    """By how much its widths may all be divided, most first; 1 is last, and alone where no field is a width by itself
+    (a ConvNeXt has lists)."""
     table = config.to_dict()
     widths = [value for key, value in table.items() if _is_width(key, value)]
     heads, hidden = table.get("num_attention_heads"), table.get("hidden_size")
     if table.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int) and hidden % heads == 0:
         widths.append(hidden // heads)
+    if not widths:
+        return [1]
     common = math.gcd(*widths)
     fit = [n for n in (2**k for k in range(10, 0, -1)) if common % n == 0 and min(widths) // n >= NARROWEST]
     return [*fit, 1]
@@ -209,6 +212,11 @@ def _is_width(key: str, value: Any) -> bool:
 
 
 def _tokens(model: nn.Module) -> torch.Tensor:
+    """(1, LENGTH), or an image (1, channels, height, width) of the size that the model is made for."""
+    if models.reads_images(model):
+        config: Any = model.config
+        sides = [config.image_size] * 2 if isinstance(config.image_size, int) else [*config.image_size]
+        return torch.randn(1, config.num_channels, *sides, generator=torch.Generator().manual_seed(0))
     rows = min(model.get_input_embeddings().weight.shape[0], 500)
     tokens = torch.randint(3, rows, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     end = getattr(model.config, "eos_token_id", None)

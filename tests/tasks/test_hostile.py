@@ -16,10 +16,10 @@ from pyarrow import parquet
 
 from lorabench.config import plugins
 from lorabench.config.decode import InputError, decode
-from lorabench.models.base_model import load_tokenizer
 from lorabench.spec.task import Task
 from lorabench.training.examples import read_usable, tokenized
 
+BUILTIN = {"tokens": "builtin:tiny-llama", "images": "builtin:tiny-vit"}
 CASES = 300
 """Of each task."""
 VALUES = [
@@ -28,6 +28,7 @@ VALUES = [
     {"q": None}, "yes", "no", "01000", "1_000", "nan", "<|eos|>", "\n", "\u2028", "{text}",
 ]  # fmt: skip
 TALK = [{"role": role, "content": f"what the {role} says"} for role in ("system", "user", "assistant", "user")]
+IMAGE = [[0, 128, 255], [3, 2, 1]]
 NAMES = ["text", "label", "meta.q", "meta", "", "a b", "\x1b[0m", "{", "text[0]", "index"]
 TEMPLATES = [
     "{text}", "{meta.q}", "{text", "{}", "{text[0]}", "{text!r:>9}", "{label:d}", "", "}", "{text:{label}}", "x",
@@ -38,7 +39,8 @@ KINDS = ["jsonl", "jsonl", "jsonl", "json", "csv", "tsv", "parquet", "txt", "jso
 
 def cells(draw: random.Random, names: list[str], tame: bool) -> list[dict]:
     """Rows that may lack a column; of `tame` ones the columns are of one type each, but for a few cells."""
-    kinds = {"label": [["yes", "no"], [0, 1], [0.0, 1.0, 2.5], [1, 3, 4]], "messages": [[TALK], [TALK, TALK[1:]]]}
+    kinds = {"label": [["yes", "no"], [0, 1], [0.0, 1.0, 2.5], [1, 3, 4]], "messages": [[TALK], [TALK, TALK[1:]]],
+             "image": [[IMAGE], [IMAGE, IMAGE[1:]], ["here.png", "gone.png"]]}  # fmt: skip
     usual = {name: draw.choice(kinds.get(name, [["a text of some words", "another"]])) for name in names}
     return [
         {
@@ -81,7 +83,9 @@ def written(draw: random.Random, kind: str, rows: list[dict]) -> bytes:
 
 def fill(draw: random.Random, folder: Path, name: str) -> str:
     """A data set in `folder` for a task: what `task.data` names."""
-    names = draw.sample(NAMES, draw.randint(0, 3)) + (["messages"] if name == "chat" else [])
+    names = draw.sample(NAMES, draw.randint(0, 3)) + {"chat": ["messages"], "image_classification": ["image"]}.get(
+        name, []
+    )
     names += draw.choice([["text", "label"], ["text", "label"], []])
     kind, tame = draw.choice(KINDS), draw.random() < 0.8
     splits = draw.choice([["train"], ["train", "validation"], ["train", "dev", "test"], ["train.part1", "train.part2"]])
@@ -99,7 +103,7 @@ def any_task(draw: random.Random, name: str, data: str) -> Task:
         "text_pair": [None, None, "meta.q"], "columns": [None, None, None, "text,label", "label,label"],
         "question": ["{text}"] * 20 + TEMPLATES, "choices": ["text, label"] * 9 + ["meta", "text,gone"],
         "answer": ["label"], "answer_is": ["text"] * 9 + ["index", "letter"], "labels": [None] * 9 + ["meta.q"],
-        "messages": ["messages"] * 9 + ["text"], "train_on": ["assistant", "last"],
+        "messages": ["messages"] * 9 + ["text"], "image": ["image"] * 9 + ["text"], "train_on": ["assistant", "last"],
         "template": [plugins.example("tasks", "chat").template] * 5 + [None, "{{", "{{ messages }}", "{{ 1 / 0 }}"],
         "prompt": TEMPLATES, "response": TEMPLATES, "source": TEMPLATES, "target": TEMPLATES, "max_target": [None, 4],
         "unlabelled": [None, None, "", "-1", "no"],
@@ -109,7 +113,8 @@ def any_task(draw: random.Random, name: str, data: str) -> Task:
 
 @pytest.mark.parametrize("name", plugins.names("tasks"))
 def test_any_file_gives_examples_or_one_clear_error(name, tmp_path):
-    tokenizer, outcomes = load_tokenizer("builtin:tiny-llama"), []
+    unit, outcomes = plugins.plugin_class("tasks", name).unit, []
+    tokenizer = plugins.example("tasks", name).reads_with(BUILTIN[unit], None)
     for seed in range(CASES):
         draw = random.Random(f"{name} {seed}")
         folder = tmp_path / str(seed)

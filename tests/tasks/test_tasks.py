@@ -43,9 +43,12 @@ def test_every_task_has_a_loss_that_falls_on_the_right_answer(name, tokenizer, l
     rows = [{"source": "a", "text": f"text number {i} " * 9, "label": i % 2} for i in range(8)]
     talk = [{"role": "user", "content": "yes or no?"}, {"role": "assistant", "content": "yes"}]
     rows = [row | {"messages": talk, "question": row["text"], "score": row["label"]} for row in rows]
+    rows = [row | {"image": [[0, 9 * row["label"]], [255, 4]]} for row in rows]
     rows = [row | {"choices": ["a", f"b {row['label']}"], "answer": row["label"]} for row in rows]
     if name in ("classification", "regression"):
         task = dataclasses.replace(task, data=labelled)
+    if name == "image_classification":
+        tokenizer = task.reads_with("builtin:tiny-vit", None)
     options = task.model_options(task.usable("train", rows, {}))
     batch = collate([each for item in task.scored(rows, tokenizer, 16, options) for each in item], 2, CPU)
     if name == "regression":
@@ -53,7 +56,7 @@ def test_every_task_has_a_loss_that_falls_on_the_right_answer(name, tokenizer, l
         assert float(task.loss(right + 2, batch)) / task.count(batch) == pytest.approx(4)  # mean squared error
         assert task.metrics(0.0, [task.score(right, batch)]) == pytest.approx({"loss": 0, "pearson": 1, "spearman": 1})
         return
-    if name == "classification":
+    if name.endswith("classification"):
         right = torch.nn.functional.one_hot(batch["labels"], 2).float()
     else:
         following = batch["labels"] if name == "seq2seq" else batch["labels"].roll(-1, 1)

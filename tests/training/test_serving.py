@@ -25,7 +25,7 @@ from tests.methods.test_methods import IMPOSSIBLE, load_base, method_spec, tuned
 
 QUIET = Options(log_to_file=False, device="cpu")
 METHODS = plugins.names("methods")
-SERVING = {name for name, measure in MEASURES.items() if measure.group == "serving"}
+SERVING = {name for name, measure in MEASURES.items() if measure.group == "serving" and "images" not in name}
 DECODE = {name for name in SERVING if "decode" in name}
 MERGED = {name for name in SERVING if "_merged_" in name} | {"merge_error"}
 MIXED = {"mixed_batch_seconds", "swapped_batch_seconds"}

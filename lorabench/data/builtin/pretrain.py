@@ -120,19 +120,23 @@ def lr_share(step: int, steps: int) -> float:
     return FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimizer_for(model: PreTrainedModel) -> torch.optim.AdamW:
+def optimizer_for(model: PreTrainedModel, peak_lr: float = PEAK_LR) -> torch.optim.AdamW:
     """Weight decay on matrices, none on the norms."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
+    return torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
 
 
 def train(
-    model: PreTrainedModel, batches: Iterator[dict[str, Tensor]], steps: int, validate: Callable[[], float]
+    model: PreTrainedModel,
+    batches: Iterator[dict[str, Tensor]],
+    steps: int,
+    validate: Callable[[], float],
+    peak_lr: float = PEAK_LR,
 ) -> None:
     """The loop; prints the training and validation loss from time to time."""
-    optimizer = optimizer_for(model)
+    optimizer = optimizer_for(model, peak_lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, steps))
     for step, batch in enumerate(batches, start=1):
         model.train()

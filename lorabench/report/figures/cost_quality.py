@@ -35,7 +35,7 @@ class CostQuality(Figure):
         from lorabench.report.figures._curves import draw_points
 
         value = self._value(results)
-        points = _points(results, drawing.finite(results.selection.done, value), self.costs, value)
+        points = _points(results, drawing.finite(results.selection.done, value), self._costs(results), value)
         if points.empty:
             return None
         with drawing.facets(points["cost"].unique(), self.width, height=2.6, sharex=False) as grid:
@@ -54,6 +54,11 @@ class CostQuality(Figure):
                 drawing.place_labels(axes, points[points["cost"] == cost].assign(color=points["ink"]))
             drawing.legend_below(grid.figure, dict(zip(points["label"], points["look"], strict=True)), lines=False)
         return grid.figure
+
+    def _costs(self, results: Any) -> tuple[str, ...]:
+        """Images per second where no run has read tokens."""
+        rates = {"tokens_per_second": "images_per_second"}
+        return tuple(cost if cost in results.runs else rates.get(cost, cost) for cost in self.costs)
 
     def _value(self, results: Any) -> str:
         return self.value or f"valid_{results.quality}"
