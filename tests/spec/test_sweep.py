@@ -423,8 +423,8 @@ def test_a_stored_sweep_may_select_as_it_was_allowed_to(by: str) -> None:
 
 MODEL, DATA = 'model = "builtin:tiny-llama"\n', 'task.data = "builtin:python-code"\n'
 NO_MODEL = (
-    "model: is missing: a Hub id, a local folder, builtin:tiny-llama, builtin:tiny-llama-arithmetic, builtin:tiny-t5 or "
-    "builtin:tiny-vit"
+    "model: is missing: a Hub id, a local folder, builtin:tiny-llama, builtin:tiny-llama-arithmetic, "
+    "builtin:tiny-t5 or builtin:tiny-vit"
 )
 NO_DATA = (
     "task.data: is missing: a file, a folder, a Hub data set, builtin:arithmetic, builtin:digits, "
