@@ -91,7 +91,8 @@ def write_table(file: Path, key: str, tables: Iterable[pa.Table], temporary: Pat
         for group in _groups(tables):
             if writer is None:
                 schema = group[0].schema.with_metadata({_KEY: key.encode()})
-                writer = stack.enter_context(parquet.ParquetWriter(temporary, schema))
+                # thousands of small files, a seventh of whose time is their columns' extremes, which nobody asks for
+                writer = stack.enter_context(parquet.ParquetWriter(temporary, schema, write_statistics=False))
             cast = [table.cast(writer.schema) for table in group]
             written = [*written[:1], pa.concat_tables(cast).unify_dictionaries() if len(cast) > 1 else cast[0]]
             writer.write_table(written[-1])
