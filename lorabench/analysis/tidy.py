@@ -167,7 +167,9 @@ def _joined(blocks: list[tuple[Rows, dict[str, Any]]]) -> pa.Table:
 
 def _sizes(rows: Rows) -> list[int]:
     """How many rows each stands for."""
-    return [max((len(v) for v in row.values() if isinstance(v, np.ndarray)), default=1) for row in rows]
+    first = rows[0] if rows else {}
+    arrays = next((key for key, value in first.items() if isinstance(value, np.ndarray)), None)
+    return [1 if arrays is None else len(row[arrays]) for row in rows]
 
 
 def repeated(values: list[Any], sizes: list[int]) -> pa.Array:
