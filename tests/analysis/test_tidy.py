@@ -26,9 +26,11 @@ def test_a_row_of_arrays_stands_for_many():
 def test_what_is_written_is_read_with_the_same_key_only(tmp_path, sizes):
     file = tmp_path / "deep" / "t.parquet"
     tables = [to_table(rows(n), {"layer": f"of {n}", "depth": n if n == 5 else None}) for n in sizes]
-    write_table(file, "key 1", tables)
+    written = write_table(file, "key 1", tables)
     assert [path.name for path in file.parent.iterdir()] == ["t.parquet"]
     table = read_table(file, "key 1")
+    assert (written is None) == (len(sizes) > 1)
+    assert written is None or (written.equals(table) and written.schema.equals(table.schema, check_metadata=True))
     assert len(table) == sum(sizes) and read_table(file, "key 2") is None
     assert read_table(tmp_path / "none.parquet", "key 1") is None
     key, again = read_keyed(file)
