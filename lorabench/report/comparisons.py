@@ -237,7 +237,8 @@ def comparisons_sheet(by_task: dict[str, Comparisons], name: str = "comparisons"
         *([Column(label="task", numeric=False)] if several else []),
         *([Column(label="by", numeric=False)] if len(measures) > 1 else []),
         Column(label="setting", numeric=False), Column(label=what, unit=unit),
-        Column(label="best less this", unit=unit.replace("%", "points")), Column(label="p (Holm)"), Column(label="seeds"),
+        Column(label="best less this", unit=unit.replace("%", "points")),
+        Column(label="p (Holm)"), Column(label="seeds"),
         Column(label="more than chance", numeric=False), Column(label="seeds needed"),
     ]  # fmt: skip
     rows, tidy = [], []
