@@ -55,6 +55,7 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(PIP) -e ".[bench]"
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/vision.py
 	$(BIN)/python benchmarks/grid.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/analysis.py
