@@ -14,8 +14,8 @@ RESULTS ?= results
 MINUTES ?= 60
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile -c constraints.txt
-# On every core; pip would compile on one alone. Left out is what is mostly never imported, two fifths of it all.
-SELDOM := tests?|testing|models|onnx|_inductor|databricks|debugpy|lm_eval|mlflow|mypy|networkx|nltk|pip|pygments|sklearn|wandb
+# On every core; pip would compile on one alone. Left out is what is mostly never imported, half of it all.
+SELDOM := tests?|testing|models|onnx|_inductor|chardet|databricks|debugpy|fastapi|grpc|lm_eval|mlflow|mypyc?|networkx|nltk|opentelemetry|pip|pygments|setuptools|sklearn|torchgen|trl|wandb|wcwidth
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/($(SELDOM))/' $(VENV)/lib || true
 
 .PHONY: help demo paper test suite lint bench campaign clean
@@ -55,10 +55,12 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(PIP) -e ".[bench]"
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/vision.py
 	$(BIN)/python benchmarks/grid.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/analysis.py
 	$(BIN)/python benchmarks/weights.py
+	$(BIN)/python benchmarks/ensemble.py
 	$(BIN)/python benchmarks/merging.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/store.py

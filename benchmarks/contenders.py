@@ -16,6 +16,7 @@ import torch
 from relay import Stopwatch
 from torch import nn
 
+from lorabench.data.images import Pixels
 from lorabench.models.base_model import load_base, load_tokenizer
 from lorabench.models.flat import attend_by_example
 from lorabench.spec.run_spec import RunSpec
@@ -51,20 +52,24 @@ class Race:
         base = load_base(self.spec, self.watch.device, self.examples.model_options)
         return self.spec.method.attach(base, self.spec)
 
-    def rows(self) -> list[dict[str, list[int]]]:
-        """The training examples in the order in which lorabench visits them."""
+    def rows(self) -> list[dict[str, Any]]:
+        """The training examples in the order in which lorabench visits them; images as the model sees them."""
         rows = self.examples.splits["train"]
         order = Order(len(rows), self.spec.batch_size, self.spec.seed)
         visited = [rows[i] for step in range(self.spec.steps) for i in order.indices(step)]
-        return [{key: value.tolist() for key, value in row.items()} for row in visited]
+        return [{key: _plain(value) for key, value in row.items()} for row in visited]
 
     def collator(self) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
         """What makes a batch of rows; where they differ in length, the one that pads labels too."""
         from transformers import DataCollatorForSeq2Seq, default_data_collator
 
-        if self.spec.task.name == "text":
+        if self.spec.task.name != "completion":
             return default_data_collator
         return DataCollatorForSeq2Seq(load_tokenizer(self.spec.model))
+
+
+def _plain(value: Any) -> Any:
+    return value.seen() if isinstance(value, Pixels) else getattr(value, "tolist", lambda: value)()
 
 
 class TickingLog(StepLog):

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from operator import truediv
 from pathlib import Path
@@ -37,6 +37,7 @@ from lorabench.methods.full import Full
 from lorabench.methods.lora import Lora
 from lorabench.spec.run_spec import RunSpec
 from lorabench.tasks.completion import Completion
+from lorabench.tasks.image_classification import ImageClassification
 from lorabench.tasks.text import Text
 from lorabench.training.examples import prepare
 
@@ -45,7 +46,10 @@ TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}
 
 
 def make_spec(arguments: argparse.Namespace, method: str) -> RunSpec:
-    """Completions are four times as long as blocks of text at most, and twice as many make a step."""
+    """Completions are four times as long as blocks of text at most, and twice as many make a step. Images as is."""
+    if method in IMAGES:
+        task: Any = ImageClassification(data="builtin:digits-turned", max_eval=1)
+        return replace(make_spec(arguments, method.partition("-")[0]), task=task)
     times = (4, 2) if method in COMPLETION else (1, 1)
     return RunSpec(
         method=Full() if method == "full" else Lora(rank=arguments.rank),
@@ -95,14 +99,15 @@ def measure_speed(spec: RunSpec, device: torch.device) -> dict[str, Any]:
     relay.run(jobs, spec.threads)
     curves = {name: [float(loss) for loss in race.losses] for name, race in races.items()}
     worst = check_agreement(curves, untrained_losses(races["plain"]), TOLERANCE[spec.dtype])
-    lengths, size = [len(row["input_ids"]) for row in races["plain"].rows()], LOG_EVERY * spec.batch_size
+    lengths = [len(row.get("input_ids", "1")) for row in races["plain"].rows()]  # or the image that it is
+    size = LOG_EVERY * spec.batch_size
     tokens = [sum(lengths[first : first + size]) for first in range(size, len(lengths), size)]
     wall = {name: [*map(truediv, tokens, race.watch.seconds)] for name, race in races.items()}
     cpu = {name: [*map(truediv, tokens, race.watch.cpu_seconds)] for name, race in races.items()}
     longest = [max(lengths[first : first + spec.batch_size]) for first in range(0, len(lengths), spec.batch_size)]
     return {
         "padded_over_real_tokens": spec.batch_size * sum(longest) / sum(lengths),
-        "tokens_per_second": {name: spread(values) for name, values in wall.items()},
+        f"{spec.task.unit}_per_second": {name: spread(values) for name, values in wall.items()},
         "lorabench": ratios(wall, "") | ratios(cpu, "_by_cpu_time"),
         "largest_loss_difference": worst,
         "losses": curves["lorabench"],
@@ -149,6 +154,8 @@ def child(arguments: argparse.Namespace) -> None:
 METHODS = ["lora", "full", "lora-completion", "lora-free"]
 """The last two train LoRA on short responses to prompts of all lengths; with the last, lorabench pads nothing."""
 COMPLETION = METHODS[2:]
+IMAGES = ["lora-images", "full-images"]
+"""Of `vision.py`."""
 ARGUMENTS: dict[str, Any] = {
     "model": "builtin:tiny-llama",
     "data": "builtin:python-code",
@@ -162,19 +169,19 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for key, value in ARGUMENTS.items():
+def parse(name: str, methods: list[str], defaults: dict[str, Any]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"{name}.py", description=(__doc__ or "").partition("\n")[0])
+    for key, value in (ARGUMENTS | defaults).items():
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, type=type(value), help=f"default: {value}")
     parser.add_argument("--rounds", default=40, type=int, help=f"of {LOG_EVERY} steps each (default: 40)")
     parser.add_argument("--memory-rounds", default=3, type=int, help="processes a contender (default: 3)")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=methods, choices=[*METHODS, *IMAGES])
     parser.add_argument("--child", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse()
+def main(name: str = "training", methods: list[str] = METHODS, **defaults: Any) -> None:
+    arguments = parse(name, methods, defaults)
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
     if arguments.child:
@@ -188,7 +195,7 @@ def main() -> None:
     settings = {key: value for key, value in vars(arguments).items() if key not in ("child", "device")}
     specs = {method: asdict(make_spec(arguments, method)) for method in arguments.methods}
     settings |= {"optimizer": _optimizer(specs)}
-    print(write("training", arguments.device, settings, {"methods": figures}))
+    print(write(name, arguments.device, settings, {"methods": figures}))
 
 
 def _optimizer(specs: dict[str, Any]) -> dict[str, Any]:
@@ -197,9 +204,10 @@ def _optimizer(specs: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_figures(method: str, figures: dict[str, Any]) -> None:
-    for name, speed in figures["tokens_per_second"].items():
+    unit = next(unit for unit in ("tokens", "images") if f"{unit}_per_second" in figures)
+    for name, speed in figures[f"{unit}_per_second"].items():
         memory = ", ".join(f"{key} {value['median']:.1f}" for key, value in figures["memory"][name].items())
-        print(f"{method:15} {name:10} {speed['median']:9.0f} tokens/s   {memory}")
+        print(f"{method:15} {name:10} {speed['median']:9.0f} {unit}/s   {memory}")
     for peer, ratio in figures["lorabench"].items():
         others = ", ".join(f"{key} {ratio[key]:.3f}" for key in ("overall", "min", "max"))
         interval = " to ".join(f"{end:.3f}" for end in ratio["interval"] or ())

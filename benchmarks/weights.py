@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from hardware import spread, write
 from torch import Tensor
 
+from lorabench.analyses.accumulation import Accumulation
 from lorabench.analyses.cosines import Cosines
 from lorabench.analyses.off_principal import OffPrincipal
 from lorabench.analyses.profile import Profile, directions, responses
@@ -32,7 +34,15 @@ from lorabench.updates.base import BaseLayer, Tuned, decompose
 from lorabench.updates.layer import LayerSVD
 from lorabench.updates.update import Update
 
-ANALYSES = {"profile": Profile(), "off_principal": OffPrincipal(), "sparsity": Sparsity(), "cosines": Cosines()}
+ANALYSES = {
+    "profile": Profile(),
+    "off_principal": OffPrincipal(),
+    "sparsity": Sparsity(),
+    "cosines": Cosines(),
+    "accumulation": Accumulation(),
+}
+TASKS = 3
+"""Of a sequence, after each of which `accumulation` looks at ΔW: a quarter, half and all of it."""
 
 
 def main() -> None:
@@ -64,7 +74,17 @@ def main() -> None:
 
 def computed(analysis: Analysis, layer: LayerSVD, base: BaseLayer) -> list[dict[str, Any]]:
     """With nothing kept from another analysis of the same layer."""
-    return analysis.compute(Tuned(layer=layer, base=base))
+    if analysis.needs != "base_trajectory":
+        return analysis.compute(Tuned(layer=layer, base=base))
+    return analysis.compute(*(Tuned(layer=after(layer, task), base=base) for task in range(1, TASKS + 1)))
+
+
+def after(layer: LayerSVD, task: int) -> LayerSVD:
+    """The same directions, as far as they have come."""
+    part, svd, update = 2.0 ** (task - TASKS), layer.svd, layer.update
+    assert update is not None
+    smaller = replace(update, B=part * update.B)
+    return replace(layer, svd=replace(svd, S=part * svd.S), update=smaller, step=task)
 
 
 def seconds(call: Callable[[], Any]) -> tuple[float, float]:
@@ -75,8 +95,8 @@ def seconds(call: Callable[[], Any]) -> tuple[float, float]:
 
 
 def dense_way(base: BaseLayer, delta: Tensor, tuned: Tuned) -> tuple[dict[str, float], dict[str, float]]:
-    """SVDs of W0 and of W, and ΔW along every direction, as the papers' scripts have it: the largest error of `profile`
-    against the same in float64, as a share of the root mean square, and the seconds.
+    """SVDs of W0 and of W (of a sequence one a task), and ΔW along every direction, as the papers' scripts have it: the
+    largest error of `profile` against the same in float64, as a share of the root mean square, and the seconds.
 
     Along the last few directions, whose singular values are next to nothing, right vectors are told from rounding."""
     begun = time.perf_counter()

@@ -81,6 +81,7 @@ def pytest_collection_finish() -> None:
     """As in a run's own process: the meter's collections need not look through all that the tests have imported."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)  # as the commands do
     gc.enable()
 
 

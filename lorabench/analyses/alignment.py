@@ -19,16 +19,17 @@ MAX_DIRECTIONS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment(Analysis):
-    """Rows {metric, r, value, null}: ‖Uᵀ W0 V‖_F with the top r directions of ΔW, of W0, and random ones.
+    """Rows {metric, r, value, null, null_std}: ‖Uᵀ W0 V‖_F with the top r directions of ΔW, of W0, and random ones.
 
     Hu et al. 2021, arXiv 2106.09685, section 7.3 and table 7. `r` counts 1, 2, 4, … up to all meaningful directions
     of ΔW (at most 64). `null` is what random directions give: for norms r ‖W0‖_F / √(M N), the root of the mean square
     over random orthonormal U and V, exactly; for the amplification, a ratio, its geometric mean (`typical_share`).
+    `null_std`: the standard deviation of either (`projection_chance`); at r = 1 the amplification has none.
     `amplification` and `projected_norm` (without `_at`) stand for the largest r.
     """
 
     needs: ClassVar[Literal["base"]] = "base"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     metrics: ClassVar[dict[str, str]] = {
         "amplification": "‖ΔW‖ over ‖Uᵀ W0 V‖ with U, V all meaningful directions of ΔW; null: random U, V",
         "projected_norm": "‖Uᵀ W0 V‖ with U, V all meaningful directions of ΔW; null: random U, V",
@@ -44,6 +45,8 @@ class Alignment(Analysis):
     )
 
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
+        from lorabench.linalg.nulls import projection_chance
+
         (tuned,) = layers
         delta, base = tuned.layer.svd, tuned.base
         most = min(delta.numerical_rank, delta.U.shape[1], MAX_DIRECTIONS)
@@ -57,10 +60,11 @@ class Alignment(Analysis):
         for r in [*(2**power for power in range((most - 1).bit_length())), most]:
             values = {"projected_norm": float(norms[r - 1]), "projected_norm_of_base": float(top[r - 1])}
             random = r * base_norm / (M * N) ** 0.5
-            found = [_row(name, r, value, random) for name, value in values.items()]
+            std, inverse_std = projection_chance(base.svd.S.double().numpy(), r, M, N)
+            found = [_row(name, r, value, random, std) for name, value in values.items()]
             if values["projected_norm"] and random:
-                null = update_norm / (random * typical_share(r))
-                found.append(_row("amplification", r, update_norm / values["projected_norm"], null))
+                null, spread = update_norm / (random * typical_share(r)), inverse_std and update_norm * inverse_std
+                found.append(_row("amplification", r, update_norm / values["projected_norm"], null, spread))
             rows += [row | {"metric": f"{row['metric']}_at"} for row in found] + (found if r == most else [])
         return rows
 
@@ -82,8 +86,10 @@ def typical_share(r: int) -> float:
     return math.exp((float(digamma(r**2 / 2)) + math.log(2 / r**2)) / 2)
 
 
-def _row(metric: str, r: int | None, value: float, null: float | None = None) -> dict[str, Any]:
-    return {"metric": metric, "r": r, "value": value, "null": null}
+def _row(
+    metric: str, r: int | None, value: float, null: float | None = None, null_std: float | None = None
+) -> dict[str, Any]:
+    return {"metric": metric, "r": r, "value": value, "null": null, "null_std": null_std}
 
 
 EXAMPLE = Alignment()

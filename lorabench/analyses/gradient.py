@@ -13,21 +13,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorabench.linalg.decompose import ThinSVD
+    from lorabench.linalg.nulls import Simulated
     from lorabench.updates.layer import LayerSVD
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gradient(Analysis):
-    """Rows {step, side, metric, value, null} of runs that keep snapshots, k being the final ΔW's rank, at most 16.
+    """Rows {step, side, metric, value, null, null_std} of runs that keep snapshots, k the final ΔW's rank, at most 16.
 
     `phi_*` is φ(k, k) of `subspace` between the top k directions of ΔW and of the gradient; `sine_*` is the sine of
     their largest principal angle, ‖P − P'‖ of the projections, which Zhang et al. 2025 (LoRA-One, arXiv 2502.01235)
     follow over training: about 1 at the start. `angle_task_retain` is the smallest principal angle between the
     gradients of the task and of what is retained, in radians, by which Steele 2026 (arXiv 2603.02224) explains
-    forgetting. A zero ΔW has no directions, and no rows. Null: random subspaces of these dimensions.
+    forgetting. A zero ΔW has no directions, and no rows. Null: random subspaces of these dimensions, mean and standard
+    deviation.
     """
 
     needs: ClassVar[Literal["trajectory"]] = "trajectory"
+    version: ClassVar[int] = 2
     metrics: ClassVar[dict[str, str]] = {
         "phi_task": "similarity of ΔW's directions with those of the task's gradient, at the end, in [0, 1]",
         "phi_retain": "similarity with the gradient on what is retained, at the end, in [0, 1]",
@@ -57,9 +60,9 @@ class Gradient(Analysis):
         if len(found) > 1:
             task, retain = (found[name] for name in ("task", "retain"))
             for side, a, b in _sides(task, retain, k, k):
-                angles, nulls = _angles(a, b)
-                row = {"metric": "angle_task_retain", "value": angles[0], "null": nulls[0]}
-                rows.append({"step": None, "side": side} | row)
+                angles, chance = _angles(a, b)
+                null = {"null": float(chance.mean[0]), "null_std": float(chance.std[0])}
+                rows.append({"step": None, "side": side, "metric": "angle_task_retain", "value": angles[0]} | null)
         return rows
 
 
@@ -69,26 +72,28 @@ EXAMPLE = Gradient()
 def _beside(svd: ThinSVD, gradient: ThinSVD, k: int, name: str) -> Iterator[dict[str, Any]]:
     """Of fewer directions, p, that ΔW has so far: φ(p, k), and the largest of p angles."""
     from lorabench.linalg.decompose import subspace_similarity
-    from lorabench.linalg.nulls import similarity_chance
+    from lorabench.linalg.nulls import similarity_chance, sine_chance
 
     p = min(svd.numerical_rank, svd.U.shape[1], k)
     for side, a, b in _sides(svd, gradient, p, k) if p else ():
-        angles, nulls = _angles(a, b)
-        chance, _ = similarity_chance(p, k, len(a))
-        phi = float(subspace_similarity(a, b)[-1, -1])
-        yield {"side": side, "metric": f"phi_{name}", "value": phi, "null": float(chance[-1, -1])}
-        yield {"side": side, "metric": f"sine_{name}", "value": math.sin(angles[-1]), "null": math.sin(nulls[-1])}
+        angles, chance = _angles(a, b)
+        mean, std = similarity_chance(p, k, len(a))
+        phi = {"value": float(subspace_similarity(a, b)[-1, -1]), "null": float(mean[-1, -1]), "null_std": std[-1, -1]}
+        std = sine_chance(p, k, len(a)).std
+        sine = {"value": math.sin(angles[-1]), "null": math.sin(chance.mean[-1]), "null_std": std[-1]}
+        yield {"side": side, "metric": f"phi_{name}"} | phi
+        yield {"side": side, "metric": f"sine_{name}"} | sine
 
 
 def _sides(a: ThinSVD, b: ThinSVD, p: int, q: int) -> list[tuple[str, Tensor, Tensor]]:
     return [("input", a.Vh[:p].mT, b.Vh[:q].mT), ("output", a.U[:, :p], b.U[:, :q])]
 
 
-def _angles(a: Tensor, b: Tensor) -> tuple[list[float], list[float]]:
-    """Principal angles, ascending, and their means by chance."""
+def _angles(a: Tensor, b: Tensor) -> tuple[list[float], Simulated]:
+    """Principal angles, ascending, and what they are by chance."""
     from lorabench.linalg.decompose import principal_angles
     from lorabench.linalg.nulls import angle_chance
 
     p, q = sorted((a.shape[1], b.shape[1]))
     angle, _ = angle_chance(p, q, len(a))
-    return principal_angles(a, b).tolist(), angle.mean.tolist()
+    return principal_angles(a, b).tolist(), angle

@@ -22,10 +22,11 @@ class Profile(Analysis):
 
     With W0 = Σ σ_i u_i v_iᵀ: `response` is ‖ΔW v_i‖ (`input`) and ‖ΔWᵀ u_i‖ (`output`), the update's energy spectrum;
     `diagonal` is |u_iᵀ W v_i - σ_i| = |u_iᵀ ΔW v_i| (`both`), how far W0's own values are changed in place (Huang et
-    al. 2026, PEFT-Arena, arXiv 2605.28819, the two views of its spectral analysis). A row is of the directions from
-    `first` to `last`, half an octave, 1 the top one: the root of their mean square, over a sample of
-    `num_directions` of them. Null: the singular values of ΔW in random directions, mean and standard deviation in
-    closed form. Directions beyond W0's numerical rank are arbitrary and left out. A ΔW of factors is never formed.
+    al. 2026, PEFT-Arena, arXiv 2605.28819, the two views of its spectral analysis, as its code has them; the output
+    side is ours). A row is of the directions from `first` to `last`, half an octave, 1 the top one: the root of their
+    mean square, over a sample of `num_directions` of them. Null: the singular values of ΔW in random directions, mean
+    and standard deviation in closed form. Directions beyond W0's numerical rank are arbitrary and left out. A ΔW of
+    factors is never formed.
     """
 
     needs: ClassVar[Literal["base"]] = "base"

@@ -13,19 +13,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SingularValues(Analysis):
-    """Rows {index, value, null}: σ_index, counted from 1, descending; `null` is the mean of random updates."""
+    """Rows {index, value, null, null_std}: σ_index, counted from 1, descending; beside it that of random updates of
+    this form and norm, mean and standard deviation (see `spectrum`)."""
 
     needs: ClassVar[Literal["layer", "pair"]] = "layer"
+    version: ClassVar[int] = 2
 
     def compute(self, *layers: LayerSVD) -> list[dict[str, Any]]:
         import numpy as np
 
-        from lorabench.linalg.nulls import null_spectra
+        from lorabench.linalg.nulls import null_spectrum
 
         (layer,) = layers
         S = layer.svd.S.numpy()
-        null = null_spectra(*layer.shape, layer.rank).mean(0)[: len(S)] * np.linalg.norm(S)
-        return [{"index": np.arange(1, len(S) + 1, dtype=np.int32), "value": S, "null": null}]
+        null, std = (each[: len(S)] * np.linalg.norm(S) for each in null_spectrum(*layer.shape, layer.rank))
+        return [{"index": np.arange(1, len(S) + 1, dtype=np.int32), "value": S, "null": null, "null_std": std}]
 
 
 EXAMPLE = SingularValues()

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 class Sparsity(Analysis):
     """Rows {metric, value, null}; `null` is of a random update: ΔW's singular values in random directions.
 
-    A weight counts as changed where W0 and W0 + ΔW, both rounded to bfloat16, differ (Mukherjee et al. 2025, arXiv
-    2505.11711; Zhu et al. 2025, arXiv 2511.08567, definition 2.1: by more than 1e-3 of the larger, which between
-    numbers of bfloat16 is the same). So it is what a checkpoint stored in bfloat16 would show: of LoRA the merged one,
-    of full fine-tuning ΔW of the float32 weights that were trained, rounded once. `changed`, `hidden` and `zero` sum
-    to 1. The overlaps are shares of a set of changes that lie among the 30% of W0's entries that are principal
-    (largest in its approximation of rank min(M, N) / 16, at most 256) or smallest in magnitude. By location alone
-    that is 0.3; rounding hides what is small beside its weight, so that the smallest weights change first, in a random
-    update too.
+    A weight counts as changed where W0 and W0 + ΔW, both rounded to bfloat16, differ (Zhu et al. 2025, arXiv
+    2511.08567, definition 2.1: by more than 1e-3 of the larger, which between numbers of bfloat16 is the same). So it
+    is what a checkpoint stored in bfloat16 would show: of LoRA the merged one, of full fine-tuning ΔW of the float32
+    weights that were trained, rounded once. The code of Mukherjee et al. 2025 (arXiv 2505.11711) asks for a difference
+    above 1e-5, which one step of bfloat16 is not for weights below 0.002: by it more are unchanged.
+
+    `changed`, `hidden` and `zero` sum to 1. The overlaps are shares of a set of changes that lie among the 30% of W0's
+    entries that are principal (largest in its approximation of rank min(M, N) / 16, at most 256) or smallest in
+    magnitude. By location alone that is 0.3; rounding hides what is small beside its weight, so that the smallest
+    weights change first, in a random update too.
     """
 
     needs: ClassVar[Literal["base"]] = "base"

@@ -25,13 +25,13 @@ class Spectrum(Analysis):
 
     That is i.i.d. Gaussian for a dense ΔW (Marchenko-Pastur law), B A of Gaussian factors for a factored one, of which
     16 are drawn. It is None for metrics that the form does not fix. `null_std` is the standard deviation of one such
-    update; None for a dense one, where the law of large matrices gives one spectrum.
+    update, from 16 draws of either; the mean of dense ones is that of large matrices, up to 1.4 of it off.
 
     `noise_floor`² is the share of Σσ² that is rounding alone: a rank_q whose 1 - q it reaches counts noise.
     """
 
     needs: ClassVar[Literal["layer", "pair"]] = "layer"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     metrics: ClassVar[dict[str, str]] = {
         "rank_50": "fewest singular values with 50% of the sum of squares",
         "rank_90": "fewest singular values with 90% of the sum of squares",

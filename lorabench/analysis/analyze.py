@@ -84,12 +84,13 @@ def analyze(
     own = {name: _own_tables(jobs, bundles[name]) for name, jobs in wanted.items()}
     missing = {name: [job for job in jobs if job not in bundles[name] and job not in own[name]]
                for name, jobs in wanted.items()}  # fmt: skip
-    failed = _compute(store, [job for jobs in missing.values() for job in jobs], note, workers, broken)
+    failed, found = _compute(store, [job for jobs in missing.values() for job in jobs], note, workers, broken)
     unread(failed)
     frames = {}
     for analysis in analyses:
         name, before = analysis.name, bundles.pop(analysis.name)
-        tables = own.pop(name) | _own_tables(missing[name], before)
+        tables = own.pop(name) | {job: found.pop(job) for job in missing[name] if job in found}
+        tables |= _own_tables([job for job in missing[name] if job not in tables], before)
         kept = [job for job in wanted[name] if not failed.keys() & {*job.runs}]
         gathered = bundle.gather(kept, before, tables)
         bundle.write_bundle(files[name], gathered, before)
@@ -161,10 +162,11 @@ def _compute(
     note: Callable[[str], None],
     workers: int | None = 1,
     broken: Callable[[dict[str, str]], None] | None = None,
-) -> dict[str, str]:
-    """Do the jobs and write their files. Returns the runs that could not be read, with the reason."""
+) -> tuple[dict[str, str], dict[Job, pa.Table]]:
+    """Do the jobs and write their files. The runs that could not be read, with the reason; and the tables, as far as
+    they are at hand."""
     if not jobs:
-        return {}
+        return {}, {}
     groups = list(batches(jobs))
     most = _num_workers(jobs, workers)
     num_parts = 1 if most == 1 else math.ceil(PARTS_A_WORKER * most / len(groups))
@@ -186,13 +188,17 @@ def _compute(
                 of_batch = [results.get((part.number, other)) for other in range(num_parts)]
                 if all(of_batch):
                     batch.commit(part, cast(list[Outcome], of_batch))
+        tables: dict[Job, pa.Table] = {}
+        for part in parts:
+            if part.part == 0 and (outcome := results.get((part.number, 0))):
+                tables |= batch.copies(part, outcome)
     outcomes = [results[place] for place in sorted(results)]
     raised = _raised(outcomes, errors)
     if raised and broken is None:
         raise WorkerFailed("\n".join([*(f"{name}: {text}" for name, text in raised.items()), "the rest is kept"]))
     if broken is not None:
         broken(raised)
-    return _account(outcomes, note)
+    return _account(outcomes, note), tables
 
 
 def _raised(outcomes: list[Outcome], errors: list[Exception]) -> dict[str, str]:

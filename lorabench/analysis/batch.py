@@ -14,9 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from lorabench.analysis.bases import Bases
 from lorabench.analysis.jobs import SNAPSHOTS, UPDATES, Job, files_of
-from lorabench.analysis.tidy import Spool, to_table, write_table
+from lorabench.analysis.tidy import Spool, append_tables, appended_tables, write_table
 from lorabench.config.decode import InputError
 from lorabench.config.digests import check_files, check_listing
 from lorabench.config.json_file import Unreadable
@@ -50,18 +52,24 @@ class Part:
         """Where all parts of the batch put the rows of the job at `place`, in the order of the layers."""
         return [Spool(self.scratch / f"{self.number}-{place}-{part}.arrow") for part in range(self.num_parts)]
 
+    @property
+    def copies(self) -> Path:
+        """Tables of jobs that are whole, for whoever has given the part away: to read their files takes longer."""
+        return self.scratch / f"{self.number}-copies.arrow"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """`failed`: the runs that could not be read, with the reason. `broken`: the analyses that raised, with what.
 
-    `left_out`: the jobs, by place, that have no base, or whose analysis raised.
+    `left_out`: the jobs, by place, that have no base, or whose analysis raised. `copied`: those of `Part.copies`.
     """
 
     failed: dict[str, str]
     left_out: list[int]
     broken: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    copied: list[int] = field(default_factory=list)
 
 
 def compute(part: Part, bases: Bases, advance: Callable[[float], None]) -> Outcome:
@@ -87,6 +95,12 @@ def commit(part: Part, outcomes: list[Outcome]) -> None:
         _write(part, outcomes, part.spools)
 
 
+def copies(part: Part, outcome: Outcome) -> dict[Job, pa.Table]:
+    """The tables of jobs that the part has written, as far as they are at hand."""
+    jobs = [part.jobs[place] for place in outcome.copied]
+    return dict(zip(jobs, appended_tables(part.copies), strict=True))
+
+
 def _write(part: Part, outcomes: list[Outcome], spools: Callable[[int], list[Spool]]) -> None:
     """The file of each job whose runs could all be read."""
     failed = {run_id for outcome in outcomes for run_id in outcome.failed}
@@ -96,7 +110,10 @@ def _write(part: Part, outcomes: list[Outcome], spools: Callable[[int], list[Spo
         if place not in left_out and not failed & {*job.runs}:
             tables = (table for spool in parts for table in spool.tables())
             with _blaming(outcomes[0], place, job):
-                write_table(job.file, job.key, tables, part.scratch / f"{part.number}-{place}.parquet")
+                table = write_table(job.file, job.key, tables, part.scratch / f"{part.number}-{place}.parquet")
+                if table is not None:
+                    append_tables(part.copies, [table])
+                    outcomes[0].copied.append(place)
         for spool in parts:
             spool.remove()
 
@@ -189,7 +206,7 @@ class _Work:
             rows = job.analysis.compute(*given)
         if rows:
             last = seen[job.runs[0]][-1]
-            self.spools[place].add(to_table(rows, {column: getattr(last, column) for column in LAYER_COLUMNS}))
+            self.spools[place].add(rows, {column: getattr(last, column) for column in LAYER_COLUMNS})
 
     def _given(self, job: Job, seen: dict[str, list[LayerSVD]], tuned: dict[str, Tuned | None]) -> list[Any]:
         """What the job's analysis is called with; empty where it does not apply to the layer."""

@@ -172,7 +172,7 @@ class SweepResults:
         from lorabench.config.decode import InputError, decode_plugin
         from lorabench.config.toml_text import plain
         from lorabench.spec.figure import Figure
-        from lorabench.spec.sweep import known_measures, unknown_measures, unknown_runs
+        from lorabench.spec.known import known_measures, unknown_measures, unknown_runs
 
         own = [figure for figure in self.sweep.figures if figure.name == name]
         if own and not options:

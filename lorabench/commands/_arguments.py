@@ -51,7 +51,7 @@ def numbers(kind: type) -> Callable[[str], Any]:
         except ValueError:
             values = [math.nan]
         if not all(map(math.isfinite, values)):
-            raise argparse.ArgumentTypeError(f"'{clip(text)}': must be numbers with commas between them")
+            raise argparse.ArgumentTypeError(f"'{clip(text)}': must be finite numbers with commas between them")
         return values
 
     return convert

@@ -44,7 +44,7 @@ ARGUMENTS = [
         default=[0.95],
         metavar="E",
     ),
-    argument("--output", "copy the adapter there (several: to energy-E below it)", type=Path, metavar="DIR"),
+    argument("-o --output", "copy the adapter there (several: to energy-E below it)", type=Path, metavar="DIR"),
     argument("--like", "the run whose base, task and settings another adapter is evaluated with", metavar="RUN"),
     BASE,
     ALPHA,

@@ -23,7 +23,7 @@ from lorabench.terminal.text import talk, tell
 ARGUMENTS = [
     *PLACE,
     argument("--to", "the tool", choices=plugins.names("exporters"), required=True),
-    argument("--output", "where its files go (default: RESULTS/exports/TOOL)", type=Path, metavar="DIR"),
+    argument("-o --output", "where its files go (default: RESULTS/exports/TOOL)", type=Path, metavar="DIR"),
 ]
 
 

@@ -41,7 +41,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _measures(json: bool) -> int:
-    from lorabench.spec.sweep import known_measures
+    from lorabench.spec.known import known_measures
 
     found = {name: asdict(measure) for name, measure in known_measures().items()}
     better = {True: "more", False: "less", None: ""}

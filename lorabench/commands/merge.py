@@ -73,7 +73,7 @@ ARGUMENTS = [
         "--density", "share of the entries that stay (default: 0.5)", type=number(float, 0), default=0.5, metavar="D"
     ),
     argument("--rank", "of a merge that ends in svd, or of ΔW itself", type=number(int, 1), metavar="R"),
-    argument("--output", "write the merge there (several: to BY below it)", type=Path, metavar="DIR"),
+    argument("-o --output", "write the merge there (several: to BY below it)", type=Path, metavar="DIR"),
     argument("--seed", "of DARE, one or several with commas (default: 0)", type=numbers(int), metavar="S"),
     RESULTS,
     DEVICE,
@@ -93,6 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
         interference_table,
         merge_part,
         merge_table,
+        peft_note,
         with_changes,
     )
     from lorabench.adapters.merging.merged_files import merge_folders, write_merges
@@ -115,6 +116,8 @@ def main(arguments: argparse.Namespace) -> int:
             talk(f"left out: {line}: each task has its own")
     for each in written:
         talk(each.text)
+    for line in peft_note(wanted):
+        talk(line)
     tables = [merge_table(records, wanted), change_table(records, wanted), interference_table(pairs)]
     if arguments.html:
         from lorabench.report.page import parts_page

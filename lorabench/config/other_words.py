@@ -125,6 +125,15 @@ METHODS = {
     "fft": "full",
 }
 """What elsewhere is called a method, and here may be a field of one."""
+OF_TORCH = ("Adam", "Adamax", "Adadelta", "Adafactor", "Adagrad", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop")
+OPTIMIZERS = {
+    **{name.lower(): f'torch: with optimizer.type = "{name}"' for name in OF_TORCH},
+    "adamw_torch": "adamw",
+    "adamw_torch_fused": "adamw",
+    "adamw_hf": "adamw",
+    "lora-fa": "lora_fa",
+}
+"""Classes of torch, and what transformers calls its own."""
 
 
 def hint(word: str, words: Mapping[str, str] = WORDS) -> str:

@@ -85,9 +85,14 @@ def plugin_class(folder: str, name: str) -> type:
 
 
 def unknown(what: str, given: object, choices: list[str]) -> str:
-    """`unknown method 'lorra'. Did you mean 'lora'? Choices: full, lora`; keys, measures by other tools' words too."""
+    """`unknown method 'lorra'. Did you mean 'lora'? Choices: full, lora`; by other tools' words too."""
     text = clip(given)
-    tables = {"key": other_words.WORDS, "measure": other_words.WORDS, "method": other_words.METHODS}
+    tables = {
+        "key": other_words.WORDS,
+        "measure": other_words.WORDS,
+        "method": other_words.METHODS,
+        "optimizer": other_words.OPTIMIZERS,
+    }
     theirs = other_words.hint(text, tables.get(what, {}))
     close = difflib.get_close_matches(text, choices, n=1)
     hint = f" {theirs}" if theirs else f" Did you mean '{close[0]}'?" if close else ""

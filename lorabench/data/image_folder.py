@@ -12,11 +12,18 @@ from pathlib import Path
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import show_path
-from lorabench.data.images import SUFFIXES, is_image
 from lorabench.data.rows_file import Placed, Row, Source
 
+VISION = '`pip install "lorabench[vision]"`'
 IMAGE, LABEL = "image", "label"
 """The columns of its rows."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+"""Of files that are images."""
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is an image, by what it is called."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def has_classes(folder: Path) -> bool:

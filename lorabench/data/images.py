@@ -21,12 +21,10 @@ from numpy.typing import NDArray
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import clip, show, show_path
+from lorabench.data.image_folder import VISION, is_image
 from lorabench.data.rows_file import Placed, Row, place
 from lorabench.data.values import check_column, find
 
-VISION = '`pip install "lorabench[vision]"`'
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-"""Of files that are images."""
 CHUNK = 64
 """Images that are decoded at their full size at a time."""
 HELD_BYTES = 2**30
@@ -197,11 +195,6 @@ class _Store:
         held[...] = array
         held.flush()
         return held
-
-
-def is_image(name: str) -> bool:
-    """Whether a file is an image, by what it is called."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def are_images(values: Sequence[Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lorabench.config.decode import InputError, show
 from lorabench.config.quote import show_path
 from lorabench.data.dataset import BUILTIN as BUILTIN
-from lorabench.data.images import VISION
+from lorabench.data.image_folder import VISION
 
 if TYPE_CHECKING:
     import torch

@@ -248,6 +248,8 @@ def _measured(item: Verdict) -> str:
     own = [_at_text({key: value for key, value in at.items() if key not in shared}) for at in places_of]
     names = [f"{name} at {text}" if text else name for name, text in zip(names, own, strict=True)]
     unit = "" if claim.ratio_to is not None else measure(claim.measure).unit
+    if claim.minus is not None:
+        unit = unit.replace("%", "points")
     between = " over " if claim.ratio_to is not None else " less "
     where = f" at {_at_text(shared)}" if shared else ""
     what = capitalized(f"{measure_label(claim.measure)}{where}, {between.join(names)}")

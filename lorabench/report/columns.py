@@ -13,9 +13,9 @@ import pyarrow as pa
 from lorabench.config import plugins
 from lorabench.report.results import Results
 from lorabench.spec.analysis import COLUMNS
+from lorabench.spec.known import known_measures
 from lorabench.spec.measures import find
 from lorabench.spec.run_spec import RunSpec
-from lorabench.spec.sweep import known_measures
 
 RUN = {
     "run_id": "the run: its method and the hash of all that can change its numbers",

@@ -135,9 +135,10 @@ def sentences(results: Results, found: Comparisons) -> list[str]:
     what = f"{measure_label(found.measure)} {_with_unit(plain(found.best.mean), unit)}"
     lines = [f"Best is {found.best.name}: {what} (mean over {_count(len(found.best.seeds), 'seed')})."]
     full = next((item for item in found.others if _is_full(results, item.other)), None)
-    lines += [_beside(found.others[0], "The next", unit)]
+    apart = unit.replace("%", "percentage points")
+    lines += [_beside(found.others[0], "The next", apart)]
     if full and full is not found.others[0]:
-        lines.append(_beside(full, "Full fine-tuning", unit))
+        lines.append(_beside(full, "Full fine-tuning", apart))
     return [*lines, *_cost(results, found, full)]
 
 
@@ -236,7 +237,8 @@ def comparisons_sheet(by_task: dict[str, Comparisons], name: str = "comparisons"
         *([Column(label="task", numeric=False)] if several else []),
         *([Column(label="by", numeric=False)] if len(measures) > 1 else []),
         Column(label="setting", numeric=False), Column(label=what, unit=unit),
-        Column(label="best less this", unit=unit), Column(label="p (Holm)"), Column(label="seeds"),
+        Column(label="best less this", unit=unit.replace("%", "points")),
+        Column(label="p (Holm)"), Column(label="seeds"),
         Column(label="more than chance", numeric=False), Column(label="seeds needed"),
     ]  # fmt: skip
     rows, tidy = [], []

@@ -7,8 +7,8 @@ from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from lorabench.spec.claim import NULL
+from lorabench.spec.known import known_measures
 from lorabench.spec.measures import Measure, find
-from lorabench.spec.sweep import known_measures
 from lorabench.terminal.text import one_line
 
 KEYS = {
@@ -64,7 +64,8 @@ WORDS = {
     "majority": "majority class",
     "flops": "FLOPs",
 }
-SPEAKING = ("label", "objective.name", "optimizer.name", "method.name", "quantization", "model", "method.targets",
+SPEAKING = ("label", "objective.name", "optimizer.name", "optimizer.type", "method.name", "method.type",
+            "quantization", "model", "method.targets",
             "task.name")  # fmt: skip
 """Keys whose values need no name beside them."""
 UNIT_SUFFIXES = ("_gib", "_seconds", "_bytes", "_joules")

@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from lorabench.config.quote import blame
+from lorabench.report.typeset import Column
 from lorabench.terminal.text import TextTable
 
 if TYPE_CHECKING:
@@ -130,12 +131,11 @@ def compact(value: Any) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace("\u2028", "\\u2028"))
 
 
-def _kinds(rows: Sequence[Sequence[str]]) -> list[Markup]:
-    """The class of each column's cells: numbers, which stand right, or words."""
-    columns = zip(*rows, strict=True)
-    return [
-        Markup(' class="num"' if all(re.match(r"[−+–\d]|$", text) for text in column) else "") for column in columns
-    ]
+def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[Column]:
+    """Of cells that are numbers, which stand right, or words."""
+    cells = zip(*rows, strict=True) if rows else [()] * len(heads)
+    are_numbers = [all(re.match(r"[−+–\d]|$", text) for text in column) for column in cells]
+    return [Column(label=head, numeric=numeric) for head, numeric in zip(heads, are_numbers, strict=True)]
 
 
 @cache
@@ -144,5 +144,5 @@ def _environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(TEMPLATES)
     made = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     made.globals["most_rows"] = MOST_ROWS
-    made.filters |= {"compact": compact, "kinds": _kinds}
+    made.filters |= {"compact": compact, "columns": _columns}
     return made

@@ -24,22 +24,12 @@ FOUND = "Found there"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
-    """A table as a page shows it."""
-
-    caption: str
-    heads: list[str]
-    rows: list[list[str]]
-    notes: list[str]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Shown:
     """One table or figure of a paper, and what the sweep shows of it: tables, figures, and what of these raised."""
 
     beside: Beside
     figures: list[Drawn]
-    tables: list[Grid]
+    tables: list[Sheet]
     broken: list[Broken]
     empty: list[str]
     """Those that have nothing to show, for want of runs."""
@@ -117,15 +107,10 @@ def _shown(found: Beside, sweep: str, made: dict[str, Any]) -> Shown:
     return Shown(
         beside=found,
         figures=[replace(each, name=f"{sweep}-{each.name}") for each in own.values() if isinstance(each, Drawn)],
-        tables=[_grid(each) for each in own.values() if isinstance(each, Sheet)],
+        tables=[each for each in own.values() if isinstance(each, Sheet)],
         broken=[each for each in own.values() if isinstance(each, Broken)],
         empty=[name for name, each in own.items() if each is None],
     )
-
-
-def _grid(sheet: Sheet) -> Grid:
-    heads = [" ".join(filter(None, [c.span, c.label, f"({c.unit})" if c.unit else ""])) for c in sheet.columns]
-    return Grid(caption=sheet.caption, heads=heads, rows=sheet.rows, notes=sheet.notes)
 
 
 def papers_page(found: Sequence[Repeated]) -> str:

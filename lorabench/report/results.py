@@ -15,9 +15,10 @@ import pandas as pd
 
 from lorabench.report.steps import StepLog, steps_frame
 from lorabench.spec.claim import matches
+from lorabench.spec.known import known_measures
 from lorabench.spec.measures import MEASURES, find, is_shared_in_a_pack
 from lorabench.spec.run_spec import UNNAMED, RunSpec, canonical_json, complete, flatten, is_tables, task_names
-from lorabench.spec.sweep import Sweep, known_measures
+from lorabench.spec.sweep import Sweep
 from lorabench.store.paths import Points, read_paths
 from lorabench.store.record import FAILURES, GENERATIONS_FILE, STEPS_FILE, RunRecord, Status
 from lorabench.store.store import RunState, Store

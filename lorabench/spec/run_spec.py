@@ -203,9 +203,12 @@ def complete(keys: Iterable[str], flats: Sequence[dict[str, Any]], free: Collect
     """The keys, and as many others as are needed for runs that share these to differ in nothing but what is `free`.
 
     Of two runs of LoRA one has an `alpha_pattern` or names its `layers`, the other does not: such a key has one value
-    among the runs that have it, and yet tells them apart.
+    among the runs that have it, and yet tells them apart. And the name of a bridge to others (`peft`, `torch`) says
+    little without their `type`.
     """
     known = dict.fromkeys(keys)
+    types = [key.removesuffix("name") + "type" for key in ("method.name", *known) if key.endswith(".name")]
+    known |= dict.fromkeys(key for key in types if key not in free and any(key in flat for flat in flats))
     own = ["method.name", *(key for key in known if key not in free)]
     groups = _numbered(tuple(repr(flat.get(key)) for key in own) for flat in flats)
     order = dict.fromkeys([*(key for flat in flats for key in flat), *known])

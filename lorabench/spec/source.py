@@ -50,9 +50,11 @@ def parse_change(text: str) -> tuple[str, Any]:
         raise InputError(f"--set {clip(text)}: must be KEY=VALUE")
     try:
         if len(table := parse_toml(f"value = {value}")) > 1:
-            raise InputError("several")
+            raise InputError("not valid TOML: several values")
         return key.strip(), table["value"]
-    except InputError:
+    except InputError as error:
+        if "not valid TOML" not in str(error):
+            raise InputError(f"--set {clip(text)}: {error}") from None
         hint = f"; a text has quotes: --set '{clip(key)}=\"{clip(value)}\"'" if "\n" not in value else ""
         raise InputError(f"--set {clip(text)}: the value is not valid TOML{hint}") from None
 

@@ -21,12 +21,13 @@ LOOK_SECONDS = 5.0
 
 
 def find_run(store: Store, text: str, sweeps: Collection[str] | None = None, declared: Collection[str] = ()) -> str:
-    """The id of the run that `text` is, or begins: in the store or its queue, or `declared` by a sweep and not begun.
+    """The id of the run that `text` is, or begins, or whose folder it is: in the store or its queue, or `declared` by a
+    sweep and not begun.
 
     InputError names the closest of them; or, where one of these sweeps might have been meant, the closest of those
     alone, for then something is done to it.
     """
-    ids = store.run_ids()
+    ids, text = store.run_ids(), store.named(text)
     if text in ids:
         return text
     ids = sorted({*ids, *declared, *(id for submission in read_submissions(store.root) for id in submission.specs)})

@@ -60,6 +60,12 @@ class Store:
     def folder(self, run_id: str) -> Path:
         return self.root / "runs" / run_id
 
+    def named(self, text: str) -> str:
+        """The id of the run whose folder here this is the path of, as a shell completes it; else the text as it is."""
+        path = Path(os.path.expanduser(text))
+        is_path = os.sep in text and os.path.realpath(path.parent) == os.path.realpath(self.root / "runs")
+        return path.name if is_path else text
+
     def cancel_marker(self, run_id: str) -> Path:
         """A file that `lorabench cancel` makes: a worker neither begins the run nor takes it past its next step.
 

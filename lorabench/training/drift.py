@@ -1,6 +1,7 @@
 """What ΔW does on data: how far it moves the outputs of each layer, and the model's predictions from the base's.
 
-    drift    E‖ΔW h‖² / E‖W0 h‖² over tokens, h the input that the layer has in the untouched base
+    drift    E‖ΔW h‖² / E‖W0 h‖² over tokens, h the input that the layer has in the untouched base: the relative
+             capability-conditioned drift of Huang et al. 2026 (PEFT-Arena, arXiv 2605.28819)
     null     the same of a random ΔW of that norm: ‖ΔW‖² E‖h‖² / (N E‖W0 h‖²)
     KL       KL(base ‖ tuned) of the next token, over the whole vocabulary, at each token that is predicted from those
              before it: the forward divergence that Shenfeld et al. 2025 (arXiv 2509.04259) hold against forgetting

@@ -47,7 +47,8 @@ def weights_path(source: str | Path, revision: str | None = None) -> Path:
     if os.path.exists(path):
         return path
     if text.startswith("builtin:") or not _is_hub_id(source) or text.count("/") > 1:
-        raise InputError(f"{show_path(source)}: no such file or folder of weights")
+        built_in = ", ".join(sorted(f"builtin:{file.parent.name}" for file in BUILTIN.glob("*/config.json")))
+        raise InputError(f"{show_path(source)}: no such file or folder of weights. Built in: {built_in}")
     folder = _download(text, revision, WEIGHT_PATTERNS)
     return folder if list(folder.glob("*.safetensors")) else _download(text, revision, OLD_WEIGHT_PATTERNS)
 

@@ -18,6 +18,8 @@ from lorabench.updates.update import Update
 BLOCK_ENTRIES = 2**20
 """Entries of ΔW that are formed at a time."""
 _LOW_BITS = 16
+FEW = 2**_LOW_BITS
+"""Entries that are ordered more quickly than they are counted into so many bins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +85,11 @@ def kth_largest_of(updates: Sequence[Update], k: int) -> float:
     """The k-th largest |entry| of all these ΔW together, in two passes over their blocks.
 
     The bits of floats that are not negative order as the floats do: the first pass finds the upper bits of the
-    wanted one in a histogram, the second the lower ones among those that share them.
+    wanted one in a histogram, the second the lower ones among those that share them. A FEW entries are ordered instead.
     """
+    if sum(M * N for M, N in (update.shape for update in updates)) <= FEW:
+        values = torch.cat([block.abs().flatten() for update in updates for block in row_blocks(update)])
+        return float(values.kthvalue(len(values) - k + 1).values)
     upper = torch.zeros(2**_LOW_BITS, dtype=torch.int64)
     for bits in _magnitudes(updates):
         upper += torch.bincount(bits >> _LOW_BITS, minlength=len(upper))

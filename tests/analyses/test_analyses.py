@@ -85,6 +85,7 @@ def test_spectrum_of_a_random_dense_update_is_its_null():
     rows = frame(Spectrum(), layer(W, base_norm=10.0, precision="float32")).set_index("metric")
     for metric in ("rank_90", "effective_rank_entropy", "stable_rank", "nuclear_norm", "spectral_norm"):
         assert rows.loc[metric, "value"] == pytest.approx(rows.loc[metric, "null"], rel=0.04)
+        assert abs(rows.loc[metric, "value"] - rows.loc[metric, "null"]) < 4 * rows.loc[metric, "null_std"]
     assert rows.loc["relative_norm", "value"] == pytest.approx(W.norm().item() / 10)
     assert {*Spectrum.metrics} == {*rows.index}
 

@@ -95,6 +95,11 @@ def test_random_updates_amplify_as_the_null_says(r):
     spread = np.std(np.subtract(*logs)) / 400**0.5
     assert abs(np.subtract(*logs).mean()) < 4 * spread
     assert np.exp(np.mean(logs[1])) == pytest.approx(np.exp(np.mean(logs[0])), rel=0.3 / r)
+    rows = pd.concat(found).groupby("metric").agg({"value": "std", "null_std": "mean", "null": "mean"})
+    for metric in ("projected_norm", "amplification") if r == 4 else ("projected_norm",):
+        std = rows.loc[metric, "null_std"]
+        assert rows.loc[metric, "value"] == pytest.approx(std, rel=0.2), "but for the spread of ‖ΔW‖, in amplification"
+    assert np.isnan(value(found[0], "amplification", "null_std")) == (r == 1), "without a variance at one direction"
 
 
 @pytest.mark.parametrize(("r", "published"), [(4, 0.02), (64, 0.33)])

@@ -12,8 +12,8 @@ from lorabench.analyses import dynamics
 from lorabench.analyses.dynamics import Dynamics, first_lasting, inner_product
 from lorabench.analyses.spectrum import Spectrum
 from lorabench.linalg.decompose import thin_svd
+from lorabench.spec.known import known_measures
 from lorabench.spec.measures import Measure
-from lorabench.spec.sweep import known_measures
 from tests.analyses.test_analyses import frame, layer, random_layer
 from tests.conftest import make_spec
 

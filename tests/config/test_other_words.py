@@ -10,7 +10,7 @@ import pytest
 
 from lorabench.config import plugins
 from lorabench.config.decode import InputError
-from lorabench.config.other_words import METHODS, WORDS
+from lorabench.config.other_words import METHODS, OPTIMIZERS, WORDS
 from lorabench.spec import described
 from lorabench.spec.measures import MEASURES
 from lorabench.spec.run_spec import RunSpec
@@ -63,6 +63,16 @@ def test_what_elsewhere_is_a_method_is_known(name: str, text: str) -> None:
     if field:  # which the method has, with such a value
         on = {"quantization": "nf4"} if name == "loftq" else {}
         parse_sweep({"base": TOY | {"method": {"name": method}} | on, "grid": [tomllib.loads(field)]})
+
+
+@pytest.mark.parametrize(("name", "text"), OPTIMIZERS.items())
+def test_an_optimizer_of_torch_or_transformers_is_known(name: str, text: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse_sweep({"base": TOY | {"method": {"name": "lora"}, "optimizer": name}})
+    own, _, field = text.partition(": with ")
+    assert f"Did you mean '{own}'?{f' With {field}.' if field else ''}" in str(error.value)
+    optimizer = tomllib.loads(field)["optimizer"] if field else {}
+    parse_sweep({"base": TOY | {"method": {"name": "lora"}, "optimizer": {"name": own} | optimizer}})
 
 
 def test_a_measure_of_another_tool_is_known() -> None:

@@ -84,6 +84,15 @@ def test_large_ones_are_near_all_eigenvalues(monkeypatch) -> None:
     assert found.numpy() == pytest.approx(exact[:4].numpy(), rel=0.02) and (found <= exact[:4] + 1e-6).all()
 
 
+def test_a_krylov_space_of_all_dimensions_gives_all_eigenvalues(monkeypatch) -> None:
+    """4 blocks of 14 span the 56 input directions; in tiles of 7 of the 90 rows."""
+    some = svds(30)
+    exact = explained(*side_of(some, "input"))
+    for name, size in {"EXACT": 8, "BLOCK": 14, "BLOCKS": 4, "TILE": 7}.items():
+        monkeypatch.setattr(ensemble, name, size)
+    assert explained(*side_of(some, "input")).numpy() == pytest.approx(exact.numpy(), rel=1e-5)
+
+
 def test_unrelated_updates_give_what_chance_gives() -> None:
     drawn = [svds(12, seed=seed) for seed in range(8)]
     tests = [left_out(some, 3) for some in drawn]
@@ -111,6 +120,13 @@ def test_orthogonal_updates_share_nothing() -> None:
     assert explained(*side_of(some, "input")).numpy() == pytest.approx(np.arange(1, 13) / 12, abs=1e-6)
     for found in left_out(some, 3).values():
         assert (found.shared, found.mean_directions, found.mean) == pytest.approx((0, 0, 0), abs=1e-6)
+
+
+def test_where_the_others_have_fewer_directions_none_are_added() -> None:
+    Q, P = (torch.linalg.qr(torch.randn(d, 6, generator=torch.Generator().manual_seed(0))).Q for d in (M, N))
+    some = [thin_svd(Q[:, at], P[:, at].mT) for at in (slice(0, 1), slice(1, 2), slice(2, 6))]
+    for found in left_out(some, 4).values():
+        assert (found.shared, found.mean_directions) == pytest.approx((0, 0), abs=1e-9)
 
 
 def test_a_planted_subspace_is_told_from_a_shared_mean() -> None:

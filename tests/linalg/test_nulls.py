@@ -7,10 +7,13 @@ from lorabench.linalg.nulls import (
     _gaussian_r_factor,
     angle_chance,
     cosine_chance,
+    draws_of,
     energy_chance,
     marchenko_pastur_quantiles,
     null_metrics,
     null_spectra,
+    null_spectrum,
+    projection_chance,
     similarity_chance,
     trace_chance,
 )
@@ -21,9 +24,39 @@ def test_dense_null_is_what_a_gaussian_matrix_gives(M, N):
     S = np.linalg.svd(np.random.default_rng(0).standard_normal((M, N)), compute_uv=False)
     drawn, null = spectrum_metrics(S / np.linalg.norm(S)), null_metrics(M, N, None)
     for key in ("rank_50", "rank_90", "rank_95", "rank_99"):
-        assert null[key][0] == pytest.approx(drawn[key], abs=1.5) and null[key][1] is None
+        assert null[key][0] == pytest.approx(drawn[key], abs=1.5)
     for key in ("effective_rank_entropy", "stable_rank", "participation_ratio", "nuclear_norm", "spectral_norm"):
         assert null[key][0] == pytest.approx(drawn[key], rel=0.04)
+
+
+@pytest.mark.parametrize(("M", "N"), [(40, 40), (24, 60)])
+def test_draws_of_a_dense_null_are_singular_values_of_gaussian_matrices(M, N):
+    """16 draws beside 400 matrices: means within their error, standard deviations within that of 16."""
+    random, R = np.random.default_rng(1), min(M, N)
+    S = np.linalg.svd(random.standard_normal((400, M, N)), compute_uv=False)
+    S /= np.linalg.norm(S, axis=1, keepdims=True)
+    drawn = draws_of(M, N, None)
+    assert (np.abs(drawn.mean(0) - S.mean(0)) < 4.5 * S.std(0) * (1 / 16 + 1 / 400) ** 0.5).all()
+    mean, std = null_spectrum(M, N, None)
+    assert np.median(std / S.std(0)) == pytest.approx(1, abs=0.25) and std.shape == mean.shape == (R,)
+    found = [spectrum_metrics(each) for each in S]
+    for key in ("rank_90", "effective_rank_entropy", "stable_rank", "participation_ratio", "spectral_norm"):
+        values, (law, spread) = [each[key] for each in found], null_metrics(M, N, None)[key]
+        assert spread == pytest.approx(np.std(values), rel=0.75), "16 draws: four standard errors"
+        assert np.mean(np.abs(np.array(values) - law) < 4 * spread) > 0.95, key
+
+
+@pytest.mark.parametrize("decay", [0, 0.1])
+def test_projections_by_chance_are_those_on_random_subspaces(decay):
+    random, (M, N) = np.random.default_rng(6), (30, 40)
+    S = np.exp(-decay * np.arange(M))
+    for r in (1, 4, 30):
+        bases = ((np.linalg.qr(random.standard_normal((d, r)))[0] for d in (M, N)) for _ in range(1500))
+        norms = np.array([np.linalg.norm(U.T @ (S[:, None] * V[:M])) for U, V in bases])
+        std, inverse = projection_chance(S, r, M, N)
+        assert std == pytest.approx(norms.std(), rel=0.08)
+        assert inverse is None if r == 1 else inverse == pytest.approx((1 / norms).std(), rel=0.15)
+    assert projection_chance(S, 30, 30, 30)[0] == pytest.approx(0, abs=1e-7), "the whole space has all of it"
 
 
 def test_dense_null_of_a_square_matrix_has_the_published_half():

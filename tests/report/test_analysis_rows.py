@@ -16,7 +16,7 @@ from lorabench.report.analysis_rows import LAST, files, long_tables
 from lorabench.report.columns import column_text, columns_page
 from lorabench.report.results import load_results
 from lorabench.report.tables import build_tables, subspace_table, write_tables
-from lorabench.spec.sweep import known_measures
+from lorabench.spec.known import known_measures
 from lorabench.store.store import Store
 from tests.analysis.test_analyze import LAYERS, make_sweep, write_run
 

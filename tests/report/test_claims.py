@@ -256,7 +256,7 @@ def test_seeds_that_happen_to_be_alike_decide_nothing_but_of_counts(tmp_path: An
     assert judge(claim(measure="tensor_peak_gib", where=LORA, ratio_to=FULL, at_most=0.5), results).verdict == HOLDS
     found, told = compare(results, selected(results)), outcome(results)
     assert found is not None and told is not None and not found.others[0].is_told
-    assert "is 6.250 % behind in each of 2 seeds: not enough runs to tell" in told.sentences[1]
+    assert "is 6.250 percentage points behind in each of 2 seeds: not enough runs to tell" in told.sentences[1]
 
 
 def test_who_is_behind_overall_and_ahead_in_the_shared_seeds_is_told_so(tmp_path: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lorabench.cli import main
+from lorabench.report import papers
 from lorabench.report.claims import FAILS, HOLDS, judge
 from lorabench.report.outputs import write_report
 from lorabench.report.papers import papers_page, repeated
@@ -72,6 +73,21 @@ def test_each_report_stands_beside_its_tables_figures_and_verdicts(results: Resu
     assert "LoRA &lt;again&gt;" in page and "<again>" not in page
     assert page.count('alt="quickstart-rank_quality"') == 1 and "73.4" in page and "It never fails." in page
     assert "by the way" not in page
+
+
+def test_what_raises_is_told_in_its_place_and_a_table_has_its_spans(results: Results, monkeypatch) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("no <such> thing")
+
+    monkeypatch.setattr(papers, "draw_figure", fails)
+    assert results.sweep.paper
+    found = repeated(results, results.sweep.paper)
+    page = papers_page([found])
+    told = "<b>figure rank_quality</b> could not be made: <code>ValueError: no &lt;such&gt; thing"
+    assert page.count(told) == 1 and page.index("<h3>Table 6</h3>") < page.index(told) < page.index("<h3>Section")
+    (sheet,) = found.shown[0].tables
+    spans = [f'<th colspan="{width}" scope="colgroup" class="span">{span}</th>' for span, width in sheet.spans if span]
+    assert spans and all(span in page for span in spans) and f"<caption>{sheet.caption}</caption>" in page
 
 
 def test_the_sweeps_own_report_has_it_beside_the_figure(results: Results, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from lorabench.report.results import selected
 from lorabench.report.update_metrics import common_layers, metric_rows, ordered_kinds, per_run, shown_settings
-from lorabench.spec.sweep import known_measures
+from lorabench.spec.known import known_measures
 from tests import synthetic
 
 

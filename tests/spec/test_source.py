@@ -77,7 +77,8 @@ def test_a_key_is_changed_where_the_blocks_give_it(change, expected):
     "change, text",
     [("lr", "--set lr: must be KEY=VALUE"),
      ("model=builtin:x", "--set model=builtin:x: the value is not valid TOML; a text has quotes: --set 'model=\"buil"),
-     ("lr=1\nsteps=2", "the value is not valid TOML")],
+     ("lr=1\nsteps=2", "the value is not valid TOML"),
+     ("lr=nan", "--set lr=nan: value = nan: must be a finite number")],
 )  # fmt: skip
 def test_changes_that_are_none(change, text):
     with pytest.raises(InputError, match=text.replace("(", r"\(")):

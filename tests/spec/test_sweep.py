@@ -241,6 +241,11 @@ def test_a_key_that_like_runs_lack_tells_them_apart() -> None:
         assert {*swept_keys([run.flat for run in sweep.runs])} == {f"method.{key}", "seed"}
 
 
+def test_the_name_of_a_bridge_stands_with_its_type() -> None:
+    sweep = parse(f'{BASE}[[grid]]\noptimizer = ["adamw", {{name = "torch", type = "Adagrad"}}]\n')
+    assert swept_keys([run.flat for run in sweep.runs]) == ["optimizer.name", "optimizer.type"]
+
+
 # ---------------------------------------------------------------- specs and their ids
 
 SPECS = st.fixed_dictionaries(
@@ -418,11 +423,12 @@ def test_a_stored_sweep_may_select_as_it_was_allowed_to(by: str) -> None:
 
 MODEL, DATA = 'model = "builtin:tiny-llama"\n', 'task.data = "builtin:python-code"\n'
 NO_MODEL = (
-    "model: is missing: a Hub id, a local folder, builtin:tiny-llama, builtin:tiny-llama-arithmetic or builtin:tiny-t5"
+    "model: is missing: a Hub id, a local folder, builtin:tiny-llama, builtin:tiny-llama-arithmetic, "
+    "builtin:tiny-t5 or builtin:tiny-vit"
 )
 NO_DATA = (
-    "task.data: is missing: a file, a folder, a Hub data set, builtin:arithmetic, builtin:english-docs, "
-    "builtin:python-code or builtin:questions"
+    "task.data: is missing: a file, a folder, a Hub data set, builtin:arithmetic, builtin:digits, "
+    "builtin:digits-turned, builtin:english-docs, builtin:python-code or builtin:questions"
 )
 TEXT, TWO = 'task.name = "text"\n', 'tasks = [{name = "text", data = "x"}, {name = "text"}]\n'
 

@@ -57,6 +57,9 @@ def test_a_run_is_named_by_its_beginning_or_the_closest(store: Store) -> None:
     assert find_run(store, first) == first and find_run(store, second) == second  # the second has no folder
     length = next(n for n in range(len(first)) if first[:n] != second[:n])
     assert find_run(store, first[:length]) == first
+    assert find_run(store, f"{store.folder(first)}/") == first  # as a shell completes it
+    with pytest.raises(Exception, match="no such run"):
+        find_run(store, f"{store.root}/elsewhere/{first}")
     with pytest.raises(Exception, match=f"RUN = {first[: length - 1]}: begins 2 runs: "):
         find_run(store, first[: length - 1])
     with pytest.raises(Exception, match=f"Did you mean '{first}'"):

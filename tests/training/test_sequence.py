@@ -20,9 +20,10 @@ from lorabench.report.figures.transfer import TransferMatrix
 from lorabench.report.results import load_results, selected
 from lorabench.report.tables import build_tables, write_tables
 from lorabench.report.transfer import transfer_sheet
+from lorabench.spec.known import known_measures
 from lorabench.spec.measures import MEASURES
 from lorabench.spec.run_spec import RunSpec, brief, flatten, task_names, unflatten
-from lorabench.spec.sweep import known_measures, parse_sweep
+from lorabench.spec.sweep import parse_sweep
 from lorabench.status.overview import status_json, status_text
 from lorabench.store.record import Status
 from lorabench.store.store import Store

@@ -14,9 +14,10 @@ from lorabench.launch.plan import refusals
 from lorabench.models.base_model import load_base
 from lorabench.report.outputs import write_report
 from lorabench.report.results import load_results
+from lorabench.spec.known import known_measures
 from lorabench.spec.measures import MEASURES, find
 from lorabench.spec.run_spec import RunSpec
-from lorabench.spec.sweep import known_measures, parse_sweep
+from lorabench.spec.sweep import parse_sweep
 from lorabench.store.record import Status
 from lorabench.store.store import Store
 from lorabench.tasks.classification import Classification

@@ -41,7 +41,7 @@ def compare_many(
     """
     if len(adapters) < 2:
         raise InputError(f"ADAPTER = {adapters[0].source if adapters else ''}: needs another to be compared with")
-    common, missing = _common(adapters)
+    common, missing = common_layers(adapters)
     if not common:
         raise InputError(f"ADAPTER: no layer that all {len(adapters)} have in one shape: {', '.join(missing[:3])} …")
     with one_thread(), ThreadPoolExecutor(available_cores()) as pool:
@@ -57,7 +57,7 @@ def compare_many(
     }
 
 
-def _common(adapters: Sequence[Adapter]) -> tuple[dict[str, Layers], list[str]]:
+def common_layers(adapters: Sequence[Adapter]) -> tuple[dict[str, Layers], list[str]]:
     """The first adapter's layers -> that of each, where all have it in one shape; and its other ones."""
     first = adapters[0]
     found = {name: [entry] for name, entry in first.entries.items()}

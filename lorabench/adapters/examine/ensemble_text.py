@@ -26,7 +26,8 @@ def ensemble_text(found: dict[str, Any], bold: bool = False) -> str:
         held = [{"kind": short(kind), **_held(group)} for kind, group in groups.items()]
         tested = [{"kind": short(kind), **tested_cells(group)} for kind, group in groups.items()]
         body = [f"{EXPLAINED}:", text_table(held, list(held[0])), "", f"{LEFT_OUT}, k directions of the others:"]
-        parts.append((title, "\n".join([*body, text_table(tested, list(tested[0]))])))
+        heads = [head for head in tested[0] if any(row[head] for row in tested)]
+        parts.append((title, "\n".join([*body, text_table(tested, heads)])))
     return "\n\n".join(f"{heading(title, bold)}\n{body}" for title, body in parts)
 
 

@@ -27,7 +27,7 @@ def inspect_adapter(
     """What `lorabench inspect --json` prints.
 
     `layers` has a row for each matrix ΔW: `spectrum`'s metrics, `null` with those of a random update of the same form
-    and norm, `null_std` with their standard deviations (of a dense one there are none), and `singular_values`.
+    and norm, `null_std` with their standard deviations and `singular_values`.
     `rank_advice` is by percent of ‖ΔW‖²: 90, 95, 99 and `energy`. Raises InputError where a file is damaged.
     """
     if not adapter.entries:

@@ -86,8 +86,8 @@ def read_adapter(store: Store, given: str) -> Adapter:
 
 
 def find_run(store: Store, given: str) -> str:
-    """The one run whose id is, or begins with, `given`."""
-    ids = store.run_ids()
+    """The one run whose id is, or begins with, `given`, or whose folder it is."""
+    ids, given = store.run_ids(), store.named(given)
     found = [given] if given in ids else [run_id for run_id in ids if run_id.startswith(given)]
     if not given or len(found) != 1:
         which = f"{len(found)} runs begin so: {', '.join(found[:4])}" if found else unknown("run", given, ids)

@@ -21,6 +21,8 @@ from lorabench.store.store import Store
 from lorabench.terminal.text import TextTable
 
 ANALYSIS = "interference"
+PAPERS = {"ties": "delta_ties", "dare_linear": "delta_dare"}
+"""PEFT's merge, factor by factor -> that of ΔW itself, which the paper of its name defines."""
 
 
 def interference(store: Store, adapters: Sequence[Adapter], note: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -86,6 +88,13 @@ def merge_table(records: Sequence[dict[str, Any]], wanted: Sequence[Body]) -> Te
         values = [[factor * record["metrics"][i][name] for record in group] for i in range(len(heads))]
         rows.append({"body": label} | {head: _cell(column) for head, column in zip(heads, values, strict=True)})
     return TextTable(title=f"{name} ({unit}), by body and task", heads=["body", *heads], rows=rows)
+
+
+def peft_note(wanted: Sequence[Body]) -> Iterator[str]:
+    """Of which merges PEFT's is another than its paper's; nothing where none is wanted."""
+    for by, paper in PAPERS.items():
+        if any(body.by == by for body in wanted):
+            yield f"{by} merges A and B apart, as PEFT does; what its paper defines, on the updates, is {paper}"
 
 
 def _shown(records: Sequence[dict[str, Any]]) -> tuple[str, int, str]:

@@ -54,47 +54,58 @@ def draw_lines(
     rows = rows.reindex(columns=[SERIES, x, "seed", VALUE, NULL]).dropna(subset=VALUE)
     rows = rows.astype(dict.fromkeys([x, VALUE, NULL], float))
     rows = rows.groupby([SERIES, x, "seed"], as_index=False)[[VALUE, NULL]].mean()  # of several runs of one seed
+    rows[x] += rows[SERIES].map({name: (apart or 0.0) * (i - (len(looks) - 1) / 2) for i, name in enumerate(looks)})
+    draw_null(axes, rows.dropna(subset=NULL), x, NULL, {name: null or look.color for name, look in looks.items()})
     band: dict[str, Any] = {"err_style": "band", "err_kws": {"alpha": 0.13, "linewidth": 0}}
     bars = band if apart is None else {"err_style": "bars", "err_kws": {"linewidth": 0.8}}
-    for place, (name, look) in enumerate(looks.items()):
+    for name, look in looks.items():
         line = rows[rows[SERIES] == name]
         if line.empty:
             continue
-        line = line.assign(**{x: line[x] + (apart or 0.0) * (place - (len(looks) - 1) / 2)})
         seeds, is_short = line.groupby(x)["seed"].transform("size"), line[x].nunique() <= MOST_BARS
-        draw_curve(
-            axes, line, look, x, null_color=null, errorbar=lambda values: drawn_interval(values, within),
+        _draw_mean(
+            axes, line, look, x, VALUE, errorbar=lambda values: drawn_interval(values, within),
             markerfacecolor="white" if seeds.max() < FEWEST else look.color, **(bars if is_short else band),
         )  # fmt: skip
         axes.lines[-1].set_label(name)
         means = pd.DataFrame(axes.lines[-1].get_xydata(), columns=[x, VALUE])
         hollow = means[means[x].isin(line[seeds < FEWEST][x]) & is_short]
         how: dict[str, Any] = {"x": x, "y": VALUE, "ax": axes, "legend": False, "zorder": 3.5}
-        sns.scatterplot(line[seeds.between(2, FEWEST - 1) & is_short], color=look.color, s=7, linewidth=0, **how)
-        sns.scatterplot(hollow, marker=look.marker, s=13, facecolor="white", edgecolor=look.color, linewidth=0.9, **how)
+        dots = line[seeds.between(2, FEWEST - 1) & is_short]
+        if len(dots):  # seaborn takes as long over none
+            sns.scatterplot(dots, color=look.color, s=7, linewidth=0, **how)
+        if len(hollow):
+            edge: dict[str, Any] = {"facecolor": "white", "edgecolor": look.color, "linewidth": 0.9}
+            sns.scatterplot(hollow, marker=look.marker, s=13, **edge, **how)
 
 
 def draw_curve(
-    axes: Axes, rows: pd.DataFrame, look: Look, x: str, y: str = VALUE, null: str = NULL, *,
-    null_color: str | None = None, **options: Any,
-) -> None:  # fmt: skip
-    """The mean of `y` at each x, and that of its null; `options` go to seaborn's lineplot.
+    axes: Axes, rows: pd.DataFrame, look: Look, x: str, y: str = VALUE, null: str = NULL, **options: Any
+) -> None:
+    """The mean of `y` at each x, and that of its null; `options` go to seaborn's lineplot."""
+    draw_null(axes, rows.dropna(subset=null), x, null, look.color)
+    _draw_mean(axes, rows, look, x, y, **options)
 
-    The last of the axes' lines is then that of the means.
-    """
-    draw_null(axes, rows.dropna(subset=null), x, null, null_color or look.color)
+
+def draw_null(axes: Axes, rows: pd.DataFrame, x: str, y: str, color: str | dict[str, str]) -> None:
+    """What chance gives at each x, dashed; at a single x as a dash; where there are `series`, each in its colour."""
+    if isinstance(color, str):
+        rows, color = rows.assign(**{SERIES: ""}), {"": color}
+    is_single = rows.groupby(SERIES)[x].transform("nunique") == 1
+    for chunk, marker in ((rows[~is_single], ""), (rows[is_single], "_")):
+        if len(chunk):
+            sns.lineplot(
+                chunk, x=x, y=y, hue=SERIES, palette=color, ax=axes, legend=False, errorbar=None, zorder=2,
+                linestyle=NULL_DASHES, linewidth=0.9, marker=marker, markersize=8, markeredgecolor="auto",
+            )  # fmt: skip
+
+
+def _draw_mean(axes: Axes, rows: pd.DataFrame, look: Look, x: str, y: str, **options: Any) -> None:
+    """The last of the axes' lines is then this one."""
     how: dict[str, Any] = {"markersize": 3.6, "markeredgecolor": look.color, "zorder": 3, "errorbar": None}
     sns.lineplot(
         rows, x=x, y=y, ax=axes, legend=False, color=look.color, marker=look.marker, linestyle=look.dashes,
         markevery=1 if rows[x].nunique() <= MOST_BARS else 0.1, **how | options,
-    )  # fmt: skip
-
-
-def draw_null(axes: Axes, rows: pd.DataFrame, x: str, y: str, color: str) -> None:
-    """What chance gives at each x, dashed; at a single x as a dash."""
-    sns.lineplot(
-        rows, x=x, y=y, ax=axes, legend=False, errorbar=None, color=color, linestyle=NULL_DASHES, linewidth=0.9,
-        zorder=2, marker="_" if rows[x].nunique() == 1 else "", markersize=8, markeredgecolor=color,
     )  # fmt: skip
 
 

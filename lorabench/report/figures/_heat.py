@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -53,11 +54,12 @@ def draw_tables(
     panels = list(panels)
     for axes, table, text in zip(panels, tables, texts or _fitting(tables, panels[0].get_gridspec()), strict=True):
         axes.patch.set(hatch="/////", edgecolor="#C4C4C4")
-        sns.heatmap(
-            table.astype(float), ax=axes, cmap=colors.cmap, norm=colors.norm, cbar=False, rasterized=True, zorder=2,
-            annot=None if text is None else text.to_numpy(), fmt="", annot_kws={"size": POINTS, "zorder": 3},
-            xticklabels=False, yticklabels=False,
-        )  # fmt: skip
+        with _undrawn():
+            sns.heatmap(
+                table.astype(float), ax=axes, cmap=colors.cmap, norm=colors.norm, cbar=False, rasterized=True, zorder=2,
+                annot=None if text is None else text.to_numpy(), fmt="", annot_kws={"size": POINTS, "zorder": 3},
+                xticklabels=False, yticklabels=False,
+            )  # fmt: skip
         name_cells(axes, table)
         for axis, names in ((axes.xaxis, table.columns), (axes.yaxis, table.index)):
             places = _marked(list(names))
@@ -71,6 +73,11 @@ def draw_tables(
     elif colors.norm.vmin == 0:
         marks = np.linspace(0, colors.get_clim()[1] or 1.0, 5)
         scale.set_ticks(marks.tolist(), labels=[f"{mark:.3g}" for mark in marks])
+
+
+def _undrawn() -> Any:
+    """seaborn draws the whole figure after each of its panels, to see whether labels overlap: here it sets none."""
+    return mock.patch.object(sns.matrix, "_draw_figure", lambda figure: None, create=True)
 
 
 def _marked(names: Sequence[Any], most: int = 6) -> list[int]:

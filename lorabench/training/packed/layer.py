@@ -90,7 +90,10 @@ class PackedLinear(nn.Module):
 
 
 class _Packed(torch.autograd.Function):
-    """y + s (x ∘ mask) Aᵀ B, run by run; y = W x + b where the base layer is plain, else it is given."""
+    """y + s (x ∘ mask) Aᵀ B, run by run; y = W x + b where the base layer is plain, else it is given.
+
+    What is between the factors is held as (k, R, n t): A xᵀ takes a CPU half the time of x Aᵀ at small ranks.
+    """
 
     @staticmethod
     def forward(
@@ -120,8 +123,8 @@ class _Packed(torch.autograd.Function):
                     _add_product(to, torch.bmm(own, A0.mT).neg_(), B0)
                 if mask is not None:
                     own = own * mask.to(dtype)
-                h = torch.bmm(own, group.A.to(dtype).mT).mul_(group.scale.to(dtype))
-                _add_product(to, h, group.B.to(dtype))
+                h = torch.bmm(group.A.to(dtype), own.mT).mul_(group.scale.to(dtype))
+                _add_product(to, h.mT, group.B.to(dtype))
                 saved += [own, h, mask]
         ctx.save_for_backward(*saved)
         return y
@@ -130,11 +133,12 @@ class _Packed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        grads = grad.reshape(ctx.num_runs, -1, grad.shape[-1]).to(saved[0].dtype)
+        own = grad.contiguous()
+        grads = own.view(ctx.num_runs, -1, grad.shape[-1]).to(saved[0].dtype)
         dx = None
         if ctx.needs_input_grad[1]:
             if ctx.weight is not None:
-                dx = grad.reshape(-1, grad.shape[-1]) @ ctx.weight
+                dx = own.view(-1, grad.shape[-1]) @ ctx.weight
             else:
                 dx = torch.zeros(ctx.shape, dtype=ctx.dtype, device=grad.device)
             dx = dx.view(ctx.num_runs, -1, ctx.shape[-1])
@@ -151,15 +155,15 @@ def _group_backward(
 ) -> None:
     """Add what the gradient (k, n t, M) of a group's outputs gives to those of its factors, and of its inputs."""
     dtype = inputs.dtype
-    _add_product(group.grad_B, h.mT, grad)
-    dh = torch.bmm(grad, group.B.to(dtype).mT).mul_(group.scale.to(dtype))
-    _add_product(group.grad_A, dh.mT, inputs)
+    _add_product(group.grad_B, h, grad)
+    dh = torch.bmm(group.B.to(dtype), grad.mT).mul_(group.scale.to(dtype))
+    _add_product(group.grad_A, dh, inputs)
     if dx is None:
         return
     if mask is None:
-        _add_product(dx, dh, group.A.to(dtype))
+        _add_product(dx, dh.mT, group.A.to(dtype))
     else:
-        dx.add_(torch.bmm(dh, group.A.to(dtype)).mul_(mask.to(dtype)))
+        dx.add_(torch.bmm(dh.mT, group.A.to(dtype)).mul_(mask.to(dtype)))
     if group.start is not None:
         A0, B0 = (part.to(dtype) for part in group.start)
         _add_product(dx, torch.bmm(grad, B0.mT).neg_(), A0)

@@ -41,6 +41,8 @@ class Patterns:
 
     def value(self, module: str, default: Any) -> Any:
         """That of the first pattern that matches the module's name, as it is now or was when it was trained."""
+        if not self._values:
+            return default
         before = older(module)
         found = min(self._matches(module), default=len(self._values))
         found = min([found, *(self._matches(before) if before else ())])

@@ -449,6 +449,7 @@ def test_what_is_tried_unasked_can_be_made_of_any_ranks(runs) -> None:
 def test_runs_are_found_by_what_their_ids_begin_with(runs) -> None:
     store, ids = runs
     assert find_run(store, ids["code"]) == find_run(store, ids["code"][:-2]) == ids["code"]
+    assert find_run(store, str(store.folder(ids["code"]))) == ids["code"]
     assert "runs begin so" in refusal(lambda: find_run(store, "lora-"))
     assert "unknown run 'zap'" in refusal(lambda: find_run(store, "zap"))
     assert "is not those" not in refusal(lambda: find_run(store, ""))
@@ -481,6 +482,7 @@ def test_the_command(runs, tmp_path, capsys) -> None:
         "dare_linear",
     ]
     assert "±" in lines[-1] and "[4/6] linear" in err
+    assert err.count("dare_linear merges A and B apart, as PEFT does; what its paper defines") == 1
     assert [line.split()[0] for line in changes[1:]] == ["body", "linear", "dare_linear"] and "±" in changes[-1]
     assert [line.split()[:3] for line in pairs[2:]] == [[ids["code"], ids["docs"], m] for m in Interference.metrics]
     assert main([*command, "--json"]) == 0

@@ -17,9 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from lorabench.config import plugins
 from lorabench.config.decode import InputError
 from lorabench.launch.plan import make_plan, refusals
+from lorabench.spec.known import known_measures
 from lorabench.spec.measures import MEASURES
 from lorabench.spec.run_spec import RunSpec
-from lorabench.spec.sweep import Sweep, known_measures, parse_sweep
+from lorabench.spec.sweep import Sweep, parse_sweep
 from lorabench.spec.task import IGNORE
 from lorabench.store.record import Status
 from lorabench.store.store import Store
