@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from lorabench.cli import main
 from lorabench.config.decode import InputError
@@ -133,3 +134,15 @@ def test_columns_are_known_by_their_words() -> None:
     assert called(["id", "my_label"], "class label") == "my_label" and called(["labelled"], "label") is None
     assert numbered(["q", "ending0", "ending1", "label"]) == ["ending0", "ending1"]
     assert numbered(["question", "A", "B", "C"]) == ["A", "B", "C"] and numbered(["text", "label"]) == []
+
+
+def test_images_by_class_get_a_sweep_of_their_own(tmp_path):
+    for number in range(8):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9), (9 * number, 0, 0)).save(tmp_path / "ab"[number % 2] / f"{number}.png")
+    base = tomllib.loads(new_sweep(None, str(tmp_path), None))["base"]
+    wanted = {"name": "image_classification", "data": str(tmp_path), "image": "image", "label": "label"}
+    assert (base["model"], base["task"]) == ("builtin:tiny-vit", wanted) and "seq_len" not in base
+    assert (
+        tomllib.loads(new_sweep("image_classification", None, None))["base"]["task"]["data"] == "builtin:digits-turned"
+    )
