@@ -22,7 +22,7 @@ from lorabench.launch.plan import refusals
 from lorabench.methods._peft import tuner_layers
 from lorabench.models.base_model import load_tokenizer, skeleton
 from lorabench.models.remarks import remarks
-from lorabench.models.targets import PRESETS, head_modules, linear_layers, match, quantized_layers
+from lorabench.models.targets import CONVOLUTIONS, PRESETS, head_modules, linear_layers, match, quantized_layers
 from lorabench.spec.generate import Generate
 from lorabench.spec.measures import MEASURES
 from lorabench.spec.sweep import read_sweep
@@ -139,7 +139,9 @@ def test_presets_mean_what_they_mean_elsewhere(kind):
     theirs = get_peft_model(other, LoraConfig(task_type="SEQ_2_SEQ_LM"))
     assert [name for name, _ in tuner_layers(theirs)] == match(model, "query-value")
     assert len(match(model, "query-value", "1")) == 6 and set(match(model, "query")) < set(match(model, "query-value"))
-    assert all(match(model, preset) for preset in PRESETS)
+    assert all(match(model, preset) for preset in PRESETS if preset != CONVOLUTIONS)
+    with pytest.raises(InputError, match="convolutions"):
+        match(model, CONVOLUTIONS)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -214,7 +216,8 @@ def test_a_run_from_its_data_to_its_record(encoder_decoders, tmp_path):
         scores = [scorer.score(r.reference, r.output)["rougeL"].fmeasure for r in rows if r.split == split]
         assert len(scores) == 5 and found[f"{name}_rougeL"] == pytest.approx(np.mean(scores))
     assert found["test_rougeL"] > 0
-    served = {name for name in MEASURES if name.startswith(("prefill_", "decode_", "added_", "mixed_", "swapped_"))}
+    of_text = {name for name in MEASURES if "images" not in name}
+    served = {name for name in of_text if name.startswith(("prefill_", "decode_", "added_", "mixed_", "swapped_"))}
     assert served <= set(found) and "serving" not in record.provenance and found["merge_error"] < 1e-3
     steps = [json.loads(line) for line in (store.folder(spec.id) / "steps.jsonl").read_text().splitlines()]
     assert len([row for row in steps if "grad_norm" in row]) == 30

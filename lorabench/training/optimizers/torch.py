@@ -49,7 +49,7 @@ class Torch(Optimizer):
         known = _classes()
         if self.type not in known:
             choices = sorted(known.keys() - UNFIT.keys())
-            yield f"optimizer.type = {show(self.type)}: {plugins.unknown('optimizer', self.type, choices)}"
+            yield f"optimizer.type = {show(self.type)}: {plugins.unknown('class of torch.optim', self.type, choices)}"
             return
         if self.type in UNFIT:
             yield f"optimizer.type = {show(self.type)}: cannot be used here: {UNFIT[self.type]}"
