@@ -22,7 +22,8 @@ EXACT = 512
 """Side of a Gram matrix up to which all eigenvalues are computed."""
 BLOCK, BLOCKS = 40, 5
 """Columns and number of the Krylov blocks for a larger one. Measured where eigenvalues lie closest, of 250 random
-updates of rank 16 in 2048 dimensions: the first is 0.2% too small, the sum of the top 32 1.1%; chance's as much."""
+updates of rank 16 in 2048 dimensions: the first is 0.2% too small, the sum of the top 32 1.1%; of 500 in
+4096 dimensions 0.7% and 1.7% (`benchmarks/ensemble.py`). Chance's as much."""
 TILE = 128
 """Rows that are multiplied at a time."""
 MOST_COLUMNS, MOST_GROUPS = 256, 16

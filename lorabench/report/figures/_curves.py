@@ -28,6 +28,7 @@ MOST_BARS = 12
 def settings(results: Any, rows: pd.DataFrame, most: int = 10**6) -> tuple[pd.DataFrame, Looks]:
     """The rows of the settings that there is room for, with what each is called as `series`, and their looks."""
     look = setting_looks(results)
+    rows = rows.copy()  # of a sweep's many columns, joined one by one, each chunk would else be put together anew
     groups = by_setting(results, rows, shown_settings(results, rows, most))
     looks = {label: look(chunk.iloc[0][results.settings]) for label, chunk in groups}
     return pd.concat([chunk.assign(**{SERIES: label}) for label, chunk in groups]), looks
