@@ -41,8 +41,8 @@ method.dropout = 0.1
 """
 SHORT = BASE + "steps = 12\n[[grid]]\nmethod.rank = [1, 2, 4]\n"
 """Three runs of a second."""
-LONG = BASE + "steps = 200\n[[grid]]\nmethod.rank = 2\nseed = [0, 1]\n"
-"""Two runs of some seconds, to be interrupted."""
+LONG = BASE + "steps = 80\n[[grid]]\nmethod.rank = 2\nseed = [0, 1]\n"
+"""Two runs of some seconds, to be interrupted: of a minute and more while they are `slowed`."""
 POLL_SECONDS = 0.5
 """Between two looks at what is waited for: each is a process, and SLURM's work."""
 
