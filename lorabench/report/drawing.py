@@ -330,7 +330,7 @@ def wrap_titles(figure: Figure) -> None:
     titled = [axes for axes in figure.axes if axes.get_title()]
     if max((axes.title.get_window_extent().width for axes in titled), default=0) < figure.bbox.width / 8:
         return  # a layout takes time
-    figure.draw_without_rendering()
+    lay_out(figure)
     places = [axes.get_window_extent() for axes in titled]
     for axes, place in zip(titled, places, strict=True):
         middle = (place.x0 + place.x1) / 2
@@ -342,6 +342,16 @@ def wrap_titles(figure: Figure) -> None:
         widths = iter(range(len(text), 4, -1))
         while axes.title.get_window_extent().width > room and (width := next(widths, None)):
             axes.set_title(wrapped(text, width))
+
+
+def lay_out(figure: Figure) -> None:
+    """Give its panels their places as drawing would, which looks at all else besides and takes twice as long."""
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)
+    for axes in figure.axes:
+        axes.viewLim  # noqa: B018  # its limits are settled when they are asked for
+        if axes.get_axes_locator() is None:
+            axes.apply_aspect()
 
 
 def finite(runs: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -378,7 +388,7 @@ def place_labels(axes: Axes, points: pd.DataFrame) -> None:
 
     `points` has the columns x, y, text, color, and the ends x_low, x_high, y_low and y_high of the intervals.
     """
-    axes.figure.canvas.draw()
+    lay_out(axes.figure.canvas.figure)
     unit, box = axes.figure.dpi / 72, axes.get_window_extent()
     bars = [
         (x, y)
