@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 
@@ -84,7 +83,7 @@ def draw_lines(
 def draw_curve(
     axes: Axes, rows: pd.DataFrame, look: Look, x: str, y: str = VALUE, null: str = NULL, **options: Any
 ) -> None:
-    """The mean of `y` at each x, and that of its null; `options` are those of `line_of_means`."""
+    """The mean of `y` at each x, and that of its null; `options` go to seaborn's lineplot."""
     draw_null(axes, rows.dropna(subset=null), x, null, look.color)
     _draw_mean(axes, rows, look, x, y, **options)
 
@@ -95,57 +94,20 @@ def draw_null(axes: Axes, rows: pd.DataFrame, x: str, y: str, color: str | dict[
         rows, color = rows.assign(**{SERIES: ""}), {"": color}
     is_single = rows.groupby(SERIES)[x].transform("nunique") == 1
     for chunk, marker in ((rows[~is_single], ""), (rows[is_single], "_")):
-        for series in chunk[SERIES].unique():
-            line_of_means(
-                axes, chunk[chunk[SERIES] == series], x, y, color=color[series], zorder=2, linestyle=NULL_DASHES,
-                linewidth=0.9, marker=marker, markersize=8, markeredgecolor="auto",
+        if len(chunk):
+            sns.lineplot(
+                chunk, x=x, y=y, hue=SERIES, palette=color, ax=axes, legend=False, errorbar=None, zorder=2,
+                linestyle=NULL_DASHES, linewidth=0.9, marker=marker, markersize=8, markeredgecolor="auto",
             )  # fmt: skip
 
 
 def _draw_mean(axes: Axes, rows: pd.DataFrame, look: Look, x: str, y: str, **options: Any) -> None:
     """The last of the axes' lines is then this one."""
-    how: dict[str, Any] = {"markersize": 3.6, "markeredgecolor": look.color, "zorder": 3}
-    line_of_means(
-        axes, rows, x, y, color=look.color, marker=look.marker, linestyle=look.dashes,
+    how: dict[str, Any] = {"markersize": 3.6, "markeredgecolor": look.color, "zorder": 3, "errorbar": None}
+    sns.lineplot(
+        rows, x=x, y=y, ax=axes, legend=False, color=look.color, marker=look.marker, linestyle=look.dashes,
         markevery=1 if rows[x].nunique() <= MOST_BARS else 0.1, **how | options,
     )  # fmt: skip
-
-
-Interval = Callable[[np.ndarray], tuple[float, float]]
-"""Its ends, of the values at one x."""
-
-
-def line_of_means(
-    axes: Axes, rows: pd.DataFrame, x: str, y: str, *, errorbar: Interval | None = None, err_style: str = "band",
-    err_kws: Mapping[str, Any] | None = None, **line: Any,
-) -> None:  # fmt: skip
-    """What seaborn's `lineplot` draws, from arguments that it has too, in a fourth of its time.
-
-    The mean of `y` at each x and its interval, of the logarithm where the axis is logarithmic; `line` is a line's own.
-    """
-    for name, label, ticks in (("x", x, axes.get_xticklabels), ("y", y, axes.get_yticklabels)):
-        if not getattr(axes, f"get_{name}label")():
-            getattr(axes, f"set_{name}label")(label, visible=any(tick.get_visible() for tick in ticks()))
-    points = rows[[x, y]].dropna().astype(float).sort_values([x, y])
-    if points.empty:
-        return
-    scale = axes.yaxis.get_transform()
-    places, first = np.unique(points[x], return_index=True)
-    groups = np.split(scale.transform(points[y].to_numpy()), first[1:])
-    middle = scale.inverted().transform(np.array([group.mean() for group in groups]))
-    look: dict[str, Any] = {"markeredgewidth": 0.75, "markeredgecolor": "w", **line}
-    (drawn,) = axes.plot(places, middle, **look)
-    if errorbar is None:
-        return
-    ends = [errorbar(group) if len(group) > 1 else (np.nan, np.nan) for group in groups]
-    low, high = (scale.inverted().transform(np.array(side, float)) for side in zip(*ends, strict=True))
-    how: dict[str, Any] = {"color": drawn.get_color(), **(err_kws or {})}
-    if err_style == "band":
-        axes.fill_between(places, low, high, **{"alpha": 0.2} | how)
-        return
-    bars = axes.errorbar(places, middle, yerr=(middle - low, high - middle), linestyle="", **how)
-    for bar in bars[2]:
-        bar.set_capstyle(drawn.get_solid_capstyle())
 
 
 def measured(runs: pd.DataFrame, name: str, at: str = "y", within: tuple[float, float] | None = None) -> dict[str, Any]:

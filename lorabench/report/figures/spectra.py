@@ -95,13 +95,5 @@ def _draw_curve(axes: Axes, rows: Frame, look: Any) -> None:
     counts = rows.groupby("index").size()
     last = counts.index[counts == counts.max()].max()
     shown = np.geomspace(1, last, MOST_POINTS).round() if last > MOST_POINTS else range(last + 1)
-    rows, band = rows[rows["index"].isin(shown)], {"alpha": 0.15, "linewidth": 0}
-    draw_curve(axes, rows, look, "index", "ratio", "null_ratio", errorbar=_most, err_kws=band)
-
-
-def _most(values: Any) -> tuple[float, float]:
-    """Within which 80% of them are."""
-    import numpy as np
-
-    low, high = np.percentile(values, (10, 90))
-    return low, high
+    how: dict[str, Any] = {"errorbar": ("pi", 80), "err_kws": {"alpha": 0.15, "linewidth": 0}}
+    draw_curve(axes, rows[rows["index"].isin(shown)], look, "index", "ratio", "null_ratio", **how)

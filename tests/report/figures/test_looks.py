@@ -6,9 +6,7 @@ import dataclasses
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
-import seaborn as sns
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from scipy import stats
@@ -17,7 +15,6 @@ from lorabench.config import plugins
 from lorabench.report import drawing
 from lorabench.report.aggregate import bounds, drawn_interval
 from lorabench.report.figures import _heat
-from lorabench.report.figures._curves import line_of_means
 from lorabench.report.figures.cost_quality import CostQuality
 from lorabench.report.figures.heat_map import HeatMap
 from lorabench.report.figures.rank_quality import RankQuality
@@ -94,29 +91,6 @@ def test_long_titles_keep_apart_and_inside(tmp_path):
         assert {"".join(title.get_text().split()) for title in titles} == {"".join(name.split()) for name in names}
         assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
         assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
-
-
-@pytest.mark.parametrize("scale", ["linear", "log"])
-@pytest.mark.parametrize("err_style", ["band", "bars"])
-def test_means_are_drawn_as_seaborn_draws_them(scale, err_style):
-    """Lines and intervals beside `lineplot` itself, with several values at some places, one or none at others."""
-    draw = np.random.default_rng(0)
-    rows = pd.DataFrame({"x": np.repeat([4.0, 1.0, 16.0], [5, 4, 1]), "y": np.exp(draw.normal(size=10))})
-    rows.loc[1, "y"] = np.nan
-    found = []
-    for plot in (sns.lineplot, lambda rows, ax, **how: line_of_means(ax, rows, **how)):
-        axes = drawing.plt.figure().subplots()
-        axes.set(xscale=scale, yscale=scale)
-        how = {"errorbar": drawn_interval, "err_style": err_style, "err_kws": {"linewidth": 1}}
-        plot(rows, ax=axes, x="x", y="y", color="C3", marker="o", zorder=3, **how)
-        bars = [path.vertices for item in axes.collections for path in item.get_paths()]
-        lines = [line.get_xydata() for line in axes.lines]
-        looks = [(item.get_zorder(), item.get_alpha()) for item in (*axes.lines, *axes.collections)]
-        found.append(([*lines, *bars], looks, axes.get_xlabel(), axes.get_ylabel()))
-    ours, theirs = (item[0] for item in found)
-    assert found[0][1:] == found[1][1:] and len(ours) == len(theirs) > 1
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("value", "end"), [(0.083, 0.1), (0.41, 0.5), (0.2, 0.2), (0.97, 1), (1e-4, 1e-4), (130, 150)])
