@@ -22,7 +22,8 @@ KS = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class OffPrincipal(Analysis):
-    """Rows {metric, side, k, value, null}; `null` is of a random update: ΔW's singular values in random directions.
+    """Rows {metric, side, k, value, null, null_std}; `null` is of random updates: ΔW's singular values in random
+    directions, mean and standard deviation over the draws of `Tuned.nulls`.
 
     `spectral_shift` is ‖σ(W) - σ(W0)‖ / ‖σ(W0)‖ over all singular values, and `spectral_shift_at` over the k largest.
     `angle_largest` and `angle_mean` are of the k principal angles between the top k directions of W0 and those of
@@ -36,7 +37,7 @@ class OffPrincipal(Analysis):
     """
 
     needs: ClassVar[Literal["base"]] = "base"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     metrics: ClassVar[dict[str, str]] = {
         "spectral_shift": "‖σ(W) − σ(W0)‖ / ‖σ(W0)‖, all singular values; null: random directions",
         "spectral_shift_at": "the same of the k largest singular values",
@@ -50,12 +51,17 @@ class OffPrincipal(Analysis):
     per_layer: ClassVar[dict[str, str]] = {"spectral_shift": "", "rotation": "radians", "rotation_gap": ""}
 
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
+        from lorabench.linalg.nulls import over_draws
+
         (tuned,) = layers
         if not (tuned.layer.svd.numerical_rank and tuned.base.svd.numerical_rank):
             return []
-        found, null = (dict(measures(each)) for each in (tuned, tuned.null))
-        rows = [(*place, value, null[place]) for place, value in found.items()]
-        return [dict(zip(("metric", "side", "k", "value", "null"), row, strict=True)) for row in rows]
+        found, *draws = (dict(measures(each)) for each in (tuned, *tuned.nulls))
+        null, std = over_draws([[*draw.values()] for draw in draws])
+        columns = zip(*found, strict=True)
+        names = ("metric", "side", "k", "value", "null", "null_std")
+        rows = zip(*columns, found.values(), null, std, strict=True)
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def measures(tuned: Tuned) -> Iterator[tuple[tuple[str, str, int], float]]:
