@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from lorabench.linalg.decompose import ThinSVD
@@ -76,16 +77,17 @@ def _counts(grid: list[tuple[float, int]], found: Judged, draws: list[Judged]) -
 
     from lorabench.linalg.nulls import over_draws
 
-    null, std = over_draws([[draw.count(*place) for place in grid] for draw in draws])
+    epsilons, tops = (np.array(each) for each in zip(*grid, strict=True))
+    null, std = over_draws([draw.counts(epsilons, tops) for draw in draws])
     columns = {
-        "epsilon": [epsilon for epsilon, _ in grid],
-        "k": [k for _, k in grid],
-        "value": [found.count(*place) for place in grid],
+        "epsilon": epsilons,
+        "k": tops,
+        "value": found.counts(epsilons, tops),
         "null": null,
         "null_std": std,
-        "num_degenerate": [found.count_degenerate(*place) for place in grid],
+        "num_degenerate": found.counts(epsilons, tops, degenerate=True),
     }
-    return {key: np.array(values, np.int32 if key == "k" else np.float64) for key, values in columns.items()}
+    return {key: values.astype(np.int32 if key == "k" else np.float64) for key, values in columns.items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,8 +100,15 @@ class Judged:
     def count(self, epsilon: float, top: int) -> int:
         return int((self.cosines[:top] < epsilon).sum())
 
-    def count_degenerate(self, epsilon: float, top: int) -> int:
-        return int((self.degenerate & (self.cosines < epsilon))[:top].sum())
+    def counts(self, epsilons: np.ndarray, tops: np.ndarray, *, degenerate: bool = False) -> np.ndarray:
+        """The same for each of `epsilons` (n,) with its `tops` (n,); of those alone that are `degenerate`."""
+        import numpy as np
+
+        below = self.cosines.numpy()[:, None] < epsilons
+        if degenerate:
+            below &= self.degenerate.numpy()[:, None]
+        counts: np.ndarray = below.cumsum(0)[np.minimum(tops, len(below)) - 1, np.arange(len(tops))]
+        return counts
 
 
 def judge(base: BaseLayer, svd: ThinSVD) -> Judged:
