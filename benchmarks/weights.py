@@ -90,13 +90,13 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, call in calls.items():
             times[name].append(seconds(call))
-    wall = {name: [each for each, _ in found] for name, found in times.items()}
+    used = {name: [each for _, each in found] for name, found in times.items()}  # which other processes change less
     for name, found in times.items():
-        sections[name] = {"seconds": spread(wall[name]), "cpu_seconds": spread([used for _, used in found])}
+        sections[name] = {"seconds": spread([each for each, _ in found]), "cpu_seconds": spread(used[name])}
         needed = ANALYSES[name.rpartition("_")[0]][1] if name not in dense else {}
         if needed:
-            sums = [sum(count * wall[part][n] for part, count in needed.items()) for n in range(arguments.rounds)]
-            ratios = [whole / own for whole, own in zip(sums, wall[name], strict=True)]
+            sums = [sum(count * used[part][n] for part, count in needed.items()) for n in range(arguments.rounds)]
+            ratios = [whole / own for whole, own in zip(sums, used[name], strict=True)]
             sections[name]["times_slower_the_dense_way"] = spread(ratios)
     sections["largest_error_of_the_profile"] = error_of_profile(base, B @ A, Tuned(layer=layers["dense"], base=base))
     settings = {"size": arguments.size, "rank": arguments.rank, "rounds": arguments.rounds}
