@@ -50,9 +50,8 @@ class Sparsity(Analysis):
         found, *draws = (dict(measures(each)) for each in (tuned, *tuned.nulls))
         rows = []
         for metric, value in found.items():
-            null, std = (
-                over_draws(known) if (known := [draw[metric] for draw in draws if metric in draw]) else (None, None)
-            )
+            known = [draw[metric] for draw in draws if metric in draw]
+            null, std = over_draws(known) if known else (None, None)
             rows.append({"metric": metric, "value": value, "null": null, "null_std": std})
         return rows
 
