@@ -1,6 +1,9 @@
-"""Time of the analyses of ΔW on W0, whose SVD is cached, beside the dense way: forming both weights, and their SVDs.
+"""Time of the analyses of ΔW on W0, whose SVD is cached, beside the dense way: forming W0 + ΔW, and its SVD.
 
-python benchmarks/weights.py               # 4096 x 4096: some minutes on two cores
+Both have W0's SVD at hand, and take turns round by round. lorabench's time is that of chance too, as many draws of a
+random ΔW as stand in `Tuned.nulls`; the dense way's is of ΔW alone.
+
+python benchmarks/weights.py               # 4096 x 4096: ten minutes on two cores
 python benchmarks/weights.py --size 512    # a look at whether all of it works
 """
 
@@ -24,25 +27,34 @@ from hardware import spread, write
 from torch import Tensor
 
 from lorabench.analyses.accumulation import Accumulation
+from lorabench.analyses.alignment import Alignment
 from lorabench.analyses.cosines import Cosines
+from lorabench.analyses.intruders import Intruders
 from lorabench.analyses.off_principal import OffPrincipal
 from lorabench.analyses.profile import Profile, directions, responses
+from lorabench.analyses.shared_changes import SharedChanges
 from lorabench.analyses.sparsity import Sparsity
+from lorabench.analyses.survival import Survival
 from lorabench.linalg.decompose import thin_svd
 from lorabench.spec.analysis import Analysis
 from lorabench.updates.base import BaseLayer, Tuned, decompose
 from lorabench.updates.layer import LayerSVD
 from lorabench.updates.update import Update
 
-ANALYSES = {
-    "profile": Profile(),
-    "off_principal": OffPrincipal(),
-    "sparsity": Sparsity(),
-    "cosines": Cosines(),
-    "accumulation": Accumulation(),
-}
 TASKS = 3
 """Of a sequence, after each of which `accumulation` looks at ΔW: a quarter, half and all of it."""
+ANALYSES: dict[str, tuple[Analysis, dict[str, int]]] = {
+    "alignment": (Alignment(), {}),
+    "profile": (Profile(), {"along_w0s_directions": 1}),
+    "off_principal": (OffPrincipal(), {"svd_of_w": 1}),
+    "survival": (Survival(), {"svd_of_w": 1}),
+    "cosines": (Cosines(), {"svd_of_w": 1}),
+    "intruders": (Intruders(), {"svd_of_w": 1}),
+    "accumulation": (Accumulation(), {"svd_of_w": TASKS}),
+    "sparsity": (Sparsity(), {"masks": 1}),
+    "shared_changes": (SharedChanges(), {"masks": 2}),
+}
+"""Name -> the analysis, and how often the dense way needs each of its parts. `alignment` is what a script would do."""
 
 
 def main() -> None:
@@ -55,18 +67,38 @@ def main() -> None:
     W, (B, A) = base_weight(arguments.size), factors(arguments.size, arguments.rank)
     begun = time.perf_counter()
     base = decompose(W)
-    cached = time.perf_counter() - begun
-    sections: dict[str, Any] = {"base": {"seconds_to_cache": cached}}
-    for kind, update in {"factors": Update(parameter="w", B=B, A=A), "dense": Update(parameter="w", B=B @ A)}.items():
-        svd = thin_svd(update.B, update.A, keep=64)
-        layer = LayerSVD(parameter="w", svd=svd, update=update)
-        for name, analysis in ANALYSES.items():
-            call = partial(computed, analysis, layer, base)
-            times = [seconds(call) for _ in range(arguments.rounds)]
-            sections[f"{name}_{kind}"] = {"seconds": spread([wall for wall, _ in times])}
-            sections[f"{name}_{kind}"]["cpu_seconds"] = spread([used for _, used in times])
-    errors, dense = dense_way(base, B @ A, Tuned(layer=layer, base=base))
-    sections["dense_way"] = {"seconds": dense, "largest_error_of_the_profile": errors}
+    sections: dict[str, Any] = {"base": {"seconds_to_cache": time.perf_counter() - begun}}
+    layers = {
+        kind: LayerSVD(parameter="w", svd=thin_svd(update.B, update.A, keep=64), update=update)
+        for kind, update in {
+            "factors": Update(parameter="w", B=B, A=A),
+            "dense": Update(parameter="w", B=B @ A),
+        }.items()
+    }
+    right = torch.linalg.svd(W, full_matrices=False).Vh.mT
+    dense = {
+        "svd_of_w": lambda: torch.linalg.svd(W + B @ A, full_matrices=False),
+        "along_w0s_directions": lambda: along(base, B @ A, right),
+        "masks": lambda: masks(base, B @ A),
+    }
+    calls = dense | {
+        f"{name}_{kind}": partial(computed, analysis, layer, base)
+        for kind, layer in layers.items()
+        for name, (analysis, _) in ANALYSES.items()
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for _ in range(arguments.rounds):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+    used = {name: [each for _, each in found] for name, found in times.items()}  # which other processes change less
+    for name, found in times.items():
+        sections[name] = {"seconds": spread([each for each, _ in found]), "cpu_seconds": spread(used[name])}
+        needed = ANALYSES[name.rpartition("_")[0]][1] if name not in dense else {}
+        if needed:
+            sums = [sum(count * used[part][n] for part, count in needed.items()) for n in range(arguments.rounds)]
+            ratios = [whole / own for whole, own in zip(sums, used[name], strict=True)]
+            sections[name]["times_slower_the_dense_way"] = spread(ratios)
+    sections["largest_error_of_the_profile"] = error_of_profile(base, B @ A, Tuned(layer=layers["dense"], base=base))
     settings = {"size": arguments.size, "rank": arguments.rank, "rounds": arguments.rounds}
     print(json.dumps(sections, indent=1))
     print(write("weights", "cpu", settings, {"sections": sections}))
@@ -75,7 +107,7 @@ def main() -> None:
 def computed(analysis: Analysis, layer: LayerSVD, base: BaseLayer) -> list[dict[str, Any]]:
     """With nothing kept from another analysis of the same layer."""
     if analysis.needs != "base_trajectory":
-        return analysis.compute(Tuned(layer=layer, base=base))
+        return analysis.compute(*(Tuned(layer=layer, base=base) for _ in range(1 + analysis.is_of_pairs())))
     return analysis.compute(*(Tuned(layer=after(layer, task), base=base) for task in range(1, TASKS + 1)))
 
 
@@ -94,19 +126,34 @@ def seconds(call: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - used
 
 
-def dense_way(base: BaseLayer, delta: Tensor, tuned: Tuned) -> tuple[dict[str, float], dict[str, float]]:
-    """SVDs of W0 and of W (of a sequence one a task), and ΔW along every direction, as the papers' scripts have it: the
-    largest error of `profile` against the same in float64, as a share of the root mean square, and the seconds.
+def along(base: BaseLayer, delta: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """‖ΔW v_i‖ and u_iᵀ (W0 + ΔW) v_i of all of W0's directions, as the papers' scripts have it."""
+    diagonal = ((base.left.mT @ (base.weight + delta)) @ right).diagonal()
+    return torch.linalg.vector_norm(delta @ right, dim=0), diagonal
+
+
+def masks(base: BaseLayer, delta: Tensor) -> list[float]:
+    """The shares of `sparsity`, entry by entry: what changes in bfloat16, is largest, principal or smallest."""
+    W, k = base.weight, min(len(base.svd.S) // 16, base.svd.U.shape[1])
+    before, after = W.bfloat16().float(), (W + delta).bfloat16().float()
+    changed = (after - before).abs() > 1e-3 * torch.maximum(before.abs(), after.abs())
+    low_rank = (base.svd.U[:, :k] * base.svd.S[:k].float()) @ base.svd.Vh[:k]
+    marks = [largest(low_rank.abs()), largest(-W.abs())]
+    sets = [changed, largest(delta.abs())]
+    return [float((each & mark).sum() / each.sum().clamp_min(1)) for each in sets for mark in marks]
+
+
+def largest(values: Tensor) -> Tensor:
+    """The 30% largest entries."""
+    mask = torch.zeros(values.numel(), dtype=torch.bool)
+    mask[values.flatten().topk(round(0.3 * values.numel())).indices] = True
+    return mask.view_as(values)
+
+
+def error_of_profile(base: BaseLayer, delta: Tensor, tuned: Tuned) -> dict[str, float]:
+    """The largest error of `profile` against the same in float64, as a share of the root mean square.
 
     Along the last few directions, whose singular values are next to nothing, right vectors are told from rounding."""
-    begun = time.perf_counter()
-    U, _, Vh = torch.linalg.svd(base.weight, full_matrices=False)
-    first = time.perf_counter() - begun
-    torch.linalg.svd(base.weight + delta, full_matrices=False)
-    second = time.perf_counter() - begun - first
-    torch.linalg.vector_norm(delta @ Vh.mT, dim=0)
-    ((U.mT @ (base.weight + delta)) @ Vh.mT).diagonal()
-    whole = time.perf_counter() - begun
     *_, exact = torch.linalg.svd(base.weight.double(), full_matrices=False)  # of close ones float32 mixes the vectors
     response = torch.linalg.vector_norm(delta.double() @ exact.mT, dim=0)
     _, _, chosen = directions(len(base.svd.S))
@@ -116,8 +163,7 @@ def dense_way(base: BaseLayer, delta: Tensor, tuned: Tuned) -> tuple[dict[str, f
         for place, error in zip(each, found / float(response.square().mean().sqrt()), strict=True):
             name = "of_99_percent" if place < 0.99 * len(response) else "of_the_smallest"
             errors[name] = max(errors[name], float(error))
-    times = {"svd_of_w0": first, "svd_of_w": second, "along_w0s_directions": whole - first - second}
-    return errors, times
+    return errors
 
 
 def base_weight(d: int) -> Tensor:

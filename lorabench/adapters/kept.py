@@ -85,8 +85,9 @@ def _compressions(records: list[Record]) -> Iterator[Part]:
 
 
 def _interventions(records: list[Record]) -> Iterator[Part]:
-    from lorabench.adapters.intervention.intervene import VERSION, Intervention
+    from lorabench.adapters.intervention.intervene import Intervention
     from lorabench.adapters.intervention.intervene_report import intervention_part, make_rows
+    from lorabench.store.interventions import VERSION
 
     groups: dict[tuple[float, int], list[Record]] = {}
     for record in records:

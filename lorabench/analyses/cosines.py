@@ -18,16 +18,17 @@ SHOWN = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Cosines(Analysis):
-    """Rows {i, j, cosine, null}: |u_iᵀ y_j| of left singular vectors, u of W0 and y of W0 + ΔW, up to 16 of each.
+    """Rows {i, j, cosine, null, null_std}: |u_iᵀ y_j| of left singular vectors, up to 16 u of W0 and y of W0 + ΔW.
 
     As in figure 1 of Shuttleworth et al. 2024, arXiv 2410.21228: an intruder y_j is a column without a large cosine.
     `i` = 0 is the largest cosine with any of W0's other directions, so that a column is not blank for what lies
-    beyond. Null: ΔW's singular values in random directions.
+    beyond. Null: ΔW's singular values in random directions, mean and standard deviation over the draws of
+    `Tuned.nulls`.
     """
 
     needs: ClassVar[Literal["base"]] = "base"
-    version: ClassVar[int] = 2
-    values: ClassVar[dict[str, tuple[str, ...]]] = {"cosine": ("null",)}
+    version: ClassVar[int] = 3
+    values: ClassVar[dict[str, tuple[str, ...]]] = {"cosine": ("null", "null_std")}
     columns: ClassVar[dict[str, str]] = {
         "i": "left singular vector of W0, from 1; 0: whichever of those beyond is nearest",
         "j": "left singular vector of W0 + ΔW, from 1",
@@ -37,19 +38,16 @@ class Cosines(Analysis):
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
         import numpy as np
 
+        from lorabench.linalg.nulls import over_draws
+
         (tuned,) = layers
         if not tuned.layer.svd.numerical_rank:
             return []
-        found, null = (grid(each) for each in (tuned, tuned.null))
+        found, *draws = (grid(each).numpy() for each in (tuned, *tuned.nulls))
+        grids = {"cosine": found} | dict(zip(("null", "null_std"), over_draws(draws), strict=True))
         i, j = np.indices(found.shape, dtype=np.int16)
-        return [
-            {
-                "i": i.ravel(),
-                "j": j.ravel() + np.int16(1),
-                "cosine": found.numpy().ravel(),
-                "null": null.numpy().ravel(),
-            }
-        ]
+        numbers = {name: np.ravel(each).astype(np.float32) for name, each in grids.items()}
+        return [{"i": i.ravel(), "j": j.ravel() + np.int16(1)} | numbers]
 
 
 def grid(tuned: Tuned) -> Tensor:

@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Drift(Analysis):
-    """Rows {metric, value, null}, of linear layers: E‖ΔW h‖² / E‖W0 h‖² over tokens, h the layer's input in the base.
+    """Rows {metric, value, null, null_std}, of linear layers: E‖ΔW h‖² / E‖W0 h‖² over tokens, h the layer's input in
+    the base.
 
-    Null: what a random ΔW of the same norm gives, ‖ΔW‖² E‖h‖² / (N E‖W0 h‖²). A run measures both at its end
-    (`lorabench.training.drift`); of one that is older there are no rows.
+    Null: what a random ΔW of the same norm gives, ‖ΔW‖² E‖h‖² / (N E‖W0 h‖²), and the standard deviation of ΔW's
+    singular values in random directions, both in closed form. A run measures them at its end
+    (`lorabench.training.drift`); of one that is older there are no rows, or no `null_std`.
     """
 
     needs: ClassVar[Literal["layer"]] = "layer"
+    version: ClassVar[int] = 2
     metrics: ClassVar[dict[str, str]] = {
         "task": "E‖ΔW h‖² / E‖W0 h‖² over validation tokens of the task, at least 0",
         "retain": "the same over tokens of what is retained",
@@ -29,7 +32,12 @@ class Drift(Analysis):
         (layer,) = layers
         found = layer.drift
         return [
-            {"metric": name, "value": found[name], "null": found[f"{name}_null"]}
+            {
+                "metric": name,
+                "value": found[name],
+                "null": found[f"{name}_null"],
+                "null_std": found.get(f"{name}_null_std"),
+            }
             for name in self.metrics
             if name in found
         ]

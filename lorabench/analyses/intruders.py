@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from lorabench.linalg.decompose import ThinSVD
@@ -23,18 +24,19 @@ DEGENERATE = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Intruders(Analysis):
-    """Rows {metric, epsilon, k, value, null, num_degenerate}.
+    """Rows {metric, epsilon, k, value, null, null_std, num_degenerate}.
 
     The j-th left singular vector y_j of W0 + ΔW is an intruder when max over all left singular vectors x_i of W0 of
     |cos(y_j, x_i)| is below ε; counted among the top k (Shuttleworth et al. 2024, arXiv 2410.21228). `num_intruders` is
     the count of one matrix at the paper's ε = 0.5, k = 10 (the paper sums over matrices), `count` the same over a grid,
-    `largest_cosine` what y_k is judged by. `null`: an update with all the same singular values in random directions,
-    one draw. `num_degenerate` says of how many of the intruders (for `largest_cosine`: whether of y_k itself) the
-    singular value is within 1% of a neighbour's, so that single vectors mean little.
+    `largest_cosine` what y_k is judged by. `null`: updates with all the same singular values in random directions,
+    mean and standard deviation over the draws of `Tuned.nulls`. `num_degenerate` says of how many of the intruders (for
+    `largest_cosine`: whether of y_k itself) the singular value is within 1% of a neighbour's, so that single vectors
+    mean little.
     """
 
     needs: ClassVar[Literal["base"]] = "base"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     metrics: ClassVar[dict[str, str]] = {
         "num_intruders": "intruder dimensions among the top 10 of a matrix, ε = 0.5; null: random directions",
         "count": "intruder dimensions among the top k at ε; null: ΔW's singular values in random directions",
@@ -50,33 +52,42 @@ class Intruders(Analysis):
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
         import numpy as np
 
+        from lorabench.linalg.nulls import over_draws
+
         (tuned,) = layers
         if not tuned.layer.svd.numerical_rank:
             return []
         found = judge(tuned.base, tuned.svd)
-        null = judge(tuned.base, tuned.null.svd)
+        draws = [judge(tuned.base, null.svd) for null in tuned.nulls]
         size = len(found.cosines)
         grid = [(epsilon, k) for epsilon in EPSILONS for k in TOPS if k <= size]
-        vectors = {"value": found.cosines, "null": null.cosines, "num_degenerate": found.degenerate}
+        null, std = over_draws([draw.cosines.double().numpy() for draw in draws])
+        vectors = {"value": found.cosines.double().numpy(), "null": null, "null_std": std}
         return [
-            {"metric": "num_intruders"} | _counts([(EPSILON, TOP)], found, null),
-            {"metric": "count"} | _counts(grid, found, null),
+            {"metric": "num_intruders"} | _counts([(EPSILON, TOP)], found, draws),
+            {"metric": "count"} | _counts(grid, found, draws),
             {"metric": "largest_cosine", "epsilon": np.full(size, np.nan), "k": np.arange(1, size + 1, dtype=np.int32)}
-            | {key: column.double().numpy() for key, column in vectors.items()},
+            | vectors
+            | {"num_degenerate": found.degenerate.double().numpy()},
         ]
 
 
-def _counts(grid: list[tuple[float, int]], found: Judged, null: Judged) -> dict[str, Any]:
+def _counts(grid: list[tuple[float, int]], found: Judged, draws: list[Judged]) -> dict[str, Any]:
     import numpy as np
 
+    from lorabench.linalg.nulls import over_draws
+
+    epsilons, tops = (np.array(each) for each in zip(*grid, strict=True))
+    null, std = over_draws([draw.counts(epsilons, tops) for draw in draws])
     columns = {
-        "epsilon": [epsilon for epsilon, _ in grid],
-        "k": [k for _, k in grid],
-        "value": [found.count(*place) for place in grid],
-        "null": [null.count(*place) for place in grid],
-        "num_degenerate": [found.count_degenerate(*place) for place in grid],
+        "epsilon": epsilons,
+        "k": tops,
+        "value": found.counts(epsilons, tops),
+        "null": null,
+        "null_std": std,
+        "num_degenerate": found.counts(epsilons, tops, degenerate=True),
     }
-    return {key: np.array(values, np.int32 if key == "k" else np.float64) for key, values in columns.items()}
+    return {key: values.astype(np.int32 if key == "k" else np.float64) for key, values in columns.items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,8 +100,15 @@ class Judged:
     def count(self, epsilon: float, top: int) -> int:
         return int((self.cosines[:top] < epsilon).sum())
 
-    def count_degenerate(self, epsilon: float, top: int) -> int:
-        return int((self.degenerate & (self.cosines < epsilon))[:top].sum())
+    def counts(self, epsilons: np.ndarray, tops: np.ndarray, *, degenerate: bool = False) -> np.ndarray:
+        """The same for each of `epsilons` (n,) with its `tops` (n,); of those alone that are `degenerate`."""
+        import numpy as np
+
+        below = self.cosines.numpy()[:, None] < epsilons
+        if degenerate:
+            below &= self.degenerate.numpy()[:, None]
+        counts: np.ndarray = below.cumsum(0)[np.minimum(tops, len(below)) - 1, np.arange(len(tops))]
+        return counts
 
 
 def judge(base: BaseLayer, svd: ThinSVD) -> Judged:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -22,7 +22,8 @@ KS = (1, 2, 4, 8, 16, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class OffPrincipal(Analysis):
-    """Rows {metric, side, k, value, null}; `null` is of a random update: ΔW's singular values in random directions.
+    """Rows {metric, side, k, value, null, null_std}; `null` is of random updates: ΔW's singular values in random
+    directions, mean and standard deviation over the draws of `Tuned.nulls`.
 
     `spectral_shift` is ‖σ(W) - σ(W0)‖ / ‖σ(W0)‖ over all singular values, and `spectral_shift_at` over the k largest.
     `angle_largest` and `angle_mean` are of the k principal angles between the top k directions of W0 and those of
@@ -36,7 +37,7 @@ class OffPrincipal(Analysis):
     """
 
     needs: ClassVar[Literal["base"]] = "base"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     metrics: ClassVar[dict[str, str]] = {
         "spectral_shift": "‖σ(W) − σ(W0)‖ / ‖σ(W0)‖, all singular values; null: random directions",
         "spectral_shift_at": "the same of the k largest singular values",
@@ -50,48 +51,54 @@ class OffPrincipal(Analysis):
     per_layer: ClassVar[dict[str, str]] = {"spectral_shift": "", "rotation": "radians", "rotation_gap": ""}
 
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
+        from lorabench.linalg.nulls import over_draws
+
         (tuned,) = layers
         if not (tuned.layer.svd.numerical_rank and tuned.base.svd.numerical_rank):
             return []
-        found, null = (dict(measures(each)) for each in (tuned, tuned.null))
-        rows = [(*place, value, null[place]) for place, value in found.items()]
-        return [dict(zip(("metric", "side", "k", "value", "null"), row, strict=True)) for row in rows]
+        names, rows = ("metric", "side", "k", "value", "null", "null_std"), []
+        for place, (value, *draws) in measures([tuned, *tuned.nulls]):
+            rows.append((*place, value, *over_draws(draws)))
+        return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def measures(tuned: Tuned) -> Iterator[tuple[tuple[str, str, int], float]]:
-    """Each metric's name, side and k, and its value."""
-    before, after = tuned.base.svd, top(tuned)
-    most = min(after.U.shape[1], before.U.shape[1])
-    if (values := whole_spectrum(tuned)) is not None:
-        yield ("spectral_shift", "both", len(values)), _shift(before.S.numpy(), values)
+def measures(subjects: Sequence[Tuned]) -> Iterator[tuple[tuple[str, str, int], list[float]]]:
+    """Each metric's name, side and k, and its values of n updates on one W0."""
+    import torch
+
+    before, afters = subjects[0].base.svd, [top(each) for each in subjects]
+    most = min(after.U.shape[1] for after in (before, *afters))
+    if (spectra := whole_spectra(subjects)) is not None:
+        yield ("spectral_shift", "both", len(before.S)), _shift(before.S.numpy(), spectra)
+    values = torch.stack([after.S[:most] for after in afters]).numpy()
     sides = {
-        "input": (before.Vh[:most].mT.double(), after.Vh[:most].mT.double()),
-        "output": (before.U[:, :most].double(), after.U[:, :most].double()),
+        "input": (before.Vh[:most].mT.double(), torch.stack([after.Vh[:most].mT for after in afters]).double()),
+        "output": (before.U[:, :most].double(), torch.stack([after.U[:, :most] for after in afters]).double()),
     }
     crosses = {side: U.mT @ V for side, (U, V) in sides.items()}
     for k in [*(k for k in KS if k < most), most]:
-        yield ("spectral_shift_at", "both", k), _shift(before.S[:k].numpy(), after.S[:k].numpy())
+        yield ("spectral_shift_at", "both", k), _shift(before.S[:k].numpy(), values[:, :k])
         for side, (U, V) in sides.items():
             angles = top_angles(U, V, crosses[side], k)
-            yield ("angle_mean", side, k), float(angles.mean())
-            yield ("angle_largest", side, k), float(angles[-1])
+            yield ("angle_mean", side, k), angles.mean(-1).tolist()
+            yield ("angle_largest", side, k), angles[:, -1].tolist()
             if k == most:
-                yield ("rotation", side, k), float(angles.mean())
-        a, b = (crosses[side][:k, :k] for side in ("output", "input"))
-        gap = float((a - b).norm() / (a.square().sum() + b.square().sum()).sqrt())
+                yield ("rotation", side, k), angles.mean(-1).tolist()
+        a, b = (crosses[side][:, :k, :k].flatten(1) for side in ("output", "input"))
+        gap = ((a - b).norm(dim=1) / (a.square().sum(1) + b.square().sum(1)).sqrt()).tolist()
         yield ("rotation_gap_at", "both", k), gap
         if k == most:
             yield ("rotation_gap", "both", k), gap
 
 
 def top_angles(U: Tensor, V: Tensor, cross: Tensor, k: int) -> Tensor:
-    """The principal angles between the first k columns of `U` and of `V` (d, c), ascending, radians.
+    """The principal angles (n, k) between the first k columns of `U` (d, c) and of `V` (n, d, c), ascending, radians.
 
     Orthonormal columns in float64; `cross`: UᵀV. By the sines, from the Gram matrix of what of V_k is outside of U_k.
     """
     import torch
 
-    outside = V[:, :k] - U[:, :k] @ cross[:k, :k]
+    outside = V[..., :k] - U[:, :k] @ cross[..., :k, :k]
     return torch.linalg.eigvalsh(outside.mT @ outside).clamp(0, 1).sqrt().arcsin()
 
 
@@ -108,24 +115,31 @@ def top(tuned: Tuned) -> ThinSVD:
     return top_svd(tuned.matrix, count, left=left, tolerance=TOLERANCE)
 
 
-def whole_spectrum(tuned: Tuned) -> np.ndarray | None:
-    """Every singular value of W0 + ΔW, descending, by the float64 Gram matrix of the shorter side; None where large."""
+def whole_spectra(subjects: Sequence[Tuned]) -> np.ndarray | None:
+    """Every singular value (n, R) of each W0 + ΔW, descending, by the float64 Gram matrix of the shorter side; None
+    where large."""
     import torch
 
     from lorabench.updates.base import LARGE, best_device
 
-    device = best_device(tuned.layer.shape)
-    if device.type == "cpu" and min(tuned.layer.shape) > LARGE:
+    shape = subjects[0].layer.shape
+    device = best_device(shape)
+    if device.type == "cpu" and min(shape) > LARGE:
         return None
-    W = tuned.base.weight.to(device).double() + tuned.delta().to(device).double()
-    gram = W.mT @ W if W.shape[0] > W.shape[1] else W @ W.mT
-    return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt().cpu().numpy()
+    values = []
+    for tuned in subjects:
+        W = tuned.base.weight.to(device).double() + tuned.delta().to(device).double()
+        gram = W.mT @ W if W.shape[0] > W.shape[1] else W @ W.mT
+        values.append(torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt().cpu())
+    return torch.stack(values).numpy()
 
 
-def _shift(before: np.ndarray, after: np.ndarray) -> float:
+def _shift(before: np.ndarray, after: np.ndarray) -> list[float]:
+    """Of each of the n rows of `after` (n, k)."""
     import numpy as np
 
-    return float(np.linalg.norm(after - before) / np.linalg.norm(before))
+    found: list[float] = (np.linalg.norm(after - before, axis=1) / np.linalg.norm(before)).tolist()
+    return found
 
 
 EXAMPLE = OffPrincipal()

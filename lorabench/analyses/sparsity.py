@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity(Analysis):
-    """Rows {metric, value, null}; `null` is of a random update: ΔW's singular values in random directions.
+    """Rows {metric, value, null, null_std}; `null` is of random updates: ΔW's singular values in random directions,
+    mean and standard deviation over the draws of `Tuned.nulls`.
 
     A weight counts as changed where W0 and W0 + ΔW, both rounded to bfloat16, differ (Zhu et al. 2025, arXiv
     2511.08567, definition 2.1: by more than 1e-3 of the larger, which between numbers of bfloat16 is the same). So it
@@ -29,12 +30,12 @@ class Sparsity(Analysis):
     """
 
     needs: ClassVar[Literal["base"]] = "base"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     metrics: ClassVar[dict[str, str]] = {
         "changed": "share of the weights that ΔW changes in bfloat16; null: random directions",
         "hidden": "share of the weights where ΔW is not 0, yet bfloat16 shows no change; null: random directions",
         "zero": "share of the weights where ΔW is exactly 0",
-        "visible_rank": "numerical rank of the change in bfloat16 over min(M, N), of matrices up to 1024",
+        "visible_rank": "numerical rank of the change in bfloat16 over min(M, N), up to 1024; null: random directions",
         "changed_in_principal": "share of the changed weights that are among W0's 30% principal ones",
         "changed_in_smallest": "share of the changed weights that are among W0's 30% smallest ones",
         "largest_in_principal": "share of the 30% largest entries of ΔW that are among W0's 30% principal weights",
@@ -43,15 +44,20 @@ class Sparsity(Analysis):
     per_layer: ClassVar[dict[str, str]] = dict.fromkeys(metrics, "")
 
     def compute(self, *layers: Tuned) -> list[dict[str, Any]]:
+        from lorabench.linalg.nulls import over_draws
+
         (tuned,) = layers
-        found, null = dict(measures(tuned)), dict(measures(tuned.null))
-        if (rank := visible_rank(tuned)) is not None:
-            found["visible_rank"] = rank
-        return [{"metric": metric, "value": value, "null": null.get(metric)} for metric, value in found.items()]
+        found, *draws = (dict(measures(each)) for each in (tuned, *tuned.nulls))
+        rows = []
+        for metric, value in found.items():
+            known = [draw[metric] for draw in draws if metric in draw]
+            null, std = over_draws(known) if known else (None, None)
+            rows.append({"metric": metric, "value": value, "null": null, "null_std": std})
+        return rows
 
 
 def measures(tuned: Tuned) -> Iterator[tuple[str, float]]:
-    """Each metric; no overlap of an empty set."""
+    """Each metric; no overlap of an empty set, no visible rank of a large matrix."""
     from lorabench.updates.stored import count
 
     seen, marked = tuned.seen, tuned.base.marked
@@ -62,6 +68,8 @@ def measures(tuned: Tuned) -> Iterator[tuple[str, float]]:
         if size := count(chosen):
             yield f"{name}_in_principal", count(chosen, marked.principal) / size
             yield f"{name}_in_smallest", count(chosen, marked.smallest) / size
+    if (rank := visible_rank(tuned)) is not None:
+        yield "visible_rank", rank
 
 
 def visible_rank(tuned: Tuned) -> float | None:

@@ -38,6 +38,12 @@ class Simulated:
         return cls(mean=draws.mean(0), std=std, error=std / len(draws) ** 0.5)
 
 
+def over_draws(draws: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (...) of numbers (n, ...); one draw has no standard deviation: NaN."""
+    draws = np.asarray(draws, float)
+    return draws.mean(0), draws.std(0, ddof=1) if len(draws) > 1 else np.full(draws.shape[1:], np.nan)
+
+
 @lru_cache(maxsize=4096)
 def null_metrics(M: int, N: int, rank: int | None) -> dict[str, tuple[float | None, float | None]]:
     """`spectrum_metrics` of a random update of this form and of Frobenius norm 1: mean and standard deviation.

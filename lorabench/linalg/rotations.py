@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 
-def in_random_directions(S: Tensor, M: int, N: int) -> Tensor:
-    """U diag(S) Vᵀ (M, N) of all min(M, N) singular values, U by seed 0 and V by seed 1; in the dtype of `S`."""
+def in_random_directions(S: Tensor, M: int, N: int, seed: int = 0) -> Tensor:
+    """U diag(S) Vᵀ (M, N) of all min(M, N) singular values, U by 2 × seed and V by one more; in the dtype of `S`."""
     diagonal = S.new_zeros(M, N)
     diagonal.diagonal().copy_(S)
-    return turned(turned(diagonal, 0).mT, 1).mT
+    return turned(turned(diagonal, 2 * seed).mT, 2 * seed + 1).mT
 
 
 def turned(X: Tensor, seed: int) -> Tensor:

@@ -29,6 +29,7 @@ from lorabench.report.results import Results, grouped, kept_rows, selected
 from lorabench.report.typeset import Column, Sheet
 from lorabench.report.update_metrics import at_place
 from lorabench.spec.claim import CHOSEN, Claim
+from lorabench.spec.measures import INTERVENED
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not enough data"
 COUNTED = ("model_gib", "optimizer_state_gib", "tensor_peak_gib", "resident_adapter_gib", "flops_per_step")
@@ -71,7 +72,8 @@ def judge(claim: Claim, results: Results) -> Verdict:
     seeds, ids = tuple(map(len, sides)), tuple(dict.fromkeys(run_ids))
     if not all(sides):
         empty = list(claim.sides)[[bool(side) for side in sides].index(False)]
-        why = f'no run of "{empty}" is done and has the measure'
+        asked = "; lorabench intervene makes it" if claim.measures[empty].startswith(INTERVENED) else ""
+        why = f'no run of "{empty}" is done and has the measure{asked}'
         return Verdict(claim=claim, verdict=OPEN, estimate=None, why=why, seeds=seeds, run_ids=ids)
     if claim.ratio_to is not None and any(value <= 0 for side in sides for value in side.values()):
         why = "a ratio is of positive values"

@@ -77,6 +77,8 @@ class Look:
         return Line2D([], [], color=self.color, marker=self.marker, linestyle=self.dashes, markersize=4)
 
 
+FREE_INCHES = 0.4
+"""Height of a legend of two lines, for which figures have room."""
 NULL = Look(REFERENCE, "", NULL_DASHES)
 """In legends: dashed is chance."""
 
@@ -281,7 +283,8 @@ def finish(figure: Figure) -> None:
 
 
 def legend_below(figure: Figure, entries: Mapping[str, Any], null: str | None = None, *, lines: bool = True) -> None:
-    """A legend of label -> look (or handle) under the panels, where it covers no data.
+    """A legend of label -> look (or handle) under the panels, where it covers no data: a figure grows by what is more
+    than two lines, so that the panels stay as high as they are.
 
     `null`: what is dashed. Without `lines` a look stands for points alone.
     """
@@ -292,8 +295,17 @@ def legend_below(figure: Figure, entries: Mapping[str, Any], null: str | None = 
         canvas.legend(handles, list(entries))
         return
     wide = inches(figure)[0] > COLUMN_INCHES
-    fitting = max(1, int((110 if wide else 52) / (max(map(len, entries), default=1) + 7)))
-    figure.legend(handles, list(entries), loc="outside lower center", ncols=min(len(handles), fitting))
+    labels = [wrapped(label, 110 if wide else 48) for label in entries]
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=1)
+    num_columns = min(len(handles), max(1, int((124 if wide else 60) / (longest + 7))))
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=num_columns)
+    while num_columns > 1 and legend.get_window_extent().width > figure.bbox.width:
+        legend.remove()
+        num_columns -= 1
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=num_columns)
+    if isinstance(figure, Figure):
+        higher = legend.get_window_extent().height / figure.dpi - FREE_INCHES
+        figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + max(0.0, higher))
 
 
 def whole_numbers(axis: Axis, most: int = 5) -> None:

@@ -12,6 +12,7 @@ from lorabench.spec.measures import Measure, find
 from lorabench.terminal.text import one_line
 
 KEYS = {
+    "lambda": "λ",
     "method.name": "method",
     "label": "method",
     "lr": "learning rate",

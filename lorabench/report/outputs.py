@@ -194,9 +194,10 @@ def _digest(results: Results, more: list[Any]) -> str:
         f"{matplotlib.__version__} {sns.__version__} {pd.__version__} {source_digest()} {results.sweep.text}".encode()
     )
     digest.update(results.runs.to_csv().encode())
+    kept = [results.paths, results.interventions]
     digest.update(
         json.dumps(
-            [results.environments, results.provenance, results.unread, results.broken, results.paths, more],
+            [results.environments, results.provenance, results.unread, results.broken, kept, more],
             sort_keys=True,
             default=str,
         ).encode()

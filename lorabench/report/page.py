@@ -30,6 +30,8 @@ MOST_BYTES = 300_000
 """Of a drawing with so many lines and points that it is larger, the page has the pixels."""
 MOST_ROWS = 200
 """Rows of a table that stand in the HTML; further ones are data, of which the page's script makes rows when asked."""
+MOST_LETTERS = 28
+"""Letters of a text that stands in one line of its cell; a longer one wraps."""
 CONTENTS = "<!--contents-->"
 """Where the list of a page's sections goes; no text has it, for `<` is escaped."""
 
@@ -143,6 +145,6 @@ def _environment() -> jinja2.Environment:
     """Which keeps the templates that it has compiled."""
     loader = jinja2.FileSystemLoader(TEMPLATES)
     made = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    made.globals["most_rows"] = MOST_ROWS
+    made.globals |= {"most_rows": MOST_ROWS, "most_letters": MOST_LETTERS}
     made.filters |= {"compact": compact, "columns": _columns}
     return made

@@ -19,6 +19,7 @@ from lorabench.spec.known import known_measures
 from lorabench.spec.measures import MEASURES, find, is_shared_in_a_pack
 from lorabench.spec.run_spec import UNNAMED, RunSpec, canonical_json, complete, flatten, is_tables, task_names
 from lorabench.spec.sweep import Sweep
+from lorabench.store.interventions import Scaled, read_interventions
 from lorabench.store.paths import Points, read_paths
 from lorabench.store.record import FAILURES, GENERATIONS_FILE, STEPS_FILE, RunRecord, Status
 from lorabench.store.store import RunState, Store
@@ -52,6 +53,8 @@ class Results:
     """Run id -> the file of its answers, where its model has written."""
     paths: dict[str, Points] = field(default_factory=dict)
     """Run id -> what it was evaluated at along W0 + λ ΔW, where it was."""
+    interventions: dict[str, Scaled] = field(default_factory=dict)
+    """Run id -> its evaluations with intruder dimensions scaled, where it has any."""
     logs: dict[str, StepLog] = field(default_factory=dict)
     """Run id -> where the log of its steps is, of those that have ended."""
     broken: dict[str, str] = field(default_factory=dict)
@@ -202,6 +205,7 @@ def load_results(
             if record.generations_sha256
         },
         paths=read_paths(store.root, records),
+        interventions=read_interventions(store.root, records),
         logs=logs,
         root=store.root,
     )

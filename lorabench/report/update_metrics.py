@@ -65,22 +65,40 @@ def metric_rows(results: Any, value: str, runs: pd.DataFrame | None = None, kind
 
 def at_place(results: Any, value: str, at: Mapping[str, Any]) -> pd.Series:
     """By run id the mean of a metric over the rows that have these values in these columns: of layers inside the
-    model's blocks that all runs have; of pairs by their first run. `value` may end in `:null`: what chance gives there.
+    model's blocks that all runs have; of pairs by their first run. `value` may end in `:null`: what chance gives there;
+    it may be a measure of runs whose intruder dimensions have been scaled.
 
     Empty where there are no such rows.
     """
-    import numpy as np
     import pandas as pd
 
     from lorabench.config import plugins
     from lorabench.report.results import shared
     from lorabench.spec.claim import NULL
+    from lorabench.spec.measures import INTERVENED
 
+    if value.startswith(INTERVENED):
+        scaled = [{"run_id": run, **each} for run in results.runs.index for each in results.interventions.get(run, ())]
+        rows, column = _at(pd.DataFrame(scaled), at), value.removeprefix(INTERVENED)
+        return rows.groupby("run_id")[column].mean() if column in rows else pd.Series(dtype=float)
     analysis, _, metric = value.removesuffix(NULL).partition(".")
     frame, known = rows_of(results, analysis), plugins.plugin_class("analyses", analysis)
     by_chance: Mapping[str, Sequence[str]] = known.values  # type: ignore[attr-defined]
     columns = (metric, by_chance[metric][0]) if metric in by_chance else (VALUE, "null")
     frame = frame if metric in by_chance or "metric" not in frame else frame[frame["metric"] == metric]
+    frame = _at(frame, at)
+    column, by = columns[value.endswith(NULL)], "run_id" if "run_id" in frame else "run_a"
+    if column not in frame or frame.empty:
+        return pd.Series(dtype=float)
+    rows = shared(frame.rename(columns={by: "run_id"}))
+    return rows[column].astype(float).groupby(rows["run_id"].astype(object), observed=True).mean()
+
+
+def _at(frame: pd.DataFrame, at: Mapping[str, Any]) -> pd.DataFrame:
+    """The rows that have one of the values, in each of these columns."""
+    import numpy as np
+    import pandas as pd
+
     for key, wanted in at.items() if len(frame) else ():
         items = wanted if isinstance(wanted, list) else [wanted]
         found = frame[key] if key in frame else pd.Series(None, frame.index, dtype=object)
@@ -89,11 +107,7 @@ def at_place(results: Any, value: str, at: Mapping[str, Any]) -> pd.Series:
         else:
             kept = found.isin(items).to_numpy()
         frame = frame[kept]
-    column, by = columns[value.endswith(NULL)], "run_id" if "run_id" in frame else "run_a"
-    if column not in frame or frame.empty:
-        return pd.Series(dtype=float)
-    rows = shared(frame.rename(columns={by: "run_id"}))
-    return rows[column].astype(float).groupby(rows["run_id"].astype(object), observed=True).mean()
+    return frame
 
 
 def per_run(results: Any, rows: pd.DataFrame, keys: Sequence[str], how: How = "mean") -> pd.DataFrame:

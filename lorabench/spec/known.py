@@ -13,7 +13,7 @@ from lorabench.config.decode import show
 from lorabench.spec.analysis import COLUMNS, LAYERS, PAIRS
 from lorabench.spec.claim import NULL, matches
 from lorabench.spec.generate import METRICS
-from lorabench.spec.measures import MEASURES, Measure, find, of_sets
+from lorabench.spec.measures import INTERVENED, MEASURES, Measure, find, of_sets
 from lorabench.spec.run_spec import RunSpec, flatten, unflatten
 
 
@@ -64,10 +64,19 @@ def _all_measures(analyses: tuple[Any, ...]) -> Mapping[str, Measure]:
     return MappingProxyType(MEASURES | _layer_measures(analyses))
 
 
+SCALED: tuple[str, ...] = ("scaled", "lambda", "epsilon", "k")
+"""What tells evaluations of `lorabench intervene` apart: of what (`intruders`, `control`, `random`; `tuned`: the run as
+it is), by how much, and what counts as an intruder."""
+
+
 @cache
 def places_of() -> dict[str, tuple[str, ...]]:
-    """Metric of ΔW, and what chance gives for it -> the columns that tell its values apart: what `at` may name."""
-    found: dict[str, tuple[str, ...]] = {}
+    """Metric of ΔW, and what chance gives for it -> the columns that tell its values apart: what `at` may name.
+
+    So of the measures of runs whose intruder dimensions have been scaled.
+    """
+    scaled = [name for name in MEASURES if name == "forgetting" or name.startswith("valid_")]
+    found = dict.fromkeys((f"{INTERVENED}{name}" for name in scaled), SCALED)
     for name in plugins.names("analyses"):
         analysis: Any = plugins.plugin_class("analyses", name)
         numbers = {*analysis.values, *(text for texts in analysis.values.values() for text in texts)}

@@ -229,9 +229,15 @@ _OF_SET = re.compile(
 _FORGETTING = re.compile(r"forgetting_(?P<set>[a-z][a-z0-9_]*)")
 
 
+INTERVENED = "intervened."
+"""How a measure begins that a run has with its intruder dimensions scaled: `intervened.forgetting`."""
+
+
 def find(name: str) -> Measure | None:
     """The measure of that name, also of one of a task's own test or retention sets: `test_boolq_accuracy`,
-    `retain_docs_loss_before`, `forgetting_docs`; None where there is none."""
+    `retain_docs_loss_before`, `forgetting_docs`; and of what `lorabench intervene` has evaluated; None where there is
+    none."""
+    name = name.removeprefix(INTERVENED)
     if name in MEASURES:
         return MEASURES[name]
     if match := _FORGETTING.fullmatch(name):

@@ -2,7 +2,8 @@
 
     drift    E‖ΔW h‖² / E‖W0 h‖² over tokens, h the input that the layer has in the untouched base: the relative
              capability-conditioned drift of Huang et al. 2026 (PEFT-Arena, arXiv 2605.28819)
-    null     the same of a random ΔW of that norm: ‖ΔW‖² E‖h‖² / (N E‖W0 h‖²)
+    null     the same of a random ΔW of that norm: ‖ΔW‖² E‖h‖² / (N E‖W0 h‖²); with its singular values, too, it has the
+             standard deviation of `null_std`
     KL       KL(base ‖ tuned) of the next token, over the whole vocabulary, at each token that is predicted from those
              before it: the forward divergence that Shenfeld et al. 2025 (arXiv 2509.04259) hold against forgetting
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
+from lorabench.linalg.nulls import trace_chance
 from lorabench.models.base_model import new_heads
 from lorabench.models.weights import is_linear_layer
 from lorabench.spec.task import LanguageModeling
@@ -42,7 +44,7 @@ from lorabench.updates.update import Update
 TOKENS = 256
 """About how many tokens of a set are looked at; one example at least."""
 Drifts = dict[str, dict[str, float]]
-"""Layer -> `task`, `task_null`, `retain`, `retain_null`."""
+"""Layer -> `task`, `task_null`, `task_null_std`, and the same of `retain`."""
 
 
 @dataclass(kw_only=True)
@@ -80,10 +82,11 @@ def _measured(training: Training, root: Path) -> tuple[dict[str, float], dict[st
     drifts: Drifts = defaultdict(dict)
     for update in training.spec.method.updates(training.model, lambda: base):
         for name, found in looks.items():
-            if of_sets := [pair for seen, _ in found if (pair := drift(update, seen)) is not None]:
-                own, null = (fmean(column) for column in zip(*of_sets, strict=True))
-                drifts[update.layer] |= {name: own, f"{name}_null": null}
-    for key in dict.fromkeys(key for each in drifts.values() for key in each):
+            if of_sets := [(pair, seen) for seen, _ in found if (pair := drift(update, seen)) is not None]:
+                own, null = (fmean(pair[side] for pair, _ in of_sets) for side in (0, 1))
+                std = null_std(update, [seen[update.layer] for _, seen in of_sets])
+                drifts[update.layer] |= {name: own, f"{name}_null": null, f"{name}_null_std": std}
+    for key in dict.fromkeys(key for each in drifts.values() for key in each if not key.endswith("_std")):
         measures[f"drift_{key}"] = fmean(each[key] for each in drifts.values() if key in each)
     of_layers = f"means over {len(drifts)} linear layers that have changed" if drifts else "no linear layer has changed"
     notes = {"drift": f"{TOKENS} validation tokens or so a set; {of_layers}"}
@@ -169,6 +172,20 @@ def drift(update: Update, seen: dict[str, Seen]) -> tuple[float, float] | None:
     return moved / own.energy, squared_norm(update) * squares / (update.shape[1] * own.energy)
 
 
+def null_std(update: Update, of_sets: Sequence[Seen]) -> float:
+    """Standard deviation of the mean drift over sets of inputs of one layer, of ΔW's singular values in random
+    directions: that of tr(ΔWᵀΔW H), H = Σ h hᵀ / Σ‖W0 h‖² on average over the sets (`trace_chance`).
+
+    The random ΔW is one and the same for all tokens and sets, so that more of them take little off.
+    """
+    sizes = [(seen.energy * len(of_sets)) ** 0.5 for seen in of_sets]
+    parts = [h.float() / size for seen, size in zip(of_sets, sizes, strict=True) for h in seen.inputs]
+    gram = _gram(torch.cat(parts))
+    of_inputs = float(gram.trace()), float(gram.square().sum())
+    _, std = trace_chance((squared_norm(update), _fourth_moment(update, gram.device)), of_inputs, update.shape[1])
+    return float(std)
+
+
 def squared_norm(update: Update) -> float:
     """‖ΔW‖_F², from the factors where there are any."""
     B = update.B.double()
@@ -176,3 +193,17 @@ def squared_norm(update: Update) -> float:
         return float(B.square().sum())
     A = update.A.double()
     return float(((B.mT @ B) * (A @ A.mT)).sum())
+
+
+def _fourth_moment(update: Update, device: torch.device) -> float:
+    """Σσ⁴ of ΔW, from the factors where there are any."""
+    if update.A is None:
+        return float(_gram(update.B.to(device).float()).square().sum())
+    A, B = update.A.double(), update.B.double()
+    product = (B.mT @ B) @ (A @ A.mT)
+    return float((product * product.mT).sum())
+
+
+def _gram(X: Tensor) -> Tensor:
+    """X Xᵀ or XᵀX, the smaller one: of either the trace and that of its square are the same."""
+    return X @ X.mT if X.shape[0] < X.shape[1] else X.mT @ X

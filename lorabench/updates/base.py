@@ -28,6 +28,9 @@ PRINCIPAL = 16
 """The rank of W0's approximation that has its principal weights: one of so many of the shorter side."""
 LARGE = 1024
 """Shorter side from which on a dense matrix is worth several threads, or the way to a GPU."""
+DRAWS, FEW_DRAWS = 8, 4
+"""Random updates that chance is told from: of matrices up to SMALL entries, and of larger ones."""
+SMALL = 2**18
 PERTURBED_TOLERANCE = 5e-4
 """Residual that the rounding of W0's left vectors leaves; measured, cosines are then right to 3e-6, σ to 1e-6."""
 
@@ -85,18 +88,16 @@ class Tuned:
         return plus(self.base.weight, self.layer)
 
     @cached_property
-    def null(self) -> Tuned:
-        """The same W0 with all of ΔW's singular values in random directions, of a fixed seed."""
-        S, count, name = self.layer.svd.S, self.layer.svd.U.shape[1], self.layer.parameter
-        if S[count:].any():  # of a dense ΔW only the top vectors are kept
-            U, V = (turned(torch.eye(d, count), seed) for seed, d in enumerate(self.layer.shape))
-            update = Update(parameter=name, B=in_random_directions(S.float(), *self.layer.shape))
-            found = LayerSVD(parameter=name, svd=ThinSVD(U=U, S=S, Vh=V.mT), update=update)
-        else:
-            generator = torch.Generator().manual_seed(0)
-            U, V = (torch.linalg.qr(torch.randn(d, count, generator=generator)).Q for d in self.layer.shape)
-            found = LayerSVD(parameter=name, svd=ThinSVD(U=U, S=S[:count], Vh=V.mT))
-        return Tuned(layer=found, base=self.base)
+    def nulls(self) -> tuple[Tuned, ...]:
+        """The same W0 with all of ΔW's singular values in random directions, of fixed seeds: what chance is told from.
+
+        Eight draws; four where the matrix has more than 2^18 entries; and one alone, which has no standard deviation,
+        where such a ΔW is dense, and each draw takes as long as ΔW itself.
+        """
+        is_large = self.base.weight.numel() > SMALL
+        is_dense = bool(self.layer.svd.S[self.layer.svd.U.shape[1] :].any())  # of which only the top vectors are kept
+        draws = (1 if is_dense else FEW_DRAWS) if is_large else DRAWS
+        return tuple(Tuned(layer=_turned(self.layer, seed, is_dense), base=self.base) for seed in range(draws))
 
     def delta(self) -> Tensor:
         """ΔW (M, N) in float32: for what needs it entry by entry."""
@@ -107,6 +108,18 @@ class Tuned:
     def seen(self) -> stored.Seen:
         """What of ΔW is seen in bfloat16."""
         return stored.seen(self.base.weight, self.delta())
+
+
+def _turned(layer: LayerSVD, seed: int, is_dense: bool) -> LayerSVD:
+    """The layer's singular values in random directions."""
+    S, count, name = layer.svd.S, layer.svd.U.shape[1], layer.parameter
+    if is_dense:
+        U, V = (turned(torch.eye(d, count), 2 * seed + side) for side, d in enumerate(layer.shape))
+        update = Update(parameter=name, B=in_random_directions(S.float(), *layer.shape, seed))
+        return LayerSVD(parameter=name, svd=ThinSVD(U=U, S=S, Vh=V.mT), update=update)
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(d, count, generator=generator)).Q for d in layer.shape)
+    return LayerSVD(parameter=name, svd=ThinSVD(U=U, S=S[:count], Vh=V.mT))
 
 
 def plus(weight: Tensor, layer: LayerSVD) -> Plus:

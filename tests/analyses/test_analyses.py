@@ -34,7 +34,7 @@ def random_layer(M, N, r, seed=0, dtype=torch.float32):
 
 
 MOVEMENT = {"moved_A": 0.1, "relative_A": 0.2, "relative_A_null": 1.4, "cosine_A": 0.9, "cosine_A_null_std": 0.1}
-DRIFT = {"task": 0.02, "task_null": 0.01, "retain": 0.03, "retain_null": 0.02}
+DRIFT = {"task": 0.02, "task_null": 0.01, "task_null_std": 0.002, "retain": 0.03, "retain_null": 0.02}
 GRADIENTS = {name: random_layer(9, 7, 3, seed).svd for seed, name in enumerate(("task", "retain"), 5)}
 
 

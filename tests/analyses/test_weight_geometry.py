@@ -1,12 +1,16 @@
 """profile, off_principal, sparsity, shared_changes and cosines, against float64 from the papers' definitions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.linalg
 import torch
 
+from lorabench.analyses.accumulation import Accumulation
 from lorabench.analyses.cosines import SHOWN, Cosines
+from lorabench.analyses.intruders import Intruders
 from lorabench.analyses.off_principal import KS, OffPrincipal
 from lorabench.analyses.profile import SAMPLE, Profile, directions
 from lorabench.analyses.shared_changes import SharedChanges
@@ -309,24 +313,44 @@ def place(rows):
     return [name for name in rows if name not in ("value", "null", "null_std", "cosine")]
 
 
-@pytest.mark.parametrize("analysis", [OffPrincipal(), Sparsity(), SharedChanges()])
-def test_random_updates_are_as_the_null_says(analysis):
-    """Value less null is 0 in the mean over random updates, within four standard errors; most draws are near."""
-    base, draws = decompose(weight(48, 40)), []
-    for seed in range(24):
-        g = torch.Generator().manual_seed(100 + seed)
-        U, V = (torch.linalg.qr(torch.randn(d, 4, generator=g)).Q for d in (48, 40))
-        one = tuned(base, U * (1e-2 * torch.arange(4, 0, -1)), V.mT)
-        two = tuned(base, *factors(48, 40, 4, seed, 1e-2))
-        draws.append(frame(analysis, *([one, two] if analysis.is_of_pairs() else [one])))
-    rows = pd.concat(draws).dropna(subset="null")
-    rows = rows[~rows["metric"].isin(["zero", "visible_rank"])]
-    keys = [key for key in ("metric", "side", "k") if key in rows]
-    # a null is one draw itself, the same in all: as far off as any of the values
-    groups = rows.groupby(keys, observed=True)
-    mean, std, null = groups["value"].mean(), groups["value"].std(), groups["null"].mean()
-    far = (np.abs(mean - null) / (std + 1e-9)).sort_values()
-    assert far.iloc[: int(0.95 * len(far))].max() < 3 and far.max() < 6
+def at_random(base, S, seed):
+    """ΔW with these singular values in directions that no null has."""
+    g = torch.Generator().manual_seed(100 + seed)
+    U, V = (torch.linalg.qr(torch.randn(d, len(S), generator=g)).Q for d in base.weight.shape)
+    return tuned(base, U * S, V.mT)
+
+
+RANDOM = {OffPrincipal: 0.01, Sparsity: 0.01, SharedChanges: 0.01, Intruders: 0.2, Cosines: 0.2, Accumulation: 0.2}
+"""Analysis whose null is drawn -> a size of ΔW at which it is neither nothing nor all."""
+
+
+@pytest.mark.parametrize("analysis", [each() for each in RANDOM], ids=lambda each: each.name)
+def test_random_updates_lie_in_the_printed_band(analysis):
+    """Values and null are of one distribution: their means agree to 5 standard errors, and about as many of the values
+    are beyond 2 null_std as of Student's t with 7 degrees of freedom, 9%."""
+    base, S, num = decompose(weight(48, 40)), RANDOM[type(analysis)] * torch.arange(4, 0, -1), 16
+    draws = []
+    for seed in range(num):
+        subjects = [at_random(base, S, seed)]
+        if analysis.is_of_pairs():
+            subjects.append(at_random(base, S, 50 + seed))
+        if analysis.is_over_training():
+            steps = [at_random(base, part * S, seed) for part in (0.3, 0.6, 1.0)]
+            subjects = [replace(each, layer=replace(each.layer, step=n)) for n, each in enumerate(steps)]
+        draws.append(frame(analysis, *subjects))
+    rows = pd.concat(draws).dropna(subset="null").rename(columns={"cosine": "value"})
+    keys = [key for key in rows if key not in ("value", "null", "null_std", "num_degenerate")]
+    groups = rows.groupby(keys, observed=True, dropna=False)
+    mean, var, null, std = (
+        groups["value"].mean(),
+        groups["value"].var(),
+        groups["null"].mean(),
+        groups["null_std"].mean(),
+    )
+    error = np.sqrt(var / num + np.square(std) / bases.DRAWS)
+    assert (np.abs(mean - null) <= 5 * error + 1e-6).all() and (error > 0).mean() > 0.7
+    banded = rows[rows["null_std"] > 0]
+    assert 0.03 < (np.abs(banded["value"] - banded["null"]) > 2 * banded["null_std"]).mean() < 0.2
 
 
 def test_random_updates_lie_in_the_band_of_the_profile():

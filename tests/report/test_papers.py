@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from lorabench.report.papers import papers_page, repeated
 from lorabench.report.results import Results
 from lorabench.report.update_metrics import at_place
 from lorabench.spec.claim import Claim
+from lorabench.spec.known import known_measures
+from lorabench.spec.reported import untestable
 from tests import synthetic
 
 CLAIM = '[[claim]]\nsays = "{says}"\nmeasure = "valid_loss"\nwhere = {{ method.rank = {rank} }}\n{bound}\n{reported}\n'
@@ -177,3 +180,26 @@ def test_a_claim_of_a_place_is_judged_over_seeds_and_chance_can_stand_against_it
     )
     nothing = judge(Claim(says="so", measure="subspace.phi", at={"axis": "nothing"}, at_least=0), whole)
     assert nothing.why == 'no run of "where" is done and has the measure'
+
+
+def test_a_claim_of_scaled_intruders_is_judged_by_what_intervene_has_kept(whole: Results) -> None:
+    """Full fine-tuning alone has been evaluated, of seed s 10 s % less of a forgetting of 2."""
+    runs = whole.runs[(whole.runs["method.name"] == "full") & (whole.runs["status"] == "done")]
+    kept = {
+        run_id: [
+            {"epsilon": 0.5, "k": 10, "scaled": kind, "lambda": scale, "forgetting": 2 * (1 - less * run["seed"])}
+            for kind, scale, less in [("base", None, 1), ("tuned", 1.0, 0), ("intruders", 0.7, 0.1), ("random", 0.7, 9)]
+        ]
+        for run_id, run in runs.iterrows()
+    }
+    found = synthetic.dataclasses.replace(whole, interventions=kept)
+    at, tuned = {"scaled": "intruders", "lambda": 0.7}, {"at": {"scaled": "tuned", "lambda": 1.0}}
+    claim = Claim(says="so", measure="intervened.forgetting", at=at, minus=tuned, at_most=0)
+    assert not untestable(claim, list(whole.sweep.runs), {}, known_measures(), "")
+    verdict = judge(claim, found)
+    seeds = sorted({*found.selection.done.loc[lambda frame: frame["method.name"] == "full", "seed"]})
+    assert len(seeds) > 1 and verdict.estimate
+    assert verdict.estimate.value == pytest.approx(-0.2 * sum(seeds) / len(seeds))
+    assert judge(claim, whole).why == 'no run of "where" is done and has the measure; lorabench intervene makes it'
+    unknown = untestable(replace(claim, at={"scale": 1}), list(whole.sweep.runs), {}, known_measures(), "")
+    assert unknown and "scaled, lambda, epsilon, k" in unknown[0]

@@ -12,7 +12,7 @@ from lorabench.spec.task import IGNORE
 from lorabench.store.record import Status
 from lorabench.store.store import Store
 from lorabench.training import predictions
-from lorabench.training.drift import TOKENS, Seen, drift, squared_norm, watched
+from lorabench.training.drift import TOKENS, Seen, drift, null_std, squared_norm, watched
 from lorabench.training.examples import collate, prepare
 from lorabench.training.execute import Options, execute
 from lorabench.training.predictions import divergences
@@ -56,6 +56,14 @@ def test_drift_is_the_ratio_of_mean_squares_and_its_null_that_of_random_changes(
     scaled = [other * dense.norm() / other.norm() for other in random]
     mean = sum(drift(of(other), seen(W, H))[0] for other in scaled) / len(scaled)
     assert null == pytest.approx(mean, rel=0.05)
+    # the same singular values in random directions, over two sets of inputs, the second of other energy
+    S, sets = torch.linalg.svdvals(dense)[:3], [seen(W, H), seen(W, made(4, T, N))]
+    draws = []
+    for seed in range(400):
+        U, V = (torch.linalg.qr(made(seed + place, d, 3)).Q for place, d in ((1000, M), (2000, N)))
+        draws.append(sum(drift(of(U * S, V.mT), each)[0] for each in sets) / 2)
+    std = null_std(update, [each["0"] for each in sets])
+    assert std == pytest.approx(float(torch.tensor(draws).std()), rel=0.1)
 
 
 def test_a_multiple_of_the_base_drifts_by_its_square_and_a_change_off_the_data_by_nothing() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorabench.analyses.movement import Movement
+from lorabench.linalg.decompose import thin_svd
 from lorabench.store.record import Status
 from lorabench.store.store import Store
 from lorabench.training.execute import Options, execute
 from lorabench.training.movement import _movement
 from lorabench.updates.formats import read_updates
+from lorabench.updates.layer import LayerSVD
 from tests.conftest import make_spec
 
 QUIET = Options(log_to_file=False, device="cpu")
@@ -60,6 +63,12 @@ def test_a_factor_that_has_forgotten_its_start_is_where_the_null_says():
     found = [_movement(*pair) for pair in pairs]
     mean = {key: sum(each[key] for each in found) / len(found) for key in found[0]}
     assert mean["relative_*"] == pytest.approx(mean["relative_*_null"], rel=0.01)
+    std = torch.tensor([each["relative_*"] - each["relative_*_null"] for each in found]).std()  # at their own lengths
+    layer = LayerSVD(
+        parameter="w", svd=thin_svd(torch.eye(2)), movement={key.replace("*", "A"): mean[key] for key in mean}
+    )
+    rows = {row["metric"]: row for row in Movement().compute(layer)}
+    assert rows["relative_A"]["null_std"] == pytest.approx(float(std), rel=0.1) and rows["moved_A"]["null"] is None
     spread = (sum(each["cosine_*"] ** 2 for each in found) / len(found)) ** 0.5
     assert spread == pytest.approx(mean["cosine_*_null_std"], rel=0.1) and abs(mean["cosine_*"]) < 4 * spread / 20
     assert _movement(torch.zeros(2, 3), torch.ones(2, 3)) == {

@@ -32,6 +32,8 @@ from lorabench.config.quote import clip
 from lorabench.models import base_model, weights
 from lorabench.processes.distributed import pick_device
 from lorabench.spec.run_spec import RunSpec, canonical_json
+from lorabench.store.interventions import FOLDER as INTERVENTIONS
+from lorabench.store.interventions import VERSION
 from lorabench.store.record import RunRecord
 from lorabench.store.store import Store, check_updates
 from lorabench.training import environment
@@ -42,8 +44,6 @@ from lorabench.updates.base import TUNED_VECTORS
 from lorabench.updates.readers._entry import CONFIG_FILE
 from lorabench.updates.update import INITIAL_FILE, Update
 
-VERSION = 1
-"""Part of every id: raise it when an intervention or its evaluation changes."""
 BEYOND_UPDATES = ("trainable_token_indices", "alora_invocation_tokens", "layer_replication")
 """Fields of PEFT's configuration of what a tuned model computes beyond W0 + ΔW."""
 LAMBDAS = (0.0, 0.3, 0.5, 0.7, 1.0, 1.5)
@@ -185,7 +185,7 @@ def intervene(store: Store, run: Run, wanted: Intervention, device: str, note: C
     key = content_of(run) | {"version": VERSION, "epsilon": wanted.epsilon, "top": wanted.top}
     run_id = run.record.run_id
     name = f"{run_id}-{hashlib.sha256(canonical_json(key)).hexdigest()[:12]}"
-    file = store.root / "interventions" / name / "record.json"
+    file = store.root / INTERVENTIONS / name / "record.json"
     record = read_record(file, key)
     if record is not None and not _missing(record, wanted):
         return record

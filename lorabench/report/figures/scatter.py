@@ -97,6 +97,8 @@ class Scatter(Figure):
                 "name": series_label([key for key in results.keys if key != "seed"], values),
             }
             rows.append(about | measured(chunk, self.x, "x") | measured(chunk, self.y))
+        if any(row["color"] == GREY for row in rows):
+            looks["other settings"] = drawing.Look(GREY, "o")
         return pd.DataFrame(rows), looks
 
     def _curves(self, results: Any) -> tuple[Frame, dict[str, Any]]:

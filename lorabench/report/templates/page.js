@@ -8,6 +8,7 @@ const data = (element) => (element ? JSON.parse(element.textContent) : null);
 const SVG = "http://www.w3.org/2000/svg";
 const STEP = 200; // rows that are shown at a time
 const FEW = 8; // values of a column that can be chosen from
+const LONG = 28; // letters of a text from which on its cell wraps (page.py)
 
 function fitted(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
@@ -74,7 +75,8 @@ function table(box, decorate = plain) {
     if (!row.element) {
       row.element = make("tr", {}, ...row.texts.map((text, place) => {
         const isBad = failed.some((status) => new RegExp(`\\b${status}\\b`).test(text)) && text.length < 40;
-        const kind = [heads[place].classList.contains("num") && "num", isBad && "bad"].filter(Boolean).join(" ");
+        const isNumber = heads[place].classList.contains("num"), isLong = !isNumber && text.length > LONG;
+        const kind = [isNumber && "num", isLong && "long", isBad && "bad"].filter(Boolean).join(" ");
         return make("td", { class: kind || null }, text);
       }));
       decorate(row);
@@ -111,6 +113,7 @@ function table(box, decorate = plain) {
         first += width;
       }
     }
+    menuTitle.textContent = now.hidden.size ? `Columns (${now.hidden.size} hidden)` : "Columns";
     count.textContent = found.length === rows.length ? `${rows.length} rows` : `${found.length} of ${rows.length} rows`;
     more.hidden = found.length <= now.most;
     more.textContent = `Show ${Math.min(STEP, found.length - now.most)} more of ${found.length} rows`;
@@ -129,7 +132,7 @@ function table(box, decorate = plain) {
   /** A line a column: whether it is shown, and where it has few values, which of them. */
   function columns(menu) {
     const lines = names.map((name, place) => {
-      const box = make("input", { type: "checkbox", checked: true, onchange: () => {
+      const box = make("input", { type: "checkbox", checked: !now.hidden.has(place), onchange: () => {
         now.hidden[box.checked ? "delete" : "add"](place);
         show();
       } });
@@ -148,17 +151,32 @@ function table(box, decorate = plain) {
     menu.append(make("div", {}, ...lines));
   }
 
-  const count = make("span", { role: "status" });
+  /** Leave out columns that are the same in every row, the last ones first, as long as the page is too narrow. */
+  function narrow() {
+    for (let place = heads.length - 1; place > 0 && scroll.scrollWidth > scroll.clientWidth + 1; place--) {
+      if (rows.some((row) => row.texts[place] !== rows[0].texts[place])) continue;
+      now.hidden.add(place);
+      show();
+    }
+  }
+
+  const count = make("span", { role: "status" }), menuTitle = make("summary", {}, "Columns");
   const more = make("button", { type: "button", class: "more", onclick: () => { now.most += STEP; show(); } });
   const search = make("input", { type: "search", placeholder: "Filter rows", "aria-label": `Filter rows: ${title}`,
     oninput: () => { now.text = search.value; show(); } });
-  const menu = make("details", { class: "menu", ontoggle: () => { if (menu.children.length < 2) columns(menu); } },
-    make("summary", {}, "Columns"));
-  if (rows.length > 5 || heads.length > 7) box.prepend(make("div", { class: "tools" }, search, menu, count));
+  const menu = make("details", { class: "menu", ontoggle: () => { if (menu.children.length < 2) columns(menu); } }, menuTitle);
+  const hasTools = rows.length > 5 || heads.length > 7;
+  if (hasTools) box.prepend(make("div", { class: "tools" }, search, menu, count));
   box.append(more);
   const scroll = $(".scroll", box);
   fitted(scroll, { tabindex: 0, role: "region", "aria-label": title }, []);
   show();
+  const seen = new ResizeObserver(() => { // as soon as it is not in what is folded
+    if (!scroll.clientWidth) return;
+    seen.disconnect();
+    if (hasTools && rows.length > 1) narrow();
+  });
+  seen.observe(scroll);
   return {
     row: (text) => rows.find((row) => row.texts[0] === text),
     /** Show the row of that first cell, whatever is filtered. */

@@ -23,6 +23,7 @@ from lorabench.cli import main
 from lorabench.config.digests import file_digests
 from lorabench.config.toml_text import as_toml
 from lorabench.report.aggregate import interval
+from lorabench.store.interventions import read_interventions
 from lorabench.store.paths import read_paths
 from lorabench.store.record import RunRecord, Status
 from lorabench.store.store import Store
@@ -230,6 +231,9 @@ def test_what_is_there_is_read_and_what_is_not_is_added(runs, monkeypatch) -> No
     monkeypatch.setattr(engine, "find_directions", None)
     assert record_of(runs, "lora", wanted) == first
     assert json.loads((store.root / "interventions" / first["intervention_id"] / "record.json").read_text()) == first
+    record = run_of(runs, "lora").record
+    read = read_interventions(store.root, {record.run_id: record})[record.run_id]
+    assert [each for each in read if each["k"] == 5] == [{"epsilon": 0.5, "k": 5} | each for each in first["points"]]
     monkeypatch.undo()
     more = record_of(runs, "lora", Intervention(lambdas=(0.5, 2.0), top=5))
     assert more["points"][:5] == first["points"] and len(more["points"]) == 8

@@ -78,6 +78,22 @@ def test_text_is_seven_points_or_more_at_the_width_asked_for(name):
         assert figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1
 
 
+@pytest.mark.parametrize("width", ["column", "page"])
+def test_a_long_legend_takes_nothing_from_the_panel(width):
+    """Nor is it wider than the figure, whose labels have 5, 23 or 80 letters."""
+    heights = []
+    for count, letters in [(1, 5), (9, 5), (9, 23), (9, 80)]:
+        with drawing.facets(["panel"], width, height=2.6) as grid:
+            looks = {f"{n} {'low rank ' * 9}"[:letters]: drawing.Look("black", "o") for n in range(count)}
+            drawing.legend_below(grid.figure, looks)
+            grid.figure.draw_without_rendering()
+            box = grid.figure.legends[0].get_window_extent()
+            assert grid.figure.bbox.x0 <= box.x0 and box.x1 <= grid.figure.bbox.x1 and len(looks) == count
+            heights.append(grid.axes.flat[0].get_position().height * grid.figure.get_figheight())
+            drawing.plt.close(grid.figure)
+    assert min(heights) > 0.85 * heights[0]
+
+
 def test_long_titles_keep_apart_and_inside(tmp_path):
     names = ["WWWWWW of a LoRA without any dropout", "LoRA with a dropout of ten percents", "i" * 60, "W" * 35]
     blocks = [f"[[grid]]\nmethod.rank = {rank}\nlabel = '{name}'\n" for rank, name in enumerate(names, 1)]
