@@ -38,7 +38,8 @@ class Accumulation(Analysis):
             count = num_new = null = 0
             if tuned.layer.svd.numerical_rank:
                 is_intruder = judge(tuned.base, tuned.svd).cosines[:TOP] < EPSILON
-                count, null = int(is_intruder.sum()), judge(tuned.base, tuned.null.svd).count(EPSILON, TOP)
+                count = int(is_intruder.sum())
+                null = int((judge(tuned.base, tuned.null.svd).cosines[:TOP] < EPSILON).sum())
                 num_new = count
                 if before is not None:
                     known = (before.svd.U.mT @ tuned.svd.U[:, :TOP]).abs().amax(0) >= EPSILON

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from lorabench.spec.analysis import Analysis
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from lorabench.linalg.decompose import ThinSVD
@@ -69,14 +70,10 @@ class Intruders(Analysis):
 def _counts(grid: list[tuple[float, int]], found: Judged, null: Judged) -> dict[str, Any]:
     import numpy as np
 
-    columns = {
-        "epsilon": [epsilon for epsilon, _ in grid],
-        "k": [k for _, k in grid],
-        "value": [found.count(*place) for place in grid],
-        "null": [null.count(*place) for place in grid],
-        "num_degenerate": [found.count_degenerate(*place) for place in grid],
-    }
-    return {key: np.array(values, np.int32 if key == "k" else np.float64) for key, values in columns.items()}
+    epsilon, k = np.array([place[0] for place in grid]), np.array([place[1] for place in grid], np.int32)
+    value, num_degenerate = found.counts(epsilon, k)
+    counts = {"value": value, "null": null.counts(epsilon, k)[0], "num_degenerate": num_degenerate}
+    return {"epsilon": epsilon, "k": k} | {key: each.astype(np.float64) for key, each in counts.items()}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,11 +83,16 @@ class Judged:
     cosines: Tensor
     degenerate: Tensor
 
-    def count(self, epsilon: float, top: int) -> int:
-        return int((self.cosines[:top] < epsilon).sum())
+    def counts(self, epsilon: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many of the top k are below ε, by pairs of `epsilon` and `k` (c,), and how many of these degenerate."""
+        import numpy as np
 
-    def count_degenerate(self, epsilon: float, top: int) -> int:
-        return int((self.degenerate & (self.cosines < epsilon))[:top].sum())
+        cosines = self.cosines.numpy()
+        is_below = cosines < epsilon.astype(cosines.dtype)[:, None]
+        places = np.minimum(k, len(self.cosines))[:, None] - 1
+        both = (is_below, is_below & self.degenerate.numpy())
+        below, unsure = (np.take_along_axis(each.cumsum(1), places, 1)[:, 0] for each in both)
+        return below, unsure
 
 
 def judge(base: BaseLayer, svd: ThinSVD) -> Judged:

@@ -63,36 +63,40 @@ def measures(tuned: Tuned) -> Iterator[tuple[tuple[str, str, int], float]]:
     before, after = tuned.base.svd, top(tuned)
     most = min(after.U.shape[1], before.U.shape[1])
     if (values := whole_spectrum(tuned)) is not None:
-        yield ("spectral_shift", "both", len(values)), _shift(before.S.numpy(), values)
+        yield ("spectral_shift", "both", len(values)), float(_shifts(before.S.numpy(), values)[-1])
     sides = {
         "input": (before.Vh[:most].mT.double(), after.Vh[:most].mT.double()),
         "output": (before.U[:, :most].double(), after.U[:, :most].double()),
     }
-    crosses = {side: U.mT @ V for side, (U, V) in sides.items()}
+    crosses = [U.mT @ V for U, V in sides.values()]
+    shifts, gaps = _shifts(before.S[:most].numpy(), after.S[:most].numpy()), _gaps(*(each.numpy() for each in crosses))
     for k in [*(k for k in KS if k < most), most]:
-        yield ("spectral_shift_at", "both", k), _shift(before.S[:k].numpy(), after.S[:k].numpy())
-        for side, (U, V) in sides.items():
-            angles = top_angles(U, V, crosses[side], k)
-            yield ("angle_mean", side, k), float(angles.mean())
+        yield ("spectral_shift_at", "both", k), float(shifts[k - 1])
+        grams = [outside(U, V, cross, k) for (U, V), cross in zip(sides.values(), crosses, strict=True)]
+        for side, angles in zip(sides, angles_of(grams), strict=True):
+            mean = float(angles.mean())
+            yield ("angle_mean", side, k), mean
             yield ("angle_largest", side, k), float(angles[-1])
             if k == most:
-                yield ("rotation", side, k), float(angles.mean())
-        a, b = (crosses[side][:k, :k] for side in ("output", "input"))
-        gap = float((a - b).norm() / (a.square().sum() + b.square().sum()).sqrt())
-        yield ("rotation_gap_at", "both", k), gap
+                yield ("rotation", side, k), mean
+        yield ("rotation_gap_at", "both", k), float(gaps[k - 1])
         if k == most:
-            yield ("rotation_gap", "both", k), gap
+            yield ("rotation_gap", "both", k), float(gaps[k - 1])
 
 
-def top_angles(U: Tensor, V: Tensor, cross: Tensor, k: int) -> Tensor:
-    """The principal angles between the first k columns of `U` and of `V` (d, c), ascending, radians.
+def outside(U: Tensor, V: Tensor, cross: Tensor, k: int) -> Tensor:
+    """Gram matrix (k, k) of what of the first k columns of `V` is outside of those of `U` (d, c); `cross`: UᵀV."""
+    rest = V[:, :k] - U[:, :k] @ cross[:k, :k]
+    return rest.mT @ rest
 
-    Orthonormal columns in float64; `cross`: UᵀV. By the sines, from the Gram matrix of what of V_k is outside of U_k.
-    """
+
+def angles_of(grams: list[Tensor]) -> np.ndarray:
+    """The principal angles (n, k), ascending, radians, of n pairs of subspaces, by their sines; see `outside`."""
+    import numpy as np
     import torch
 
-    outside = V[:, :k] - U[:, :k] @ cross[:k, :k]
-    return torch.linalg.eigvalsh(outside.mT @ outside).clamp(0, 1).sqrt().arcsin()
+    squares = torch.linalg.eigvalsh(torch.stack(grams)).numpy()
+    return np.arcsin(np.sqrt(squares.clip(0, 1)))
 
 
 def top(tuned: Tuned) -> ThinSVD:
@@ -122,10 +126,20 @@ def whole_spectrum(tuned: Tuned) -> np.ndarray | None:
     return torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt().cpu().numpy()
 
 
-def _shift(before: np.ndarray, after: np.ndarray) -> float:
+def _shifts(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """‖σ - σ0‖ / ‖σ0‖ of the first 1, 2, … singular values."""
     import numpy as np
 
-    return float(np.linalg.norm(after - before) / np.linalg.norm(before))
+    return np.sqrt(np.square(after - before).cumsum() / np.square(before).cumsum())
+
+
+def _gaps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """‖a - b‖ / √(‖a‖² + ‖b‖²) of the first 1, 2, … rows and columns of square matrices."""
+    import numpy as np
+
+    squares = (np.square(a - b), np.square(a) + np.square(b))
+    above, below = (each.cumsum(0).cumsum(1).diagonal() for each in squares)
+    return np.sqrt(above / below)
 
 
 EXAMPLE = OffPrincipal()

@@ -72,8 +72,8 @@ def to_stream(key: str, tables: Iterable[pa.Table]) -> bytes:
             packing = "zstd" if sum(map(len, group)) >= MIN_PACKED else None
             schema = group[0].schema.with_metadata({KEY: key.encode()})
             writer = pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression=packing))
-        table = group[0] if len(group) == 1 else pa.concat_tables([each.cast(schema) for each in group])
-        writer.write_table(table.cast(schema).unify_dictionaries().combine_chunks())
+        like = [each if each.schema.equals(schema) else each.cast(schema) for each in group]
+        writer.write_table(like[0] if len(like) == 1 else pa.concat_tables(like).unify_dictionaries().combine_chunks())
     assert writer is not None
     writer.close()
     return sink.getvalue().to_pybytes()
