@@ -41,9 +41,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096, help="hidden size; the feed-forward's is 2.6875 times that")
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--only", help="one section: extraction_7b, intruders_beside_peft")
     parser.add_argument("--extract", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(available_cores())
+    torch.set_num_threads(arguments.threads)
     sizes = {1: arguments.size, 2: arguments.size * 43 // 16}
     shapes = {kind: (sizes[m], sizes[n]) for kind, (m, n) in LLAMA_7B.items()}
     if arguments.extract:
@@ -54,6 +56,8 @@ def main() -> None:
         "extraction_7b": lambda: extraction(shapes, arguments),
         "intruders_beside_peft": lambda: intruders(arguments),
     }.items():
+        if arguments.only not in (None, section):
+            continue
         figures[section] = measure()
         print(section, json.dumps(figures[section]), flush=True)
     settings = {key: value for key, value in vars(arguments).items() if key != "extract"}
@@ -62,7 +66,7 @@ def main() -> None:
 
 def extraction(shapes: dict[str, tuple[int, int]], arguments: argparse.Namespace) -> dict[str, Any]:
     """All layers in a fresh process, beside full SVDs of one layer a shape, multiplied by the number of its layers."""
-    options = [f"--size={arguments.size}", f"--blocks={arguments.blocks}", "--extract"]
+    options = [*(f"--{key}={getattr(arguments, key)}" for key in ("size", "blocks", "threads")), "--extract"]
     output = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=True).stdout
     found = json.loads(output.splitlines()[-1])
     svds, kept = 0.0, []

@@ -130,9 +130,8 @@ def measure(root: Path, num_seeds: int, workers: int) -> dict[str, Any]:
     make_run(store, last)
     figures["one_new_run"] = timed("analyze, one new run", "analyze", results)
     figures["unchanged_report"] = timed("report, unchanged", "report", results)
-    files = sum(1 for _ in store.root.rglob("*.parquet"))
-    size = sum(file.stat().st_size for file in store.root.rglob("*.parquet"))
-    return {"runs": len(sweep.runs), "commands": figures, "parquet_files": files, "parquet_mib": size / 2**20}
+    sizes = [file.stat().st_size for kind in ("zip", "parquet") for file in store.root.rglob(f"*.{kind}")]
+    return {"runs": len(sweep.runs), "commands": figures, "cache_files": len(sizes), "cache_mib": sum(sizes) / 2**20}
 
 
 def main() -> None:

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
-import pyarrow as pa
 import torch
 
 from lorabench.analysis import batch, bundle
 from lorabench.analysis.bases import FOLDER, Bases
 from lorabench.analysis.batch import LAYER_COLUMNS, Outcome, Part
-from lorabench.analysis.bundle import Bundle, Gathered
+from lorabench.analysis.bundle import Gathered
+from lorabench.analysis.cache import read_tables
 from lorabench.analysis.jobs import Job, batches, files_of, subjects, updates_bytes
 from lorabench.analysis.pairs import PAIR_AXES, Pair, find_pairs
-from lorabench.analysis.tidy import read_table, to_frame
+from lorabench.analysis.tidy import to_frame
 from lorabench.config import plugins
 from lorabench.config.decode import InputError
 from lorabench.config.quote import blame
@@ -81,16 +81,16 @@ def analyze(
     _note_samples(analyses, pairs, note)
     files = {name: store.root / sweep.name / bundle.FOLDER / f"{name}.parquet" for name in wanted}
     bundles = {name: bundle.read_bundle(file) for name, file in files.items()}
-    own = {name: _own_tables(jobs, bundles[name]) for name, jobs in wanted.items()}
-    missing = {name: [job for job in jobs if job not in bundles[name] and job not in own[name]]
-               for name, jobs in wanted.items()}  # fmt: skip
-    failed, found = _compute(store, [job for jobs in missing.values() for job in jobs], note, workers, broken)
+    others = [job for name, jobs in wanted.items() for job in jobs if job not in bundles[name]]
+    own = read_tables(others)
+    missing = [job for job in others if job not in own]
+    failed = _compute(store, missing, note, workers, broken)
     unread(failed)
+    own |= read_tables(missing)
     frames = {}
     for analysis in analyses:
         name, before = analysis.name, bundles.pop(analysis.name)
-        tables = own.pop(name) | {job: found.pop(job) for job in missing[name] if job in found}
-        tables |= _own_tables([job for job in missing[name] if job not in tables], before)
+        tables = {job: own.pop(job) for job in wanted[name] if job in own}
         kept = [job for job in wanted[name] if not failed.keys() & {*job.runs}]
         gathered = bundle.gather(kept, before, tables)
         bundle.write_bundle(files[name], gathered, before)
@@ -104,10 +104,10 @@ def compare(
     """One analysis of these pairs of runs, cached as `analyze` does; `run_a, run_b`, then `layer, kind, depth`."""
     analysis = cast(Analysis, plugins.example("analyses", name))
     jobs = [Job(analysis=analysis, records=pair, root=store.root) for pair in pairs]
-    nothing = bundle.Bundle()
-    own = _own_tables(jobs, nothing)
-    _compute(store, [job for job in jobs if job not in own], note)
-    gathered = bundle.gather(jobs, nothing, _own_tables(jobs, nothing))
+    own = read_tables(jobs)
+    missing = [job for job in jobs if job not in own]
+    _compute(store, missing, note)
+    gathered = bundle.gather(jobs, bundle.Bundle(), own | read_tables(missing))
     if not len(gathered.table):
         return pd.DataFrame(columns=["run_a", "run_b", *LAYER_COLUMNS])
     runs = {column: [job.runs[side] for job in gathered.jobs] for side, column in enumerate(("run_a", "run_b"))}
@@ -139,12 +139,6 @@ def _note_samples(analyses: list[Analysis], pairs: list[Pair], note: Callable[[s
                 note(f"{analysis.name}: of a sample of {analysis.max_pairs} of the {count} pairs along {axis}")
 
 
-def _own_tables(jobs: list[Job], known: Bundle) -> dict[Job, pa.Table]:
-    """The tables that jobs have in files of their own; of those that the bundle knows they are not looked for."""
-    tables = {job: read_table(job.file, job.key) for job in jobs if job not in known}
-    return {job: table for job, table in tables.items() if table is not None}
-
-
 def _frame(analysis: Analysis, gathered: Gathered, pairs: list[Pair]) -> pd.DataFrame:
     if not analysis.is_of_pairs():
         before: dict[str, list[Any]] = {"run_id": [job.runs[0] for job in gathered.jobs]}
@@ -162,11 +156,10 @@ def _compute(
     note: Callable[[str], None],
     workers: int | None = 1,
     broken: Callable[[dict[str, str]], None] | None = None,
-) -> tuple[dict[str, str], dict[Job, pa.Table]]:
-    """Do the jobs and write their files. The runs that could not be read, with the reason; and the tables, as far as
-    they are at hand."""
+) -> dict[str, str]:
+    """Do the jobs and write their files. The runs that could not be read, with the reason."""
     if not jobs:
-        return {}, {}
+        return {}
     groups = list(batches(jobs))
     most = _num_workers(jobs, workers)
     num_parts = 1 if most == 1 else math.ceil(PARTS_A_WORKER * most / len(groups))
@@ -188,17 +181,13 @@ def _compute(
                 of_batch = [results.get((part.number, other)) for other in range(num_parts)]
                 if all(of_batch):
                     batch.commit(part, cast(list[Outcome], of_batch))
-        tables: dict[Job, pa.Table] = {}
-        for part in parts:
-            if part.part == 0 and (outcome := results.get((part.number, 0))):
-                tables |= batch.copies(part, outcome)
     outcomes = [results[place] for place in sorted(results)]
     raised = _raised(outcomes, errors)
     if raised and broken is None:
         raise WorkerFailed("\n".join([*(f"{name}: {text}" for name, text in raised.items()), "the rest is kept"]))
     if broken is not None:
         broken(raised)
-    return _account(outcomes, note), tables
+    return _account(outcomes, note)
 
 
 def _raised(outcomes: list[Outcome], errors: list[Exception]) -> dict[str, str]:

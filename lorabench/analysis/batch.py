@@ -7,18 +7,16 @@ base's of that layer.
 from __future__ import annotations
 
 import contextlib
-import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from lorabench.analysis.bases import Bases
+from lorabench.analysis.cache import to_stream, write_streams
 from lorabench.analysis.jobs import SNAPSHOTS, UPDATES, Job, files_of
-from lorabench.analysis.tidy import Spool, append_tables, appended_tables, write_table
+from lorabench.analysis.tidy import Spool
 from lorabench.config.decode import InputError
 from lorabench.config.digests import check_files, check_listing
 from lorabench.config.json_file import Unreadable
@@ -39,7 +37,7 @@ LAYER_COLUMNS = ["layer", "kind", "depth"]
 class Part:
     """What one process does at a time: part `part` of `num_parts` of the parameters of batch `number`.
 
-    Rows are kept in `scratch`, and become each job's file at once: a batch of one part ends so by itself.
+    Rows are kept in `scratch`, and become each run's and pair's file at once: a batch of one part ends so by itself.
     """
 
     jobs: list[Job]
@@ -52,24 +50,18 @@ class Part:
         """Where all parts of the batch put the rows of the job at `place`, in the order of the layers."""
         return [Spool(self.scratch / f"{self.number}-{place}-{part}.arrow") for part in range(self.num_parts)]
 
-    @property
-    def copies(self) -> Path:
-        """Tables of jobs that are whole, for whoever has given the part away: to read their files takes longer."""
-        return self.scratch / f"{self.number}-copies.arrow"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """`failed`: the runs that could not be read, with the reason. `broken`: the analyses that raised, with what.
 
-    `left_out`: the jobs, by place, that have no base, or whose analysis raised. `copied`: those of `Part.copies`.
+    `left_out`: the jobs, by place, that have no base, or whose analysis raised.
     """
 
     failed: dict[str, str]
     left_out: list[int]
     broken: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    copied: list[int] = field(default_factory=list)
 
 
 def compute(part: Part, bases: Bases, advance: Callable[[float], None]) -> Outcome:
@@ -95,40 +87,36 @@ def commit(part: Part, outcomes: list[Outcome]) -> None:
         _write(part, outcomes, part.spools)
 
 
-def copies(part: Part, outcome: Outcome) -> dict[Job, pa.Table]:
-    """The tables of jobs that the part has written, as far as they are at hand."""
-    jobs = [part.jobs[place] for place in outcome.copied]
-    return dict(zip(jobs, appended_tables(part.copies), strict=True))
-
-
 def _write(part: Part, outcomes: list[Outcome], spools: Callable[[int], list[Spool]]) -> None:
-    """The file of each job whose runs could all be read."""
+    """The file of each run and pair that could be read."""
     failed = {run_id for outcome in outcomes for run_id in outcome.failed}
     left_out = {place for outcome in outcomes for place in outcome.left_out}
+    of_file: defaultdict[Path, dict[Job, bytes]] = defaultdict(dict)
     for place, job in enumerate(part.jobs):
         parts = spools(place)
         if place not in left_out and not failed & {*job.runs}:
-            tables = (table for spool in parts for table in spool.tables())
-            with _blaming(outcomes[0], place, job):
-                table = write_table(job.file, job.key, tables, part.scratch / f"{part.number}-{place}.parquet")
-                if table is not None:
-                    append_tables(part.copies, [table])
-                    outcomes[0].copied.append(place)
+            with _blaming(outcomes[0], part, job):
+                tables = (table for spool in parts for table in spool.tables())
+                of_file[job.file][job] = to_stream(job.key, tables)
         for spool in parts:
             spool.remove()
+        is_last = place + 1 == len(part.jobs) or part.jobs[place + 1].file != job.file
+        if is_last and (streams := of_file.pop(job.file, None)):
+            with _blaming(outcomes[0], part, *streams):
+                write_streams(streams, part.scratch / f"{part.number}.zip")
 
 
 @contextlib.contextmanager
-def _blaming(outcome: Outcome, place: int, job: Job) -> Iterator[None]:
-    """An analysis that raises is told of, and left out; the others go on."""
+def _blaming(outcome: Outcome, part: Part, *jobs: Job) -> Iterator[None]:
+    """What raises is told of its analyses, which are left out; the others go on."""
     try:
         yield
     except Exception as error:
-        is_blocked = os.path.lexists(job.file.parent) and not job.file.parent.is_dir()
-        if isinstance(error, InputError) and not is_blocked:  # nothing can be written here, of no run
+        if isinstance(error, InputError) and not jobs[0].file.is_dir():  # nothing can be written here, of no run
             raise
-        outcome.broken.setdefault(job.analysis.name, f"{', '.join(job.runs)}: {blame(error)}")
-        outcome.left_out.append(place)
+        for job in jobs:
+            outcome.broken.setdefault(job.analysis.name, f"{', '.join(job.runs)}: {blame(error)}")
+            outcome.left_out.append(part.jobs.index(job))
 
 
 class _Work:
@@ -189,7 +177,7 @@ class _Work:
             for run_id in job.runs:
                 if run_id not in seen:
                     seen[run_id] = self._load(run_id, parameter, entries[run_id])
-            with _blaming(self.outcome, place, job):
+            with _blaming(self.outcome, self.part, job):
                 self._add(place, job, seen, tuned)
             for run_id in job.runs:
                 uses[run_id] -= 1

@@ -84,4 +84,4 @@ def write_bundle(file: Path, gathered: Gathered, before: Bundle) -> None:
     digests = [job.digest for job in gathered.jobs]
     if len(digests) >= MIN_JOBS and digests != list(before.places):
         key = json.dumps(list(zip(digests, gathered.counts, strict=True)))
-        write_table(file, key, [gathered.table])
+        write_table(file, key, gathered.table)

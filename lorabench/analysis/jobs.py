@@ -1,7 +1,4 @@
-"""What there is to analyze: one analysis of one run or one pair is a job, with a file that keeps its rows.
-
-results/runs/<run_id>/analyses/<name>.parquet      results/pairs/<run_a>--<run_b>/<name>.parquet
-"""
+"""What there is to analyze: one analysis of one run or one pair is a job; `cache` keeps its rows."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ MAX_JOBS, MAX_BYTES = 500, 2**30
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
-    """One analysis of one run or one pair, and the file that keeps it."""
+    """One analysis of one run or one pair, and the file that keeps it beside the others of that run or pair."""
 
     analysis: Analysis
     records: tuple[RunRecord, ...]
@@ -40,8 +37,13 @@ class Job:
 
     @cached_property
     def file(self) -> Path:
-        folder = f"pairs/{'--'.join(self.runs)}" if len(self.runs) > 1 else f"runs/{self.runs[0]}/analyses"
-        return self.root / folder / f"{self.analysis.name}.parquet"
+        name = f"pairs/{'--'.join(self.runs)}" if len(self.runs) > 1 else f"runs/{self.runs[0]}/analyses"
+        return self.root / f"{name}.zip"
+
+    @property
+    def old_file(self) -> Path:
+        """Where it was kept while each job had a file of its own."""
+        return self.file.with_suffix("") / f"{self.analysis.name}.parquet"
 
     @cached_property
     def key(self) -> str:
@@ -87,8 +89,8 @@ def updates_bytes(root: Path, record: RunRecord) -> int:
 def batches(jobs: list[Job]) -> Iterator[list[Job]]:
     """All jobs, those of a run side by side, its pairs with smaller runs after them; about MAX_JOBS or MAX_BYTES each.
 
-    Jobs of a batch share what is read. Of runs that are compared across batches the smaller one is read again, so a
-    full fine-tuning is decomposed once though many adapters are held against it.
+    What one file keeps is in one batch. Jobs of a batch share what is read. Of runs that are compared across batches
+    the smaller one is read again, so a full fine-tuning is decomposed once though many adapters are held against it.
     """
     records = {record.run_id: record for job in jobs for record in job.records}
     sizes = {run_id: updates_bytes(jobs[0].root, record) for run_id, record in records.items()}
@@ -98,7 +100,7 @@ def batches(jobs: list[Job]) -> Iterator[list[Job]]:
     size = 0
     for job in sorted(jobs, key=lambda job: (places[newest[job]], len(job.runs), job.runs)):
         begins = not batch or newest[job] != newest[batch[-1]]
-        is_full = len(batch) >= MAX_JOBS and (begins or len(job.runs) > 1)
+        is_full = len(batch) >= MAX_JOBS and (begins or (len(job.runs) > 1 and job.runs != batch[-1].runs))
         if batch and (is_full or (begins and size >= MAX_BYTES)):
             yield batch
             batch, size, begins = [], 0, True

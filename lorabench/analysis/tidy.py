@@ -1,4 +1,4 @@
-"""Tidy tables as parquet files: made layer by layer, written whole or not at all, each with the key of its content."""
+"""Tidy tables, made layer by layer; and as parquet files, written whole or not at all, with a key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyarrow import parquet
 
 from lorabench.config.decode import InputError
 
-_KEY = b"lorabench_key"
+KEY = b"lorabench_key"
 _ROW_GROUP = 8192
 """Rows kept in memory before they are written: one of a layer's would cost more than its analysis."""
 
@@ -60,7 +60,7 @@ class Spool:
 
 def append_tables(file: Path, tables: Iterable[pa.Table]) -> None:
     """Put tables behind those in a file of `appended_tables`, in a thirtieth of the time that parquet takes."""
-    with _clear_errors(file), open(file, "ab") as handle:
+    with clear_errors(file), open(file, "ab") as handle:
         for table in tables:
             sink = pa.BufferOutputStream()
             with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -72,47 +72,19 @@ def append_tables(file: Path, tables: Iterable[pa.Table]) -> None:
 def appended_tables(file: Path) -> Iterator[pa.Table]:
     """What `append_tables` has put there, in order; nothing where there is no file."""
     if file.exists():
-        with _clear_errors(file), open(file, "rb") as handle:
+        with clear_errors(file), open(file, "rb") as handle:
             while size := handle.read(8):
                 yield pa.ipc.open_stream(handle.read(int.from_bytes(size, "little"))).read_all()
 
 
-def write_table(file: Path, key: str, tables: Iterable[pa.Table], temporary: Path | None = None) -> pa.Table | None:
-    """Write tables of one set of columns as one file: whole or not at all, by way of `temporary`.
-
-    What was written, as `read_table` has it, where it was written at once; None of more.
-    """
-    temporary = temporary or file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    written: list[pa.Table] = []
-    with _clear_errors(file), contextlib.ExitStack() as stack:
+def write_table(file: Path, key: str, table: pa.Table) -> None:
+    """Write a table with its key: whole or not at all."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with clear_errors(file), contextlib.ExitStack() as stack:
         file.parent.mkdir(parents=True, exist_ok=True)
         stack.callback(temporary.unlink, missing_ok=True)
-        writer: parquet.ParquetWriter | None = None
-        for group in _groups(tables):
-            if writer is None:
-                schema = group[0].schema.with_metadata({_KEY: key.encode()})
-                # thousands of small files, a seventh of whose time is their columns' extremes, which nobody asks for
-                writer = stack.enter_context(parquet.ParquetWriter(temporary, schema, write_statistics=False))
-            cast = [table.cast(writer.schema) for table in group]
-            written = [*written[:1], pa.concat_tables(cast).unify_dictionaries() if len(cast) > 1 else cast[0]]
-            writer.write_table(written[-1])
-        assert writer is not None
-        writer.close()
+        parquet.write_table(table.replace_schema_metadata({KEY: key.encode()}), temporary, write_statistics=False)
         os.replace(temporary, file)
-    return written[0].replace_schema_metadata() if len(written) == 1 else None
-
-
-def _groups(tables: Iterable[pa.Table]) -> Iterator[list[pa.Table]]:
-    """Neighbouring tables with _ROW_GROUP rows or more between them; one empty table where there is none."""
-    waiting: list[pa.Table] = []
-    empty = True
-    for table in tables:
-        waiting.append(table)
-        if sum(map(len, waiting)) >= _ROW_GROUP:
-            yield waiting
-            waiting, empty = [], False
-    if waiting or empty:
-        yield waiting or [to_table([], {})]
 
 
 def read_table(file: Path, key: str) -> pa.Table | None:
@@ -120,7 +92,7 @@ def read_table(file: Path, key: str) -> pa.Table | None:
     if not file.is_file():  # a pipe would be waited for without end
         return None
     with contextlib.suppress(OSError, pa.ArrowException), parquet.ParquetFile(file) as handle:
-        if (handle.schema_arrow.metadata or {}).get(_KEY) == key.encode():
+        if (handle.schema_arrow.metadata or {}).get(KEY) == key.encode():
             return handle.read().replace_schema_metadata()
     return None
 
@@ -130,7 +102,7 @@ def read_keyed(file: Path) -> tuple[str, pa.Table] | None:
     if not file.is_file():
         return None
     with contextlib.suppress(OSError, pa.ArrowException, UnicodeDecodeError), parquet.ParquetFile(file) as handle:
-        return (handle.schema_arrow.metadata or {}).get(_KEY, b"").decode(), handle.read().replace_schema_metadata()
+        return (handle.schema_arrow.metadata or {}).get(KEY, b"").decode(), handle.read().replace_schema_metadata()
     return None
 
 
@@ -217,7 +189,7 @@ def _column(values: list[Any], sizes: list[int]) -> pa.Array:
 
 
 @contextlib.contextmanager
-def _clear_errors(file: Path) -> Any:
+def clear_errors(file: Path) -> Any:
     try:
         yield
     except OSError as error:

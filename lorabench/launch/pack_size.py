@@ -12,13 +12,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorabench.config.decode import InputError
 from lorabench.launch.estimate import Counts, pack_bytes, pack_seconds
 from lorabench.launch.packs import Asked, Ride, key_of, unshared
+from lorabench.models.base_model import drawn_modules, new_heads, reads_images
 from lorabench.processes.machine import free_memory
 from lorabench.spec.run_spec import RunSpec
 
+DROPS = ("dropout", "pdrop", "drop_rate", "drop_path")
+"""In the names of what a model's configuration has it leave out at random in training."""
+IN_WINDOWS = ("window_size",)
+"""In the configuration of a model that cuts images up, as a Swin does."""
 SIZES = (32, 16, 8, 4, 2)
 ENOUGH = 0.9
 """Share of the most that packing can gain, at which more runs in a pack gain little and cost their memory."""
@@ -36,12 +42,17 @@ def unfit_base(spec: RunSpec, base: Any) -> str:
     shares = [
         f"{name} = {value:g}"
         for name, value in base.config.to_dict().items()
-        if ("dropout" in name or "pdrop" in name or "drop_rate" in name) and isinstance(value, int | float) and value
+        if any(word in name for word in DROPS) and isinstance(value, int | float) and value
     ]
     if shares:
         return f"{type(base).__name__} drops out by itself ({', '.join(shares)})"
-    if getattr(base, "drawn", None):
+    if drawn_modules(base):
         return "its files lack weights, which each run draws"
+    for name in new_heads(base):
+        if type(head := base.get_submodule(name)) is not nn.Linear:
+            return f"its head {name} is a {type(head).__name__}, and no linear layer"
+    if reads_images(base) and any(isinstance(getattr(base.config, key, None), int) for key in IN_WINDOWS):
+        return f"{type(base).__name__} computes parts of an image apart from its row"
     if any("xpert" in type(module).__name__ for module in base.modules()):
         return f"{type(base).__name__} sends tokens to experts, apart from their rows"
     return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class ThinSVD:
     S: Tensor
     Vh: Tensor
 
-    @property
+    @cached_property
     def numerical_rank(self) -> int:
         """How many singular values stand above rounding; 0 for ΔW = 0. Not for batches.
 

@@ -249,13 +249,20 @@ def tuner_layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 def head_updates(model: Any) -> Iterator[Update]:
     """ΔW of a task head that was trained in full beside the method's own parameters."""
+    for name, module in tuned_heads(model):
+        original = model.get_base_model().get_submodule(name).original_module
+        yield from weights.weight_changes(module, original, f"{name}.")
+
+
+def tuned_heads(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Name in the untouched base of each task head that is trained in full, and what it has become."""
     from peft.utils import ModulesToSaveWrapper
 
     base = model.get_base_model()
     drawn = models.drawn_modules(base)
     for name, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and name not in drawn:
-            yield from weights.weight_changes(module.modules_to_save[ADAPTER], module.original_module, f"{name}.")
+            yield name, module.modules_to_save[ADAPTER]
 
 
 def _name_base(config: Any, model: str) -> None:

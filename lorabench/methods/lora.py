@@ -22,7 +22,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from lorabench.config.decode import InputError, Pattern, later, show
 from lorabench.methods import _restarts, _starts
 from lorabench.methods._parameters import parameter_updates, split_targets
-from lorabench.methods._peft import ADAPTER, Tuner, head_updates, probe, tuner_layers, write_norms
+from lorabench.methods._peft import ADAPTER, Tuner, head_updates, probe, tuned_heads, tuner_layers, write_norms
 from lorabench.models import base_model as models
 from lorabench.models import targets, weights
 from lorabench.models.targets import Targets
@@ -111,6 +111,9 @@ class Lora(Tuner):
             )
             for name, module in tuner_layers(model)
         }
+
+    def heads(self, model: Any) -> dict[str, nn.Module]:
+        return dict(tuned_heads(model))
 
     @property
     def shares_passes(self) -> bool:

@@ -56,12 +56,17 @@ class Method(Plugin, ABC):
 
     @property
     def is_factors(self) -> bool:
-        """Whether all that it trains are `factors`: such runs of one base can share its forward and backward passes."""
+        """Whether all that it trains are `factors`, and a task's head: such runs of one base can share its forward and
+        backward passes."""
         return False
 
     def factors(self, model: nn.Module) -> dict[str, Factor]:
         """What is trained on each linear layer of a tuned model, by its name in the base. Where `is_factors`."""
         raise NotImplementedError
+
+    def heads(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The modules of a tuned model that are trained whole beside its `factors`, by their names in the base."""
+        return {}
 
     @property
     def shares_passes(self) -> bool:

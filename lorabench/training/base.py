@@ -122,11 +122,25 @@ class SharedBase(Base):
         """The same, as the base of another of the runs."""
         own = copy.copy(self)
         own.spec = spec
+        if getattr(self.whole, "drawn", None):
+            own.measured = self.once(("measured", spec.seed), list)
         return own
 
     def load(self) -> nn.Module:
         torch.manual_seed(self.spec.seed)  # as whoever reads the files does
-        return twin(self.whole, own_weights=self.is_parted or self.spec.method.changes_base)
+        model = twin(self.whole, own_weights=self.is_parted or self.spec.method.changes_base)
+        if getattr(self.whole, "drawn", None):  # a new head: that of the run's own seed
+            model.drawn = self.once(("drawn", self.spec.seed), self._draw)
+            for name, value in model.drawn.items():
+                module, _, key = name.rpartition(".")
+                old = model.get_parameter(name)
+                setattr(model.get_submodule(module), key, nn.Parameter(value.to(old, copy=True), old.requires_grad))
+        return model
+
+    def _draw(self) -> dict[str, torch.Tensor]:
+        """What the files lack, by the run's own seed: in `whole` it is by that of another."""
+        with torch.random.fork_rng(devices=[]):
+            return seeded_base(self.spec, self.stages[0], torch.device("cpu")).drawn
 
     def attached(self, model: nn.Module) -> None:
         """What a method might have changed, and has not, is shared again."""

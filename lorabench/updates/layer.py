@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from lorabench.linalg.decompose import ThinSVD
 from lorabench.updates.gradients import Gradients
@@ -57,8 +58,7 @@ class LayerSVD:
     @property
     def depth(self) -> int | None:
         """Index of the layer's block; None outside the blocks."""
-        block = _BLOCK.search(_dotted(self.layer))
-        return int(block[1]) if block else None
+        return _depth(self.layer)
 
     @property
     def is_complete(self) -> bool:
@@ -71,6 +71,13 @@ class LayerSVD:
         return self.svd.U.shape[0], self.svd.Vh.shape[1]
 
 
+@lru_cache(maxsize=4096)
+def _depth(layer: str) -> int | None:
+    block = _BLOCK.search(_dotted(layer))
+    return int(block[1]) if block else None
+
+
+@lru_cache(maxsize=4096)
 def layer_kind(layer: str) -> str:
     """`model.layers.3.self_attn.q_proj` -> `q_proj`.
 

@@ -1,8 +1,8 @@
 import json
 import os
-import shutil
 import signal
 import tomllib
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,6 +126,21 @@ def store(sweep, tmp_path):
     return store
 
 
+def caches(store):
+    """All files that keep what was analyzed."""
+    return [file for kind in ("zip", "parquet") for file in sorted(store.root.rglob(f"*.{kind}"))]
+
+
+def kept(store):
+    """Each run, or pair of runs, with each analysis that its file keeps."""
+    found = set()
+    for file in store.root.glob("*/**/*.zip"):
+        with zipfile.ZipFile(file) as archive:
+            run = file.stem if file.parent.name == "pairs" else file.parent.name
+            found |= {(run, name.removesuffix(".arrow")) for name in archive.namelist()}
+    return found
+
+
 def delta_of(spec, layer):
     B, A = factors(spec)[layer]
     return B @ A * (spec.method.alpha_value / spec.method.rank if spec.method.name == "lora" else 1)
@@ -189,7 +204,7 @@ def test_analyses_beside_the_base_are_of_its_weights(store, sweep):
 
 def test_the_svd_of_a_base_is_made_once(store, sweep, monkeypatch):
     analyze(store, sweep)
-    for file in store.root.rglob("*.parquet"):
+    for file in caches(store):
         file.unlink()
     monkeypatch.setattr(bases, "decompose", None)
     assert len(analyze(store, sweep)["intruders"])
@@ -204,7 +219,7 @@ def test_a_base_that_is_not_there_is_noted_once(store, sweep, monkeypatch):
     frames = analyze(store, sweep, note=notes.append)
     assert len(notes) == 1 and "not analyzed beside its base: " in notes[0]
     assert frames["alignment"].empty and frames["shared_changes"].empty and len(frames["spectrum"])
-    assert not list(store.root.rglob("alignment.parquet")), "tried again when the base is there"
+    assert "alignment" not in {name for _, name in kept(store)}, "tried again when the base is there"
 
 
 def test_what_a_run_kept_of_its_singular_vectors_may_be_too_little(store, sweep):
@@ -376,7 +391,7 @@ def test_a_corrupt_run_is_noted_and_left_out(store, sweep, damage, message):
         runs = {*frame.get("run_id", []), *frame.get("run_a", []), *frame.get("run_b", [])}
         lacks = "full" if name in ("factors", "movement") else None
         assert runs == {spec.id for spec in sweep.runs if spec.method.name != lacks} - {bad.id}, name
-    assert not list(store.root.rglob("*.tmp")) and not list(store.folder(bad.id).rglob("*.parquet"))
+    assert not list(store.root.rglob("*.tmp")) and bad.id not in {run for run, _ in kept(store)}
 
 
 def test_a_run_that_cannot_be_read_is_told_each_time_and_stands_on_the_page(store, sweep, tmp_path, capsys):
@@ -399,8 +414,8 @@ def test_a_run_that_cannot_be_read_is_told_each_time_and_stands_on_the_page(stor
 
 def test_a_damaged_cache_is_made_again(store, sweep):
     first = analyze(store, sweep)
-    for file in store.root.rglob("*.parquet"):
-        file.write_bytes(file.read_bytes()[:50])
+    for number, file in enumerate(caches(store)):
+        file.write_bytes(file.read_bytes()[: 50 if number % 2 else -50])
     second = analyze(store, sweep)
     for name in first:
         pd.testing.assert_frame_equal(first[name], second[name])
@@ -430,7 +445,7 @@ def test_an_empty_store(sweep, tmp_path):
 
 def test_batches_bound_what_is_lost_and_change_nothing(store, sweep, monkeypatch):
     whole = analyze(store, sweep)
-    for file in store.root.rglob("*.parquet"):
+    for file in caches(store):
         file.unlink()
     monkeypatch.setattr(jobs, "MAX_JOBS", 3)
     for name, frame in analyze(store, sweep).items():
@@ -439,29 +454,29 @@ def test_batches_bound_what_is_lost_and_change_nothing(store, sweep, monkeypatch
 
 def test_a_folder_that_cannot_be_written(store, sweep):
     (store.root / "pairs").write_text("in the way")
-    with pytest.raises(InputError, match=r"parquet: cannot be written"):
+    with pytest.raises(InputError, match=r"zip: cannot be written"):
         analyze(store, sweep)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_stands_in_the_way_of_one_run_takes_no_other_with_it(store, sweep, workers):
-    """A file for the folder of its analyses, and a pipe, which would be waited for, in the place of one of them."""
+    """A folder in the place of its analyses, and in that of another's a pipe, which would be waited for."""
     whole = analyze(store, sweep)
     blocked, piped = (store.folder(spec.id) for spec in sweep.runs[:2])
-    shutil.rmtree(blocked / "analyses")
-    (blocked / "analyses").write_text("in the way")
-    (piped / "analyses" / "spectrum.parquet").unlink()
-    os.mkfifo(piped / "analyses" / "spectrum.parquet")
+    for folder in (blocked, piped):
+        (folder / "analyses.zip").unlink()
+    (blocked / "analyses.zip").mkdir()
+    os.mkfifo(piped / "analyses.zip")
     told = {}
     found = analyze(store, sweep, workers=workers, broken=told.update)
     assert blocked.name in told["spectrum"] and "cannot be written" in told["spectrum"]
     assert {*found["spectrum"]["run_id"]} == {*whole["spectrum"]["run_id"]} - {blocked.name}
-    assert (piped / "analyses" / "spectrum.parquet").is_file()
+    assert (piped / "analyses.zip").is_file()
 
 
 def contents(store):
     """Every file of an analysis below the store, with its bytes."""
-    return {str(f.relative_to(store.root)): f.read_bytes() for f in store.root.rglob("*.parquet")}
+    return {str(f.relative_to(store.root)): f.read_bytes() for f in caches(store)}
 
 
 def test_a_large_run_is_read_in_one_batch_whatever_it_is_compared_with(store, sweep, monkeypatch):
@@ -492,7 +507,7 @@ def test_several_processes_give_the_same_bytes(store, sweep, monkeypatch, parts_
     notes = [], []
     one = analyze(store, sweep, note=notes[0].append)
     alone = contents(store)
-    for file in [*store.root.rglob("*.parquet"), *store.root.glob("bases/*")]:
+    for file in [*caches(store), *store.root.glob("bases/*")]:
         file.unlink()
     monkeypatch.setattr(engine, "PARTS_A_WORKER", parts_a_worker)
     two = analyze(store, sweep, note=notes[1].append, workers=2)
@@ -538,8 +553,7 @@ def test_what_fails_is_told_and_the_rest_is_kept(store, sweep, monkeypatch, how,
     monkeypatch.setattr(jobs, "MAX_JOBS", 1)
     with pytest.raises(WorkerFailed, match=message):
         analyze(store, sweep, workers=workers)
-    kept = {file.parts[-3] for file in store.root.rglob("breaks.parquet")}
-    assert kept == {spec.id for spec in sweep.runs if getattr(spec.method, "rank", 0) != 4}
+    assert kept(store) == {(spec.id, "breaks") for spec in sweep.runs if getattr(spec.method, "rank", 0) != 4}
     assert not list(store.root.glob(".analyze-*"))
 
 
@@ -568,7 +582,7 @@ def test_what_a_killed_process_has_left_goes(store, sweep):
 def test_a_bundle_is_read_instead_of_the_runs_own_files(store, sweep, monkeypatch):
     monkeypatch.setattr(bundle, "MIN_JOBS", 2)
     first = analyze(store, sweep)
-    files = {*store.root.rglob("*.parquet")}
+    files = {*caches(store)}
     bundles = {file for file in files if file.parent.name == bundle.FOLDER}
     assert {file.stem for file in bundles} == {*plugins.names("analyses")}
     for file in files - bundles:

@@ -1,7 +1,8 @@
 """Random kills and damaged files for so many minutes: `make campaign MINUTES=60`.
 
-Half of the time goes to kills on this machine, a quarter each to a real SLURM (where there can be one) and to damaged
-files. The figures go to stdout as JSON, with the machine and the commit; exit code 1 where anything was found.
+Half of the time goes to kills on this machine, of runs alone and in packs, a quarter each to a real SLURM (where there
+can be one) and to damaged files. The figures go to stdout as JSON, with the machine and the commit; exit code 1 where
+anything was found.
 """
 
 from __future__ import annotations
@@ -18,17 +19,18 @@ from typing import Any
 from tests.campaign import clusters, fuzz, kills
 
 FUZZ_CASES_PER_MINUTE = 3000
+SHARES = {"kills": 0.25, "packs": 0.25, "clusters": 0.25, "fuzz": 0.25}
+PACK = "4"
+"""Runs in a pack at most."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the time, and told")
-    parser.add_argument("--only", choices=("kills", "clusters", "fuzz"), help="one of the three, for all of the time")
+    parser.add_argument("--only", choices=[*SHARES], help="one of them, for all of the time")
     arguments = parser.parse_args()
-    minutes = {"kills": 0.5, "clusters": 0.25, "fuzz": 0.25}
-    if arguments.only:
-        minutes = {arguments.only: 1.0}
+    minutes = {arguments.only: 1.0} if arguments.only else SHARES
     found: dict[str, Any] = {"seed": arguments.seed} | _machine()
     for name, share in minutes.items():
         begin = time.monotonic()
@@ -43,7 +45,9 @@ def _part(name: str, minutes: float, seed: int) -> dict[str, Any]:
         return vars(fuzz.campaign(round(minutes * FUZZ_CASES_PER_MINUTE), seed, _say))
     if name == "clusters" and (problem := clusters.missing()):
         return {"skipped": problem}
-    return vars((clusters if name == "clusters" else kills).campaign(minutes, seed, _say))
+    if name == "clusters":
+        return vars(clusters.campaign(minutes, seed, _say))
+    return vars(kills.campaign(minutes, seed, _say, PACK if name == "packs" else "off"))
 
 
 def _machine() -> dict[str, Any]:

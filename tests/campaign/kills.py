@@ -2,11 +2,16 @@
 
 A round is a fresh store. `lorabench run` is started on it again and again, and something is done to it each time, until
 every run is done; never with `--retry`. Then every file is held against those of a store that was left alone.
+
+Where runs are packed, a kill takes a whole pack, and what is left of it goes on in another: then losses, step by step,
+and ΔW are held against those of runs that were never in a pack, to the tolerance that docs/training.md states.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import random
 import signal
@@ -16,14 +21,16 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
 
 from lorabench.store.record import Status
 from lorabench.store.store import Store
+from lorabench.updates.formats import read_updates
 
 SWEEP = """
 [base]
@@ -60,6 +67,10 @@ AT_MOST = 1.5
 """Seconds that a worker is spared at most: a run of the sweep takes about two, and most are to be struck."""
 
 
+Begin = Callable[[], "subprocess.Popen[bytes]"]
+"""Another launch of the round's sweep on its store."""
+
+
 @dataclass
 class Figures:
     """What a campaign has done, and what it has found."""
@@ -75,12 +86,16 @@ class Figures:
         self.notes.append(f"{kind}: {note}")
 
 
-def start(sweep: Path, results: Path, log: Path) -> subprocess.Popen[bytes]:
+LOSS, UPDATE = 1e-5, 3e-5
+"""What a run in a pack may differ by from the run alone: its losses, relatively, and its ΔW, of its norm."""
+
+
+def start(sweep: Path, results: Path, log: Path, pack: str) -> subprocess.Popen[bytes]:
     """`lorabench run`, in a session of its own."""
     command = [sys.executable, "-m", "lorabench", "run", str(sweep), "--results", str(results), "--workers", "2"]
     with open(log, "ab") as talk:
         return subprocess.Popen(
-            [*command, "--pack", "off", "--device", "cpu", "--checkpoint-seconds", "0.3"],
+            [*command, "--pack", pack, "--device", "cpu", "--checkpoint-seconds", "0.3"],
             stdout=talk, stderr=talk, start_new_session=True,
         )  # fmt: skip
 
@@ -123,10 +138,9 @@ class Watch:
 class Battery:
     """One launch and what is done to it."""
 
-    def __init__(self, sweep: Path, store: Store, blow: str, random_: random.Random, figures: Figures, log: Path):
-        self.sweep, self.store, self.blow, self.random, self.figures = sweep, store, blow, random_, figures
-        self.log = log
-        self.launchers = [start(sweep, store.root, log) for _ in range(2 if blow == "two" else 1)]
+    def __init__(self, begin: Begin, store: Store, blow: str, random_: random.Random, figures: Figures):
+        self.begin, self.store, self.blow, self.random, self.figures = begin, store, blow, random_, figures
+        self.launchers = [begin() for _ in range(2 if blow == "two" else 1)]
 
     def go(self) -> None:
         """Until every launcher has ended, one way or another."""
@@ -211,7 +225,7 @@ class Battery:
             if not self._signal(pid, signal.SIGSTOP, "stop"):
                 continue
             if len(self.launchers) == 1 and self.random.random() < 0.3:
-                self.launchers.append(start(self.sweep, self.store.root, self.log))
+                self.launchers.append(self.begin())
             time.sleep(self.random.uniform(0.2, 4.0))
             self._signal(pid, signal.SIGCONT, None)
 
@@ -269,8 +283,45 @@ def differences(got: Store, want: Store) -> list[tuple[str, str]]:
     return found
 
 
-def campaign(minutes: float, seed: int, say=print) -> Figures:
-    """Rounds until the time is over; a round that has begun is ended."""
+def apart(got: Store, want: Store) -> list[tuple[str, str]]:
+    """The same where runs have been packed: what is not as it should be within LOSS and UPDATE."""
+    found = []
+    for run_id in want.run_ids():
+        ours, theirs = got.state(run_id), want.read(run_id)
+        if ours.status != Status.DONE or ours.record is None:
+            found.append(("lost", f"{run_id}: {ours.status}: {ours.error}"))
+            continue
+        assert theirs is not None
+        rows = [_losses(store, run_id) for store in (got, want)]
+        if rows[0].keys() != rows[1].keys():
+            found.append(("differing files", f"{run_id}: other rows in steps.jsonl"))
+        elif others := [at for at, loss in rows[1].items() if not math.isclose(rows[0][at], loss, rel_tol=LOSS)]:
+            found.append(("falsely done", f"{run_id}: other losses than alone, first {others[0]}"))
+        if got.verified(ours).status != Status.DONE or ours.record.files.keys() != theirs.files.keys():
+            found.append(("differing files", f"{run_id}: not those of its record, or of the run alone"))
+            continue
+        for folder in {Path(name).parent for name in theirs.files}:
+            far = distance(*(store.folder(run_id) / folder for store in (got, want)))
+            found += [("falsely done", f"{run_id}: {folder} is {far:.1e} of its norm away")] if far > UPDATE else []
+    return found
+
+
+def _losses(store: Store, run_id: str) -> dict[tuple[int, str], float]:
+    """By step and name."""
+    text = (store.folder(run_id) / "steps.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    return {(row["step"], name): value for row in rows for name, value in row.items() if name.endswith("loss")}
+
+
+def distance(one: Path, other: Path) -> float:
+    """‖ΔW - ΔW'‖ / ‖ΔW'‖ over all layers of two folders."""
+    first, second = ({u.parameter: u.dense().double() for u in read_updates(folder)} for folder in (one, other))
+    between = sum(float((first[name] - second[name]).square().sum()) for name in second)
+    return math.sqrt(between / sum(float(value.square().sum()) for value in second.values()))
+
+
+def campaign(minutes: float, seed: int, say=print, pack: str = "off") -> Figures:
+    """Rounds until the time is over; a round that has begun is ended. `pack`: how many runs at most in a process."""
     random_, figures = random.Random(seed), Figures()
     end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="lorabench-campaign-") as name:
@@ -278,27 +329,29 @@ def campaign(minutes: float, seed: int, say=print) -> Figures:
         sweep = folder / "sweep.toml"
         sweep.write_text(SWEEP)
         alone = Store(folder / "alone")
-        code = start(sweep, alone.root, folder / "alone.log").wait(600)
+        code = start(sweep, alone.root, folder / "alone.log", "off").wait(600)
         assert code == 0, (folder / "alone.log").read_text()
         while time.monotonic() < end or not figures.rounds:
-            _round(Store(folder / f"round{figures.rounds}"), alone, sweep, random_, figures, folder)
+            store = Store(folder / f"round{figures.rounds}")
+            begin = partial(start, sweep, store.root, folder / f"{store.root.name}.log", pack)
+            _round(store, begin, random_, figures)
+            for kind, what in (differences if pack == "off" else apart)(store, alone):
+                figures.fault(kind, what)
             figures.rounds += 1
             say(f"round {figures.rounds}: {sum(figures.kills.values())} kills, faults: {dict(figures.faults) or 0}")
     return figures
 
 
-def _round(store: Store, alone: Store, sweep: Path, random_: random.Random, figures: Figures, folder: Path) -> None:
-    log = folder / f"{store.root.name}.log"
+def _round(store: Store, begin: Begin, random_: random.Random, figures: Figures) -> None:
     with Watch(store, figures):
         for _ in range(random_.randint(FEWEST_LAUNCHES, MOST_LAUNCHES)):
             if store.run_ids() and all(state.status == Status.DONE for state in store.states()):
                 break
             figures.launches += 1
-            Battery(sweep, store, random_.choice(BLOWS), random_, figures, log).go()
+            Battery(begin, store, random_.choice(BLOWS), random_, figures).go()
         for _ in range(2):  # what a kill has left is taken up by asking again, without --retry
             figures.launches += 1
-            code = start(sweep, store.root, log).wait(600)
+            code = begin().wait(600)
         if code:
-            figures.fault("not taken up", f"exit code {code} of a launch left alone:\n{log.read_text()[-1500:]}")
-    for kind, what in differences(store, alone):
-        figures.fault(kind, what)
+            log = store.root.with_suffix(".log").read_text()
+            figures.fault("not taken up", f"exit code {code} of a launch left alone:\n{log[-1500:]}")

@@ -49,7 +49,6 @@ ALONE = {
     "embeddings": make_spec(method=LORA | {"embeddings": True}),
     "recomputed dropout": make_spec(method=LORA | {"dropout": 0.1}, gradient_checkpointing=True),
     "encoder-decoder": make_spec(task={"name": "seq2seq", "data": "builtin:arithmetic"}),
-    "new head": make_spec(task={"name": "classification", "data": "builtin:none"}),
 }
 
 
@@ -103,7 +102,7 @@ def test_as_many_are_packed_as_pay_and_fit(monkeypatch: pytest.MonkeyPatch) -> N
     assert set(found) == {spec.id for spec in small}
     assert sum(int(note.split()[2]) for note in why) == len(large) + len(ALONE) + 1 and len(why) >= 6
     assert "not packed: 1 run: no other has their base, data, batches and steps" in why
-    assert any(note.startswith('not packed: 1 run: task.name = "classification"') for note in why)
+    assert any(note == 'not packed: 1 run: task.name = "seq2seq" has a decoder' for note in why)
     monkeypatch.setattr(pack_size, "free_memory", lambda: 1e6)
     assert rides(small, Asked(device="cpu"))[0] == {}
 
@@ -118,6 +117,34 @@ def test_a_base_that_drops_out_by_itself_is_not_packed_and_the_plan_says_so(
     sweep = Sweep(name="s", text="", runs=(*specs, *(make_spec(seed=seed) for seed in range(4))))
     text = plan_text(sweep, make_plan(sweep, Store(tmp_path), "cpu", packing=Asked(device="cpu", workers=2)))
     assert "packed: 4 runs in 2 packs of 2" in text and "not packed: GPT2LMHeadModel drops out by itself" in text
+
+
+class TinyForImageClassification(torch.nn.Module):
+    """As much of transformers' classifiers as is looked at."""
+
+    base_model_prefix, main_input_name = "vit", "pixel_values"
+
+    def __init__(self, head: torch.nn.Module, **config: object) -> None:
+        super().__init__()
+        self.vit, self.classifier, self.drawn = torch.nn.Linear(2, 2), head, {"classifier.weight": None}
+        self.config = type("Config", (), config | {"to_dict": lambda self: config})()
+
+
+def test_a_linear_head_is_packed_whoever_has_drawn_it_and_no_other_nor_images_cut_into_windows() -> None:
+    linear, deep = torch.nn.Linear(2, 3), torch.nn.Sequential(torch.nn.Linear(2, 3))
+    why = [pack_size.unfit_base(make_spec(), model) for model in (
+        TinyForImageClassification(linear), TinyForImageClassification(deep),
+        TinyForImageClassification(linear, window_size=7), TinyForImageClassification(linear, drop_path_rate=0.1),
+    )]  # fmt: skip
+    assert why == [
+        "",
+        "its head classifier is a Sequential, and no linear layer",
+        "TinyForImageClassification computes parts of an image apart from its row",
+        "TinyForImageClassification drops out by itself (drop_path_rate = 0.1)",
+    ]
+    lacking = TinyForImageClassification(linear)
+    lacking.drawn["vit.weight"] = None
+    assert pack_size.unfit_base(make_spec(), lacking) == "its files lack weights, which each run draws"
 
 
 SWEEP = """

@@ -22,8 +22,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lorabench.analysis import analyze as engine
 from lorabench.analysis.analyze import analyze
+from lorabench.analysis.cache import read_tables
 from lorabench.analysis.jobs import Job
-from lorabench.analysis.tidy import read_table
 from lorabench.cli import main
 from lorabench.config import plugins
 from lorabench.processes.machine import process_start
@@ -308,21 +308,18 @@ def rows(tmp_path_factory):
         write_run(store, spec)
     found: dict[tuple[str, ...], Any] = {}
     seen: list[Job] = []
-    keep = engine._own_tables
-    engine._own_tables = lambda jobs, known: seen.extend(jobs) or keep(jobs, known)
+    engine.read_tables = lambda jobs: seen.extend(jobs) or read_tables(jobs)
     try:
         analyze(store, sweep, note=lambda _: None)
     finally:
-        engine._own_tables = keep
-    for job in seen:
-        table = read_table(job.file, job.key)
-        if table is not None:
-            forms = ["dense" if record.spec["method"]["name"] == "full" else "low" for record in job.records]
-            found[job.analysis.name, *forms] = table
+        engine.read_tables = read_tables
+    for job, table in read_tables(seen).items():
+        forms = ["dense" if record.spec["method"]["name"] == "full" else "low" for record in job.records]
+        found[job.analysis.name, *forms] = table
     return found
 
 
-def tables_of(rows: dict[tuple[str, ...], Any], jobs: list[Job], known: Any) -> dict[Job, Any]:
+def tables_of(rows: dict[tuple[str, ...], Any], jobs: list[Job]) -> dict[Job, Any]:
     """A table for each job, of the layers that its runs have."""
     found = {}
     for job in jobs:
@@ -357,7 +354,7 @@ def light(monkeypatch, rows):
         monkeypatch.setattr(drawing, "save", save_rendered if rendered else save)
         monkeypatch.setattr(FigureCanvasAgg, "draw", render if rendered else lambda self, *_: None)
 
-    monkeypatch.setattr(engine, "_own_tables", partial(tables_of, rows))
+    monkeypatch.setattr(engine, "read_tables", partial(tables_of, rows))
     monkeypatch.setattr(os, "fsync", lambda _: None)
     return set_drawing
 

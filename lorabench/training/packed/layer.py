@@ -28,7 +28,7 @@ class Lanes:
     num_rows: int = 0
     """K n."""
     lengths: Sequence[int] = ()
-    """Of each run's own batch, which may be padded to that of another."""
+    """Of each run's own batch, which may be padded to that of another; 0 of images, all of which have as many."""
     generators: Sequence[torch.Generator] = ()
     """Each run's own, of which its dropout is drawn."""
     hook: Tensor = field(default_factory=lambda: torch.zeros(0, requires_grad=True))
@@ -84,9 +84,41 @@ class PackedLinear(nn.Module):
         mask = torch.ones(len(shares), rows, x.shape[1], features, dtype=group.A.dtype, device=x.device)
         for own, share, length, generator in zip(mask, shares, lengths, generators, strict=True):
             if share:
-                drawn = mask.new_empty(rows, length, features).bernoulli_(1 - share, generator=generator)
-                own[:, :length] = drawn.div_(1 - share)
+                drawn = mask.new_empty(rows, length or x.shape[1], features).bernoulli_(1 - share, generator=generator)
+                own[:, : drawn.shape[1]] = drawn.div_(1 - share)
         return mask.flatten(1, 2)
+
+
+@dataclass
+class Head:
+    """What a group of runs trains in the place of the base's head, leaves whose gradients autograd adds up."""
+
+    runs: slice
+    weight: Tensor
+    """(k, M, N)."""
+    bias: Tensor | None = None
+    """(k, M)."""
+
+
+class PackedHead(nn.Module):
+    """In the place of a linear head, for what it is given of all runs' rows, one run after another."""
+
+    groups: list[Head]
+    """Of all runs, in their order."""
+
+    def __init__(self, base_layer: nn.Module, lanes: Lanes):
+        super().__init__()
+        self.base_layer, self.lanes = base_layer, lanes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(K n, …, N) -> (K n, …, M)."""
+        if x.shape[0] != self.lanes.num_rows:
+            raise Unpackable(f"the head is given {tuple(x.shape)}, not the {self.lanes.num_rows} rows of the batch")
+        inputs = x.reshape(len(self.lanes.lengths), -1, x.shape[-1])
+        found = [torch.bmm(inputs[group.runs], group.weight.mT) for group in self.groups]
+        pairs = zip(found, self.groups, strict=True)
+        outputs = [y if group.bias is None else y + group.bias[:, None].to(y) for y, group in pairs]
+        return torch.cat(outputs).view(*x.shape[:-1], -1)
 
 
 class _Packed(torch.autograd.Function):

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from lorabench.spec.task import IGNORE, LanguageModeling, Task, Told
 from lorabench.training.base import SharedBase, twin
 from lorabench.training.evaluation import score_of
-from lorabench.training.examples import Batch, Examples, collate, moved, reader
-from lorabench.training.packed.layer import Factors, Lanes, PackedLinear, Unpackable
+from lorabench.training.examples import PIXELS, Batch, Examples, collate, moved, reader
+from lorabench.training.packed.layer import Factors, Head, Lanes, PackedHead, PackedLinear, Unpackable
 from lorabench.training.packed.meter import Clock, Shares
 from lorabench.training.packed.rows import Rows
-from lorabench.training.passes import autocast
+from lorabench.training.passes import autocast, forward
 from lorabench.training.predictions import PLACES, by_tokens, log_probs, look_at_head, places, told
 from lorabench.training.state import Score, Training, random_state, set_random_state
 from lorabench.training.step import Own, Pass, alone
@@ -139,7 +139,7 @@ class Pack:
             self._pull(self._seats)
             self._rows, self._seats = Rows([seat.training for seat in seats]), seats
             self._stale = set(seats)
-            self._model.put(self._rows.layers)
+            self._model.put(self._rows.layers, self._rows.heads)
         for row, seat in enumerate(seats):
             if seat in self._stale:
                 self._rows.push(row)
@@ -218,12 +218,13 @@ class PackedModel:
         self.lanes.hook = self.lanes.hook.detach().to(self.device).requires_grad_()
         self.model = twin(base.whole).requires_grad_(False)
         examples = training.examples
-        look_at_head(self.model, collate(examples.splits["train"][:1], examples.padding, self.device))
+        if by_tokens(examples.task):
+            look_at_head(self.model, collate(examples.splits["train"][:1], examples.padding, self.device))
         if self.spec.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def put(self, layers: dict[str, list[Factors]]) -> None:
-        """Have these factors on the base from now on, and no others."""
+    def put(self, layers: dict[str, list[Factors]], heads: dict[str, list[Head]]) -> None:
+        """Have these factors on the base from now on, and no others, and these heads in the place of its own."""
         for name, module in list(self.model.named_modules()):
             if isinstance(module, PackedLinear) and name not in layers:
                 self.model.set_submodule(name, module.base_layer)
@@ -235,6 +236,12 @@ class PackedModel:
                 layer = PackedLinear(layer, self.lanes)
                 self.model.set_submodule(name, layer)
             layer.groups = groups
+        for name, of_runs in heads.items():
+            head = self.model.get_submodule(name)
+            if not isinstance(head, PackedHead):
+                head = PackedHead(head, self.lanes)
+                self.model.set_submodule(name, head)
+            head.groups = of_runs
 
     def losses_and_gradients(self, seats: Sequence[Seat]) -> list[Tensor]:
         """Each run's loss of its step; its gradients are added up in its row."""
@@ -244,16 +251,24 @@ class PackedModel:
         self.lanes.generators = [seat.generator for seat in seats]
         totals = torch.zeros(len(requests), device=self.device)
         examples = requests[0].training.examples
-        task = _of_tokens(examples.task)
         for parts in zip(*(request.parts for request in requests), strict=True):
-            batch = self._together(parts, examples.padding, task)
-            with autocast(self.spec, self.device):
-                nats = -log_probs(self.model, batch, task.targets(batch), 1.0)
-            sums = nats.unflatten(0, (len(requests), -1)).flatten(1).sum(1)
+            sums = self._sums(parts, examples)
             losses = [request.batches.share(each) for request, each in zip(requests, sums, strict=True)]
             torch.stack(losses).sum().backward()
             totals += torch.stack(losses).detach()
         return [*totals]
+
+    def _sums(self, parts: Sequence[Batch], examples: Examples) -> Sequence[Tensor]:
+        """Of each run the loss of its own batch, summed over what is predicted."""
+        task = _shared(examples.task)
+        batch = self._together(parts, examples.padding, task)
+        with autocast(self.spec, self.device):
+            if by_tokens(task):
+                nats = -log_probs(self.model, batch, task.targets(batch), 1.0)
+                return [*nats.unflatten(0, (len(parts), -1)).flatten(1).sum(1)]
+            logits = forward(self.model, batch).chunk(len(parts))
+            own = [moved(part, self.device) for part in parts]
+            return [task.loss(each, part) for each, part in zip(logits, own, strict=True)]
 
     @torch.no_grad()
     def scores(
@@ -262,33 +277,40 @@ class PackedModel:
         """Of each batch of a split, that of each run, as `evaluation.scores_of` has it."""
         self.model.eval()
         rows, size = examples.splits.get(split, []), self.spec.micro_batch_size or self.spec.batch_size
-        task = _of_tokens(reader(examples.task, split))
+        task = _shared(reader(examples.task, split))
         for first in range(0, len(rows), size):
             if is_to_stop():
                 return
             batch = collate(rows[first : first + size], examples.padding, torch.device("cpu"))
-            whole = self._together([batch] * num_runs, examples.padding, task)
+            whole, own = self._together([batch] * num_runs, examples.padding, task), moved(batch, self.device)
             with autocast(self.spec, self.device):
-                found = told(self.model, whole, task.asked(whole))
-            own = zip(*(each.split(len(batch["input_ids"])) for each in found), strict=True)
-            yield [score_of(task, Told(*each), moved(batch, self.device)) for each in own]
+                if by_tokens(task):
+                    found = told(self.model, whole, task.asked(whole))
+                    of_runs = zip(*(each.chunk(num_runs) for each in found), strict=True)
+                    yield [score_of(task, Told(*each), own) for each in of_runs]
+                else:
+                    logits = forward(self.model, whole).chunk(num_runs)
+                    yield [(float(task.loss(y, own)), task.count(own), task.score(y, own)) for y in logits]
 
-    def _together(self, parts: Sequence[Batch], padding: int, task: LanguageModeling) -> Batch:
+    def _together(self, parts: Sequence[Batch], padding: int, task: Task) -> Batch:
         """The runs' batches in one, padded to the longest, on the device; told to the layers."""
         whole = joined(parts, padding)
-        self.lanes.num_rows = len(whole["input_ids"])
-        self.lanes.lengths = [part["input_ids"].shape[1] for part in parts]
-        return moved(whole | {PLACES: places(task.asked(whole))}, self.device)
+        self.lanes.num_rows = len(whole["labels"])
+        self.lanes.lengths = [0 if PIXELS in part else part["input_ids"].shape[1] for part in parts]
+        return moved(whole | ({PLACES: places(task.asked(whole))} if by_tokens(task) else {}), self.device)
 
 
-def _of_tokens(task: Task) -> LanguageModeling:
-    if not by_tokens(task):
+def _shared(task: Task) -> Task:
+    """The same. Unpackable where it looks at the logits of tokens, whose places padding would move."""
+    if isinstance(task, LanguageModeling) and not by_tokens(task):
         raise Unpackable(f"{task.name} has a loss or scores of its own")
     return task
 
 
 def joined(parts: Sequence[Batch], padding: int) -> Batch:
     """Batches one after another, padded on the right to the longest; no attention mask where nothing is padded."""
+    if PIXELS in parts[0]:
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     lengths = [part["input_ids"].shape[1] for part in parts]
     is_padded = min(lengths) < max(lengths) or any("attention_mask" in part for part in parts)
     fill = {"input_ids": padding, "labels": IGNORE}

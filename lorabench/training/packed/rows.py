@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from lorabench.spec.method import Factor
-from lorabench.training.packed.layer import Factors
+from lorabench.training.packed.layer import Factors, Head, Unpackable
 from lorabench.training.state import Training
 
 HYPERPARAMETERS = ("lr", "weight_decay", "betas", "eps")
@@ -38,6 +38,7 @@ class Rows:
         self.groups = [Group(trainings[runs], own[runs], runs) for runs in _alike_in_size(own)]
         names = dict.fromkeys(name for group in self.groups for name in group.layers)
         self.layers = {name: [g.layers[name] for g in self.groups if name in g.layers] for name in names}
+        self.heads = {name: [group.heads[name] for group in self.groups] for name in self.groups[0].heads}
         self._where = [(group, row) for group in self.groups for row in range(len(group.trainings))]
 
     def push(self, row: int) -> None:
@@ -75,15 +76,17 @@ class Group:
 
     def __init__(self, trainings: Sequence[Training], own: Sequence[dict[str, Factor]], runs: slice):
         self.trainings, self.own, self.runs = trainings, own, runs
+        self.own_heads = [_heads(training, factors) for training, factors in zip(trainings, own, strict=True)]
         self.places = _places(self.own)
         self.num_A = sum(math.prod(A) for A, _ in self.places.values())
-        length = self.num_A + sum(math.prod(B) for _, B in self.places.values())
+        self.num_factors = self.num_A + sum(math.prod(B) for _, B in self.places.values())
+        length = self.num_factors + sum(p.numel() for p in _flat(self.own_heads[0]))
         like = next(iter(self.own[0].values())).A
         buffers = [torch.zeros(len(self.own), length, dtype=like.dtype, device=like.device) for _ in range(4)]
         self.values, self.grads, self.first, self.second = buffers
-        self.steps = torch.zeros(len(self.own), 2, device=like.device)
-        """AdamW's count for A and for B."""
-        self.layers = self._layers()
+        self.steps = torch.zeros(len(self.own), 3, device=like.device)
+        """AdamW's count for A, for B and for the heads."""
+        self.layers, self.heads = self._layers(), self._heads()
 
     def _layers(self) -> dict[str, Factors]:
         found, at_A, at_B = {}, 0, self.num_A
@@ -107,6 +110,18 @@ class Group:
             at_A, at_B = ends
         return found
 
+    def _heads(self) -> dict[str, Head]:
+        found, at = {}, self.num_factors
+        for name, parameters in self.own_heads[0].items():
+            leaves = []
+            for shape in (parameter.shape for parameter in parameters):
+                part = slice(at, at := at + shape.numel())
+                leaf = self.values[:, part].unflatten(1, shape).requires_grad_()
+                leaf.grad = self.grads[:, part].unflatten(1, shape)
+                leaves.append(leaf)
+            found[name] = Head(self.runs, *leaves)
+        return found
+
     def _views(self, buffer: Tensor, row: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each of a run's own parameters, with its place in a buffer, in the parameter's orientation."""
         at_A, at_B = 0, self.num_A
@@ -117,6 +132,8 @@ class Group:
                 yield factor.A, buffer[row, at_A : at_A + math.prod(shape_A)].view(shape_A)[:rank]
                 yield factor.B, buffer[row, at_B : at_B + math.prod(shape_B)].view(shape_B)[:rank].T
             at_A, at_B = at_A + math.prod(shape_A), at_B + math.prod(shape_B)
+        for parameter in _flat(self.own_heads[row]):
+            yield parameter, buffer[row, at_B : (at_B := at_B + parameter.numel())].view(parameter.shape)
 
     @torch.no_grad()
     def push(self, row: int) -> None:
@@ -129,7 +146,7 @@ class Group:
                 known = optimizer.state.get(parameter)
                 place.copy_(known[key]) if known else place.zero_()
         counts = [optimizer.state[p]["step"] for p in self._sides(row) if p in optimizer.state]
-        self.steps[row] = torch.stack(counts) if counts else 0.0
+        self.steps[row] = nn.functional.pad(torch.stack(counts), (0, 3 - len(counts))) if counts else 0.0
 
     @torch.no_grad()
     def pull(self, row: int) -> None:
@@ -140,17 +157,18 @@ class Group:
         if not self.steps[row].any():
             return
         moments = (self._views(buffer, row) for buffer in (self.first, self.second))
+        num_factors = 2 * len(self.own[row])
         for index, ((parameter, first), (_, second)) in enumerate(zip(*moments, strict=True)):
             optimizer.state[parameter] = {
-                "step": self.steps[row, index % 2].clone(),
+                "step": self.steps[row, index % 2 if index < num_factors else 2].clone(),
                 "exp_avg": first.clone(memory_format=torch.contiguous_format),
                 "exp_avg_sq": second.clone(memory_format=torch.contiguous_format),
             }
 
     def _sides(self, row: int) -> list[nn.Parameter]:
-        """An A and a B: all parameters of a side are in one group, and have taken as many steps."""
+        """An A, a B and of a head: all parameters of a side are in one group, and have taken as many steps."""
         factor = next(iter(self.own[row].values()))
-        return [factor.A, factor.B]
+        return [factor.A, factor.B, *_flat(self.own_heads[row])[:1]]
 
     def clip(self) -> Tensor:
         """Scale the gradients of each run to its limit; their norms before that, (k,)."""
@@ -160,15 +178,33 @@ class Group:
         return norms
 
     def parts(self) -> Iterator[tuple[tuple[Any, ...], tuple[Tensor, ...]]]:
-        """Of each row its A and its B: hyperparameters, then values, gradients, both moments and the count of steps."""
+        """Of each row A, B and heads: hyperparameters, then values, gradients, both moments and the count of steps."""
         buffers = (self.values, self.grads, self.first, self.second)
         for row, training in enumerate(self.trainings):
-            sides = zip(self._sides(row), (slice(0, self.num_A), slice(self.num_A, None)), strict=True)
+            ends = (0, self.num_A, self.num_factors, None)
+            sides = zip(self._sides(row), itertools.starmap(slice, itertools.pairwise(ends)), strict=False)
             for side, (parameter, part) in enumerate(sides):
                 groups = training.optimizer.param_groups
                 own = next(group for group in groups if any(p is parameter for p in group["params"]))
                 options = tuple(own[key] for key in HYPERPARAMETERS)
                 yield options, (*(buffer[row, part] for buffer in buffers), self.steps[row, side])
+
+
+def _heads(training: Training, factors: dict[str, Factor]) -> dict[str, list[nn.Parameter]]:
+    """What a run trains beside its factors, by the module's name. Unpackable where that is not all."""
+    heads = training.spec.method.heads(training.model)
+    found = {name: list(module.parameters()) for name, module in heads.items()}
+    known = {id(p) for factor in factors.values() for p in (factor.A, factor.B)} | {id(p) for p in _flat(found)}
+    others = [name for name, p in training.model.named_parameters() if p.requires_grad and id(p) not in known]
+    if others or any(type(module) is not nn.Linear for module in heads.values()):
+        raise Unpackable(f"{', '.join(others or heads)}: neither factors nor linear heads")
+    if any(factor.A.ndim != 2 for factor in factors.values()):
+        raise Unpackable("factors of a convolution")
+    return found
+
+
+def _flat(heads: dict[str, list[nn.Parameter]]) -> list[nn.Parameter]:
+    return [parameter for parameters in heads.values() for parameter in parameters]
 
 
 MOST_FILLED = 2.0

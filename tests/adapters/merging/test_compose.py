@@ -542,7 +542,7 @@ def test_interference_is_the_mean_over_the_layers_that_are_merged(runs) -> None:
     assert found["metrics"]["cosine"]["chance_std"] == pytest.approx(spread)
     conflicts = [np.mean(np.sign(first[name]) != np.sign(second[name])) for name in first]
     assert found["metrics"]["sign_conflict"]["mean"] == pytest.approx(np.mean(conflicts), abs=1e-4)
-    file = store.root / "pairs" / "--".join(a.record.run_id for a in adapters) / "interference.parquet"
+    file = store.root / "pairs" / f"{'--'.join(a.record.run_id for a in adapters)}.zip"
     before = file.stat().st_mtime_ns
     assert interference(store, adapters, lambda _: None) == [found] and file.stat().st_mtime_ns == before
 

@@ -124,6 +124,45 @@ def test_a_pack_on_other_bases_learns_what_its_runs_learn_alone(name: str, tmp_p
         assert_alike(spec, store, by_itself, loss=loss, update=update)
 
 
+DIGITS = {"name": "image_classification", "data": "builtin:digits-turned", "shift": 0.1, "max_train": 32, "max_eval": 8}
+IMAGES = {"model": "builtin:tiny-vit", "task": DIGITS | {"retain": "builtin:digits"}, "batch_size": 4}
+
+
+@pytest.mark.parametrize("data", ["images", "texts"])
+def test_runs_with_a_head_learn_in_a_pack_what_they_learn_alone(
+    data: str, labelled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of images the head of the files; of texts, some padded, a new one, which each seed draws for itself. Stopped on
+    the way, they go on to the same bits."""
+    task = {"name": "classification", "data": labelled, "max_train": 32, "max_eval": 8}
+    own = IMAGES if data == "images" else {"task": task, "micro_batch_size": 1, "epsilon": 1e-6}
+    specs = [
+        make_spec(lr=3e-3, seed=1, method=lora(2, dropout=0.2), snapshot_every=4, **own),
+        make_spec(lr=3e-3, method=lora(8, targets="query-value", lr_ratio=4.0), clip=0.1, weight_decay=0.1, **own),
+        make_spec(lr=1e-3, method=lora(3), schedule="constant", **own),
+    ]
+    by_itself, (store, _) = Store(tmp_path / "alone"), together(tmp_path / "packed", specs)
+    assert "not in one pass" not in capsys.readouterr().out
+    heads = set()
+    for spec in specs:
+        execute(spec, by_itself, QUIET)
+        assert_alike(spec, store, by_itself)
+        got, want = (each.read(spec.id).measures for each in (store, by_itself))
+        assert got["valid_accuracy"] == want["valid_accuracy"] and store.read(spec.id).environment["packed"] == 3
+        assert {key: got[key] for key in got if "retain" in key} == pytest.approx(
+            {key: want[key] for key in want if "retain" in key}, rel=1e-4
+        )
+        heads |= {u.parameter for u in read_updates(store.folder(spec.id) / "updates") if u.A is None}
+    assert heads == ({"classifier.weight", "classifier.bias"} if data == "images" else {"score.weight"})
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, slice(None))
+        stopped, statuses = together(tmp_path / "stopped", specs)
+    assert set(statuses) == {Status.CANCELLED} and set(execute_pack(specs, stopped, QUIET)) == {Status.DONE}
+    for spec in specs:
+        assert stopped.read(spec.id).files == store.read(spec.id).files
+        assert loss_rows(stopped, spec) == loss_rows(store, spec)
+
+
 def test_batches_of_other_lengths_are_padded_and_each_run_keeps_its_own_loss(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "response": "b " * (1 + 5 * (number % 4))} for number in range(40)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -163,7 +202,7 @@ def exact_norm(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
 def gradient_errors(trainings: list[Training]) -> list[float]:
     """Of each run's gradient of the sum of its logits, alone and in a pack."""
     rows, model = module.Rows(trainings), module.PackedModel(trainings[0])
-    model.put(rows.layers)
+    model.put(rows.layers, rows.heads)
     batches = []
     for row in range(len(trainings)):
         rows.push(row)
