@@ -117,12 +117,7 @@ def pixels(rows: Sequence[Row], key: str, column: str, processor: Any) -> Iterat
     store, shape = _Store(), None
     for begin in range(0, len(rows), CHUNK):
         some = rows[begin : begin + CHUNK]
-        full = []
-        for number, (row, value) in enumerate(zip(some, images(some, key, column), strict=True), begin + 1):
-            try:
-                full.append(decoded(value))
-            except ValueError as error:
-                raise InputError(f"{key} = {show(column)}: {_named(value, row, number)}: {error}") from None
+        full = [*decode_each(some, key, column, begin)]
         ready = processed(full, processor)
         for number, (row, each) in enumerate(zip(some, ready, strict=True), begin + 1):
             shape = shape or each.shape
@@ -133,6 +128,15 @@ def pixels(rows: Sequence[Row], key: str, column: str, processor: Any) -> Iterat
         yield from (
             Pixels(values=values, scale=each.scale, shift=each.shift) for values, each in zip(held, ready, strict=True)
         )
+
+
+def decode_each(rows: Sequence[Row], key: str, column: str, begin: int = 0) -> Iterator[NDArray[np.uint8]]:
+    """(h, w, 3) of each row, of which so many are before. InputError with the place of the first that cannot be read."""
+    for number, (row, value) in enumerate(zip(rows, images(rows, key, column), strict=True), begin + 1):
+        try:
+            yield decoded(value)
+        except ValueError as error:
+            raise InputError(f"{key} = {show(column)}: {_named(value, row, number)}: {error}") from None
 
 
 def _named(value: Any, row: Row, number: int) -> str:

@@ -68,6 +68,8 @@ def unshared(spec: RunSpec) -> str:
         return 'padding = "free" lays the batch of a run end to end'
     if not spec.optimizer.steps_rows:
         return f'optimizer.name = "{spec.optimizer.name}" does not step the factors of several runs at once'
+    if any(task.unit == "images" for task in spec.stages):
+        return f'task.name = "{spec.task.name}" reads images'
     if any("Classification" in task.auto_class or "labels" in task.sequences for task in spec.stages):
         return f'task.name = "{spec.task.name}" has a head or a decoder'
     return ""

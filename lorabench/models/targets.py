@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import show
+from lorabench.models.denoisers import is_denoiser
 from lorabench.models.weights import is_convolution, is_linear_layer, is_stack
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ _FEED_FORWARD = re.compile(
 )
 """In the name or the class of a module around a matrix; of a ConvNeXt the block is the feed-forward."""
 KINDS = {
-    "query": r"q_proj|query|q_lin|wq|query_proj|q|q_a_proj|q_b_proj",
-    "key": r"k_proj|key|k_lin|wk|key_proj|k",
-    "value": r"v_proj|value|v_lin|wv|value_proj|v",
+    "query": r"to_q|add_q_proj|q_proj|query|q_lin|wq|query_proj|q|q_a_proj|q_b_proj",
+    "key": r"to_k|add_k_proj|k_proj|key|k_lin|wk|key_proj|k",
+    "value": r"to_v|add_v_proj|v_proj|value|v_lin|wv|value_proj|v",
     "fused": r"c_attn|qkv_proj|query_key_value|Wqkv|qkv|kv_b_proj",
 }
 """What the attention's layers are called."""
@@ -105,7 +106,9 @@ def stacked_matrices(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """The modules on top of the base model: the language-model head, or the classifier and pooler."""
+    """The modules on top of the base model: the language-model head, or the classifier and pooler; a denoiser has none."""
+    if is_denoiser(model):
+        return []
     body = _body(model)
     tops = [name for name, module in model.named_children() if name not in body and list(module.parameters())]
     poolers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
