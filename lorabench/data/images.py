@@ -131,7 +131,7 @@ def pixels(rows: Sequence[Row], key: str, column: str, processor: Any) -> Iterat
 
 
 def decode_each(rows: Sequence[Row], key: str, column: str, begin: int = 0) -> Iterator[NDArray[np.uint8]]:
-    """(h, w, 3) of each row, of which so many are before. InputError with the place of the first that cannot be read."""
+    """(h, w, 3) of each row, so many being before them. InputError with the place of the first that cannot be read."""
     for number, (row, value) in enumerate(zip(rows, images(rows, key, column), strict=True), begin + 1):
         try:
             yield decoded(value)

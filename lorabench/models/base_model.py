@@ -399,6 +399,8 @@ def save_peft(model: nn.Module, folder: Path) -> None:
     finally:
         del model.create_or_update_model_card
     sort_config(folder)
+    if denoisers.is_denoiser(model):
+        denoisers.save_for_pipelines(model, folder)
 
 
 def _no_card(_folder: str) -> None:

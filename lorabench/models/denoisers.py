@@ -33,7 +33,8 @@ CONDITIONS = ("class_labels", "encoder_hidden_states", "text_embeds", "time_ids"
 """The keys of a batch that say what is to be seen: a class (n,), or texts (n, t, d) and (n, d)."""
 FLUX_GUIDANCE = 3.5
 """What a Flux that has guidance as an input is told in training, as in diffusers' own example."""
-QUANTIZED = {"int8": "Linear8bitLt", "nf4": "Linear4bit"}
+PIPELINE_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers calls a LoRA's file."""
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -69,7 +70,8 @@ def pipeline_index(folder: Path, source: str) -> dict[str, Any]:
         found = json.loads((folder / INDEX).read_text())
     except (OSError, ValueError) as error:
         raise InputError(f'model = "{show_path(source)}": {INDEX} cannot be read: {clip(error)}') from None
-    if not isinstance(found, dict) or not any(found.get(part) for part in PARTS):
+    found = {key: value for key, value in found.items() if value != [None, None]} if isinstance(found, dict) else {}
+    if not any(found.get(part) for part in PARTS):
         raise InputError(f'model = "{show_path(source)}": {INDEX} names no denoiser: none of {", ".join(PARTS)}')
     return found
 
@@ -153,6 +155,20 @@ def is_denoiser(model: Any) -> bool:
     return any(cls.__module__.startswith("diffusers.") for cls in type(base).__mro__)
 
 
+def save_for_pipelines(model: Any, folder: Path) -> None:
+    """Beside a saved LoRA, write it once more as `pipeline.load_lora_weights` of diffusers reads it."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if config["peft_type"] != "LORA":
+        return  # diffusers' pipelines load no other
+    part = "unet" if type(model.get_base_model()).__name__.startswith("UNet") else "transformer"
+    tensors = {f"{part}.{name.removeprefix('base_model.model.')}": tensor
+               for name, tensor in load_file(folder / "adapter_model.safetensors").items()}  # fmt: skip
+    about = {f"{part}.{key}": value for key, value in sorted(config.items())}
+    save_file(tensors, folder / PIPELINE_FILE, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(about)})
+
+
 def predict(model: Any, sample: Tensor, timestep: Tensor, conditions: dict[str, Tensor], **options: Any) -> Tensor:
     """What the denoiser makes of noisy latents (n, c, h, w): noise, velocity or whatever its scheduler trains it for.
 
@@ -162,11 +178,10 @@ def predict(model: Any, sample: Tensor, timestep: Tensor, conditions: dict[str, 
     kind = type(base).__name__
     if kind == "FluxTransformer2DModel":
         return _of_flux(partial(model, **options), base, sample, timestep, conditions)
-    found: Tensor
     if kind == "UNet2DConditionModel":
-        added = {key: conditions[key] for key in ("text_embeds", "time_ids") if key in conditions}
-        own = {"added_cond_kwargs": added} if added else {}
-        found = model(
+        added = {key: value for key, value in conditions.items() if key in ("text_embeds", "time_ids")}
+        own: dict[str, Any] = {"added_cond_kwargs": added} if added else {}
+        found: Tensor = model(
             sample, timestep, encoder_hidden_states=conditions["encoder_hidden_states"], **own, **options
         ).sample
     elif "encoder_hidden_states" in conditions:  # SD3
@@ -204,7 +219,7 @@ TEXT_TOKENS = {"UNet2DConditionModel": 77, "SD3Transformer2DModel": 333, "FluxTr
 
 
 def some_conditions(model: Any, n: int, device: torch.device) -> dict[str, Tensor]:
-    """Zeros of the shapes that a denoiser takes beside latents, for counting what it computes, and for trying it out."""
+    """Zeros of the shapes that a denoiser takes beside latents, to count what it computes, and to try it out."""
     import torch
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,9 +113,9 @@ class Encoder:
     ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32] | None]]:
         """Of each row (c, h, w) as the denoiser is given it, and its deviation where an autoencoder gives one."""
         for full in decode_each(rows, key, column, begin):
-            yield self._latent(self._fitted(full))
+            yield self._latent(self.fitted(full))
 
-    def _fitted(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def fitted(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(h, w, 3) scaled until the shorter side fits, and cut in the middle, as diffusers' examples do it."""
         height, width = self.pixels
         if image.shape[:2] != (height, width):
@@ -168,14 +168,20 @@ class Encoder:
 
     def conditions(self, said: list[str], key: str, rows: Sequence[Row], begin: int) -> list[Conditions]:
         """What the denoiser is told of each; InputError with the row of a class that it does not know."""
+        made: dict[str, Conditions] = {}
+        for number, (each, row) in enumerate(zip(said, rows, strict=True), begin + 1):
+            if each not in made:
+                made[each] = self.condition(each, f"{key}: {place(row, number)}")
+        return [made[each] for each in said]
+
+    def condition(self, said: str, where: str) -> Conditions:
+        """The same of one, which stands at `where`."""
         if not self.has_texts:
-            return [self._of_class(each, f"{key}: {place(row, begin + number)}") for number, (each, row) in
-                    enumerate(zip(said, rows, strict=True), 1)]  # fmt: skip
+            return self._of_class(said, where)
         if self.kind not in TEXTS:
             known = ", ".join(TEXTS)
             raise InputError(f'model = "{show_path(self.source)}": {self.kind} has texts, and is none of {known}')
-        made = {text: self._of_text(text) for text in dict.fromkeys(said)}
-        return [made[text] for text in said]
+        return self._of_text(said)
 
     def _of_class(self, said: str, where: str) -> Conditions:
         number = self.config.get("num_class_embeds")
@@ -237,8 +243,8 @@ class Encoder:
         import diffusers
         import torch
 
-        absent: dict[str, Any] = {part: None for part in (*denoisers.PARTS, "vae", "safety_checker", "feature_extractor",
-                                                          "image_encoder") if part in self.index}  # fmt: skip
+        unused = (*denoisers.PARTS, "vae", "safety_checker", "feature_extractor", "image_encoder")
+        absent: dict[str, Any] = {part: None for part in unused if part in self.index}
         found = getattr(diffusers, self.kind).from_pretrained(self.folder, local_files_only=True, **absent)
         return found.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -257,12 +263,16 @@ def scheduler(folder: Path, source: str) -> Any:
         raise InputError(f'model = "{show_path(source)}": its scheduler does not load: {clip(error)}') from None
 
 
-def kept(content: bytes, make: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+Held = TypeVar("Held", bound=np.generic)
+
+
+def kept(content: bytes, make: Callable[[], NDArray[Held]]) -> NDArray[Held]:
     """What `make` gives, from the disk where it was made before of the same content."""
     name = hashlib.sha256(content).hexdigest()
     file = cache_folder() / "latents" / name[:2] / f"{name}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
-        return np.asarray(np.load(file, allow_pickle=False), np.float32)
+        found: NDArray[Held] = np.load(file, allow_pickle=False)
+        return found
     made = make()
     with contextlib.suppress(OSError):  # what is kept for others is no reason to fail
         file.parent.mkdir(parents=True, exist_ok=True)

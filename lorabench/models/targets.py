@@ -106,7 +106,7 @@ def stacked_matrices(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """The modules on top of the base model: the language-model head, or the classifier and pooler; a denoiser has none."""
+    """The modules on top of the base model: a language model's head, a classifier and pooler; a denoiser has none."""
     if is_denoiser(model):
         return []
     body = _body(model)

@@ -30,7 +30,7 @@ class Pictures:
     encoder: str = "builtin:tiny-vit"
     """A vision model, by whose features images are compared: `facebook/dinov2-base` and its kin."""
     classifier: str | None = None
-    """An image classifier that tells what class a picture is of, where prompts are classes' numbers (None: none does)."""
+    """An image classifier that tells of what class a picture is, prompts being classes' numbers (None: none does)."""
 
     def __post_init__(self) -> None:
         problems = [*self._problems()]

@@ -126,7 +126,25 @@ class Denoising(Task):
         return Encoder.of(model, revision, self.resolution)
 
     def checks_with(self, model: str, revision: str | None) -> Encoder:
-        return dataclasses.replace(self.reads_with(model, revision), is_rehearsal=True)
+        encoder = dataclasses.replace(self.reads_with(model, revision), is_rehearsal=True)
+        if self.pictures is not None:
+            self._check_pictures(self.pictures, encoder)
+        return encoder
+
+    def _check_pictures(self, pictures: Pictures, encoder: Encoder) -> None:
+        """InputError where the denoiser does not take a prompt, or a model that looks at pictures is not there."""
+        from lorabench.models.base_model import resolve
+
+        for key in ("prompts", "unrelated"):
+            for prompt in getattr(pictures, key):
+                encoder.condition(prompt, f"task.pictures.{key} = {show(prompt)}")
+        for key in ("encoder", "classifier"):
+            try:
+                resolve(getattr(pictures, key) or pictures.encoder)
+            except InputError as error:
+                raise InputError(
+                    [text.replace("model", f"task.pictures.{key}", 1) for text in error.problems]
+                ) from None
 
     def lengths(self, example: Example) -> tuple[int, ...]:
         return tuple(example["pixel_values"].shape)
