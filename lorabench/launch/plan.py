@@ -265,8 +265,8 @@ def _depth(config: Any) -> int:
 def _width(config: Any) -> int:
     """Of a model whose stages widen, the last one's."""
     if isinstance(config, dict):
-        heads = config.get("num_attention_heads", 1) * config.get("attention_head_dim", 1)
-        return int(config["block_out_channels"][-1] if "block_out_channels" in config else heads)
+        channels = config.get("block_out_channels")
+        return int(channels[-1] if channels else config["num_attention_heads"] * config["attention_head_dim"])
     return int(getattr(config, "hidden_size", None) or config.hidden_sizes[-1])
 
 

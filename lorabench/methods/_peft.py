@@ -214,7 +214,7 @@ class SoftPrompt(PeftMethod):
         if spec.task.unit == "images":
             yield (
                 f'method.name = "{self.name}": puts trained vectors in front of tokens, and task {spec.task.name} '
-                "reads images: a ViT takes no vectors beside them, and no keys and values; use lora, adapter, head …"
+                "reads images: a ViT or a denoiser takes no vectors beside them, nor keys and values; use lora, full …"
             )
 
     def prepare(self, model: nn.Module) -> None:
@@ -261,7 +261,7 @@ def head_updates(model: Any) -> Iterator[Update]:
 def _name_base(config: Any, model: str) -> None:
     """Call the base what the spec calls it: where this machine keeps it is nobody else's concern."""
     for key in ("base_model_name_or_path", "tokenizer_name_or_path"):
-        if getattr(config, key, None) == models.resolve(model):
+        if hasattr(config, key) and getattr(config, key) in (models.resolve(model), None):
             setattr(config, key, model)
 
 

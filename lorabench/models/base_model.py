@@ -123,13 +123,18 @@ def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any], exac
     for module in model.modules():
         if hasattr(module, "config"):
             module.config.use_cache = False  # a T5's encoder and decoder have copies of their own
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes 0.50 repacks 4-bit weights at the first evaluation, rounding their scales to bfloat16;
-            # training on afterwards reads the repacked bytes as if they were not, and learns from noise.
-            module.support_avx512bf16_for_cpu = False
+    _never_repack(model)
     if spec.task.unit == "tokens":
         model.config.pad_token_id = padding(spec, model)  # a classifier looks for it
     return model
+
+
+def _never_repack(model: nn.Module) -> None:
+    """bitsandbytes 0.50 repacks 4-bit weights at the first evaluation, rounding their scales to bfloat16; training on
+    afterwards reads the repacked bytes as if they were not, and learns from noise."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def denoises(spec: RunSpec) -> bool:
@@ -143,6 +148,7 @@ def _load_denoiser(spec: RunSpec, device: torch.device, dtype: torch.dtype, exac
     model.drawn = {}
     if spec.quantization != "none" and not exact:
         denoisers.quantize(model, spec.quantization, dtype)
+        _never_repack(model)
     return model.to(device)
 
 
@@ -435,6 +441,9 @@ def _quantization(spec: RunSpec, options: dict[str, Any]) -> Any:
 def _pretrained(source: str, revision: str | None, load: Any, **arguments: Any) -> Any:
     path = resolve(source)
     local = Path(path).is_dir()
+    if local and denoisers.is_pipeline(Path(path)):
+        what = 'is a pipeline of diffusers, whose denoiser task.name = "denoising" trains'
+        raise InputError(f'model = "{show_path(source)}": {what}')
     place = {"local_files_only": local or _offline(), "revision": None if local else revision}
     try:
         return load(path, **place, **arguments)

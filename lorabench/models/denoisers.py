@@ -165,8 +165,9 @@ def save_for_pipelines(model: Any, folder: Path) -> None:
     part = "unet" if type(model.get_base_model()).__name__.startswith("UNet") else "transformer"
     tensors = {f"{part}.{name.removeprefix('base_model.model.')}": tensor
                for name, tensor in load_file(folder / "adapter_model.safetensors").items()}  # fmt: skip
+    # One key: safetensors writes several in an order of its own, and equal adapters should be equal files.
     about = {f"{part}.{key}": value for key, value in sorted(config.items())}
-    save_file(tensors, folder / PIPELINE_FILE, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(about)})
+    save_file(tensors, folder / PIPELINE_FILE, metadata={"lora_adapter_metadata": json.dumps(about)})
 
 
 def predict(model: Any, sample: Tensor, timestep: Tensor, conditions: dict[str, Tensor], **options: Any) -> Tensor:

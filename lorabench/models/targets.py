@@ -24,6 +24,8 @@ _FEED_FORWARD = re.compile(
     r"mlp|ffn|feed_?forward|convnext(v2)?layer$|expert|dense_?(relu|act|gated)|moe(block|layer)?$", re.IGNORECASE
 )
 """In the name or the class of a module around a matrix; of a ConvNeXt the block is the feed-forward."""
+_NEITHER = ("Transformer2DModel",)
+"""What is called an attention by diffusers, and is several blocks with matrices around them."""
 KINDS = {
     "query": r"to_q|add_q_proj|q_proj|query|q_lin|wq|query_proj|q|q_a_proj|q_b_proj",
     "key": r"to_k|add_k_proj|k_proj|key|k_lin|wk|key_proj|k",
@@ -223,6 +225,8 @@ def parts(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         around = name
         found[name] = ""
         while not found[name] and len(around := around.rpartition(".")[0]) > len(block or ""):
+            if type(modules[around]).__name__ in _NEITHER:
+                break
             if _is_in(_ATTENTION, _leaf(around), modules[around]):
                 found[name] = "attention"
             elif _is_in(_FEED_FORWARD, _leaf(around), modules[around]):
