@@ -118,7 +118,8 @@ def loss(model: UNet2DModel, split: str, name: str = "digits-16") -> float:
 def drawn(model: UNet2DModel, labels: Tensor, guidance: float, steps: int = DRAWN_STEPS) -> Tensor:
     """(n, 1, 16, 16) from -1 to 1, by DDIM from the same noise at every call.
 
-    With classifier-free guidance w the noise is told as ε(∅) + w (ε(class) − ε(∅)): 1 is the class alone.
+    With classifier-free guidance w the noise is told as ε(∅) + w (ε(class) − ε(∅)): 1 is the class alone. Where the clean
+    picture which that says is clipped to -1 to 1, the noise is what the clipped one says: else guidance breaks strokes.
     """
     model.eval()
     sampler = scheduler()
@@ -130,7 +131,7 @@ def drawn(model: UNet2DModel, labels: Tensor, guidance: float, steps: int = DRAW
         if guidance != 1:
             without = model(picture, timestep, class_labels=nothing).sample
             noise = without + guidance * (noise - without)
-        picture = sampler.step(noise, int(timestep), picture).prev_sample
+        picture = sampler.step(noise, int(timestep), picture, use_clipped_model_output=True).prev_sample
     return picture.clamp(-1, 1)
 
 
