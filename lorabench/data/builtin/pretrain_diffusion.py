@@ -118,8 +118,8 @@ def loss(model: UNet2DModel, split: str, name: str = "digits-16") -> float:
 def drawn(model: UNet2DModel, labels: Tensor, guidance: float, steps: int = DRAWN_STEPS) -> Tensor:
     """(n, 1, 16, 16) from -1 to 1, by DDIM from the same noise at every call.
 
-    With classifier-free guidance w the noise is told as ε(∅) + w (ε(class) − ε(∅)): 1 is the class alone. Where the clean
-    picture which that says is clipped to -1 to 1, the noise is what the clipped one says: else guidance breaks strokes.
+    With classifier-free guidance w the noise is told as ε(∅) + w (ε(class) − ε(∅)): 1 is the class alone. Where the
+    clean picture that it leaves is clipped to -1 to 1, the noise is told anew from it: else guidance breaks strokes.
     """
     model.eval()
     sampler = scheduler()
