@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import diffusers
 import torch
@@ -61,8 +62,11 @@ def new_model() -> UNet2DModel:
     )
 
 
-def scheduler() -> DDIMScheduler:
-    """The linear betas of DDPM, 1,000 steps; what is drawn in few begins at the last."""
+def scheduler() -> Any:
+    """A DDIMScheduler, typed as anything because its own types refuse a tensor of timesteps.
+
+    The linear betas of DDPM, 1,000 steps; what is drawn in few begins at the last.
+    """
     return DDIMScheduler(timestep_spacing="trailing")
 
 
