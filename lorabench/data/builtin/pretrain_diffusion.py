@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import diffusers
 import torch
@@ -61,8 +62,11 @@ def new_model() -> UNet2DModel:
     )
 
 
-def scheduler() -> DDIMScheduler:
-    """The linear betas of DDPM, 1,000 steps; what is drawn in few begins at the last."""
+def scheduler() -> Any:
+    """A DDIMScheduler, typed as anything because its own types refuse a tensor of timesteps.
+
+    The linear betas of DDPM, 1,000 steps; what is drawn in few begins at the last.
+    """
     return DDIMScheduler(timestep_spacing="trailing")
 
 
@@ -118,7 +122,8 @@ def loss(model: UNet2DModel, split: str, name: str = "digits-16") -> float:
 def drawn(model: UNet2DModel, labels: Tensor, guidance: float, steps: int = DRAWN_STEPS) -> Tensor:
     """(n, 1, 16, 16) from -1 to 1, by DDIM from the same noise at every call.
 
-    With classifier-free guidance w the noise is told as ε(∅) + w (ε(class) − ε(∅)): 1 is the class alone.
+    With classifier-free guidance w the noise is told as ε(∅) + w (ε(class) − ε(∅)): 1 is the class alone. Where the
+    clean picture that it leaves is clipped to -1 to 1, the noise is told anew from it: else guidance breaks strokes.
     """
     model.eval()
     sampler = scheduler()
@@ -130,7 +135,7 @@ def drawn(model: UNet2DModel, labels: Tensor, guidance: float, steps: int = DRAW
         if guidance != 1:
             without = model(picture, timestep, class_labels=nothing).sample
             noise = without + guidance * (noise - without)
-        picture = sampler.step(noise, int(timestep), picture).prev_sample
+        picture = sampler.step(noise, int(timestep), picture, use_clipped_model_output=True).prev_sample
     return picture.clamp(-1, 1)
 
 
