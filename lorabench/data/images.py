@@ -149,7 +149,7 @@ def processed(full: Sequence[NDArray[np.uint8]], processor: Any) -> list[Pixels]
     """Images (h, w, 3) as the processor makes them: cut and resized as bytes, where it can leave them so."""
     scale, shift = _affine(processor)
     if scale is not None:
-        if _target(processor) == {each.shape[:2] for each in full}:
+        if target_sizes(processor) == {each.shape[:2] for each in full}:
             found: Iterable[NDArray[Any]] = [each.transpose(2, 0, 1) for each in full]
         else:
             made = processor([*full], do_rescale=False, do_normalize=False, input_data_format="channels_last")
@@ -175,7 +175,7 @@ def _affine(processor: Any) -> tuple[NDArray[np.float32] | None, NDArray[np.floa
     return scale.astype(np.float32)[:, None, None], shift.astype(np.float32)[:, None, None]
 
 
-def _target(processor: Any) -> set[tuple[int, int]]:
+def target_sizes(processor: Any) -> set[tuple[int, int]]:
     """The one (height, width) that a processor only resizes to, and leaves as it is; empty of others."""
     size = getattr(processor, "size", None) or {}
     plain = getattr(processor, "do_resize", False) and not getattr(processor, "do_center_crop", False)

@@ -34,7 +34,7 @@ KINDS = {
 }
 """What the attention's layers are called."""
 DOWN = (
-    r"(down_proj|mlp\.c_proj|fc2|fc_out|lin2|w2|DenseReluDense\.wo|(?<!attention\.)output\.dense|mlp\.Wo|"
+    r"(down_proj|ff(_context)?\.net\.2|mlp\.c_proj|fc2|fc_out|lin2|w2|DenseReluDense\.wo|(?<!attention\.)output\.dense|mlp\.Wo|"
     r"dense_4h_to_h|ffn_output)$"
 )
 """The feed-forward's last matrix: the places of IA3 together with keys and values."""

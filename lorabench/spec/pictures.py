@@ -29,6 +29,8 @@ class Pictures:
     """Of the noise that the first picture begins with; the next has the next one."""
     encoder: str = "builtin:tiny-vit"
     """A vision model, by whose features images are compared: `facebook/dinov2-base` and its kin."""
+    encoder_block: Annotated[int, Ge(1)] | None = None
+    """Features are all patches behind this block, end to end (None: the class token behind the last one)."""
     classifier: str | None = None
     """An image classifier that tells of what class a picture is, prompts being classes' numbers (None: none does)."""
 

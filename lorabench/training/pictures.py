@@ -7,14 +7,15 @@
     picture_drift_null    the same of two pictures that the base draws of one such prompt from different noise
     picture_accuracy      share of pictures that a classifier tells right
 
-Features are a vision encoder's class token behind its last norm. PEFT's own comparison of image generation has the
-similarity so, by DINOv2, and the drift as 1 - cos, of adapters alone.
+Features are a vision encoder's class token behind its last norm, or all patches behind one of its blocks. PEFT's own
+comparison of image generation has the similarity so, by DINOv2, and the drift as 1 - cos, of adapters alone.
 
 Shapes: n pictures, (h, w, 3) each, from 0 to 255.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lorabench.config.decode import encode
-from lorabench.data.images import decode_each, processed
+from lorabench.config.decode import InputError, encode
+from lorabench.data.images import decode_each, processed, target_sizes
 from lorabench.models import base_model, denoisers
 from lorabench.models.latents import Encoder, kept, scheduler
 from lorabench.spec.pictures import Pictures
@@ -38,6 +39,7 @@ from lorabench.training.passes import autocast, base_of
 from lorabench.training.state import Training
 
 AT_A_TIME = 16
+CLIPPED = "use_clipped_model_output"
 MOST_IMAGES = 256
 """Of a split, whose features are looked at."""
 MOST_PROMPTS = 16
@@ -93,7 +95,7 @@ def _measured(training: Training, check: Callable[[], None]) -> tuple[dict[str, 
     ).encode()  # fmt: skip
     base = kept(content, lambda: artist.draw(base_beside(training).eval(), asked))
     fitted = lambda rows: np.stack([encoder.fitted(full) for full in decode_each(rows, "task.image", task.image)])  # noqa: E731
-    eye = _Features(pictures.encoder, training.meter.device)
+    eye = _Features(pictures.encoder, pictures.encoder_block, training.meter.device)
     of_held, of_train, of_own, of_base = map(eye.of, (fitted(held), fitted(known), own, base))
     trained = [place for place, each in enumerate(asked) if each.prompt not in pictures.unrelated]
     prompts = [each.prompt for each in asked]
@@ -103,7 +105,7 @@ def _measured(training: Training, check: Callable[[], None]) -> tuple[dict[str, 
         "train_similarity": similarity(of_train, task.said(known), of_held, said),
     }
     notes = {"pictures": f"{len(asked)} by {pictures.steps} steps of {type(artist.scheduler).__name__}, guidance "
-                         f"{pictures.guidance:g}; features of {pictures.encoder}"}  # fmt: skip
+                         f"{pictures.guidance:g}; features of {pictures.encoder}{_behind(pictures)}"}  # fmt: skip
     if pictures.unrelated:
         apart = [place for place in range(len(asked)) if place not in trained]
         like["picture_drift"] = float(drift(of_base[apart], of_own[apart]).mean())
@@ -113,6 +115,10 @@ def _measured(training: Training, check: Callable[[], None]) -> tuple[dict[str, 
         like |= _told(pictures.classifier, prompts, {"picture_accuracy": own, "base_picture_accuracy": base}, training)
     sheet = Sheet(prompts=tuple(prompts), unrelated=pictures.unrelated, base=base, tuned=own)
     return like, notes, sheet
+
+
+def _behind(pictures: Pictures) -> str:
+    return "" if pictures.encoder_block is None else f", patches behind block {pictures.encoder_block}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +161,8 @@ class Artist:
 
         def draw(asked: Sequence[Wanted]) -> NDArray[Any]:
             sampler, sample = self.scheduler, self._noise(asked).to(self.device)
+            # Of DDIM: else what is cut off of the image stays in the noise that the next step begins with.
+            clipped = {key: True for key in inspect.signature(sampler.step).parameters if key == CLIPPED}
             sampler.set_timesteps(self.pictures.steps)
             sample, guidance = sample * sampler.init_noise_sigma, self.pictures.guidance if number else 1.0
             labels = torch.tensor([int(each.prompt) for each in asked], device=self.device) if number else None
@@ -166,7 +174,7 @@ class Artist:
                     nothing = {"class_labels": torch.full_like(labels, number - 1)}
                     without = denoisers.predict(model, given, t.expand(len(given)).to(self.device), nothing).float()
                     found = without + guidance * (found - without)
-                sample = sampler.step(found[:, : sample.shape[1]], t, sample).prev_sample
+                sample = sampler.step(found[:, : sample.shape[1]], t, sample, **clipped).prev_sample
             return ((sample + 1) / 2).permute(0, 2, 3, 1).float().cpu().numpy()
 
         return draw
@@ -196,24 +204,34 @@ class Artist:
 class _Features:
     """Of images, by a vision encoder: unit vectors."""
 
-    def __init__(self, source: str, device: torch.device):
+    def __init__(self, source: str, block: int | None, device: torch.device):
         from transformers import AutoModel
 
         self.processor = base_model.load_image_processor(source)
-        self.model = AutoModel.from_pretrained(base_model.resolve(source)).to(device).eval()
+        self.model = AutoModel.from_pretrained(base_model.resolve(source)).float().to(device).eval()
+        self.block, depth = block, self.model.config.num_hidden_layers
+        if block is not None and block > depth:
+            raise InputError(f"task.pictures.encoder_block = {block}: {source} has {depth}")
 
     @torch.no_grad()
     def of(self, images: Images) -> NDArray[np.float64]:
         found = []
         for begin in range(0, len(images), AT_A_TIME):
             seen = _seen(images[begin : begin + AT_A_TIME], self.processor).to(self.model.device)
-            found.append(self.model(pixel_values=seen).last_hidden_state[:, 0].double().cpu().numpy())
+            out = self.model(pixel_values=seen, output_hidden_states=True)
+            features = out.last_hidden_state[:, 0] if self.block is None else out.hidden_states[self.block][:, 1:]
+            found.append(features.flatten(1).double().cpu().numpy())
         vectors = np.concatenate(found)
         unit: NDArray[np.float64] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return unit
 
 
 def _seen(images: Images, processor: Any) -> torch.Tensor:
+    """As the processor makes them; where its size goes into theirs, of the means of so many pixels."""
+    n, height, width, _ = images.shape
+    for high, wide in target_sizes(processor):
+        if height % high == width % wide == 0:
+            images = images.reshape(n, high, height // high, wide, width // wide, 3).mean((2, 4)).round().astype(np.uint8)
     return torch.from_numpy(np.stack([each.seen() for each in processed([*images], processor)]))
 
 
