@@ -161,8 +161,8 @@ class Tuner(PeftMethod):
     """Quantizations on which PEFT's implementation fails."""
 
     targets: str = "all-linear"
-    """`query`, `query-value`, `attention`, `mlp`, `key-value-down`, `all-linear`, `convolutions`, or a regular
-    expression on names."""
+    """`query`, `query-value`, `attention`, `mlp`, `key-value-down`, `all-linear`, `convolutions`, `all-layers` (the
+    last two together), or a regular expression on names."""
     layers: str | None = None
     """Only these blocks, from 0: `"0-3,11"` (None: all)."""
 

@@ -46,8 +46,9 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "key-value-down": ("key", "value", "fused", "down"),
     "all-linear": ("",),
     "convolutions": ("convolution",),
+    "all-layers": ("", "convolution"),
 }
-"""What each takes: kinds of layers, a part of the blocks, or all there is; of convolutions none but the last."""
+"""What each takes: kinds of layers, a part of the blocks, or all there is; of convolutions none but the last two."""
 _UNFIT = {
     "dt_proj": ("mamba", "falcon_mamba", "jamba"),
     "out_proj": ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2"),
@@ -56,7 +57,7 @@ _UNFIT = {
 put on such a layer is not computed there. PEFT refuses `out_proj` of some of them."""
 
 
-CONVOLUTIONS = "convolutions"
+CONVOLUTIONS, ALL_LAYERS = "convolutions", "all-layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +171,8 @@ def find(model: nn.Module, targets: str, layers: str | None = None) -> Targets:
     names = [*linear, *map(_plain, stacked)]
     if targets == CONVOLUTIONS:
         found = convolved
+    elif targets == ALL_LAYERS:
+        found = [*_preset(model, "all-linear", names), *convolved]
     else:
         found = _preset(model, targets, names) if targets in PRESETS else _expression(targets, [*names, *convolved])
     if not found:

@@ -130,7 +130,7 @@ def _cells(
     together."""
     axes: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
     for key, value in flat.items():
-        if isinstance(value, list) and not value:
+        if isinstance(value, list) and not value and not key.endswith(LISTS):
             problems.append(f"{where}{key} = []: an axis needs at least one value")
             return
     often = {key for key in flat if sum(key in group for group in groups) > 1}

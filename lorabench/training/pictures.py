@@ -231,7 +231,9 @@ def _seen(images: Images, processor: Any) -> torch.Tensor:
     n, height, width, _ = images.shape
     for high, wide in target_sizes(processor):
         if height % high == width % wide == 0:
-            images = images.reshape(n, high, height // high, wide, width // wide, 3).mean((2, 4)).round().astype(np.uint8)
+            images = (
+                images.reshape(n, high, height // high, wide, width // wide, 3).mean((2, 4)).round().astype(np.uint8)
+            )
     return torch.from_numpy(np.stack([each.seen() for each in processed([*images], processor)]))
 
 
