@@ -49,26 +49,26 @@ class Pictures(Figure):
         sheets = {label: sheet for label, sheet in sheets.items() if sheet.prompts == first.prompts}
         shown = self._shown(first.prompts)
         rows = {BASE: first.base} | {label: sheet.tuned for label, sheet in sheets.items()}
-        with drawing.facets([""], self.width or "page", height=1.0, theme="white") as grid:
+        size, gap = first.base.shape[1:3], max(1, first.base.shape[2] // 12)
+        apart = sum(first.prompts[place] not in first.unrelated for place in shown)
+        wide, high = size[1] + gap, size[0] + gap
+        canvas = np.full((high * len(rows) - gap, wide * len(shown) + 3 * gap, 3), 255, np.uint8)
+        left = [wide * column + (3 * gap if column >= apart else 0) for column in range(len(shown))]
+        for row, images in enumerate(rows.values()):
+            for x, place in zip(left, shown, strict=True):
+                canvas[row * high : row * high + size[0], x : x + size[1]] = images[place]
+        inches = drawing.COLUMN_INCHES if self.width == "column" else drawing.PAGE_INCHES
+        height = min(9.0, 0.75 + 0.78 * inches * canvas.shape[0] / canvas.shape[1])
+        with drawing.facets([""], self.width or "page", height=height, theme="white") as grid:
             axes, figure = grid.axes.flat[0], grid.figure
-            size, gap = first.base.shape[1:3], max(1, first.base.shape[2] // 12)
-            apart = sum(first.prompts[place] not in first.unrelated for place in shown)
-            wide, high = size[1] + gap, size[0] + gap
-            canvas = np.full((high * len(rows) - gap, wide * len(shown) + 3 * gap, 3), 255, np.uint8)
-            left = [wide * column + (3 * gap if column >= apart else 0) for column in range(len(shown))]
-            for row, images in enumerate(rows.values()):
-                for x, place in zip(left, shown, strict=True):
-                    canvas[row * high : row * high + size[0], x : x + size[1]] = images[place]
             axes.imshow(canvas, interpolation="nearest")
             axes.set_yticks([row * high + size[0] / 2 for row in range(len(rows))], rows)
             words = [drawing.wrapped(first.prompts[place], 14) for place in shown]
             axes.set_xticks([x + size[1] / 2 for x in left], words, rotation=0 if max(map(len, words)) < 8 else 90)
             axes.tick_params(length=0, labeltop=True, labelbottom=False)
             axes.spines[:].set_visible(False)
-            if 0 < apart < len(shown):
-                axes.set_xlabel(f"Prompts: {apart} of what was trained, then {len(shown) - apart} of what was not")
-            width = drawing.inches(figure)[0]
-            figure.set_size_inches(width, min(9.0, 0.75 + 0.78 * width * canvas.shape[0] / canvas.shape[1]))
+            trained = f"{len({*first.prompts} - {*first.unrelated})} of what was trained"
+            grid.set_axis_labels(f"Prompts: {trained}, then {len({*first.unrelated})} of what was not", "Setting")
         return figure
 
     def _shown(self, prompts: tuple[str, ...]) -> list[int]:
