@@ -15,7 +15,7 @@ MINUTES ?= 60
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile -c constraints.txt
 # On every core; pip would compile on one alone. Left out is what is mostly never imported, half of it all.
-SELDOM := tests?|testing|models|onnx|_inductor|chardet|databricks|debugpy|fastapi|grpc|lm_eval|mlflow|mypyc?|networkx|nltk|opentelemetry|pip|pygments|setuptools|sklearn|torchgen|trl|wandb|wcwidth
+SELDOM := tests?|testing|models|onnx|pipelines|modular_pipelines|_inductor|chardet|databricks|debugpy|fastapi|grpc|lm_eval|mlflow|mypyc?|networkx|nltk|opentelemetry|pip|pygments|setuptools|sklearn|torchgen|trl|wandb|wcwidth
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/($(SELDOM))/' $(VENV)/lib || true
 
 .PHONY: help demo paper test suite lint bench campaign clean

@@ -128,7 +128,7 @@ def _guessed(copied, shape) -> int:
 
 def _counted_once(count, copied, shape) -> int:
     layers = tuple((name, str(p.dtype), tuple(p.shape), p.requires_grad) for name, p in copied.named_parameters())
-    key = (shape, str(copied), layers, copied.config.to_json_string(), copied.training)
+    key = (shape, str(copied), layers, str(copied.config), copied.training)
     if key not in _COUNTED:
         _COUNTED[key] = count(copied, shape)
     return _COUNTED[key]

@@ -30,6 +30,7 @@ from lorabench.report.results import Results, load_results, selected, with_analy
 from lorabench.spec.analysis import Analysis
 from lorabench.spec.run_spec import RunSpec, flatten
 from lorabench.spec.sweep import Sweep, parse_sweep
+from lorabench.store.pictures import Sheet, write_sheet
 from lorabench.store.record import STEPS_FILE, RunRecord, Status
 from lorabench.store.steps import write_steps
 from lorabench.store.store import Store
@@ -429,3 +430,16 @@ def shared() -> Results:
         if not is_made:
             file.write_bytes(pickle.dumps(make(folder / "store")))
         return pickle.loads(file.read_bytes())
+
+
+@cache
+def pictured() -> Results:
+    """The shared results, of runs that have drawn: prompts of one shade each, twice, the tuned model's ten lighter."""
+    results = shared()
+    shades = np.repeat(np.arange(40, 200, 40, dtype=np.uint8), 2)
+    base = np.broadcast_to(shades[:, None, None, None], (8, 6, 5, 3)).copy()
+    prompts = tuple(name for name in ("a dog", "a dog at sea", "a cat", "a house") for _ in range(2))
+    sheet = Sheet(prompts=prompts, unrelated=prompts[4:], base=base, tuned=base + 10)
+    folder = Path(tempfile.mkdtemp())
+    write_sheet(folder / "pictures.png", sheet)
+    return dataclasses.replace(results, drawn=dict.fromkeys(results.runs.index, folder / "pictures.png"))

@@ -32,6 +32,12 @@ def write_bytes(file: Path, content: bytes) -> None:
     sync(file.parent)
 
 
+def cache_folder() -> Path:
+    """Where lorabench keeps what it knows of this machine: $LORABENCH_CACHE, else below the user's cache folder."""
+    own, user = os.environ.get("LORABENCH_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else Path(user or Path.home() / ".cache") / "lorabench"
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, each of which lasts through a crash."""
     if folder.is_dir():

@@ -117,12 +117,7 @@ def pixels(rows: Sequence[Row], key: str, column: str, processor: Any) -> Iterat
     store, shape = _Store(), None
     for begin in range(0, len(rows), CHUNK):
         some = rows[begin : begin + CHUNK]
-        full = []
-        for number, (row, value) in enumerate(zip(some, images(some, key, column), strict=True), begin + 1):
-            try:
-                full.append(decoded(value))
-            except ValueError as error:
-                raise InputError(f"{key} = {show(column)}: {_named(value, row, number)}: {error}") from None
+        full = [*decode_each(some, key, column, begin)]
         ready = processed(full, processor)
         for number, (row, each) in enumerate(zip(some, ready, strict=True), begin + 1):
             shape = shape or each.shape
@@ -135,6 +130,15 @@ def pixels(rows: Sequence[Row], key: str, column: str, processor: Any) -> Iterat
         )
 
 
+def decode_each(rows: Sequence[Row], key: str, column: str, begin: int = 0) -> Iterator[NDArray[np.uint8]]:
+    """(h, w, 3) of each row, so many being before them. InputError with the place of the first that cannot be read."""
+    for number, (row, value) in enumerate(zip(rows, images(rows, key, column), strict=True), begin + 1):
+        try:
+            yield decoded(value)
+        except ValueError as error:
+            raise InputError(f"{key} = {show(column)}: {_named(value, row, number)}: {error}") from None
+
+
 def _named(value: Any, row: Row, number: int) -> str:
     """Where an image stands, and its file where that is another."""
     where = place(row, number)
@@ -145,7 +149,7 @@ def processed(full: Sequence[NDArray[np.uint8]], processor: Any) -> list[Pixels]
     """Images (h, w, 3) as the processor makes them: cut and resized as bytes, where it can leave them so."""
     scale, shift = _affine(processor)
     if scale is not None:
-        if _target(processor) == {each.shape[:2] for each in full}:
+        if target_sizes(processor) == {each.shape[:2] for each in full}:
             found: Iterable[NDArray[Any]] = [each.transpose(2, 0, 1) for each in full]
         else:
             made = processor([*full], do_rescale=False, do_normalize=False, input_data_format="channels_last")
@@ -171,7 +175,7 @@ def _affine(processor: Any) -> tuple[NDArray[np.float32] | None, NDArray[np.floa
     return scale.astype(np.float32)[:, None, None], shift.astype(np.float32)[:, None, None]
 
 
-def _target(processor: Any) -> set[tuple[int, int]]:
+def target_sizes(processor: Any) -> set[tuple[int, int]]:
     """The one (height, width) that a processor only resizes to, and leaves as it is; empty of others."""
     size = getattr(processor, "size", None) or {}
     plain = getattr(processor, "do_resize", False) and not getattr(processor, "do_center_crop", False)

@@ -41,7 +41,7 @@ def unfit_base(spec: RunSpec, base: Any) -> str:
     """Why runs on this base are computed alone; empty where they need not be. Of a model without its method."""
     shares = [
         f"{name} = {value:g}"
-        for name, value in base.config.to_dict().items()
+        for name, value in (base.config.to_dict() if hasattr(base.config, "to_dict") else base.config).items()
         if any(word in name for word in DROPS) and isinstance(value, int | float) and value
     ]
     if shares:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorabench.config.decode import InputError, show
+from lorabench.models.denoisers import AUTO_CLASS
 from lorabench.spec.run_spec import RunSpec
 
 OWN = (
@@ -70,6 +71,8 @@ def unshared(spec: RunSpec) -> str:
         return f'optimizer.name = "{spec.optimizer.name}" does not step the factors of several runs at once'
     if any("labels" in task.sequences for task in spec.stages):
         return f'task.name = "{spec.task.name}" has a decoder'
+    if any(task.auto_class == AUTO_CLASS for task in spec.stages):
+        return f'task.name = "{spec.task.name}" trains a denoiser, whose runs are computed alone'
     return ""
 
 

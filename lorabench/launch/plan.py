@@ -247,7 +247,7 @@ def counted(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> Co
         layers=depth,
         width=width,
         inner=getattr(config, "intermediate_size", None) or 4 * width,
-        vocabulary=0 if "Classification" in spec.task.auto_class else config.vocab_size,
+        vocabulary=0 if spec.task.unit == "images" or "Classification" in spec.task.auto_class else config.vocab_size,
         step_flops=_step_flops(tuned, spec.method),
         profile=_profile(tuned),
     )
@@ -256,11 +256,17 @@ def counted(spec: RunSpec, base: torch.nn.Module, options: dict[str, Any]) -> Co
 def _depth(config: Any) -> int:
     """Blocks of a model, of all stages together where it has several."""
     depths = getattr(config, "depths", None)
+    if isinstance(config, dict):  # a denoiser's
+        whole, single = config.get("num_layers"), config.get("num_single_layers") or 0
+        return whole + single if whole else 2 * len(config["block_out_channels"]) * config["layers_per_block"] + 1
     return sum(depths) if depths else int(config.num_hidden_layers)
 
 
 def _width(config: Any) -> int:
     """Of a model whose stages widen, the last one's."""
+    if isinstance(config, dict):
+        channels = config.get("block_out_channels")
+        return int(channels[-1] if channels else config["num_attention_heads"] * config["attention_head_dim"])
     return int(getattr(config, "hidden_size", None) or config.hidden_sizes[-1])
 
 

@@ -161,8 +161,8 @@ class Tuner(PeftMethod):
     """Quantizations on which PEFT's implementation fails."""
 
     targets: str = "all-linear"
-    """`query`, `query-value`, `attention`, `mlp`, `key-value-down`, `all-linear`, `convolutions`, or a regular
-    expression on names."""
+    """`query`, `query-value`, `attention`, `mlp`, `key-value-down`, `all-linear`, `convolutions`, `all-layers` (the
+    last two together), or a regular expression on names."""
     layers: str | None = None
     """Only these blocks, from 0: `"0-3,11"` (None: all)."""
 
@@ -214,7 +214,7 @@ class SoftPrompt(PeftMethod):
         if spec.task.unit == "images":
             yield (
                 f'method.name = "{self.name}": puts trained vectors in front of tokens, and task {spec.task.name} '
-                "reads images: a ViT takes no vectors beside them, and no keys and values; use lora, adapter, head …"
+                "reads images: a ViT or a denoiser takes no vectors beside them, nor keys and values; use lora, full …"
             )
 
     def prepare(self, model: nn.Module) -> None:
@@ -268,7 +268,7 @@ def tuned_heads(model: Any) -> Iterator[tuple[str, nn.Module]]:
 def _name_base(config: Any, model: str) -> None:
     """Call the base what the spec calls it: where this machine keeps it is nobody else's concern."""
     for key in ("base_model_name_or_path", "tokenizer_name_or_path"):
-        if getattr(config, key, None) == models.resolve(model):
+        if hasattr(config, key) and getattr(config, key) in (models.resolve(model), None):
             setattr(config, key, model)
 
 

@@ -37,6 +37,7 @@ from lorabench.config.decode import InputError
 from lorabench.methods._own_file import OwnFile, new_head_updates
 from lorabench.models import targets
 from lorabench.models.base_model import new_heads
+from lorabench.models.denoisers import is_denoiser
 from lorabench.spec.method import LoadBase
 from lorabench.updates.update import Update
 
@@ -229,6 +230,9 @@ class Adapter(OwnFile):
                 yield from error.problems
 
     def attach(self, model: nn.Module, spec: RunSpec) -> nn.Module:
+        if is_denoiser(model):
+            what = f"places are known in transformers of text and images, and in no denoiser ({type(model).__name__})"
+            raise InputError(f'method.name = "{self.name}": its {what}; use lora, loha, lokr, oft, bitfit, full …')
         blocks = _find_blocks(model)
         choices = [name for name in PLACEMENTS if all(name in layout for layout in blocks.values())]
         if self.placement not in choices:

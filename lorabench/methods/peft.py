@@ -109,7 +109,7 @@ class Peft(Tuner):
         yield from (f"method.config.{key}: {plugins.unknown('field', key, names)}" for key in unknown)
         if not unknown:
             try:
-                self._class()(task_type=TASK_TYPES[spec.task.auto_class], **self.config)
+                self._class()(task_type=TASK_TYPES.get(spec.task.auto_class), **self.config)
             except (ValueError, TypeError) as error:
                 yield f"method.config = {show(self.config)}: {self._class().__name__} refuses it: {error}"
 

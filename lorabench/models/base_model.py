@@ -14,6 +14,7 @@ from lorabench.config.decode import InputError, show
 from lorabench.config.quote import show_path
 from lorabench.data.dataset import BUILTIN as BUILTIN
 from lorabench.data.image_folder import VISION
+from lorabench.models import denoisers
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +30,12 @@ def resolve(source: str) -> str:
     """What transformers is given for `source`: a local path or a Hub id. InputError for a missing folder."""
     if source.startswith("builtin:"):
         folder = BUILTIN / source.removeprefix("builtin:")
-        if not os.path.exists(folder / "config.json"):
+        if not os.path.exists(folder / "config.json") and not denoisers.is_pipeline(folder):
             raise InputError(f"model = {show(source)}: no such built-in model. Choices: {', '.join(builtin_models())}")
         return str(folder)
     folder = Path(os.path.expanduser(source))
     if os.path.isdir(folder):  # False also of a name that no file system takes
-        if not (folder / "config.json").exists():
+        if not (folder / "config.json").exists() and not denoisers.is_pipeline(folder):
             raise InputError(f'model = "{show_path(source)}": the folder has no config.json')
         return str(folder)
     if os.path.exists(folder) or source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -44,21 +45,28 @@ def resolve(source: str) -> str:
 
 @cache
 def builtin_models() -> tuple[str, ...]:
-    return tuple(sorted(f"builtin:{path.parent.name}" for path in BUILTIN.glob("*/config.json")))
+    return tuple(
+        sorted(
+            f"builtin:{path.parent.name}"
+            for kind in ("config.json", denoisers.INDEX)
+            for path in BUILTIN.glob(f"*/{kind}")
+        )
+    )
 
 
 def local_files(source: str, revision: str | None = None) -> Path:
     """The folder that holds a base's files: its own, or the one in the Hub's cache. InputError where there is none."""
     path = Path(resolve(source))
     if path.is_dir():
-        return path
+        return denoisers.denoiser_folder(path, source) if denoisers.is_pipeline(path) else path
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+        found = Path(snapshot_download(source, revision=revision, local_files_only=True))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f'model = "{show_path(source)}": its files are not on this machine: {reason}') from None
+    return denoisers.denoiser_folder(found, source) if denoisers.is_pipeline(found) else found
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> Any:
@@ -95,10 +103,13 @@ def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any], exac
     of the model holds all of it, by name. InputError where that is most of the base.
     """
     import torch
+
+    dtype = torch.float32 if spec.method.trains_base else getattr(torch, spec.dtype)
+    if denoises(spec):
+        return _load_denoiser(spec, device, dtype, exact)
     import transformers
 
     auto = getattr(transformers, spec.task.auto_class)
-    dtype = torch.float32 if spec.method.trains_base else getattr(torch, spec.dtype)
     extra: dict[str, Any] = {}
     quantized = spec.quantization != "none" and not exact
     if quantized:
@@ -112,13 +123,44 @@ def load_base(spec: RunSpec, device: torch.device, options: dict[str, Any], exac
     for module in model.modules():
         if hasattr(module, "config"):
             module.config.use_cache = False  # a T5's encoder and decoder have copies of their own
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes 0.50 repacks 4-bit weights at the first evaluation, rounding their scales to bfloat16;
-            # training on afterwards reads the repacked bytes as if they were not, and learns from noise.
-            module.support_avx512bf16_for_cpu = False
+    _never_repack(model)
     if spec.task.unit == "tokens":
         model.config.pad_token_id = padding(spec, model)  # a classifier looks for it
     return model
+
+
+def _never_repack(model: nn.Module) -> None:
+    """bitsandbytes 0.50 repacks 4-bit weights at the first evaluation, rounding their scales to bfloat16; training on
+    afterwards reads the repacked bytes as if they were not, and learns from noise."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def denoises(spec: RunSpec) -> bool:
+    """Whether the base is the denoiser of a pipeline of diffusers."""
+    return spec.task.auto_class == denoisers.AUTO_CLASS
+
+
+def _load_denoiser(spec: RunSpec, device: torch.device, dtype: torch.dtype, exact: bool) -> nn.Module:
+    model, report = denoisers.load(pipeline_folder(spec.model, spec.revision), spec.model, dtype)
+    check_files(spec, model, report)
+    model.drawn = {}
+    if spec.quantization != "none" and not exact:
+        denoisers.quantize(model, spec.quantization, dtype)
+        _never_repack(model)
+    return model.to(device)
+
+
+def pipeline_folder(source: str, revision: str | None) -> Path:
+    """The folder of a pipeline's files, out of the Hub's cache where it is there, else from the Hub."""
+    path = Path(resolve(source))
+    if path.is_dir():
+        if not denoisers.is_pipeline(path):
+            says = f"the folder has no {denoisers.INDEX}, as diffusers saves pipelines"
+            raise InputError(f'model = "{show_path(source)}": {says}')
+        return path
+    return denoisers.downloaded(source, revision, _offline())
 
 
 def skeleton(spec: RunSpec, options: dict[str, Any], device: torch.device | None = None) -> nn.Module:
@@ -133,6 +175,8 @@ def skeleton(spec: RunSpec, options: dict[str, Any], device: torch.device | None
 
 def read_config(spec: RunSpec, options: dict[str, Any]) -> Any:
     """The base's configuration."""
+    if denoises(spec):
+        return denoisers.read_config(pipeline_folder(spec.model, spec.revision), spec.model)
     import transformers
 
     return _pretrained(spec.model, spec.revision, transformers.AutoConfig.from_pretrained, **options)
@@ -148,6 +192,8 @@ def sequence_end(source: str, revision: str | None) -> int | None:
 
 def from_config(spec: RunSpec, config: Any, device: torch.device) -> nn.Module:
     """A model of random weights. InputError where there is none of its kind for the task."""
+    if denoises(spec):
+        return denoisers.from_config(pipeline_folder(spec.model, spec.revision), spec.model, config, device)
     import transformers
 
     auto = getattr(transformers, spec.task.auto_class)
@@ -185,10 +231,12 @@ def from_files(spec: RunSpec, options: dict[str, Any]) -> nn.Module:
 
     Reads no more of the files than what is in them. InputError as `load_base` has it.
     """
-    import transformers
-
     base: Any = skeleton(spec, options)
     base.drawn = {}
+    if denoises(spec):  # whose files lack nothing that is drawn: that would be refused when they are loaded
+        return base
+    import transformers
+
     try:
         folder = local_files(spec.model, spec.revision)
     except InputError:
@@ -251,11 +299,17 @@ def drawn_modules(model: nn.Module) -> list[str]:
 
 def fingerprint(spec: RunSpec) -> dict[str, str]:
     """Which weights these are: the Hub's commit, or SHA-256 of each of a local folder's weight files."""
-    from transformers.utils import cached_file
-
     from lorabench.config.digests import file_digest
 
     source = resolve(spec.model)
+    if denoises(spec):
+        folder = pipeline_folder(spec.model, spec.revision)
+        if not Path(source).is_dir():
+            return {"model_commit": folder.name}
+        files = sorted([*denoisers.denoiser_folder(folder, spec.model).glob("*.*"), *folder.glob("scheduler/*.json")])
+        return {"model_sha256": ",".join(file_digest(file) for file in files)}
+    from transformers.utils import cached_file
+
     if not Path(source).is_dir():  # the cache keeps each commit's files in a folder of that name
         return {"model_commit": Path(str(cached_file(source, "config.json", revision=spec.revision))).parent.name}
     files = sorted(file for pattern in WEIGHT_FILES for file in Path(source).glob(pattern))
@@ -325,8 +379,8 @@ def _below(modules: list[str]) -> tuple[str, ...]:
 
 
 def reads_images(model: Any) -> bool:
-    """Whether a model's input are pixels (n, channels, height, width), and no tokens."""
-    return getattr(model, "main_input_name", "") == "pixel_values"
+    """Whether a model's input are pixels, or latents (n, channels, height, width), and no tokens."""
+    return getattr(model, "main_input_name", "") == "pixel_values" or denoisers.is_denoiser(model)
 
 
 def task_type(model: nn.Module) -> str | None:
@@ -351,6 +405,8 @@ def save_peft(model: nn.Module, folder: Path) -> None:
     finally:
         del model.create_or_update_model_card
     sort_config(folder)
+    if denoisers.is_denoiser(model):
+        denoisers.save_for_pipelines(model, folder)
 
 
 def _no_card(_folder: str) -> None:
@@ -385,6 +441,9 @@ def _quantization(spec: RunSpec, options: dict[str, Any]) -> Any:
 def _pretrained(source: str, revision: str | None, load: Any, **arguments: Any) -> Any:
     path = resolve(source)
     local = Path(path).is_dir()
+    if local and denoisers.is_pipeline(Path(path)):
+        what = 'is a pipeline of diffusers, whose denoiser task.name = "denoising" trains'
+        raise InputError(f'model = "{show_path(source)}": {what}')
     place = {"local_files_only": local or _offline(), "revision": None if local else revision}
     try:
         return load(path, **place, **arguments)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import clip
+from lorabench.models.denoisers import is_denoiser
 from lorabench.models.weights import dequantized, expert_name, is_conv1d, is_linear_layer, is_stack
 from lorabench.updates.parts import Part
 
@@ -87,6 +88,8 @@ def fused_parts(model: nn.Module) -> dict[str, Parts]:
 
     Also of each expert's gate and up, where experts are stacked: `STACK[e].weight`.
     """
+    if is_denoiser(model):
+        return {}
     config: Any = model.config.get_text_config()
     layouts, found = LAYOUTS.get(config.model_type, {}), {}
     for name, module in model.named_modules():

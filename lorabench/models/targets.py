@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import show
+from lorabench.models.denoisers import is_denoiser
 from lorabench.models.weights import is_convolution, is_linear_layer, is_stack
 
 if TYPE_CHECKING:
@@ -23,15 +24,17 @@ _FEED_FORWARD = re.compile(
     r"mlp|ffn|feed_?forward|convnext(v2)?layer$|expert|dense_?(relu|act|gated)|moe(block|layer)?$", re.IGNORECASE
 )
 """In the name or the class of a module around a matrix; of a ConvNeXt the block is the feed-forward."""
+_NEITHER = ("Transformer2DModel",)
+"""What is called an attention by diffusers, and is several blocks with matrices around them."""
 KINDS = {
-    "query": r"q_proj|query|q_lin|wq|query_proj|q|q_a_proj|q_b_proj",
-    "key": r"k_proj|key|k_lin|wk|key_proj|k",
-    "value": r"v_proj|value|v_lin|wv|value_proj|v",
+    "query": r"to_q|add_q_proj|q_proj|query|q_lin|wq|query_proj|q|q_a_proj|q_b_proj",
+    "key": r"to_k|add_k_proj|k_proj|key|k_lin|wk|key_proj|k",
+    "value": r"to_v|add_v_proj|v_proj|value|v_lin|wv|value_proj|v",
     "fused": r"c_attn|qkv_proj|query_key_value|Wqkv|qkv|kv_b_proj",
 }
 """What the attention's layers are called."""
 DOWN = (
-    r"(down_proj|mlp\.c_proj|fc2|fc_out|lin2|w2|DenseReluDense\.wo|(?<!attention\.)output\.dense|mlp\.Wo|"
+    r"(down_proj|ff(_context)?\.net\.2|mlp\.c_proj|fc2|fc_out|lin2|w2|DenseReluDense\.wo|(?<!attention\.)output\.dense|mlp\.Wo|"
     r"dense_4h_to_h|ffn_output)$"
 )
 """The feed-forward's last matrix: the places of IA3 together with keys and values."""
@@ -43,8 +46,9 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "key-value-down": ("key", "value", "fused", "down"),
     "all-linear": ("",),
     "convolutions": ("convolution",),
+    "all-layers": ("", "convolution"),
 }
-"""What each takes: kinds of layers, a part of the blocks, or all there is; of convolutions none but the last."""
+"""What each takes: kinds of layers, a part of the blocks, or all there is; of convolutions none but the last two."""
 _UNFIT = {
     "dt_proj": ("mamba", "falcon_mamba", "jamba"),
     "out_proj": ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "mamba", "mamba2", "nemotron_h", "zamba2"),
@@ -53,7 +57,7 @@ _UNFIT = {
 put on such a layer is not computed there. PEFT refuses `out_proj` of some of them."""
 
 
-CONVOLUTIONS = "convolutions"
+CONVOLUTIONS, ALL_LAYERS = "convolutions", "all-layers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +109,9 @@ def stacked_matrices(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """The modules on top of the base model: the language-model head, or the classifier and pooler."""
+    """The modules on top of the base model: a language model's head, a classifier and pooler; a denoiser has none."""
+    if is_denoiser(model):
+        return []
     body = _body(model)
     tops = [name for name, module in model.named_children() if name not in body and list(module.parameters())]
     poolers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
@@ -165,6 +171,8 @@ def find(model: nn.Module, targets: str, layers: str | None = None) -> Targets:
     names = [*linear, *map(_plain, stacked)]
     if targets == CONVOLUTIONS:
         found = convolved
+    elif targets == ALL_LAYERS:
+        found = [*_preset(model, "all-linear", names), *convolved]
     else:
         found = _preset(model, targets, names) if targets in PRESETS else _expression(targets, [*names, *convolved])
     if not found:
@@ -220,6 +228,8 @@ def parts(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
         around = name
         found[name] = ""
         while not found[name] and len(around := around.rpartition(".")[0]) > len(block or ""):
+            if type(modules[around]).__name__ in _NEITHER:
+                break
             if _is_in(_ATTENTION, _leaf(around), modules[around]):
                 found[name] = "attention"
             elif _is_in(_FEED_FORWARD, _leaf(around), modules[around]):

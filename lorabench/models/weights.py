@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorabench.processes.distributed import is_sharded, whole
 from lorabench.updates.update import Update
@@ -84,7 +84,7 @@ def add_update(model: nn.Module, update: Update) -> None:
     expert = re.fullmatch(r"(.+)\[(\d+)\]\.weight", update.parameter)
     name = expert[1] if expert else update.parameter
     module = model.get_submodule(name.rpartition(".")[0])
-    if module is model.get_output_embeddings():
+    if module is output_embeddings(model):
         untie(model)  # its input side has an update of its own, or none
     parameter = model.get_parameter(name)
     delta = update.dense().to(parameter.device)
@@ -205,11 +205,16 @@ def as_linear(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), leaf, linear)
 
 
+def output_embeddings(model: Any) -> nn.Module | None:
+    """The output matrix of a language model; None of what writes no tokens."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
 def untie(model: nn.Module) -> None:
     """Give an output matrix that is tied to the input embedding a copy of its own."""
     from torch import nn
 
-    output = model.get_output_embeddings()
+    output = output_embeddings(model)
     if output is not None and output.weight is model.get_input_embeddings().weight:
         output.weight = nn.Parameter(output.weight.detach().clone())
         model.config.tie_word_embeddings = False

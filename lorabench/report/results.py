@@ -21,7 +21,7 @@ from lorabench.spec.run_spec import UNNAMED, RunSpec, canonical_json, complete, 
 from lorabench.spec.sweep import Sweep
 from lorabench.store.interventions import Scaled, read_interventions
 from lorabench.store.paths import Points, read_paths
-from lorabench.store.record import FAILURES, GENERATIONS_FILE, STEPS_FILE, RunRecord, Status
+from lorabench.store.record import FAILURES, GENERATIONS_FILE, PICTURES_FILE, STEPS_FILE, RunRecord, Status
 from lorabench.store.store import RunState, Store
 from lorabench.training.stability import from_record, judged, with_more
 from lorabench.updates.update import DORA_PART
@@ -51,6 +51,8 @@ class Results:
     """Run id -> why its ΔW could not be read: such a run is in no analysis."""
     written: dict[str, Path] = field(default_factory=dict)
     """Run id -> the file of its answers, where its model has written."""
+    drawn: dict[str, Path] = field(default_factory=dict)
+    """Run id -> its pictures, where its model has drawn."""
     paths: dict[str, Points] = field(default_factory=dict)
     """Run id -> what it was evaluated at along W0 + λ ΔW, where it was."""
     interventions: dict[str, Scaled] = field(default_factory=dict)
@@ -203,6 +205,9 @@ def load_results(
             run_id: store.folder(run_id) / GENERATIONS_FILE
             for run_id, record in records.items()
             if record.generations_sha256
+        },
+        drawn={
+            run_id: store.folder(run_id) / PICTURES_FILE for run_id, record in records.items() if record.pictures_sha256
         },
         paths=read_paths(store.root, records),
         interventions=read_interventions(store.root, records),

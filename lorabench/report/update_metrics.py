@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 RANK = "method.rank"
 VALUE, NULL = "value", "value:null"
 """The columns of what `per_run` gives, as `aggregate.cell` reads them."""
-_OUTPUT = r"o_proj|out_proj|out_lin|wo|o|attn\.c_proj|attention\.output\.dense|attention\.dense|attn\.Wo|dense"
+_OUTPUT = (
+    r"to_out(\.0)?|to_add_out|o_proj|out_proj|out_lin|wo|o|attn\.c_proj|attention\.output\.dense|attention\.dense|"
+    r"attn\.Wo|dense"
+)
 """What an attention's last matrix is called."""
 How = Literal["mean", "sum", "geometric"]
 NAMES = {
@@ -183,16 +186,24 @@ def by_setting(results: Any, rows: pd.DataFrame, settings: Sequence[tuple[Any, .
     return [(label, found[values]) for label, values in labels.items() if values in found]
 
 
+_PLACES = ("down", "mid", "up", "single")
+
+
 def ordered_kinds(kinds: Iterable[str]) -> list[str]:
     """As a block computes: query, key, value, output, then the feed-forward, its last matrix at the end.
 
-    A part of ΔW, `q_proj[sBA]`, stands after it.
+    Of a denoiser those of the blocks on its way down first, then the middle one's, then those on its way up. A part of
+    ΔW, `q_proj[sBA]`, stands after it.
     """
     from lorabench.models.targets import DOWN, KINDS
 
     patterns = [*KINDS.values(), _OUTPUT]
 
-    def place(kind: str) -> int:
+    def place(kind: str) -> tuple[int, int]:
+        first = kind.partition(".")[0]
+        return _PLACES.index(first) if first in _PLACES else 0, within(kind)
+
+    def within(kind: str) -> int:
         if re.search(rf"(^|\.){DOWN}", kind):
             return len(patterns) + 1
         return next((i for i, names in enumerate(patterns) if re.search(rf"(^|\.)({names})$", kind)), len(patterns))

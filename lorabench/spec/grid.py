@@ -14,8 +14,8 @@ from lorabench.models.base_model import builtin_models
 from lorabench.spec.known import known_keys, unknown_keys
 from lorabench.spec.run_spec import UNNAMED, RunSpec, flatten, is_tables, unflatten
 
-LIST = ".generate.metrics"
-"""How a key ends whose value is a list."""
+LISTS = (".generate.metrics", ".pictures.prompts", ".pictures.unrelated")
+"""How keys end whose value is a list."""
 
 
 def expand(
@@ -126,11 +126,11 @@ def _merge(base: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
 def _cells(
     flat: dict[str, Any], groups: list[tuple[str, ...]], where: str, problems: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Every cell of the grid: lists are axes (of tables, and the values of LIST: one), the keys of a zip group move
+    """Every cell of the grid: lists are axes (of tables, and the values of LISTS: one), the keys of a zip group move
     together."""
     axes: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
     for key, value in flat.items():
-        if isinstance(value, list) and not value:
+        if isinstance(value, list) and not value and not key.endswith(LISTS):
             problems.append(f"{where}{key} = []: an axis needs at least one value")
             return
     often = {key for key in flat if sum(key in group for group in groups) > 1}
@@ -149,7 +149,7 @@ def _cells(
         axes[group] = list(zip(*lists, strict=True))
     zipped = {key for group in groups for key in group}
     for key, value in flat.items():
-        if _is_axis(value) and key not in zipped and not key.endswith(LIST):
+        if _is_axis(value) and key not in zipped and not key.endswith(LISTS):
             axes[(key,)] = [(item,) for item in value]
     for choice in itertools.product(*axes.values()):
         cell = dict(flat)

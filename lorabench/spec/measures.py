@@ -118,6 +118,7 @@ MEASURES: dict[str, Measure] = (
         ("load_peak_gib", "GiB", False, "peak while the base is loaded and quantized"),
         ("forward_backward_peak_gib", "GiB", False, "peak of forward and backward"),
         ("optimizer_peak_gib", "GiB", False, "peak of the optimizer step"),
+        ("draw_peak_gib", "GiB", False, "peak of drawing pictures, by the tuned model and the base; of no other peak"),
         ("rollout_peak_gib", "GiB", False, "peak of writing the answers that are trained on (GRPO)"),
         ("reserved_peak_gib", "GiB", False, "CUDA: peak that the allocator reserved"),
         ("tensor_peak_gib", "GiB", False, "CPU: most bytes of live tensors in a step, whatever the allocator keeps"),
@@ -173,6 +174,7 @@ MEASURES: dict[str, Measure] = (
         ),
         ("evaluate_seconds", "s", False, "wall time of evaluation"),
         ("generate_seconds", "s", False, "wall time of writing answers and scoring them"),
+        ("draw_seconds", "s", False, "wall time of drawing pictures, and of looking at them"),
         ("snapshot_seconds", "s", False, "wall time of keeping snapshots of ΔW while training"),
         ("drift_seconds", "s", False, "wall time of measuring drift and KL"),
         ("serve_seconds", "s", False, "wall time of measuring inference, merging, loading and swapping"),
@@ -198,7 +200,12 @@ MEASURES: dict[str, Measure] = (
         ("unstable", "%", False, "runs whose training loss climbed, or ended above its lowest (training/stability.py)"),
         ("base_valid_loss", "nats", False, "validation loss of the untouched base"),
         *_scored("base_valid", "validation, the untouched base"),
-        ("valid_loss", "nats", False, "validation loss after training; of regression the mean squared error, no nats"),
+        (
+            "valid_loss",
+            "nats",
+            False,
+            "validation loss after training; of regression and denoising the mean squared error",
+        ),
         ("valid_perplexity", "", False, "exp(valid_loss)"),
         *_scored("valid", "validation"),
         ("test_loss", "nats", False, "test loss after training"),
@@ -208,6 +215,16 @@ MEASURES: dict[str, Measure] = (
         ("retain_loss_before", "nats", False, "loss of the untouched base on the retention set"),
         ("retain_loss_after", "nats", False, "loss on the retention set after training"),
         ("forgetting", "nats", False, "retain_loss_after - retain_loss_before"),
+    )
+    | _measures(
+        "pictures",
+        ("picture_similarity", "", True, "cosine of the features of pictures and of held-out images of their prompts"),
+        ("base_picture_similarity", "", True, "the same of the untouched base's pictures"),
+        ("train_similarity", "", None, "the same of images that were trained on: what a perfect copy would have"),
+        ("picture_drift", "", False, "(1 - cosine of base's and tuned model's pictures) / 2, on unrelated prompts"),
+        ("picture_drift_null", "", None, "the same of two pictures of the base, of one prompt, from different noise"),
+        ("picture_accuracy", "%", True, "pictures that a classifier tells to be of their class"),
+        ("base_picture_accuracy", "%", True, "the same of the untouched base's pictures"),
     )
     | _measures("drift", *_drifts())
     | _measures(  # R[i][j]: accuracy on task j, or share of its tokens predicted right, after training on i of T tasks

@@ -24,15 +24,20 @@ MODELS = {
     "AutoModelForSequenceClassification": "builtin:tiny-llama",
     "AutoModelForSeq2SeqLM": "builtin:tiny-t5",
     "AutoModelForImageClassification": "builtin:tiny-vit",
+    "DiffusionPipeline": "builtin:tiny-diffusion",
 }
-"""The transformers class that a task loads -> the built-in model that does, until one names another."""
+"""The class of transformers or diffusers that a task loads -> the built-in model that does, until one names another."""
 DATA = {
     "builtin:arithmetic": ("completion", "seq2seq"),
     "builtin:questions": ("chat", "classification", "multiple_choice", "regression"),
     "builtin:digits-turned": ("image_classification",),
+    "builtin:digits-outlined": ("denoising",),
 }
 """Built-in data -> the tasks that read it where no data are named; any other reads running text."""
-ORDER = ("image_classification", "chat", "multiple_choice", "classification", "regression", "completion", "text")
+ORDER = (
+    "image_classification", "denoising", "chat", "multiple_choice", "classification", "regression", "completion",
+    "text",
+)  # fmt: skip
 """In which tasks are tried, the more particular first; others come behind."""
 
 Table = dict[str, str]

@@ -35,7 +35,7 @@ Of an encoder-decoder `labels` are (s,), what it is to write.
 
 `token_type_ids` (t,) where the tokenizer tells the texts of a pair apart by them. Whole numbers by other names are the
 task's own: they are (n,) in a batch, and no input of the model. Of an image there are `pixel_values` instead of tokens,
-`lorabench.data.images.Pixels` (channels, height, width).
+`lorabench.data.images.Pixels` (channels, height, width); of a denoiser's, its `timestep`, and what else it is told.
 """
 IGNORE = -100
 
@@ -178,6 +178,19 @@ class Task(Plugin, ABC):
 
         Only the first `max_train` or `max_eval` are taken: an iterator need not make the others.
         """
+
+    @property
+    def beside(self) -> dict[str, Task]:
+        """What is trained on beside the task's own examples: role -> what reads it."""
+        return {}
+
+    def step_rows(self, splits: dict[str, list[Example]], index: int, seed: Sequence[int]) -> list[Example]:
+        """What a step of training is given of the training example `index`, by these numbers alone."""
+        return [self.varied(splits["train"][index], seed)]
+
+    def checks_with(self, model: str, revision: str | None) -> Any:
+        """The same for a look at the data before anything starts: may make examples of the right shapes alone."""
+        return self.reads_with(model, revision)
 
     def reads_with(self, model: str, revision: str | None) -> Any:
         """What `examples` is given to read rows with: the model's tokenizer."""

@@ -43,6 +43,7 @@ STEPS_FILE = "steps.jsonl"
 
 
 GENERATIONS_FILE = "generations.jsonl"
+PICTURES_FILE = "pictures.png"
 
 
 FAILURES = (Status.OOM, Status.TIMEOUT, Status.DIVERGED, Status.FAILED)
@@ -85,6 +86,8 @@ class RunRecord:
     """Of the log of its steps; None of a run that did not end, or was made before this was kept."""
     generations_sha256: str | None = None
     """Of what it wrote; None of a run whose task has it write nothing."""
+    pictures_sha256: str | None = None
+    """Of what it drew; None of a run whose task has it draw nothing."""
 
     @classmethod
     def begun(cls, spec: RunSpec, attempts: int) -> RunRecord:
@@ -99,7 +102,11 @@ class RunRecord:
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of all that the run has left, by path below its folder."""
-        others = {STEPS_FILE: self.steps_sha256, GENERATIONS_FILE: self.generations_sha256}
+        others = {
+            STEPS_FILE: self.steps_sha256,
+            GENERATIONS_FILE: self.generations_sha256,
+            PICTURES_FILE: self.pictures_sha256,
+        }
         return self.files | {name: digest for name, digest in others.items() if digest}
 
     def to_json(self) -> dict[str, Any]:

@@ -77,8 +77,8 @@ class Rows(Batches):
 
     def __init__(self, training: Training):
         super().__init__(training)
-        spec, self.rows = training.spec, training.examples.splits["train"]
-        self._order = Order(len(self.rows), spec.batch_size, spec.seed, training.stage)
+        spec, self.splits = training.spec, training.examples.splits
+        self._order = Order(len(self.splits["train"]), spec.batch_size, spec.seed, training.stage)
         self._labels = 1
 
     def next(self) -> tuple[list[Batch], Work]:
@@ -86,7 +86,8 @@ class Rows(Batches):
         first, indices = training.task_step * training.spec.batch_size, self._order.indices(training.task_step)
         own = training.world.share([*enumerate(indices, first)])
         seed, task = (training.spec.seed, training.stage), training.examples.task
-        parts, work = self.parts([task.varied(self.rows[index], (*seed, place)) for place, index in own])
+        rows = [row for place, index in own for row in task.step_rows(self.splits, index, (*seed, place))]
+        parts, work = self.parts(rows)
         self._labels = max(work.labels, 1)
         return parts, work
 

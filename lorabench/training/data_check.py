@@ -132,7 +132,7 @@ def _tokens(model: str, revision: str | None, task: Task, seq_len: int) -> Token
     try:
         if isinstance(usable, InputError):
             raise usable
-        tokenizer = task.reads_with(model, revision)
+        tokenizer = task.checks_with(model, revision)
         splits = tokenized(task, usable, tokenizer, seq_len, CHECKED_CHARACTERS)
         if task.auto_class.endswith("ForSequenceClassification"):
             _check_ends(model, sequence_end(model, revision), tokenizer, splits, usable)

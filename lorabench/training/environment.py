@@ -16,7 +16,18 @@ from lorabench.config import plugins
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ["lorabench", "torch", "transformers", "peft", "bitsandbytes", "datasets", "tokenizers", "numpy", "pillow"]
+PACKAGES = [
+    "lorabench",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "diffusers",
+    "tokenizers",
+    "numpy",
+    "pillow",
+]
 
 
 def describe(device: torch.device) -> dict[str, Any]:

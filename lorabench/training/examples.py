@@ -42,7 +42,7 @@ class Examples:
 
 def reader(task: Task, split: str) -> Task:
     """What reads and scores a split: the task itself, or another."""
-    return task.others.get(split, task)
+    return task.others.get(split) or task.beside.get(split, task)
 
 
 def prepare(spec: RunSpec) -> Examples:
@@ -119,6 +119,9 @@ def read_usable(task: Task) -> Usable:
         with _collected(split, problems):
             rows[split] = task.usable(split, main[split], options)
             options = task.model_options(rows[split]) if split == "train" else options
+    for split, other in task.beside.items():
+        with _collected(split, problems):
+            rows[split] = other.usable("train", sources[split].splits["train"], options)
     for split, other in task.others.items():
         own, its_split = _evaluated(split, sources[split])
         with _collected(split, problems):
@@ -156,11 +159,11 @@ def tokenized(
         reads = reader(task, split)
         with _collected(split, problems):
             given = _first(reads, rows, most), tokenizer, seq_len, usable.options
-            if split == "train":
+            if split == "train" or split in task.beside:
                 splits[split] = list(islice(reads.examples(*given), task.max_train)) if rows else []
             else:
                 splits[split] = list(chain.from_iterable(islice(reads.scored(*given), reads.max_eval))) if rows else []
-    needed = ("train", "validation", *task.others)
+    needed = ("train", "validation", *task.others, *task.beside)
     problems += [f"{_where(split)}: gives no examples" for split in needed if splits.get(split) == []]
     if problems:
         raise InputError(problems)
@@ -204,6 +207,8 @@ def _collected(split: str, problems: list[str]) -> Iterator[None]:
 def _where(split: str) -> str:
     """`test split`, `task.retain`, `task.tests.boolq`."""
     kind, _, name = split.partition("_")
+    if kind == "prior":
+        return "task.prior"
     if kind == "retain":
         return f"task.retain.{name}" if name else "task.retain"
     return f"task.tests.{name}" if name else f"{split} split"
@@ -250,9 +255,15 @@ def collate(examples: list[Example], padding: int, device: torch.device) -> Batc
     """Tensors (n, longest) on `device`, padded on the right; no attention mask where nothing is padded. Of images
     (n, channels, height, width), as the model sees them."""
     if PIXELS in examples[0]:
-        found = np.stack([example[PIXELS].seen() for example in examples])
-        labels = np.array([example["labels"] for example in examples], np.int64)
-        return {key: torch.from_numpy(each).to(device) for key, each in ((PIXELS, found), ("labels", labels))}
+        found = {PIXELS: np.stack([example[PIXELS].seen() for example in examples])} | {
+            key: np.stack([np.asarray(example[key]) for example in examples])
+            for key, first in examples[0].items()
+            if isinstance(first, int | float | np.ndarray)
+        }
+        return {
+            key: torch.from_numpy(each if each.dtype.kind == "i" else each.astype(np.float32, copy=False)).to(device)
+            for key, each in found.items()
+        }
     lengths = [len(example["input_ids"]) for example in examples]
     longest = max(lengths)
     per_token = not isinstance(examples[0]["labels"], (int, float))

@@ -25,7 +25,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lorabench.models import denoisers
 from lorabench.models.copies import copied
+from lorabench.training.examples import PIXELS
+from lorabench.training.passes import forward
 
 if TYPE_CHECKING:
     from lorabench.spec.method import Method
@@ -61,6 +64,8 @@ def without_numbers(model: nn.Module) -> nn.Module:
 
 
 def _countable(model: Any) -> nn.Module:
+    if denoisers.is_denoiser(model):
+        return model.train()
     model.set_attn_implementation("eager")  # fused kernels have no formula on every device
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("batched_mm")  # others ask for the numbers of tokens
@@ -113,7 +118,11 @@ def _is_of_images(shape: Shape) -> bool:
     return len(shape) == 4
 
 
-def _inputs(shape: Shape) -> dict[str, Tensor]:
+def _inputs(model: nn.Module, shape: Shape) -> dict[str, Tensor]:
+    if denoisers.is_denoiser(model):
+        meta = torch.device("meta")
+        told = denoisers.some_conditions(model, shape[0], meta)
+        return {PIXELS: torch.zeros(shape, device=meta), denoisers.TIMESTEP: torch.zeros(shape[0], device=meta)} | told
     if _is_of_images(shape):
         return {"pixel_values": torch.zeros(shape, device="meta")}
     n, *lengths = shape
@@ -121,12 +130,17 @@ def _inputs(shape: Shape) -> dict[str, Tensor]:
     return dict(zip(("input_ids", "decoder_input_ids"), ids, strict=False))
 
 
+def _output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    found: Tensor = forward(model, inputs) if denoisers.TIMESTEP in inputs else model(**inputs).logits
+    return found
+
+
 def of_pass(copied: nn.Module, shape: Shape) -> int:
     """Of one forward and backward pass."""
-    inputs = _inputs(shape)
+    inputs = _inputs(copied, shape)
     fork = torch.random.fork_rng(devices=[])  # some tuners draw numbers for their dropout
     with fork, _no_autocast(), _Counter() as counter:
-        copied(**inputs).logits.sum().backward()
+        _output(copied, inputs).sum().backward()
     copied.zero_grad()
     return counter.total
 
@@ -177,7 +191,7 @@ class Profile:
 
 def profile(copied: nn.Module, shape: Shape) -> Profile:
     """Of a forward and backward pass, in float32; see `of_pass`."""
-    inputs, lengths = _inputs(shape), () if _is_of_images(shape) else shape[1:]
+    inputs, lengths = _inputs(copied, shape), () if _is_of_images(shape) else shape[1:]
     weights = {t.untyped_storage()._cdata for t in itertools.chain(copied.parameters(), copied.buffers())}
     kept: dict[int, int] = {}
 
@@ -189,7 +203,7 @@ def profile(copied: nn.Module, shape: Shape) -> Profile:
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with torch.random.fork_rng(devices=[]), _no_autocast(), _Counter() as counter, hooks:
-        logits = copied(**inputs).logits
+        logits = _output(copied, inputs)
         forward = counter.cost
         logits.sum().backward()
     copied.zero_grad()

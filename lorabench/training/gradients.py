@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorabench.config.decode import encode
 from lorabench.linalg.decompose import ThinSVD, thin_svd
 from lorabench.models.base_model import new_heads, reads_images
-from lorabench.models.weights import is_linear_layer
+from lorabench.models.weights import is_linear_layer, output_embeddings
 from lorabench.training.evaluation import retained_sets
 from lorabench.training.examples import Examples, few_batches, reader
 from lorabench.training.passes import autocast, base_of
@@ -84,7 +84,7 @@ def top(pairs: list[tuple[Tensor, Tensor]], count: int) -> ThinSVD:
 def _first(model: Any) -> list[nn.Module]:
     """The modules that make states of what the model is given."""
     if reads_images(model):
-        return [next(each for each in model.modules() if isinstance(each, nn.Conv2d))]
+        return [next(each for each in model.modules() if isinstance(each, nn.Conv2d | nn.Linear))]
     tokens = model.get_input_embeddings().weight  # of T5, which encoder and decoder each have an embedding of
     return [each for each in model.modules() if isinstance(each, nn.Embedding) and each.weight is tokens]
 
@@ -94,7 +94,7 @@ def sides(model: nn.Module) -> Iterator[Sides]:
     """What a backward pass inside gives of the linear layers but for the head, of whose weights none need train."""
     found: Sides = defaultdict(list)
     heads = tuple(f"{head}." for head in new_heads(model))
-    last = model.get_output_embeddings()
+    last = output_embeddings(model)
     layers = [
         (name, module)
         for name, module in model.named_modules()

@@ -9,7 +9,7 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lorabench.models.base_model import max_length
 from lorabench.models.copies import copied
+from lorabench.models.denoisers import CONDITIONS, TIMESTEP
 from lorabench.spec.measures import BATCH_SIZES
 from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.task import IGNORE
@@ -70,6 +71,8 @@ class Workload:
     generates: bool
     options: dict[str, Any]
     """For a forward pass over prompts: a decoder is to make its cache, and the logits of the last token alone."""
+    told: Batch = field(default_factory=dict)
+    """What a denoiser is told beside."""
     start: int | None = None
     """The token by which the decoder of an encoder-decoder begins."""
 
@@ -93,7 +96,7 @@ class Workload:
         By `generate`, greedily, with the cache of keys and values. A model that classifies has a forward pass alone.
         """
         if not self.generates:
-            return (seconds(partial(model, **self.inputs(ids)), ids.device),)
+            return (seconds(partial(self.output, model, ids), ids.device),)
         _wait(ids.device)
         clock, begin = _Clock(), time.perf_counter()
         model.generate(
@@ -111,6 +114,12 @@ class Workload:
             clock.times[0] = begin  # the prompt is handed over when it has been encoded
         prefill, *decode = np.diff(clock.times).tolist()
         return prefill, statistics.median(decode)
+
+    def output(self, model: nn.Module, ids: Tensor, **options: Any) -> Any:
+        """Of a forward pass."""
+        if self.told:
+            return forward(model, {PIXELS: ids} | {key: each[: len(ids)] for key, each in self.told.items()}, **options)
+        return model(**options, **self.inputs(ids)).logits
 
     def inputs(self, ids: Tensor) -> dict[str, Any]:
         """Of a forward pass over prompts (n, t)."""
@@ -141,7 +150,8 @@ def workload(spec: RunSpec, examples: Examples, base: nn.Module, device: torch.d
     if examples.task.unit == "images":
         size, held = max(BATCH_SIZES), examples.splits["validation"]
         batch = collate([held[place % len(held)] for place in range(size)], examples.padding, device)
-        return Workload(ids=batch[PIXELS], generates=False, options={})
+        told = {key: each for key, each in batch.items() if key in (TIMESTEP, *CONDITIONS)}
+        return Workload(ids=batch[PIXELS], generates=False, options={}, told=told)
     rows = [example["input_ids"] for example in examples.splits["validation"]]
     generates, length = hasattr(base, "generate") and base.can_generate(), max(map(len, rows))
     limit = max_length(base)

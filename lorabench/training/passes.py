@@ -9,17 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorabench.models import denoisers
 from lorabench.models.flat import laid_out
 from lorabench.processes.distributed import ALONE, World
 from lorabench.spec.run_spec import RunSpec
 from lorabench.training.examples import LENGTHS, PIXELS, Batch
 
 
-def forward(model: nn.Module, batch: Batch) -> torch.Tensor:
+def forward(model: nn.Module, batch: Batch, **options: Any) -> torch.Tensor:
     """Logits (n, classes), or (n, t, vocabulary) of the batch's own positions: virtual tokens in front have none.
 
-    Of a decoder that is apart from what is read they are those of its labels' positions.
+    Of a decoder that is apart from what is read they are those of its labels' positions; of a denoiser (n, channels,
+    height, width) what it says of the noise.
     """
+    if denoisers.TIMESTEP in batch:
+        told = {key: batch[key] for key in denoisers.CONDITIONS if key in batch}
+        return denoisers.predict(model, batch[PIXELS], batch[denoisers.TIMESTEP], told, **options)
     if PIXELS in batch:
         found: torch.Tensor = model(pixel_values=batch[PIXELS]).logits
         return found

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorabench.config.durable import cache_folder
 from lorabench.training.environment import cpu_name
 
 if TYPE_CHECKING:
@@ -61,12 +62,6 @@ def peak_flops(device: torch.device, dtype: str, beyond: float = 0.0) -> tuple[f
     sizes = "/".join(f"{size}²" for size in SIZES[device.type])
     product = f"product of {sizes} {dtype} matrices{threads}"
     return rate, f"measured: the fastest {product} that {machine['device']} has shown"
-
-
-def cache_folder() -> Path:
-    """Where lorabench keeps what it knows of this machine: $LORABENCH_CACHE, else below the user's cache folder."""
-    own, user = os.environ.get("LORABENCH_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return Path(own) if own else Path(user or Path.home() / ".cache") / "lorabench"
 
 
 def _machine(device: torch.device, dtype: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lorabench.processes.distributed import Place, Sharding
 from lorabench.spec.run_spec import RunSpec
 from lorabench.store.claim import Hold, Lost
 from lorabench.store.generations import write_generations
-from lorabench.store.record import GENERATIONS_FILE, STEPS_FILE, RunRecord, Status
+from lorabench.store.record import GENERATIONS_FILE, PICTURES_FILE, STEPS_FILE, RunRecord, Status
 from lorabench.store.steps import Live, StepLog, write_steps
 from lorabench.store.store import Store
 from lorabench.training import bookkeeping, drift, environment, movement, ranks, serving
@@ -89,6 +89,7 @@ def run(attempt: Attempt) -> Asked:
     yield from _train(attempt, training)
     _save(attempt, training)
     _drift(attempt, training)
+    _draw(attempt, training)
     yield Own(training=training)
     _serve(attempt, training)
 
@@ -209,6 +210,23 @@ def _drift(attempt: Attempt, training: Training) -> None:
         measures, notes, record.drift = drift.measure(training, attempt.store.root)
         record.measures |= measures | training.meter.wall_time()
         record.provenance |= notes
+
+
+def _draw(attempt: Attempt, training: Training) -> None:
+    """Pictures of a diffusion model, when all else is saved: the run is done even if this fails."""
+    record, asked = attempt.record, getattr(training.base.stages[-1].task, "pictures", None)
+    if asked is None or not attempt.is_first:
+        return
+    from lorabench.store.pictures import write_sheet
+    from lorabench.training import pictures
+
+    attempt.phase("draw")
+    measures, notes, sheet = pictures.measure(training, attempt.stop.check)
+    record.measures |= measures | training.meter.wall_time()
+    record.provenance |= notes
+    if sheet is not None:
+        attempt.hold.check()
+        record.pictures_sha256 = write_sheet(attempt.folder / PICTURES_FILE, sheet)
 
 
 def _serve(attempt: Attempt, training: Training) -> None:

@@ -216,7 +216,7 @@ class _Bench:
 def mixed(model: nn.Module, work: Workload) -> Tensor:
     """Logits of its prompts, the first rows computed with the first adapter and so on: in one pass."""
     each = [name for name, group in _groups(work.ids).items() for _ in group]
-    return model(adapter_names=each, **work.inputs(work.ids)).logits
+    return work.output(model, work.ids, adapter_names=each)
 
 
 def swapped(method: Method, model: nn.Module, work: Workload) -> Tensor:
@@ -224,7 +224,7 @@ def swapped(method: Method, model: nn.Module, work: Workload) -> Tensor:
     found = []
     for name, group in _groups(work.ids).items():
         method.activate(model, name)
-        found.append(model(**work.inputs(group)).logits)
+        found.append(work.output(model, group))
     return torch.cat(found)
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from lorabench.config.decode import InputError, encode
 from lorabench.config.quote import clip, show_path
 from lorabench.models import base_model as models
+from lorabench.models.denoisers import TIMESTEP, is_denoiser, some_conditions, some_input
 from lorabench.models.flat import attend_by_example
 from lorabench.spec.run_spec import RunSpec
 from lorabench.spec.task import LanguageModeling
@@ -170,7 +171,7 @@ _KEPT: dict[tuple[Any, ...], _Kept] = {}
 
 def _made(spec: RunSpec, config: Any, divisors: list[int], whole: Collection[str]) -> Iterator[nn.Module]:
     for divisor in divisors:
-        narrow = type(config).from_dict(_narrowed(config.to_dict(), divisor))
+        narrow = config if models.denoises(spec) else type(config).from_dict(_narrowed(config.to_dict(), divisor))
         try:
             meta = models.from_config(spec, narrow, torch.device("meta"))
             if sum(p.numel() for p in meta.parameters()) > LARGEST or meta.state_dict().keys() != whole:
@@ -186,6 +187,8 @@ def _made(spec: RunSpec, config: Any, divisors: list[int], whole: Collection[str
 def _divisors(config: Any) -> list[int]:
     """By how much its widths may all be divided, most first; 1 is last, and alone where no field is a width by itself
     (a ConvNeXt has lists)."""
+    if isinstance(config, dict):  # a denoiser's, whose widths are lists
+        return [1]
     table = config.to_dict()
     widths = [value for key, value in table.items() if _is_width(key, value)]
     heads, hidden = table.get("num_attention_heads"), table.get("hidden_size")
@@ -213,6 +216,8 @@ def _is_width(key: str, value: Any) -> bool:
 
 def _tokens(model: nn.Module) -> torch.Tensor:
     """(1, LENGTH), or an image (1, channels, height, width) of the size that the model is made for."""
+    if is_denoiser(model):
+        return torch.randn(1, *some_input(model), generator=torch.Generator().manual_seed(0))
     if models.reads_images(model):
         config: Any = model.config
         sides = [config.image_size] * 2 if isinstance(config.image_size, int) else [*config.image_size]
@@ -227,7 +232,10 @@ def _tokens(model: nn.Module) -> torch.Tensor:
 
 def _logits(spec: RunSpec, model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return forward(model, dict.fromkeys(spec.task.sequences, tokens)).float()
+        batch = dict.fromkeys(spec.task.sequences, tokens)
+        if is_denoiser(model):
+            batch |= {TIMESTEP: torch.zeros(1)} | some_conditions(model, 1, tokens.device)
+        return forward(model, batch).float()
 
 
 def check_causal(spec: RunSpec, base: nn.Module) -> None:

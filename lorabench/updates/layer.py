@@ -17,6 +17,9 @@ from lorabench.updates.weightfile import flat_name
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _SHARED_NAMES = ("dense", "c_proj")
+_PLACE = re.compile(r"(?:^|\.)(?P<place>down|mid|up)_block|(?:^|\.)(?P<single>single)_transformer_blocks\.")
+_INSIDE = re.compile(r"(?:^|\.)(?P<part>attn\d|ff(?:_context)?)[._](?P<leaf>(?:to|add|net)[._].+)$")
+"""Of a denoiser: which blocks, and self-attention (attn1), cross-attention (attn2) or feed-forward in them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,10 +86,17 @@ def layer_kind(layer: str) -> str:
 
     Names that BERT and GPT-2 give to several layers of a block keep their path in it: `attn.c_proj`, `mlp.c_proj`.
     A number alone says nothing of its kind: `to_out.0` in diffusion models. Of kohya's names, which have `_` for `.`,
-    it is all that follows the last number: `attn1_to_q`. A part keeps its mark: `c_proj[q]`; the number of an expert
-    (`gate_up_proj[3]`) is none.
+    it is all that follows the last number: `proj_in`. A part keeps its mark: `c_proj[q]`; the number of an expert
+    (`gate_up_proj[3]`) is none. A denoiser's says where it is, and in what: `down.attn2.to_k`, `mid.conv1`,
+    `single.to_q`.
     """
     layer = re.sub(r"\[\d+\]$", "", _dotted(layer))
+    place, inside = _PLACE.search(layer), _INSIDE.search(layer)
+    own = f"{inside['part']}.{inside['leaf']}" if inside else _own_kind(layer)
+    return f"{place['place'] or place['single']}.{own}" if place else own
+
+
+def _own_kind(layer: str) -> str:
     last = layer.rpartition(".")[2]
     stem = last.partition("[")[0]
     if stem.isdigit():

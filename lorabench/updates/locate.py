@@ -45,12 +45,18 @@ def weights_path(source: str | Path, revision: str | None = None) -> Path:
     text = str(source)
     path = BUILTIN / text.removeprefix("builtin:") if text.startswith("builtin:") else Path(os.path.expanduser(source))
     if os.path.exists(path):
-        return path
+        return _denoiser(path)
     if text.startswith("builtin:") or not _is_hub_id(source) or text.count("/") > 1:
         built_in = ", ".join(sorted(f"builtin:{file.parent.name}" for file in BUILTIN.glob("*/config.json")))
         raise InputError(f"{show_path(source)}: no such file or folder of weights. Built in: {built_in}")
     folder = _download(text, revision, WEIGHT_PATTERNS)
     return folder if list(folder.glob("*.safetensors")) else _download(text, revision, OLD_WEIGHT_PATTERNS)
+
+
+def _denoiser(path: Path) -> Path:
+    """Of a pipeline of diffusers the folder of its denoiser; any other as it is."""
+    found = (path / part for part in ("unet", "transformer")) if (path / "model_index.json").is_file() else iter(())
+    return next((folder for folder in found if folder.is_dir()), path)
 
 
 def adapter_folders(path: Path) -> list[str]:

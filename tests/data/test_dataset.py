@@ -190,7 +190,7 @@ def test_two_names_for_one_split_are_refused(tmp_path):
 
 def test_builtin_data_is_there():
     columns = {"english-docs": "text", "python-code": "text", "arithmetic": "prompt", "questions": "question"}
-    columns |= {"digits": "image", "digits-turned": "image"}
+    columns |= dict.fromkeys(("digits", "digits-16", "digits-outlined", "digits-turned"), "image")
     assert sorted(builtin_data()) == sorted(f"builtin:{name}" for name in columns)
     for name, column in columns.items():
         splits = read_data(f"builtin:{name}").splits

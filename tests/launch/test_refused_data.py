@@ -45,7 +45,8 @@ HEADER = "These are the first line; where that is no header, name the columns by
         (
             TEXT + 'data = "builtin:java-code"',
             ['task.data = "builtin:java-code": no such built-in data set. Choices: builtin:arithmetic, '
-             "builtin:digits, builtin:digits-turned, builtin:english-docs, builtin:python-code, builtin:questions"],
+             "builtin:digits, builtin:digits-16, builtin:digits-outlined, builtin:digits-turned, builtin:english-docs, "
+             "builtin:python-code, builtin:questions"],
         ),
         (TEXT + 'data = "good.jsonl"\nretain = "nothing.txt"', ['task.retain = "nothing.txt": no such file or folder']),
         (

@@ -423,12 +423,13 @@ def test_a_stored_sweep_may_select_as_it_was_allowed_to(by: str) -> None:
 
 MODEL, DATA = 'model = "builtin:tiny-llama"\n', 'task.data = "builtin:python-code"\n'
 NO_MODEL = (
-    "model: is missing: a Hub id, a local folder, builtin:tiny-llama, builtin:tiny-llama-arithmetic, "
-    "builtin:tiny-t5 or builtin:tiny-vit"
+    "model: is missing: a Hub id, a local folder, builtin:tiny-diffusion, builtin:tiny-llama, "
+    "builtin:tiny-llama-arithmetic, builtin:tiny-t5 or builtin:tiny-vit"
 )
 NO_DATA = (
     "task.data: is missing: a file, a folder, a Hub data set, builtin:arithmetic, builtin:digits, "
-    "builtin:digits-turned, builtin:english-docs, builtin:python-code or builtin:questions"
+    "builtin:digits-16, builtin:digits-outlined, builtin:digits-turned, builtin:english-docs, "
+    "builtin:python-code or builtin:questions"
 )
 TEXT, TWO = 'task.name = "text"\n', 'tasks = [{name = "text", data = "x"}, {name = "text"}]\n'
 

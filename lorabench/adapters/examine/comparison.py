@@ -5,6 +5,7 @@ Shapes: d the width of a side, p and q the meaningful directions of A's and B's 
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from lorabench.linalg.nulls import angle_chance, energy_chance, similarity_chanc
 from lorabench.linalg.permutation import corrected, permutation_p_value
 from lorabench.updates.formats import Adapter, load_layer
 from lorabench.updates.layer import LayerSVD
+from lorabench.updates.other_names import diffusers_name
+from lorabench.updates.weightfile import flat_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +133,8 @@ def _row(layers: tuple[LayerSVD, LayerSVD], side: str, U: Tensor, V: Tensor) -> 
 
 def match_layers(names_a: list[str], names_b: list[str]) -> Matches:
     """By equal names; then where one is the other's ending (`model.` before it or not), the longest and only one; then
-    the same without `language_model.`, which stands in names of a text model that is a part of another."""
+    the same without `language_model.`, which stands in names of a text model that is a part of another; then those of a
+    denoiser whatever the file calls it, and with `_` for `.`, as kohya's files have it."""
     same = {*names_a} & {*names_b}
     rest_a, rest_b = ([name for name in names if name not in same] for names in (names_a, names_b))
     pairs = _nearest(rest_a, rest_b)
@@ -139,16 +143,35 @@ def match_layers(names_a: list[str], names_b: list[str]) -> Matches:
     parts = [(name, name) for name in inner[0] if name in inner[1]] or _nearest([*inner[0]], [*inner[1]])
     parts = [(inner[0][a], inner[1][b]) for a, b in parts]
     matched_a, matched_b = matched_a | {a for a, _ in parts}, matched_b | {b for _, b in parts}
+    flat = [_by_flat_name(names, matched) for names, matched in ((rest_a, matched_a), (rest_b, matched_b))]
+    kohya = [(name, flat[1][key]) for key, name in flat[0].items() if key in flat[1]]
+    matched_a, matched_b = matched_a | {a for a, _ in kohya}, matched_b | {b for _, b in kohya}
+    counted = ((_PART_NOTE, parts), (_FLAT_NOTE, kohya))
     return Matches(
-        pairs=[(name, name) for name in names_a if name in same] + pairs + parts,
+        pairs=[(name, name) for name in names_a if name in same] + pairs + parts + kohya,
         only_a=[name for name in rest_a if name not in matched_a],
         only_b=[name for name in rest_b if name not in matched_b],
-        notes=[*_prefix_notes(pairs), *([_PART_NOTE.format(len(parts))] if parts else [])],
+        notes=[*_prefix_notes(pairs), *(note.format(len(found)) for note, found in counted if found)],
     )
 
 
 _PART = "language_model."
 _PART_NOTE = f"{{}} layers are matched without the `{_PART}` in their names."
+
+
+_FLAT_NOTE = "{} layers are matched by the denoiser's own names of them, which one of the files writes otherwise."
+_OF_PIPELINE = re.compile(r"^(unet|transformer)\.")
+
+
+def _by_flat_name(names: list[str], matched: set[str]) -> dict[str, str]:
+    """What kohya's files call a layer, without their prefix -> name, of those that are not matched yet."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if name not in matched:
+            own = diffusers_name(name) or name
+            flat = flat_name(own) or _OF_PIPELINE.sub("", own).removesuffix(".weight")
+            found.setdefault(flat.replace(".", "_"), []).append(name)
+    return {flat: alike[0] for flat, alike in found.items() if len(alike) == 1}
 
 
 def _nearest(names_a: list[str], names_b: list[str]) -> list[Names]:

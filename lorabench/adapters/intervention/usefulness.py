@@ -28,7 +28,7 @@ from lorabench.adapters.intervention.intervene import TUNED, Bench, Run, about, 
 from lorabench.config.decode import InputError
 from lorabench.config.durable import write_json
 from lorabench.linalg.decompose import ThinSVD
-from lorabench.models.weights import is_linear_layer
+from lorabench.models.weights import is_linear_layer, output_embeddings
 from lorabench.processes.distributed import pick_device
 from lorabench.spec.run_spec import RunSpec, canonical_json
 from lorabench.store.store import Store
@@ -93,7 +93,7 @@ def measure(store: Store, run: Run, wanted: Usefulness, device: str, note: Calla
 
 def find(folder: Path, model: nn.Module, top: int) -> Iterator[Directions]:
     """The first directions of each linear layer, its head apart, and random ones of the same singular values."""
-    modules, head = dict(model.named_modules()), model.get_output_embeddings()
+    modules, head = dict(model.named_modules()), output_embeddings(model)
     for entry in formats.open_layers(folder).values():
         layer = formats.load_layer(entry)
         module = modules.get(layer.layer)

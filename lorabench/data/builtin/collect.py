@@ -192,7 +192,7 @@ def write(sets: dict[str, dict[str, list[Document]]], out: Path) -> None:
 
 def fingerprints(root: Path = HERE) -> dict[str, str]:
     """SHA-256 of every data and model file under `root`, by path."""
-    files = [*root.glob("*/*.jsonl.gz"), *root.glob("tiny-*/*")]
+    files = [*root.glob("*/*.jsonl.gz"), *(each for each in root.glob("tiny-*/**/*") if each.is_file())]
     return {f.relative_to(root).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lorabench.data.builtin.collect import HERE, write_fingerprints
@@ -120,7 +120,7 @@ def lr_share(step: int, steps: int) -> float:
     return FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def optimizer_for(model: PreTrainedModel, peak_lr: float = PEAK_LR) -> torch.optim.AdamW:
+def optimizer_for(model: nn.Module, peak_lr: float = PEAK_LR) -> torch.optim.AdamW:
     """Weight decay on matrices, none on the norms."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -129,13 +129,14 @@ def optimizer_for(model: PreTrainedModel, peak_lr: float = PEAK_LR) -> torch.opt
 
 
 def train(
-    model: PreTrainedModel,
+    model: nn.Module,
     batches: Iterator[dict[str, Tensor]],
     steps: int,
     validate: Callable[[], float],
     peak_lr: float = PEAK_LR,
+    after: Callable[[], object] = lambda: None,
 ) -> None:
-    """The loop; prints the training and validation loss from time to time."""
+    """The loop, with something to do `after` each step; prints the training and validation loss from time to time."""
     optimizer = optimizer_for(model, peak_lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_share(step, steps))
     for step, batch in enumerate(batches, start=1):
@@ -146,6 +147,7 @@ def train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        after()
         if step % 500 == 0:
             print(f"step {step}: {loss.item():.4f}, validation {validate():.4f}", flush=True)
 

@@ -53,7 +53,7 @@ def processor() -> ViTImageProcessorPil:
 
 
 def images(split: str, name: str = "digits") -> tuple[Tensor, Tensor]:
-    """(n, 8, 8) from 0 to 255, and classes (n,)."""
+    """(n, 8, 8), or as large as `name` holds them, from 0 to 255, and classes (n,)."""
     rows = read_data(f"builtin:{name}").splits[split]
     values = np.array([row["image"] for row in rows], np.float32)
     return torch.from_numpy(values), torch.tensor([row["label"] for row in rows])
@@ -64,12 +64,17 @@ def seen(values: Tensor) -> Tensor:
     return (values.clamp(0, 255) / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
 
 
-def varied(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Each shifted by at most SHIFT pixels, what comes in from the sides black, and with normal noise."""
-    padded = torch.nn.functional.pad(values, (SHIFT,) * 4)
+def shifted(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Each by at most SHIFT pixels, what comes in from the sides black."""
+    padded, size = torch.nn.functional.pad(values, (SHIFT,) * 4), values.shape[-1]
     tops, lefts = torch.randint(2 * SHIFT + 1, (2, len(values)), generator=generator).tolist()
-    cut = [each[top : top + SIZE, left : left + SIZE] for each, top, left in zip(padded, tops, lefts, strict=True)]
-    return torch.stack(cut) + NOISE * torch.randn(values.shape, generator=generator)
+    cut = [each[top : top + size, left : left + size] for each, top, left in zip(padded, tops, lefts, strict=True)]
+    return torch.stack(cut)
+
+
+def varied(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Each shifted, and with normal noise."""
+    return shifted(values, generator) + NOISE * torch.randn(values.shape, generator=generator)
 
 
 def batches(steps: int) -> Iterator[dict[str, Tensor]]:

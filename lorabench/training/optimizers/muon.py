@@ -69,12 +69,13 @@ def matrices(model: Any) -> list[nn.Parameter]:
     from torch import nn
 
     from lorabench.models import base_model as models
+    from lorabench.models.weights import output_embeddings
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     apart = [base.get_submodule(name) for name in models.new_heads(base)]
     apart += [module for module in model.modules() if isinstance(module, nn.Embedding)]
     outside = {id(parameter) for module in apart for parameter in module.parameters()}
-    output = base.get_output_embeddings()
+    output = output_embeddings(base)
     outside.add(id(getattr(output, "weight", None)))
     trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     return [parameter for parameter in trained if parameter.ndim == 2 and id(parameter) not in outside]

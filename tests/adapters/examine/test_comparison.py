@@ -104,6 +104,23 @@ def test_names_match_by_their_longest_ending_and_say_so():
     assert match_layers(b, a).notes == ["2 layers are matched without the `model.` that only B's names begin with."]
 
 
+def test_a_denoiser_s_layers_match_what_kohya_calls_them():
+    """Also with the pipeline's part before them, and by Flux's first names."""
+    plain = [
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0.weight",
+        "mid_block.resnets.0.conv1.weight",
+    ]
+    kohya = [f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.weight" for name in plain]
+    for names in (plain, [f"unet.{name}" for name in plain]):
+        found = match_layers(names, kohya)
+        assert found.pairs == [*zip(names, kohya, strict=True)] and found.only_a == found.only_b == []
+        assert found.notes == [
+            "2 layers are matched by the denoiser's own names of them, which one of the files writes otherwise."
+        ]
+    flux = match_layers(["lora_unet_double_blocks_3_img_attn_qkv[k].weight"], ["transformer_blocks.3.attn.to_k.weight"])
+    assert len(flux.pairs) == 1
+
+
 @pytest.mark.parametrize(
     ("a", "b"),
     [

@@ -39,7 +39,10 @@ def _closed():
 def drawn(name, results):
     """The figure of the results that have what it shows."""
     figure = plugins.example("figures", name)
-    made = (results, *(make() for make in (synthetic.sequences, synthetic.trajectories, synthetic.logged)))
+    made = (
+        results,
+        *(make() for make in (synthetic.sequences, synthetic.trajectories, synthetic.logged, synthetic.pictured)),
+    )
     return next(canvas for each in made if (canvas := figure.draw(each)))
 
 

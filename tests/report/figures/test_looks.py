@@ -67,7 +67,13 @@ def test_looks_differ_in_colour_marker_or_dash():
 @pytest.mark.parametrize("name", plugins.names("figures"))
 def test_text_is_seven_points_or_more_at_the_width_asked_for(name):
     example = dataclasses.replace(plugins.example("figures", name), width="column")
-    made = (synthetic.shared(), synthetic.sequences(), synthetic.trajectories(), synthetic.logged())
+    made = (
+        synthetic.shared(),
+        synthetic.sequences(),
+        synthetic.trajectories(),
+        synthetic.logged(),
+        synthetic.pictured(),
+    )
     figure = next(figure for results in made if (figure := example.draw(results)))
     assert figure.get_figwidth() == 3.3
     figure.canvas.draw()
