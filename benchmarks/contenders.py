@@ -167,11 +167,50 @@ def run_trainer(race: Race) -> None:
         trainer.train()
 
 
+def run_dreambooth(race: Race) -> None:
+    """The loop of diffusers' DreamBooth example, with latents and embeddings made beforehand as its options have it."""
+    from transformers import get_linear_schedule_with_warmup
+
+    from lorabench.models.base_model import pipeline_folder
+    from lorabench.models.denoisers import CONDITIONS, predict
+    from lorabench.models.latents import scheduler as scheduler_of
+
+    spec, device, model = race.spec, race.watch.device, race.model()
+    noising: Any = scheduler_of(pipeline_folder(spec.model, spec.revision), spec.model)
+    rows = race.examples.splits["train"]
+    latents = torch.stack([torch.from_numpy(row["pixel_values"].clean) for row in rows])
+    told = {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in CONDITIONS if key in rows[0]}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=spec.lr, weight_decay=spec.weight_decay, fused=True)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 0, spec.steps)
+    order = Order(len(rows), spec.batch_size, spec.seed)
+    model.train()
+    for step in range(1, spec.steps + 1):
+        chosen = order.indices(step - 1)
+        clean, conditions = latents[chosen].to(device), {key: each[chosen].to(device) for key, each in told.items()}
+        noise = torch.randn_like(clean)
+        times = torch.randint(0, noising.config.num_train_timesteps, (len(clean),), device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
+            found = predict(model, noising.add_noise(clean, noise, times), times, conditions)
+        loss = nn.functional.mse_loss(found.float(), noise, reduction="mean")
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        race.losses.append(loss.detach())
+        if step % LOG_EVERY == 0:
+            loss.item()
+        race.watch.tick()
+
+
 CONTENDERS: dict[str, Callable[[Race], None]] = {
     "lorabench": run_lorabench,
     "plain": run_plain,
     "trainer": run_trainer,
 }
+DENOISERS: dict[str, Callable[[Race], None]] = {"lorabench": run_lorabench, "dreambooth": run_dreambooth}
+"""The contenders where a diffusion model is trained."""
 
 
 @torch.no_grad()

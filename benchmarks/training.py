@@ -27,7 +27,7 @@ from typing import Any
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 import torch
-from contenders import CONTENDERS, LOG_EVERY, Race, peak_bytes, reset_peak, resident_bytes, untrained_losses
+from contenders import CONTENDERS, DENOISERS, LOG_EVERY, Race, peak_bytes, reset_peak, resident_bytes, untrained_losses
 from hardware import spread, write
 from relay import Relay, Stopwatch
 from transformers.utils.logging import disable_progress_bar
@@ -37,6 +37,7 @@ from lorabench.methods.full import Full
 from lorabench.methods.lora import Lora
 from lorabench.spec.run_spec import RunSpec
 from lorabench.tasks.completion import Completion
+from lorabench.tasks.denoising import Denoising
 from lorabench.tasks.image_classification import ImageClassification
 from lorabench.tasks.text import Text
 from lorabench.training.examples import prepare
@@ -50,6 +51,10 @@ def make_spec(arguments: argparse.Namespace, method: str) -> RunSpec:
     if method in IMAGES:
         task: Any = ImageClassification(data="builtin:digits-turned", max_eval=1)
         return replace(make_spec(arguments, method.partition("-")[0]), task=task)
+    if method in DIFFUSION:
+        task = Denoising(data="builtin:digits-outlined", condition="label", max_eval=1)
+        of_method = make_spec(arguments, method.partition("-")[0])
+        return replace(of_method, task=task, model=arguments.denoiser)
     times = (4, 2) if method in COMPLETION else (1, 1)
     return RunSpec(
         method=Full() if method == "full" else Lora(rank=arguments.rank),
@@ -91,15 +96,27 @@ def check_agreement(curves: dict[str, list[float]], untrained: list[float], tole
     return worst
 
 
+def check_alike(curves: dict[str, list[float]], tolerance: float) -> float:
+    """The relative difference of the contenders' mean losses over the second half, each having noise of its own."""
+    means = {name: sum(curve[len(curve) // 2 :]) / (len(curve) - len(curve) // 2) for name, curve in curves.items()}
+    worst = max(means.values()) / min(means.values()) - 1
+    assert worst <= tolerance, f"the mean losses differ by {worst:.2g}: this is not the same work"
+    return worst
+
+
 def measure_speed(spec: RunSpec, device: torch.device) -> dict[str, Any]:
     """Tokens/s of every round: a block of LOG_EVERY steps of each contender in turn."""
     relay, examples = Relay(), prepare(spec)
-    races = {name: Race(spec, examples, Stopwatch(LOG_EVERY, device, relay)) for name in CONTENDERS}
-    jobs: dict[str, Callable[[], None]] = {name: partial(CONTENDERS[name], race) for name, race in races.items()}
+    contenders = DENOISERS if isinstance(spec.task, Denoising) else CONTENDERS
+    races = {name: Race(spec, examples, Stopwatch(LOG_EVERY, device, relay)) for name in contenders}
+    jobs: dict[str, Callable[[], None]] = {name: partial(contenders[name], race) for name, race in races.items()}
     relay.run(jobs, spec.threads)
     curves = {name: [float(loss) for loss in race.losses] for name, race in races.items()}
-    worst = check_agreement(curves, untrained_losses(races["plain"]), TOLERANCE[spec.dtype])
-    lengths = [len(row.get("input_ids", "1")) for row in races["plain"].rows()]  # or the image that it is
+    if contenders is DENOISERS:
+        worst, lengths = check_alike(curves, ALIKE), [1] * (spec.steps * spec.batch_size)
+    else:
+        worst = check_agreement(curves, untrained_losses(races["plain"]), TOLERANCE[spec.dtype])
+        lengths = [len(row.get("input_ids", "1")) for row in races["plain"].rows()]  # or the image that it is
     size = LOG_EVERY * spec.batch_size
     tokens = [sum(lengths[first : first + size]) for first in range(size, len(lengths), size)]
     wall = {name: [*map(truediv, tokens, race.watch.seconds)] for name, race in races.items()}
@@ -128,9 +145,10 @@ def ratios(speeds: dict[str, list[float]], suffix: str) -> dict[str, Any]:
 def measure_memory(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     """Each contender in fresh processes of its own."""
     options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(arguments).items() if key in ARGUMENTS]
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+    contenders = DENOISERS if method in DIFFUSION else CONTENDERS
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for _ in range(arguments.memory_rounds):
-        for name in CONTENDERS:
+        for name in contenders:
             command = [sys.executable, __file__, *options, "--rounds=2", f"--methods={method}", f"--child={name}"]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             rows[name].append(json.loads(output.splitlines()[-1]))
@@ -145,7 +163,7 @@ def child(arguments: argparse.Namespace) -> None:
     spec = make_spec(arguments, arguments.methods[0])
     race = Race(spec, prepare(spec), Stopwatch(LOG_EVERY, device, on_warm=partial(reset_peak, device)))
     before = resident_bytes()
-    CONTENDERS[arguments.child](race)
+    (CONTENDERS | DENOISERS)[arguments.child](race)
     peak = max(peak_bytes(device), race.other_peak)
     above = {} if device.type == "cuda" else {"above_start_mib": (peak - before) / 2**20}
     print(json.dumps({"peak_mib": peak / 2**20} | above))
@@ -156,8 +174,13 @@ METHODS = ["lora", "full", "lora-completion", "lora-free"]
 COMPLETION = METHODS[2:]
 IMAGES = ["lora-images", "full-images"]
 """Of `vision.py`."""
+DIFFUSION = ["lora-diffusion", "full-diffusion"]
+"""Of `vision.py` too: a denoiser, beside diffusers' DreamBooth loop."""
+ALIKE = 0.1
+"""Of the mean losses of two contenders whose noise is not the same."""
 ARGUMENTS: dict[str, Any] = {
     "model": "builtin:tiny-llama",
+    "denoiser": "builtin:tiny-diffusion",
     "data": "builtin:python-code",
     "rank": 8,
     "batch_size": 4,
@@ -175,8 +198,8 @@ def parse(name: str, methods: list[str], defaults: dict[str, Any]) -> argparse.N
         parser.add_argument(f"--{key.replace('_', '-')}", default=value, type=type(value), help=f"default: {value}")
     parser.add_argument("--rounds", default=40, type=int, help=f"of {LOG_EVERY} steps each (default: 40)")
     parser.add_argument("--memory-rounds", default=3, type=int, help="processes a contender (default: 3)")
-    parser.add_argument("--methods", nargs="+", default=methods, choices=[*METHODS, *IMAGES])
-    parser.add_argument("--child", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--methods", nargs="+", default=methods, choices=[*METHODS, *IMAGES, *DIFFUSION])
+    parser.add_argument("--child", choices=list(CONTENDERS | DENOISERS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -58,7 +58,8 @@ class Pictures(Figure):
             for x, place in zip(left, shown, strict=True):
                 canvas[row * high : row * high + size[0], x : x + size[1]] = images[place]
         inches = drawing.COLUMN_INCHES if self.width == "column" else drawing.PAGE_INCHES
-        height = min(9.0, 0.75 + 0.78 * inches * canvas.shape[0] / canvas.shape[1])
+        names = 0.5 + 0.063 * max(map(len, rows))  # what the settings' names take, about
+        height = min(9.0, 0.6 + (inches - min(names, 0.6 * inches)) * canvas.shape[0] / canvas.shape[1])
         with drawing.facets([""], self.width or "page", height=height, theme="white") as grid:
             axes, figure = grid.axes.flat[0], grid.figure
             axes.imshow(canvas, interpolation="nearest")
