@@ -53,7 +53,7 @@ def laid_out():
     @cache
     def make(name):
         figure = drawn(name, synthetic.shared())
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         return figure
 
     return make

@@ -76,7 +76,7 @@ def test_text_is_seven_points_or_more_at_the_width_asked_for(name):
     )
     figure = next(figure for results in made if (figure := example.draw(results)))
     assert figure.get_figwidth() == 3.3
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     texts = [text for text in figure.findobj(drawing.plt.Text) if text.get_text() and text.get_visible()]
     assert texts and min(text.get_fontsize() for text in texts) >= 7
     for legend in figure.legends:
@@ -107,7 +107,7 @@ def test_long_titles_keep_apart_and_inside(tmp_path):
     for width in ("page", "column"):
         figure = HeatMap(width=width).draw(results)
         drawing.wrap_titles(figure)
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         titles = [axes.title for axes in figure.axes if axes.get_title()]
         boxes = [title.get_window_extent() for title in titles]
         assert {"".join(title.get_text().split()) for title in titles} == {"".join(name.split()) for name in names}

@@ -99,7 +99,7 @@ def panel(figure, title):
 @pytest.mark.parametrize("figure", FIGURES)
 def test_one_setting_is_enough(figure, one_setting):
     drawn = figure(**({"between": "seed"} if figure is Containment else {})).draw(one_setting)
-    drawn.canvas.draw()
+    drawn.draw_without_rendering()
     assert drawn.axes
 
 
