@@ -152,17 +152,19 @@ class SweepResults:
         """
         from lorabench.config.decode import InputError
         from lorabench.report import drawing
+        from lorabench.report.labels import losses_of
 
         if ax is not None and fig is not None:
             raise InputError("fig: not beside ax")
         figure, canvas = self._figure(name, options), ax if ax is not None else fig
-        if canvas is None:
-            drawn = figure.draw(self.analyzed.of(figure.where))
-            if drawn is not None:
-                drawing.finish(drawn)
-        else:
-            with drawing.onto(canvas):
+        with losses_of(self.sweep.runs):
+            if canvas is None:
                 drawn = figure.draw(self.analyzed.of(figure.where))
+                if drawn is not None:
+                    drawing.finish(drawn)
+            else:
+                with drawing.onto(canvas):
+                    drawn = figure.draw(self.analyzed.of(figure.where))
         if drawn is None:
             which = "these results" if not figure.where else "the part of these results that `where` names"
             raise InputError(f"figure {name}: there is nothing to draw in {which}: it needs {figure.needs}")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 from lorabench.spec.claim import NULL
 from lorabench.spec.known import known_measures
 from lorabench.spec.measures import Measure, find
+from lorabench.spec.run_spec import RunSpec
 from lorabench.terminal.text import one_line
 
 KEYS = {
@@ -104,8 +108,25 @@ def column_label(key: str, value: Any) -> str:
     return f"no {key_label(key)}" if value is None else value_label(value)
 
 
+_LOSSES: ContextVar[str] = ContextVar("losses", default="nats")
+"""What losses are in, of what is shown."""
+
+
+@contextmanager
+def losses_of(runs: Iterable[RunSpec]) -> Iterator[None]:
+    """Losses are labelled inside as these runs have them: no nats where all tasks take the mean square."""
+    units = {task.loss_unit for run in runs for task in run.stages}
+    token = _LOSSES.set(units.pop() if len(units) == 1 else "nats")
+    try:
+        yield
+    finally:
+        _LOSSES.reset(token)
+
+
 def measure(name: str) -> Measure:
-    return known_measures().get(name) or find(name) or Measure("", None, name, "other")
+    found = known_measures().get(name) or find(name) or Measure("", None, name, "other")
+    is_loss = found.unit == "nats" and not name.startswith("kl_")
+    return replace(found, unit=_LOSSES.get()) if is_loss else found
 
 
 def shown_factor(name: str) -> float:

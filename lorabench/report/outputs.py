@@ -31,6 +31,7 @@ from lorabench.report.labels import (
     capitalized,
     distinct,
     key_label,
+    losses_of,
     series_label,
     shown_factor,
     value_label,
@@ -104,6 +105,11 @@ def write_report(results: Results, folder: Path, kept: Sequence[Part] = (), furt
     there already, made of the same results by the same code, they stay. Files of an earlier report that this one no
     longer has are deleted. Where a table or a figure raises, the rest is made, and the page shows the error there.
     """
+    with losses_of(results.sweep.runs):
+        return _write_report(results, folder, kept, further)
+
+
+def _write_report(results: Results, folder: Path, kept: Sequence[Part], further: Sequence[Sheet]) -> Report:
     attempt = Attempts()
     answers = attempt("answers", lambda: read_answers(results))
     details = attempt("run details", lambda: run_details(results))

@@ -80,6 +80,8 @@ class Task(Plugin, ABC):
     is to write, which are of a length of their own."""
     unit: ClassVar[Literal["tokens", "images"]] = "tokens"
     """What is counted of examples: of throughput, and where only some are looked at."""
+    loss_unit: ClassVar[Literal["nats", ""]] = "nats"
+    """Of its loss; a mean square has none."""
     is_running_text: ClassVar[bool] = False
     """Whether a single row may be cut up, its end held out for validation."""
 
@@ -239,7 +241,7 @@ class Task(Plugin, ABC):
 
     @abstractmethod
     def loss(self, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Cross-entropy summed over the batch's predictions, in nats."""
+        """Summed over the batch's predictions: cross-entropy in nats, or squares where that is the `loss_unit`."""
 
     @abstractmethod
     def score(self, logits: Tensor, batch: dict[str, Tensor]) -> Any:

@@ -63,6 +63,7 @@ class Denoising(Task):
     auto_class: ClassVar[str] = AUTO_CLASS
     sequences: ClassVar[tuple[str, ...]] = ("pixel_values",)
     unit: ClassVar[Literal["tokens", "images"]] = "images"
+    loss_unit: ClassVar[Literal["nats", ""]] = ""
 
     data: str = "builtin:digits-outlined"
     image: str = "image"

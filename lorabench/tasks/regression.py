@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import clip, show
@@ -21,6 +21,7 @@ class Regression(LabelledText):
     """Scores are finite numbers, taken as they are. The loss is the squared error, and their mean the reported one."""
 
     reports: ClassVar[tuple[str, ...]] = ("loss", "pearson", "spearman")
+    loss_unit: ClassVar[Literal["nats", ""]] = ""
 
     holds: ClassVar[Holds] = are_numbers
 

@@ -3,11 +3,12 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from lorabench.report.labels import losses_of, measure
 from lorabench.report.results import grouped, kept_rows, load_results, ordered, selected, shared, with_analyses
 from lorabench.store.record import Status
 from lorabench.store.store import Store
 from tests import synthetic
-from tests.conftest import BASE
+from tests.conftest import BASE, make_spec
 
 GRID = """
 [base]
@@ -195,3 +196,13 @@ def test_rows_are_chosen_also_of_an_empty_frame():
     frame = pd.DataFrame({"rank": [1, 2], "lr": [0.1, 0.2]})
     assert list(kept_rows(frame, (rank == 2 for rank in frame["rank"]))["lr"]) == [0.2]
     assert list(kept_rows(frame.iloc[:0], []).columns) == ["rank", "lr"]
+
+
+def test_a_loss_that_is_a_mean_square_is_not_in_nats():
+    regression = [make_spec(task={"name": "regression", "data": "builtin:questions", "text": "question"})]
+    text = [make_spec()]
+    for runs, unit in ((regression, ""), (text, "nats"), (regression + text, "nats")):
+        with losses_of(runs):
+            assert {measure(name).unit for name in ("valid_loss", "forgetting", "retain_loss_after")} == {unit}
+            assert (measure("kl_task").unit, measure("valid_accuracy").unit) == ("nats", "%")
+    assert measure("valid_loss").unit == "nats"
