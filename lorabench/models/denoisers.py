@@ -10,6 +10,7 @@ Shapes: n examples, c channels, h height, w width of a latent, t tokens of a tex
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,7 @@ PIPELINE_FILE = "pytorch_lora_weights.safetensors"
 
 
 def is_pipeline(folder: Path) -> bool:
-    return (folder / INDEX).is_file()
+    return os.path.isfile(folder / INDEX)  # False also of a name that no file system takes
 
 
 def downloaded(source: str, revision: str | None, offline: bool) -> Path:

@@ -4,6 +4,7 @@ plain pipelines load."""
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -312,3 +313,9 @@ def test_a_model_that_is_no_pipeline_is_refused():
     assert "model_index.json" in problem
     (problem,) = plan.refusals([make_spec(method=LORA, model="builtin:tiny-diffusion")])
     assert "tiny-diffusion" in problem and "denoising" in problem
+
+
+def test_without_diffusers_it_is_told_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    problems = plan.refusals([make_spec(task=DIGITS | {"max_train": 23}, method=LORA, **TINY)])
+    assert problems and 'pipelines of diffusers need `pip install "lorabench[vision]"`' in problems[0]

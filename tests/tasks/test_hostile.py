@@ -34,6 +34,7 @@ TEMPLATES = [
     "{text}", "{meta.q}", "{text", "{}", "{text[0]}", "{text!r:>9}", "{label:d}", "", "}", "{text:{label}}", "x",
     "{text} {text}", "{text}!",
 ]  # fmt: skip
+OWN = {"chat": ["messages"], "image_classification": ["image"], "denoising": ["image", "label"]}
 KINDS = ["jsonl", "jsonl", "jsonl", "json", "csv", "tsv", "parquet", "txt", "jsonl.gz"]
 
 
@@ -83,9 +84,7 @@ def written(draw: random.Random, kind: str, rows: list[dict]) -> bytes:
 
 def fill(draw: random.Random, folder: Path, name: str) -> str:
     """A data set in `folder` for a task: what `task.data` names."""
-    names = draw.sample(NAMES, draw.randint(0, 3)) + {"chat": ["messages"], "image_classification": ["image"]}.get(
-        name, []
-    )
+    names = draw.sample(NAMES, draw.randint(0, 3)) + OWN.get(name, [])
     names += draw.choice([["text", "label"], ["text", "label"], []])
     kind, tame = draw.choice(KINDS), draw.random() < 0.8
     splits = draw.choice([["train"], ["train", "validation"], ["train", "dev", "test"], ["train.part1", "train.part2"]])
@@ -108,13 +107,16 @@ def any_task(draw: random.Random, name: str, data: str) -> Task:
         "prompt": TEMPLATES, "response": TEMPLATES, "source": TEMPLATES, "target": TEMPLATES, "max_target": [None, 4],
         "unlabelled": [None, None, "", "-1", "no"],
     }  # fmt: skip
+    if name == "denoising":
+        choices |= {"prompt": ["{}"] * 9 + TEMPLATES[:5], "condition": ["label"] * 9 + ["text", None]}
     return decode(kind, {"data": data} | {key: draw.choice(found) for key, found in choices.items() if key in known})
 
 
 @pytest.mark.parametrize("name", plugins.names("tasks"))
 def test_any_file_gives_examples_or_one_clear_error(name, tmp_path):
     unit, outcomes = plugins.plugin_class("tasks", name).unit, []
-    tokenizer = plugins.example("tasks", name).reads_with(BUILTIN[unit], None)
+    model = "builtin:tiny-diffusion" if name == "denoising" else BUILTIN[unit]
+    tokenizer = plugins.example("tasks", name).reads_with(model, None)
     for seed in range(CASES):
         draw = random.Random(f"{name} {seed}")
         folder = tmp_path / str(seed)

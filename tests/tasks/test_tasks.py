@@ -37,6 +37,9 @@ def tokenizer():
     return load_tokenizer("builtin:tiny-llama")
 
 
+OF_IMAGES = {"image_classification": "builtin:tiny-vit", "denoising": "builtin:tiny-diffusion"}
+
+
 @pytest.mark.parametrize("name", plugins.names("tasks"))
 def test_every_task_has_a_loss_that_falls_on_the_right_answer(name, tokenizer, labelled):
     task = plugins.example("tasks", name)
@@ -47,10 +50,15 @@ def test_every_task_has_a_loss_that_falls_on_the_right_answer(name, tokenizer, l
     rows = [row | {"choices": ["a", f"b {row['label']}"], "answer": row["label"]} for row in rows]
     if name in ("classification", "regression"):
         task = dataclasses.replace(task, data=labelled)
-    if name == "image_classification":
-        tokenizer = task.reads_with("builtin:tiny-vit", None)
+    if name in OF_IMAGES:
+        tokenizer = task.reads_with(OF_IMAGES[name], None)
     options = task.model_options(task.usable("train", rows, {}))
     batch = collate([each for item in task.scored(rows, tokenizer, 16, options) for each in item], 2, CPU)
+    if name == "denoising":  # each image of a row or of the grid by itself, whatever else is in the batch
+        assert task.count(batch) == 8 * task.eval_times
+        assert float(task.loss(batch["labels"] + 2, batch)) / task.count(batch) == pytest.approx(4)
+        assert float(task.loss(batch["labels"], batch)) == 0
+        return
     if name == "regression":
         right = batch["labels"][:, None]
         assert float(task.loss(right + 2, batch)) / task.count(batch) == pytest.approx(4)  # mean squared error
