@@ -34,6 +34,7 @@ from lorabench.spec.pictures import Pictures
 from lorabench.store.pictures import Sheet
 from lorabench.tasks.denoising import Denoising
 from lorabench.training.drift import base_beside, why_not
+from lorabench.training.environment import source_digest
 from lorabench.training.examples import read_usable
 from lorabench.training.passes import autocast, base_of
 from lorabench.training.state import Training
@@ -91,7 +92,7 @@ def _measured(training: Training, check: Callable[[], None]) -> tuple[dict[str, 
     own = artist.draw(base_of(model), asked)
     content = json.dumps(
         [training.base.content, encode(task), spec.dtype, spec.quantization, spec.threads, torch.__version__,
-         str(training.meter.device), [vars(each) for each in asked]], sort_keys=True,
+         str(training.meter.device), [vars(each) for each in asked], source_digest()], sort_keys=True,
     ).encode()  # fmt: skip
     base = kept(content, lambda: artist.draw(base_beside(training).eval(), asked))
     fitted = lambda rows: np.stack([encoder.fitted(full) for full in decode_each(rows, "task.image", task.image)])  # noqa: E731
