@@ -182,6 +182,13 @@ def read_config(spec: RunSpec, options: dict[str, Any]) -> Any:
     return _pretrained(spec.model, spec.revision, transformers.AutoConfig.from_pretrained, **options)
 
 
+def num_blocks(source: str) -> int:
+    """Blocks of a model of transformers, by its configuration."""
+    import transformers
+
+    return int(_pretrained(source, None, transformers.AutoConfig.from_pretrained).num_hidden_layers)
+
+
 def sequence_end(source: str, revision: str | None) -> int | None:
     """The token by whose place an encoder-decoder classifies, in transformers; None of other models."""
     import transformers

@@ -62,10 +62,14 @@ class Encoder:
     def of(cls, source: str, revision: str | None, resolution: int | None) -> Encoder:
         """InputError where the pipeline is not there, or its scheduler is of no known kind."""
         folder = pipeline_folder(source, revision)
+        index = denoisers.pipeline_index(folder, source)
+        if index.get("vae") and index["vae"][1] != "AutoencoderKL":
+            what = f"its autoencoder is {index['vae'][1]}, and latents are known of AutoencoderKL alone"
+            raise InputError(f'model = "{show_path(source)}": {what}')
         return cls(
             source=source,
             folder=folder,
-            index=denoisers.pipeline_index(folder, source),
+            index=index,
             config=denoisers.read_config(folder, source),
             noising=Noising.of(scheduler(folder, source)),
             resolution=resolution,

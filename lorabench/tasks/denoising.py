@@ -134,7 +134,7 @@ class Denoising(Task):
 
     def _check_pictures(self, pictures: Pictures, encoder: Encoder) -> None:
         """InputError where the denoiser does not take a prompt, or a model that looks at pictures is not there."""
-        from lorabench.models.base_model import resolve
+        from lorabench.models.base_model import num_blocks, resolve
 
         for key in ("prompts", "unrelated"):
             for prompt in getattr(pictures, key):
@@ -143,9 +143,11 @@ class Denoising(Task):
             try:
                 resolve(getattr(pictures, key) or pictures.encoder)
             except InputError as error:
-                raise InputError(
-                    [text.replace("model", f"task.pictures.{key}", 1) for text in error.problems]
-                ) from None
+                problems = [text.replace("model", f"task.pictures.{key}", 1) for text in error.problems]
+                raise InputError(problems) from None
+        block = pictures.encoder_block
+        if block is not None and block > (depth := num_blocks(pictures.encoder)):
+            raise InputError(f"task.pictures.encoder_block = {block}: must be 1 to {depth}, as {pictures.encoder} has")
 
     def lengths(self, example: Example) -> tuple[int, ...]:
         return tuple(example["pixel_values"].shape)

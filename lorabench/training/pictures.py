@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from lorabench.config.decode import InputError, encode
+from lorabench.config.decode import encode
 from lorabench.data.images import decode_each, processed, target_sizes
 from lorabench.models import base_model, denoisers
 from lorabench.models.latents import Encoder, kept, scheduler
@@ -210,9 +210,7 @@ class _Features:
 
         self.processor = base_model.load_image_processor(source)
         self.model = AutoModel.from_pretrained(base_model.resolve(source)).float().to(device).eval()
-        self.block, depth = block, self.model.config.num_hidden_layers
-        if block is not None and block > depth:
-            raise InputError(f"task.pictures.encoder_block = {block}: {source} has {depth}")
+        self.block = block
 
     @torch.no_grad()
     def of(self, images: Images) -> NDArray[np.float64]:
@@ -260,9 +258,7 @@ def drift(base: NDArray[np.float64], tuned: NDArray[np.float64]) -> NDArray[np.f
 
 def null_drift(base: NDArray[np.float64], prompts: Sequence[str]) -> float | None:
     """Mean drift over pairs of pictures of one prompt; None where each was drawn once."""
-    pairs = [
-        (a, b) for a in range(len(prompts)) for b in range(a) if prompts[a] == prompts[b]
-    ]  # fmt: skip
+    pairs = [(a, b) for a in range(len(prompts)) for b in range(a) if prompts[a] == prompts[b]]
     if not pairs:
         return None
     first, second = (list(column) for column in zip(*pairs, strict=True))
@@ -275,7 +271,7 @@ def _told(source: str, prompts: list[str], drawn: dict[str, Images], training: T
 
     processor = base_model.load_image_processor(source)
     model = AutoModelForImageClassification.from_pretrained(base_model.resolve(source))
-    model = model.to(training.meter.device).eval()
+    model = model.float().to(training.meter.device).eval()
     names = {place: str(name) for place, name in model.config.id2label.items()}
     found = {}
     for measure, images in drawn.items():

@@ -284,6 +284,7 @@ REFUSED = {
     "class 12": ({"pictures": {"prompts": ["12"]}}, 'task.pictures.prompts = "12": says "12"; the denoiser'),
     "no class": ({"condition": None}, "says nothing; the denoiser is told a class's number, 0 to 10"),
     "encoder": ({"pictures": {"encoder": "builtin:none"}}, 'task.pictures.encoder = "builtin:none"'),
+    "block": ({"pictures": {"encoder_block": 5}}, "task.pictures.encoder_block = 5: must be 1 to 4"),
     "prior prompt": ({"prior_prompt": "a dog"}, "task.prior_prompt"),
     "twice": ({"pictures": {"prompts": ["1"], "unrelated": ["1"]}}, "is among the prompts"),
 }  # fmt: skip
