@@ -63,6 +63,7 @@ class Pictures(Figure):
         with drawing.facets([""], self.width or "page", height=height, theme="white") as grid:
             axes, figure = grid.axes.flat[0], grid.figure
             axes.imshow(canvas, interpolation="nearest")
+            axes.set_anchor("E")  # room that is left over goes to the names
             axes.set_yticks([row * high + size[0] / 2 for row in range(len(rows))], rows)
             words = [drawing.wrapped(first.prompts[place], 14) for place in shown]
             axes.set_xticks([x + size[1] / 2 for x in left], words, rotation=0 if max(map(len, words)) < 8 else 90)
