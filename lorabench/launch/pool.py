@@ -37,6 +37,7 @@ from lorabench.launch.worker import (
 from lorabench.processes.distributed import Place
 from lorabench.processes.forks import Server, ServerDied
 from lorabench.processes.machine import count_oom_kills
+from lorabench.processes.share import interrupts
 from lorabench.spec.run_spec import RunSpec, short, swept_keys
 from lorabench.spec.sweep import Sweep
 from lorabench.store.claim import current_claim
@@ -280,12 +281,15 @@ class _Launch:
         )
         server = self._running_server()
         here, there = server.context.Pipe(duplex=False)
-        with contextlib.suppress(ServerDied, EOFError, OSError):  # whatever is wrong, the runs meet it and say so
+        # Whatever is wrong, the runs meet it and say so.
+        with interrupts(at_once=False) as came, contextlib.suppress(ServerDied, EOFError, OSError):
             process = server.start(check_main, (check, there, self.server_log), daemon=True)
             there.close()
             try:
-                while not here.poll(TICK_SECONDS):
-                    continue  # a Ctrl-C that comes as a system call is about to begin is heeded only between two
+                while not (came or here.poll(TICK_SECONDS)):
+                    continue
+                if came:
+                    raise KeyboardInterrupt
                 problems, notes, rides = here.recv()
             finally:
                 process.terminate()

@@ -115,9 +115,9 @@ class Server:
             for descriptor, kept in zip(TERMINAL, terminal, strict=True):
                 os.dup2(kept, descriptor)
                 os.close(kept)
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for key in added:
                 del os.environ[key]
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)  # a signal that has waited may raise here
 
 
 @contextlib.contextmanager

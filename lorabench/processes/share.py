@@ -47,7 +47,7 @@ def share(
     """
     waiting = list(range(len(tasks)))[::-1]
     workers: list[_Worker] = []
-    with _interrupts() as came, _stopping(workers):
+    with interrupts() as came, _stopping(workers):
         server = start_server(log, preload, {})
         while waiting or any(worker.task is not None for worker in workers):
             while len(workers) < min(num_workers, len(waiting) + sum(worker.task is not None for worker in workers)):
@@ -70,8 +70,8 @@ def share(
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """What has come of Ctrl-C: raised where it comes, and kept.
+def interrupts(*, at_once: bool = True) -> Iterator[list[int]]:
+    """What has come of Ctrl-C: raised where it comes, unless `at_once` is false, and kept.
 
     For the KeyboardInterrupt is lost where a finalizer is running, and waits for what comes next where a system call
     is just about to begin.
@@ -80,7 +80,8 @@ def _interrupts() -> Iterator[list[int]]:
 
     def note(number: int, _: Any) -> None:
         came.append(number)
-        raise KeyboardInterrupt
+        if at_once:
+            raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield came

@@ -85,6 +85,28 @@ os.kill({os.getpid()}, 2)
     assert not Path(f"/proc/{pid}").exists()
 
 
+class Interrupting:
+    """Ctrl-C comes while it is collected: what a handler raises there is lost."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_in_a_finalizer_ends_a_check_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = Server.start
+
+    def interrupted(*args: object, **kwargs: object) -> object:
+        process = start(*args, **kwargs)
+        Interrupting()
+        return process
+
+    monkeypatch.setattr("lorabench.launch.pool.check_main", hanging_check)
+    monkeypatch.setattr(Server, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        launch(fake_runs.sweep(DONE), Store(tmp_path), Pool(preload=PRELOAD))
+    assert not starts(tmp_path)
+
+
 def test_a_second_launch_starts_only_what_may_still_succeed(tmp_path: Path) -> None:
     run(tmp_path, DONE, OOM, RAISES, KILLED)
     before = starts(tmp_path)
