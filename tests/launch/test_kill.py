@@ -24,7 +24,7 @@ task.max_train = 64
 task.max_eval = 8
 seq_len = 64
 batch_size = 2
-steps = 120
+steps = 80
 eval_every = 40
 serving = false
 
@@ -41,6 +41,8 @@ model = "builtin:tiny-vit"
 task.name = "image_classification"
 task.data = "builtin:digits-turned"
 task.retain = "builtin:digits"
+task.max_train = 64
+task.max_eval = 8
 task.shift = 0.1
 steps = 60
 method.name = "full"
@@ -51,6 +53,8 @@ task.name = "denoising"
 task.data = "builtin:digits-outlined"
 task.condition = "label"
 task.retain = "builtin:digits-16"
+task.max_train = 64
+task.max_eval = 8
 task.pictures = { prompts = ["3"], each = 1, steps = 2 }
 method.name = "lora"
 method.rank = 2
