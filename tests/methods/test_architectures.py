@@ -38,7 +38,7 @@ NAMES = {
     "GPT-2": "gpt2", "GPT-NeoX": "gpt_neox", "OPT": "opt", "Falcon": "falcon", "Bloom": "bloom", "Mixtral": "mixtral",
     "Qwen3-MoE": "qwen3-moe", "OLMoE": "olmoe", "BERT": "bert", "RoBERTa": "roberta", "DeBERTa-v2": "deberta-v2",
     "ModernBERT": "modernbert", "DistilBERT": "distilbert", "T5": "t5", "BART": "bart",
-    "ViT": "vit", "DINOv2": "dinov2", "Swin": "swin", "ConvNeXt": "convnext",
+    "ViT": "vit", "DeiT": "deit", "DINOv2": "dinov2", "Swin": "swin", "ConvNeXt": "convnext",
 }  # fmt: skip
 """As the page calls them."""
 FULL = {"name": "full"}

@@ -38,6 +38,7 @@ DIGITS = {
 }  # fmt: skip
 TINY = {"model": "builtin:tiny-diffusion", "batch_size": 4, "steps": 5, "lr": 1e-3}
 LORA = {"name": "lora", "rank": 2, "targets": "attention"}
+GUIDANCE = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -241,14 +242,15 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits_and_pictures(tmp_path, mon
     )
 
 
-def test_a_plain_pipeline_draws_the_same_with_the_adapter_that_was_saved(tmp_path, pipelines, dogs):
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_plain_pipeline_draws_the_same_with_the_adapter_that_was_saved(kind, tmp_path, pipelines, dogs):
     """By `load_lora_weights`, and by PEFT on the denoiser."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
     from peft import PeftModel
 
-    folder = pipelines("stable_diffusion")
+    folder = pipelines(kind)
     pictures = {"prompts": ["a photo of dog 1"], "unrelated": ["a cat"], "each": 2, "steps": 3}
-    task = {"data": dogs, "condition": "text", "prompt": "a photo of {}", "pictures": pictures}
+    task = {"data": dogs, "condition": "text", "prompt": "a photo of {}", "pictures": pictures, "resolution": 16}
     spec, _, own = run(tmp_path, task, model=str(folder), lr=0.05, method=LORA | {"targets": "all-linear"})
     sheet = read_sheet(own / "pictures.png")
     assert sheet.prompts == ("a photo of dog 1",) * 2 + ("a cat",) * 2 and sheet.unrelated == ("a cat",)
@@ -256,17 +258,18 @@ def test_a_plain_pipeline_draws_the_same_with_the_adapter_that_was_saved(tmp_pat
     def drawn(pipeline) -> np.ndarray:
         pipeline.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed) for seed in (0, 1, 0, 1)]
-        found = pipeline([*sheet.prompts], height=16, width=16, num_inference_steps=3, guidance_scale=2.0,
+        found = pipeline([*sheet.prompts], height=16, width=16, num_inference_steps=3, guidance_scale=GUIDANCE,
                          generator=generators, output_type="np").images  # fmt: skip
         return np.rint(found * 255).astype(int)
 
-    plain = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    part = "unet" if kind in ("stable_diffusion", "sdxl") else "transformer"
+    plain = DiffusionPipeline.from_pretrained(folder)
     assert np.abs(drawn(plain) - sheet.base).max() <= 1
     assert np.abs(sheet.base.astype(int) - sheet.tuned).max() > 3
     plain.load_lora_weights(own / "updates")
     assert np.abs(drawn(plain) - sheet.tuned).max() <= 1
-    again = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    again.unet = PeftModel.from_pretrained(again.unet, own / "updates").get_base_model()
+    again = DiffusionPipeline.from_pretrained(folder)
+    setattr(again, part, PeftModel.from_pretrained(getattr(again, part), own / "updates").get_base_model())
     assert np.abs(drawn(again) - sheet.tuned).max() <= 1
     assert {update.parameter for update in read_updates(own / "updates")} == {
         f"{name}.weight" for name, module in load_base(spec, CPU, {}).named_modules() if isinstance(module, nn.Linear)
