@@ -42,10 +42,10 @@ test: $(VENV)/.installed-dev
 
 # Where Python is told to write no bytecode, each of the tests' hundreds of processes would compile all sources anew, and
 # each of pytest's workers what it makes of the tests' assertions.
-# Four workers more than cores: the tests on a real SLURM, and of what several processes say to each other, mostly wait.
+# Two workers more than cores: the tests on a real SLURM, and of what several processes say to each other, mostly wait.
 suite: $(VENV)/.installed-dev
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m compileall -q lorabench tests
-	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() + 4)') --dist loadfile --no-loadscope-reorder
+	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() + 2)') --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -348,8 +348,11 @@ def whole_layers(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _of_runs(frame: pd.DataFrame, run_ids: set[str]) -> pd.DataFrame:
     """The rows of an analysis that are of these runs; of pairs, where both are."""
-    columns = [name for name in ("run_id", "run_a", "run_b") if name in frame]
-    return frame[frame[columns].isin(run_ids).all(axis=1)]
+    kept = np.ones(len(frame), bool)
+    for column in ("run_id", "run_a", "run_b"):
+        if column in frame:
+            kept &= frame[column].isin(run_ids).to_numpy()
+    return frame[kept]
 
 
 def kept_rows(frame: pd.DataFrame, keep: Iterable[bool]) -> pd.DataFrame:
