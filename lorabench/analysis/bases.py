@@ -25,6 +25,7 @@ from torch import Tensor
 from lorabench.config import plugins
 from lorabench.config.decode import InputError
 from lorabench.linalg.decompose import ThinSVD
+from lorabench.models import denoisers
 from lorabench.models.base_model import local_files
 from lorabench.store.record import RunRecord
 from lorabench.updates.base import BaseLayer, Tuned, decompose, with_exact_top
@@ -148,7 +149,12 @@ class Base:
 
         from lorabench.models.targets import quantized_layers
 
-        config = transformers.AutoConfig.from_pretrained(local_files(self.key.model, self.key.revision))
+        files = local_files(self.key.model, self.key.revision)
+        if self.key.auto_class == denoisers.AUTO_CLASS:
+            folder, source = files.parent, self.key.model
+            config = denoisers.read_config(folder, source)
+            return frozenset(quantized_layers(denoisers.from_config(folder, source, config, torch.device("meta"))))
+        config = transformers.AutoConfig.from_pretrained(files)
         with torch.device("meta"):
             model = getattr(transformers, self.key.auto_class).from_config(config)
         return frozenset(quantized_layers(model))

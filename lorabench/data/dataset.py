@@ -15,7 +15,7 @@ from typing import Any
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import clip, show, show_path
-from lorabench.data.image_folder import has_classes, image_rows, image_splits
+from lorabench.data.image_folder import has_images, image_rows, image_splits
 from lorabench.data.rows_file import SUFFIXES, Row, Source, kind, placed, read_rows, source_of
 from lorabench.data.values import find
 
@@ -110,7 +110,7 @@ def _read_local(path: Path, columns: str | None, names: dict[str, list[str]], ca
     """`called` is what messages say instead of the path, where that is none of the user's."""
     if names is not ALIASES and not path.is_dir():
         raise InputError(f'task.data = "{show_path(path)}@{next(iter(names))}": a single file has no splits')
-    if path.is_dir() and not any(kind(file) in SUFFIXES for file in path.iterdir()) and has_classes(path):
+    if path.is_dir() and not any(kind(file) in SUFFIXES for file in path.iterdir()) and has_images(path):
         return _read_images(path, names)
     files = _split_files(path, names) if path.is_dir() else {"train": [path]}
     digest = hashlib.sha256()

@@ -1,4 +1,5 @@
 """A folder of images by class, `SPLIT/CLASS/NAME.png`, or `CLASS/NAME.png` alone -> rows of a path and a class.
+Of a folder of images alone, `NAME.png`, rows have a path and no class.
 
 The layout of torchvision's ImageFolder, and of `datasets`' `imagefolder`. In a class's folder all must be images but
 what begins with a dot; files beside the folders are passed over.
@@ -26,17 +27,31 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
+def has_images(folder: Path) -> bool:
+    """Whether a folder is one of images, by class or alone."""
+    return has_classes(folder) or has_images_alone(folder)
+
+
 def has_classes(folder: Path) -> bool:
     """Whether a folder below this one, or below one of those, holds an image."""
     below = [*_folders(folder), *(inner for outer in _folders(folder) for inner in _folders(outer))]
     return any(is_image(entry.name) for inner in below for entry in os.scandir(inner))
 
 
+def has_images_alone(folder: Path) -> bool:
+    """Whether images lie in a folder itself, and no folders."""
+    return not _folders(folder) and any(is_image(entry.name) for entry in os.scandir(folder))
+
+
 def image_splits(folder: Path, names: dict[str, list[str]]) -> dict[str, dict[str, list[Path]]]:
     """The image files by split and class, each in the order of their names. `names`: what a split may be called.
 
-    Where no folder is called as a split is, its folders are the classes of the first of `names`.
+    Where no folder is called as a split is, its folders are the classes of the first of `names`. Images in no folder
+    are of the class "". InputError where the one split that is asked for is no folder.
     """
+    if has_images_alone(folder) and len(names) > 1:
+        files = [Path(entry.path) for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        return {next(iter(names)): {"": sorted(file for file in files if is_image(file.name))}}
     found = {entry.name: entry for entry in _folders(folder)}
     splits: dict[str, dict[str, list[Path]]] = {}
     for split, called in names.items():
@@ -47,6 +62,8 @@ def image_splits(folder: Path, names: dict[str, list[str]]) -> dict[str, dict[st
         if own:
             splits[split] = _classes(own[0])
     needed = next(iter(names))
+    if not splits and len(names) == 1:
+        raise InputError(f'task.data = "{show_path(folder)}@{needed}": has no folder {needed}')
     if not splits:
         return {needed: _classes(folder)}
     if needed not in splits:
@@ -58,7 +75,7 @@ def image_rows(classes: dict[str, list[Path]]) -> Iterator[Row]:
     """A row a file, which is its place."""
     for name, files in classes.items():
         for file in files:
-            row = Placed({IMAGE: str(file), LABEL: name})
+            row = Placed({IMAGE: str(file)} | ({LABEL: name} if name else {}))
             row.source, row.number = Source(name=show_path(file), unit=""), 1
             yield row
 

@@ -36,7 +36,7 @@ def resolve(source: str) -> str:
     folder = Path(os.path.expanduser(source))
     if os.path.isdir(folder):  # False also of a name that no file system takes
         if not (folder / "config.json").exists() and not denoisers.is_pipeline(folder):
-            raise InputError(f'model = "{show_path(source)}": the folder has no config.json')
+            raise InputError(f'model = "{show_path(source)}": the folder has neither config.json nor {denoisers.INDEX}')
         return str(folder)
     if os.path.exists(folder) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError(f'model = "{show_path(source)}": no such folder')

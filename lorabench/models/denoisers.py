@@ -28,6 +28,9 @@ AUTO_CLASS = "DiffusionPipeline"
 INDEX = "model_index.json"
 PARTS = ("unet", "transformer")
 """The folders of a pipeline that a denoiser is in."""
+WEIGHED = (*PARTS, "vae", "text_encoder")
+NEEDED = (*WEIGHED, "tokenizer", "scheduler")
+"""How the folders begin that training reads; those of WEIGHED hold weights."""
 TIMESTEP = "timestep"
 """The key of a batch that tells how much noise is on each example, (n,) as the denoiser takes it."""
 CONDITIONS = ("class_labels", "encoder_hidden_states", "text_embeds", "time_ids", "pooled_projections")
@@ -75,6 +78,20 @@ def pipeline_index(folder: Path, source: str) -> dict[str, Any]:
     if not any(found.get(part) for part in PARTS):
         raise InputError(f'model = "{show_path(source)}": {INDEX} names no denoiser: none of {", ".join(PARTS)}')
     return found
+
+
+def check_parts(folder: Path, source: str) -> None:
+    """InputError with the parts that the pipeline's index names, and whose files or weights are not there."""
+    named = [part for part, what in pipeline_index(folder, source).items() if what and part.startswith(NEEDED)]
+    says = []
+    for part in named:
+        files = os.listdir(folder / part) if (folder / part).is_dir() else []
+        if not files:
+            says.append(f"{INDEX} names {part}, and there is no such folder with files")
+        elif part.startswith(WEIGHED) and not any(file.endswith((".safetensors", ".bin")) for file in files):
+            says.append(f"its folder {part} has no weights (*.safetensors)")
+    if says:
+        raise InputError([f'model = "{show_path(source)}": {each}' for each in says])
 
 
 def denoiser_folder(folder: Path, source: str) -> Path:

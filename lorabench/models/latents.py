@@ -60,8 +60,9 @@ class Encoder:
 
     @classmethod
     def of(cls, source: str, revision: str | None, resolution: int | None) -> Encoder:
-        """InputError where the pipeline is not there, or its scheduler is of no known kind."""
+        """InputError where the pipeline or a part of it is not there, or its scheduler is of no known kind."""
         folder = pipeline_folder(source, revision)
+        denoisers.check_parts(folder, source)
         index = denoisers.pipeline_index(folder, source)
         if index.get("vae") and index["vae"][1] != "AutoencoderKL":
             what = f"its autoencoder is {index['vae'][1]}, and latents are known of AutoencoderKL alone"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lorabench.analysis import bases
 from lorabench.analysis.bases import Base, BaseKey, cached, digest
 from lorabench.config.decode import InputError
-from lorabench.models import base_model
+from lorabench.models import base_model, denoisers
 from lorabench.models.weights import dequantized
 from lorabench.updates.base import KEEP, decompose
 from tests import families
@@ -43,6 +43,22 @@ def test_weights_are_those_of_the_loaded_model(tiny_bases, tmp_path, name, quant
             wanted = wanted.mT
         assert torch.equal(found, wanted) or (found.shape[0] == found.shape[1] and torch.equal(found, wanted.mT)), layer
         compared += 1
+    assert compared > 8
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_weights_of_a_quantized_denoiser_are_those_that_it_computes_with(tmp_path, quantization):
+    source = "builtin:tiny-diffusion"
+    spec = make_spec(task={"name": "denoising", "condition": "label"}, model=source, quantization=quantization)
+    loaded = base_model.load_base(spec, torch.device("cpu"), {})
+    denoiser_key = BaseKey(
+        model=source, revision=None, dtype="float32", quantization=quantization, auto_class=denoisers.AUTO_CLASS
+    )
+    base, compared = Base(denoiser_key, tmp_path), 0
+    for layer, module in loaded.named_modules():
+        if type(module).__name__.startswith("Linear"):
+            assert torch.equal(base.weight(f"{layer}.weight"), dequantized(module).float()), layer
+            compared += 1
     assert compared > 8
 
 

@@ -79,6 +79,26 @@ def test_a_folder_by_class_has_its_splits_and_names_its_files(tmp_path):
         read_data(str(plain), label="label")
 
 
+def test_a_folder_of_images_alone_has_no_labels(tmp_path):
+    from PIL import Image
+
+    for number in range(5):
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "notes.md").write_text("?")
+    data = read_data(str(tmp_path))
+    assert {row["image"] for rows in data.splits.values() for row in rows} == {*map(str, tmp_path.glob("*.png"))}
+    assert not any("label" in row for rows in data.splits.values() for row in rows)
+    Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(tmp_path / "4.png")
+    assert read_data(str(tmp_path)).fingerprint != data.fingerprint
+
+
+def test_a_folder_without_splits_is_not_taken_for_one(tmp_path):
+    plain = by_class(tmp_path / "plain")
+    for folder in (plain, plain / "cat"):
+        with pytest.raises(InputError, match="has no folder validation"):
+            read_data(f"{folder}@validation")
+
+
 @pytest.mark.parametrize(
     "processor",
     [

@@ -4,6 +4,7 @@ plain pipelines load."""
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -301,6 +302,19 @@ def test_what_a_denoiser_cannot_do_is_told_before_anything_starts(case):
     except (InputError, ValueError) as error:
         problems = [str(error)]
     assert problems and message in problems[0]
+
+
+@pytest.mark.parametrize("gone, says", [
+    ("unet", "names unet"), ("vae", "names vae"), ("tokenizer", "names tokenizer"),
+    ("unet/diffusion_pytorch_model.safetensors", "unet has no weights"),
+    ("text_encoder/model.safetensors", "text_encoder has no weights"),
+])  # fmt: skip
+def test_a_part_that_a_pipeline_lacks_is_told_before_anything_starts(pipelines, dogs, tmp_path, gone, says):
+    shutil.copytree(pipelines("stable_diffusion"), folder := tmp_path / "pipeline")
+    shutil.rmtree(folder / gone) if (folder / gone).is_dir() else (folder / gone).unlink()
+    task = {"name": "denoising", "data": dogs, "condition": "text"}
+    with pytest.raises(InputError, match=says):
+        make_spec(task=task).task.checks_with(str(folder), None)
 
 
 def test_methods_without_a_place_in_a_denoiser_are_refused_with_the_reason():

@@ -70,7 +70,9 @@ class Pictures(Figure):
             axes.tick_params(length=0, labeltop=True, labelbottom=False)
             axes.spines[:].set_visible(False)
             trained = f"{len({*first.prompts} - {*first.unrelated})} of what was trained"
-            grid.set_axis_labels(f"Prompts: {trained}, then {len({*first.unrelated})} of what was not", "Setting")
+            axes.set_ylabel("Setting")
+            words_below = f"Prompts: {trained}, then {len({*first.unrelated})} of what was not"
+            axes.set_xlabel(words_below, loc="right")  # where prompts are few it is wider than the strip
         return figure
 
     def _shown(self, prompts: tuple[str, ...]) -> list[int]:

@@ -29,6 +29,13 @@ def test_as_many_of_each_prompt_and_prompts_as_are_asked_for():
     drawing.plt.close("all")
 
 
+def test_what_stands_below_a_narrow_strip_is_not_cut_off():
+    figure = Pictures(columns=1, each=1).draw(synthetic.pictured())
+    figure.canvas.draw()
+    assert figure.axes[0].xaxis.label.get_window_extent().x1 <= figure.bbox.x1
+    drawing.plt.close("all")
+
+
 def test_what_cannot_be_read_is_not_shown(tmp_path):
     results = synthetic.pictured()
     (tmp_path / "torn.png").write_bytes(b"\x89PNG")
