@@ -15,7 +15,7 @@ from typing import Any
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import clip, show, show_path
-from lorabench.data.image_folder import has_images, image_rows, image_splits
+from lorabench.data.image_folder import has_images, image_rows, image_splits, named_images
 from lorabench.data.rows_file import SUFFIXES, Row, Source, kind, placed, read_rows, source_of
 from lorabench.data.values import find
 
@@ -48,7 +48,8 @@ class Data:
 
     splits: dict[str, list[Row]]
     fingerprint: str
-    """SHA-256 of the files' bytes, or the Hub's own fingerprint; where rows were held out, with these."""
+    """SHA-256 of the files' bytes, with those of images that they name, or the Hub's own fingerprint; where rows were
+    held out, with these."""
     note: str = ""
     """How the splits were made, where the source did not give them."""
     held_out: tuple[str, ...] = ()
@@ -120,7 +121,11 @@ def _read_local(path: Path, columns: str | None, names: dict[str, list[str]], ca
         for file in parts:
             content = _content(file)
             digest.update(f"{split} {len(content)} ".encode() + content)
-            splits[split] += read_rows(file, content, columns, f"{called}, {split}" if called else "")
+            rows = read_rows(file, content, columns, f"{called}, {split}" if called else "")
+            for image in named_images(rows, file.parent):
+                content = _content(image)
+                digest.update(f"{image.name} {len(content)} ".encode() + content)
+            splits[split] += rows
         if not splits[split]:
             raise InputError(f'task.data = "{show_path(path)}": {show_path(parts[0].name)} holds no rows')
     return splits, digest.hexdigest()

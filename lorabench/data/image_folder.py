@@ -8,8 +8,9 @@ what begins with a dot; files beside the folders are passed over.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from lorabench.config.decode import InputError
 from lorabench.config.quote import show_path
@@ -78,6 +79,25 @@ def image_rows(classes: dict[str, list[Path]]) -> Iterator[Row]:
             row = Placed({IMAGE: str(file)} | ({LABEL: name} if name else {}))
             row.source, row.number = Source(name=show_path(file), unit=""), 1
             yield row
+
+
+def named_images(rows: Iterable[Row], folder: Path) -> Iterator[Path]:
+    """The image files that rows of a file name, as seen from here or from its folder: each once, in their order."""
+    seen = set()
+    for value in _texts(rows):
+        if is_image(value[-8:]) and value not in seen:
+            seen.add(value)
+            file = Path(value) if os.path.exists(value) else folder / value
+            if os.path.isfile(file):
+                yield file
+
+
+def _texts(values: Iterable[Any]) -> Iterator[str]:
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            yield from _texts(value.values())
 
 
 def _classes(folder: Path) -> dict[str, list[Path]]:

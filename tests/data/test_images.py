@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,25 @@ def test_a_folder_of_images_alone_has_no_labels(tmp_path):
     assert not any("label" in row for rows in data.splits.values() for row in rows)
     Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(tmp_path / "4.png")
     assert read_data(str(tmp_path)).fingerprint != data.fingerprint
+
+
+@pytest.mark.parametrize("column", ["image", "photo.path"])
+def test_images_that_rows_name_are_in_the_fingerprint(column, tmp_path):
+    """As seen from the file that names them; other texts that end as an image's name does are none."""
+    (tmp_path / "in").mkdir()
+    rows = []
+    for number in range(6):
+        (tmp_path / "in" / f"{number}.PNG").write_bytes(png(RGB))
+        name = f"in/{number}.PNG"
+        rows.append({"text": "see a.png"} | ({"image": name} if column == "image" else {"photo": {"path": name}}))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = read_data(str(tmp_path))
+    assert read_data(str(tmp_path)).fingerprint == before.fingerprint
+    (tmp_path / "in" / "5.PNG").write_bytes(png(RGB // 2))
+    after = read_data(str(tmp_path))
+    assert after.fingerprint != before.fingerprint
+    found = [decoded(value) for rows in after.splits.values() for value in images.images(rows, "task.image", column)]
+    assert sorted(int(each.sum()) for each in found)[0] == int((RGB // 2).sum())
 
 
 def test_a_folder_without_splits_is_not_taken_for_one(tmp_path):
