@@ -1,8 +1,9 @@
 """Write one page of published figures made again: what each sweep shows beside what its paper reports, and verdicts.
 
 Sweeps are files, or names in RESULTS; without any, all in RESULTS that have a [paper] section, with the `reports` of it
-that their claims put to the test. What the runs have learned is analyzed first, where that is not up to date, and each
-sweep's own report is written too. Prints the page's path; `make paper` runs the small sweeps of sweeps/paper before.
+that their claims put to the test. What the runs have learned is analyzed first, where that is not up to date, and what
+claims ask of scaled intruders is evaluated, as by `lorabench intervene`; each sweep's own report is written too. Prints
+the page's path; `make paper` runs the small sweeps of sweeps/paper before.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lorabench.terminal.text import talk, tell
 if TYPE_CHECKING:
     from lorabench.report.freshness import SweepFile
     from lorabench.report.papers import Repeated
+    from lorabench.report.results import Results
     from lorabench.store.store import Store
 
 PAGE = "papers.html"
@@ -82,6 +84,8 @@ def _made(store: Store, sweep: SweepFile, workers: int | None) -> tuple[Repeated
     from lorabench.report.papers import repeated
 
     made = analyze_sweep(store, sweep, workers=workers)
+    if _intervene(store, made.analyzed):
+        made = analyze_sweep(store, sweep, workers=workers)
     for name, text in made.errors.items():
         talk(f"error: {name}: {text}")
     assert made.sweep.paper is not None
@@ -89,3 +93,27 @@ def _made(store: Store, sweep: SweepFile, workers: int | None) -> tuple[Repeated
     for name, text in page.errors.items() if made.whole else ():
         talk(f"error: {name}: {text}")
     return page, made.whole
+
+
+def _intervene(store: Store, results: Results) -> bool:
+    """Scale the intruder dimensions of finished runs where claims ask for it; whether any was evaluated."""
+    from lorabench.report.claims import not_intervened
+
+    asked: dict[str, dict[tuple[float, int], set[float]]] = {}
+    if not (lacking := not_intervened(results)):
+        return False
+    from lorabench.adapters.intervention import intervene
+
+    for run_id, at in lacking:
+        choice = (at.get("epsilon", intervene.EPSILON), at.get("k", intervene.TOP))
+        asked.setdefault(run_id, {}).setdefault(choice, set()).add(at["lambda"])
+    done = 0
+    for run_id, choices in asked.items():
+        for (epsilon, top), lambdas in choices.items():
+            wanted = intervene.Intervention(lambdas=tuple(sorted(lambdas)), epsilon=epsilon, top=top)
+            try:
+                intervene.intervene(store, intervene.read_run(store, run_id), wanted, "auto", talk)
+                done += 1
+            except InputError as error:
+                talk(f"error: {error}")
+    return done > 0

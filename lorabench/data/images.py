@@ -66,7 +66,7 @@ def images(rows: Sequence[Row], key: str, column: str) -> list[Any]:
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if isinstance(value, str) and isinstance(row, Placed) and not os.path.exists(value):
-            value = os.path.join(os.path.dirname(row.source.name), value)
+            value = os.path.join(row.source.folder, value)
         if not isinstance(value, (str, bytes, list, np.ndarray)):
             what = "must be an array of numbers, a file's path or its bytes"
             raise InputError(f"{key} = {show(column)}: {place(row, number)}: {what}, not {type(value).__name__}")

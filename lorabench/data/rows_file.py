@@ -38,6 +38,8 @@ class Source:
     """What is counted in it; nothing where it is one row as a whole."""
     has_header: bool = False
     """Whether its columns are named by its first line."""
+    folder: str = ""
+    """That it lies in, as rows may name files beside it."""
 
 
 class Placed(Row):
@@ -87,7 +89,8 @@ def read_rows(file: Path, content: bytes, columns: str | None, called: str = "")
     if kind(file) not in SUFFIXES:
         raise InputError(f"{where}: unknown kind {show(kind(file))}. Choices: {', '.join(SUFFIXES)}")
     header = kind(file) in (".csv", ".tsv") and not columns
-    source = Source(name=called or show_path(file), unit=UNITS.get(kind(file), "row"), has_header=header)
+    name, unit = called or show_path(file), UNITS.get(kind(file), "row")
+    source = Source(name=name, unit=unit, has_header=header, folder=str(file.parent))
     try:
         rows = _parse(kind(file), _unpacked(file, content), columns.split(",") if columns else None)
         return placed(rows, source)

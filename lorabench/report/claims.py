@@ -85,6 +85,23 @@ def judge(claim: Claim, results: Results) -> Verdict:
     return Verdict(claim=claim, verdict=verdict, estimate=estimate, why=why, seeds=seeds, run_ids=ids)
 
 
+def not_intervened(results: Results) -> list[tuple[str, dict[str, Any]]]:
+    """The runs that are compared, and the places of `lorabench intervene` in them, that claims ask for and that are
+    not there."""
+    found, runs = [], selected(results).done
+    for claim in results.sweep.claims:
+        for side, wanted in claim.sides.items():
+            at = claim.places[side] or {}
+            if claim.measures[side].startswith(INTERVENED) and "lambda" in at:
+                named = [run_id for run_id in results.of(wanted).runs.index if run_id in runs.index]
+                found += [(run_id, at) for run_id in named if not _is_there(at, results.interventions.get(run_id, []))]
+    return found
+
+
+def _is_there(at: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> bool:
+    return any(all(point.get(key) == value for key, value in at.items()) for point in points)
+
+
 def _by_counting(claim: Claim, shape: Shape, results: Results) -> Verdict:
     """The mean over the settings that are named, done or not: a count depends on no run, nor on the selection."""
     from lorabench.launch.counted import count_on

@@ -95,8 +95,9 @@ def test_a_folder_of_images_alone_has_no_labels(tmp_path):
 
 @pytest.mark.parametrize("column", ["image", "photo.path"])
 def test_images_that_rows_name_are_in_the_fingerprint(column, tmp_path):
-    """As seen from the file that names them; other texts that end as an image's name does are none."""
-    (tmp_path / "in").mkdir()
+    """As seen from the file that names them, whatever its folder is called."""
+    tmp_path = tmp_path / ("long" * 40) / "of two\nlines"
+    (tmp_path / "in").mkdir(parents=True)
     rows = []
     for number in range(6):
         (tmp_path / "in" / f"{number}.PNG").write_bytes(png(RGB))

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from lorabench.adapters.intervention import intervene
 from lorabench.cli import main
 from lorabench.report import papers
-from lorabench.report.claims import FAILS, HOLDS, judge
+from lorabench.report.claims import FAILS, HOLDS, judge, not_intervened
 from lorabench.report.outputs import write_report
 from lorabench.report.papers import papers_page, repeated
 from lorabench.report.results import Results
@@ -203,3 +204,31 @@ def test_a_claim_of_scaled_intruders_is_judged_by_what_intervene_has_kept(whole:
     assert judge(claim, whole).why == 'no run of "where" is done and has the measure; lorabench intervene makes it'
     unknown = untestable(replace(claim, at={"scale": 1}), list(whole.sweep.runs), {}, known_measures(), "")
     assert unknown and "scaled, lambda, epsilon, k" in unknown[0]
+
+
+def test_scaled_intruders_that_claims_ask_for_are_those_that_are_not_kept(whole: Results) -> None:
+    runs = whole.selection.done
+    full = [*runs.index[runs["method.name"] == "full"]]
+    at = {"scaled": "intruders", "lambda": 0.7}
+    claim = Claim(says="so", measure="intervened.forgetting", where={"method.name": "full"}, at=at, at_most=0)
+    other = replace(claim, measure="forgetting", at=None)
+    asking = replace(whole, sweep=replace(whole.sweep, claims=(claim, other)))
+    assert full and not_intervened(asking) == [(run_id, claim.at) for run_id in full]
+    points = [{"scaled": "control", "lambda": 0.7}, {"scaled": "intruders", "lambda": 0.5}]
+    some = replace(asking, interventions={full[0]: [*points, at], full[1]: points})
+    assert [run_id for run_id, _ in not_intervened(some)] == full[1:]
+    assert not_intervened(whole) == []
+
+
+def test_the_command_has_intruders_scaled_where_a_claim_asks_for_it(tmp_path: Path, monkeypatch, capsys) -> None:
+    claim = CLAIM.format(says="less", rank=16, bound="at_most = 9", reported='reported = "Table 6"')
+    claim = claim.replace("valid_loss", "intervened.forgetting") + 'at = { scaled = "intruders", lambda = 0.7 }\n'
+    text = TEXT.replace("seed = ", 'task.retain = "builtin:english-docs"\nseed = ').replace(PAPER, claim + PAPER)
+    results = synthetic.make(tmp_path, text, analyzed=False)
+    asked = []
+    monkeypatch.setattr(intervene, "read_run", lambda store, run_id: run_id)
+    monkeypatch.setattr(intervene, "intervene", lambda store, run, wanted, *_: asked.append((run, wanted)))
+    (tmp_path / "mine.toml").write_text(text)
+    assert run(tmp_path, str(tmp_path / "mine.toml")) == 0
+    done = results.runs[(results.runs["method.rank"] == 16) & (results.runs["status"] == "done")]
+    assert asked == [(run_id, intervene.Intervention(lambdas=(0.7,))) for run_id in done.index] and asked
