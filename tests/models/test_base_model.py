@@ -93,7 +93,7 @@ def test_a_frozen_base_is_in_the_spec_s_dtype_and_a_trained_one_in_float32():
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"has no config\.json"):
+    with pytest.raises(InputError, match=r"has neither config\.json nor model_index\.json"):
         models.resolve(str(tmp_path))
 
 
