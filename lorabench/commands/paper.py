@@ -84,7 +84,8 @@ def _made(store: Store, sweep: SweepFile, workers: int | None) -> tuple[Repeated
     from lorabench.report.papers import repeated
 
     made = analyze_sweep(store, sweep, workers=workers)
-    if _intervene(store, made.analyzed):
+    refused = _intervene(store, made.analyzed)
+    if refused is not None:
         made = analyze_sweep(store, sweep, workers=workers)
     for name, text in made.errors.items():
         talk(f"error: {name}: {text}")
@@ -92,28 +93,28 @@ def _made(store: Store, sweep: SweepFile, workers: int | None) -> tuple[Repeated
     page = repeated(made.analyzed, made.sweep.paper)
     for name, text in page.errors.items() if made.whole else ():
         talk(f"error: {name}: {text}")
-    return page, made.whole
+    for text in refused or ():
+        talk(f"error: {text}")
+    return page, made.whole and not refused
 
 
-def _intervene(store: Store, results: Results) -> bool:
-    """Scale the intruder dimensions of finished runs where claims ask for it; whether any was evaluated."""
+def _intervene(store: Store, results: Results) -> list[str] | None:
+    """Scale the intruder dimensions of finished runs where claims ask for it: why it cannot be done, by run; None where
+    nothing is asked."""
     from lorabench.report.claims import not_intervened
 
-    asked: dict[str, dict[tuple[float, int], set[float]]] = {}
     if not (lacking := not_intervened(results)):
-        return False
-    from lorabench.adapters.intervention import intervene
+        return None
+    from lorabench.adapters.intervention.intervene import EPSILON, TOP, Intervention, intervene, read_run
 
+    asked: dict[tuple[str, float, int], set[float]] = {}
     for run_id, at in lacking:
-        choice = (at.get("epsilon", intervene.EPSILON), at.get("k", intervene.TOP))
-        asked.setdefault(run_id, {}).setdefault(choice, set()).add(at["lambda"])
-    done = 0
-    for run_id, choices in asked.items():
-        for (epsilon, top), lambdas in choices.items():
-            wanted = intervene.Intervention(lambdas=tuple(sorted(lambdas)), epsilon=epsilon, top=top)
-            try:
-                intervene.intervene(store, intervene.read_run(store, run_id), wanted, "auto", talk)
-                done += 1
-            except InputError as error:
-                talk(f"error: {error}")
-    return done > 0
+        asked.setdefault((run_id, at.get("epsilon", EPSILON), at.get("k", TOP)), set()).add(at["lambda"])
+    refused = []
+    for (run_id, epsilon, top), scales in asked.items():
+        try:
+            wanted = Intervention(lambdas=tuple(sorted(scales)), epsilon=epsilon, top=top)
+            intervene(store, read_run(store, run_id), wanted, "auto", talk)
+        except InputError as error:
+            refused += error.problems
+    return refused

@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -62,27 +61,27 @@ def stored(root: Path, sweep: Path, **fields: object) -> Store:
 
 
 @pytest.mark.parametrize(
-    "command",
-    [["--help"], ["list"], ["run", "--help"], ["status", "."], ["--version"], ["completion", "--complete=logs\x1f"]],
-)
-def test_light_commands_import_nothing_heavy_and_start_at_once(command: list[str], tmp_path: Path) -> None:
+    ("command", "most"),
+    [(["--help"], 100), (["list"], 100), (["run", "--help"], 100), (["status", "."], 190), (["--version"], 150),
+     (["completion", "--complete=logs\x1f"], 100)],
+)  # fmt: skip
+def test_light_commands_import_nothing_heavy_and_start_at_once(command: list[str], most: int, tmp_path: Path) -> None:
+    """Starting is importing: how long that takes is the machine's, and how much is imported is ours."""
     program = f"""
 import sys
-import time
+before = set(sys.modules)
 from lorabench.cli import main
 try:
     main({command!r})
 finally:
-    print([name for name in {HEAVY!r} if name in sys.modules])
+    print([name for name in {HEAVY!r} if name in sys.modules], len(sys.modules.keys() - before))
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     call = [sys.executable, "-c", program]
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
+    heavy, _, imported = done.stdout.splitlines()[-1].rpartition(" ")
+    assert heavy == "[]" and 10 < int(imported) <= most
 
 
 def test_help_describes_every_command(capsys: pytest.CaptureFixture[str]) -> None:

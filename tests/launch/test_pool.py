@@ -34,6 +34,7 @@ from tests.fake_runs import (
     SEGFAULT,
     WAITS,
 )
+from tests.processes.test_share import Interrupting
 
 PRELOAD = ("lorabench.launch.worker",)
 
@@ -83,13 +84,6 @@ os.kill({os.getpid()}, 2)
         launch(fake_runs.sweep(DONE), Store(tmp_path), Pool(preload=PRELOAD))
     (pid,) = (int(file.suffix[1:]) for file in began.glob(".server.*[0-9]"))
     assert not Path(f"/proc/{pid}").exists()
-
-
-class Interrupting:
-    """Ctrl-C comes while it is collected: what a handler raises there is lost."""
-
-    def __del__(self) -> None:
-        signal.raise_signal(signal.SIGINT)
 
 
 def test_ctrl_c_in_a_finalizer_ends_a_check_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

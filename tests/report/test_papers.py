@@ -11,6 +11,7 @@ import pytest
 
 from lorabench.adapters.intervention import intervene
 from lorabench.cli import main
+from lorabench.config.decode import InputError
 from lorabench.report import papers
 from lorabench.report.claims import FAILS, HOLDS, judge, not_intervened
 from lorabench.report.outputs import write_report
@@ -226,9 +227,16 @@ def test_the_command_has_intruders_scaled_where_a_claim_asks_for_it(tmp_path: Pa
     text = TEXT.replace("seed = ", 'task.retain = "builtin:english-docs"\nseed = ').replace(PAPER, claim + PAPER)
     results = synthetic.make(tmp_path, text, analyzed=False)
     asked = []
+
+    def fails(*_: object) -> None:
+        raise InputError("RUN = it: cannot")
+
     monkeypatch.setattr(intervene, "read_run", lambda store, run_id: run_id)
     monkeypatch.setattr(intervene, "intervene", lambda store, run, wanted, *_: asked.append((run, wanted)))
     (tmp_path / "mine.toml").write_text(text)
     assert run(tmp_path, str(tmp_path / "mine.toml")) == 0
     done = results.runs[(results.runs["method.rank"] == 16) & (results.runs["status"] == "done")]
     assert asked == [(run_id, intervene.Intervention(lambdas=(0.7,))) for run_id in done.index] and asked
+    monkeypatch.setattr(intervene, "read_run", fails)
+    capsys.readouterr()
+    assert run(tmp_path, str(tmp_path / "mine.toml")) == 1 and "error: RUN = it: cannot" in capsys.readouterr().err
