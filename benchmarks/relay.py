@@ -1,54 +1,63 @@
-"""Contenders that take turns, a block of steps each, so that a machine's moods fall on all of them alike."""
+"""Contenders that take turns, a block of steps each, so that a machine's moods fall on all of them alike.
+
+Each is a process of its own, as it is where it is used: what one sets in the process is not the others' too.
+"""
 
 from __future__ import annotations
 
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
+PASSED_ON = "the baton is passed on"
 
-class Relay:
-    """A baton that goes round: of the threads of `run`, only the one that holds it computes."""
 
-    def __init__(self) -> None:
-        self._ring: list[str] = []
-        self._condition = threading.Condition()
-        self._errors: list[BaseException] = []
+def relay(commands: dict[str, list[str]]) -> dict[str, str]:
+    """Run the commands to their ends, of which one computes at a time; the last line that each has printed.
 
-    def run(self, jobs: dict[str, Callable[[], None]], threads: int) -> None:
-        """Run the jobs to their ends, in turns; raises what the first of them to fail has raised."""
-        self._ring = list(jobs)
-        workers = [threading.Thread(target=self._work, args=(name, job, threads)) for name, job in jobs.items()]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        if self._errors:
-            raise self._errors[0]
+    Each waits with `take_baton` before it begins and, with `pass_on`, between its blocks. Raises CalledProcessError.
+    """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    runners = {name: subprocess.Popen(command, text=True, **pipes) for name, command in commands.items()}  # type: ignore[call-overload]
+    last: dict[str, str] = {}
+    try:
+        while len(last) < len(runners):
+            for name in [name for name in runners if name not in last]:
+                ended = _turn(runners[name])
+                if ended is not None:
+                    last[name] = ended
+    finally:
+        for runner in runners.values():
+            runner.kill()
+            runner.communicate()
+    return last
 
-    def pass_on(self) -> None:
-        """Give the baton to the next and wait for it to come back."""
-        with self._condition:
-            name = self._ring[0]
-            self._ring.append(self._ring.pop(0))
-            self._condition.notify_all()
-            self._condition.wait_for(lambda: self._ring[0] == name)
 
-    def _work(self, name: str, job: Callable[[], None], threads: int) -> None:
-        with self._condition:
-            self._condition.wait_for(lambda: self._ring[0] == name)
-        torch.set_num_threads(threads)  # OpenMP keeps this for each thread
-        try:
-            job()
-        except BaseException as error:
-            self._errors.append(error)
-        finally:
-            with self._condition:
-                self._ring.remove(name)
-                self._condition.notify_all()
+def _turn(runner: subprocess.Popen[str]) -> str | None:
+    """Let it go on until it passes the baton on, or is at its end: then its last line."""
+    runner.stdin.write("\n")  # type: ignore[union-attr]
+    runner.stdin.flush()  # type: ignore[union-attr]
+    line = ""
+    for line in runner.stdout:  # type: ignore[union-attr]
+        if line.strip() == PASSED_ON:
+            return None
+    if runner.wait():
+        raise subprocess.CalledProcessError(runner.returncode, runner.args)
+    return line
+
+
+def take_baton() -> None:
+    sys.stdin.readline()
+
+
+def pass_on() -> None:
+    """Give the baton to the next and wait for it to come back."""
+    print(PASSED_ON, flush=True)
+    take_baton()
 
 
 @dataclass
@@ -57,13 +66,13 @@ class Stopwatch:
 
     block: int
     device: torch.device
-    relay: Relay | None = None
     on_warm: Callable[[], None] = lambda: None
     """Called once, after the first block."""
+    between: Callable[[], None] = lambda: None
+    """Called after each block, off the clock."""
     steps: int = 0
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
-    """Of this process, in which nobody else computes meanwhile."""
     _begin: tuple[float, float] | None = None
 
     def tick(self) -> None:
@@ -78,6 +87,5 @@ class Stopwatch:
             self.cpu_seconds.append(time.process_time() - self._begin[1])
         else:
             self.on_warm()
-        if self.relay:
-            self.relay.pass_on()
+        self.between()
         self._begin = time.perf_counter(), time.process_time()

@@ -1,8 +1,8 @@
 """Speed and memory of lorabench's training loop, all its measuring on, beside a plain PEFT loop and HF Trainer.
 
 All three train the same model from the same initial weights on the same batches with the same optimizer; their
-loss curves are checked against each other. They take turns, ten steps each, so that a busy machine slows all of
-them alike. Peak memory is measured apart from the timing, each contender in a fresh process.
+loss curves are checked against each other. Each in a process of its own, they take turns, ten steps each, so that a
+busy machine slows all of them alike. Peak memory is measured apart from the timing, each contender in a fresh process.
 
     python benchmarks/training.py                                  # some minutes on a CPU
     python benchmarks/training.py --device cuda --dtype bfloat16   # on a GPU
@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from operator import truediv
@@ -29,7 +28,7 @@ os.environ.setdefault("KMP_BLOCKTIME", "0")
 import torch
 from contenders import CONTENDERS, DENOISERS, LOG_EVERY, Race, peak_bytes, reset_peak, resident_bytes, untrained_losses
 from hardware import spread, write
-from relay import Relay, Stopwatch
+from relay import Stopwatch, pass_on, relay, take_baton
 from transformers.utils.logging import disable_progress_bar
 
 from lorabench.data.dataset import read_data
@@ -104,23 +103,24 @@ def check_alike(curves: dict[str, list[float]], tolerance: float) -> float:
     return worst
 
 
-def measure_speed(spec: RunSpec, device: torch.device) -> dict[str, Any]:
+def measure_speed(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     """Tokens/s of every round: a block of LOG_EVERY steps of each contender in turn."""
-    relay, examples = Relay(), prepare(spec)
+    spec = make_spec(arguments, method)
     contenders = DENOISERS if isinstance(spec.task, Denoising) else CONTENDERS
-    races = {name: Race(spec, examples, Stopwatch(LOG_EVERY, device, relay)) for name in contenders}
-    jobs: dict[str, Callable[[], None]] = {name: partial(contenders[name], race) for name, race in races.items()}
-    relay.run(jobs, spec.threads)
-    curves = {name: [float(loss) for loss in race.losses] for name, race in races.items()}
+    rounds = [f"--rounds={arguments.rounds}", "--timed"]
+    found = relay({name: [*child_command(arguments, method, name), *rounds] for name in contenders})
+    timed = {name: json.loads(line) for name, line in found.items()}
+    curves = {name: timed[name]["losses"] for name in contenders}
     if contenders is DENOISERS:
         worst, lengths = check_alike(curves, ALIKE), [1] * (spec.steps * spec.batch_size)
     else:
-        worst = check_agreement(curves, untrained_losses(races["plain"]), TOLERANCE[spec.dtype])
-        lengths = [len(row.get("input_ids", "1")) for row in races["plain"].rows()]  # or the image that it is
+        race = Race(spec, prepare(spec), Stopwatch(LOG_EVERY, torch.device(arguments.device)))
+        worst = check_agreement(curves, untrained_losses(race), TOLERANCE[spec.dtype])
+        lengths = [len(row.get("input_ids", "1")) for row in race.rows()]  # or the image that it is
     size = LOG_EVERY * spec.batch_size
     tokens = [sum(lengths[first : first + size]) for first in range(size, len(lengths), size)]
-    wall = {name: [*map(truediv, tokens, race.watch.seconds)] for name, race in races.items()}
-    cpu = {name: [*map(truediv, tokens, race.watch.cpu_seconds)] for name, race in races.items()}
+    wall = {name: [*map(truediv, tokens, timed[name]["seconds"])] for name in contenders}
+    cpu = {name: [*map(truediv, tokens, timed[name]["cpu_seconds"])] for name in contenders}
     longest = [max(lengths[first : first + spec.batch_size]) for first in range(0, len(lengths), spec.batch_size)]
     return {
         "padded_over_real_tokens": spec.batch_size * sum(longest) / sum(lengths),
@@ -144,26 +144,37 @@ def ratios(speeds: dict[str, list[float]], suffix: str) -> dict[str, Any]:
 
 def measure_memory(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     """Each contender in fresh processes of its own."""
-    options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(arguments).items() if key in ARGUMENTS]
     contenders = DENOISERS if method in DIFFUSION else CONTENDERS
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     for _ in range(arguments.memory_rounds):
         for name in contenders:
-            command = [sys.executable, __file__, *options, "--rounds=2", f"--methods={method}", f"--child={name}"]
+            command = [*child_command(arguments, method, name), "--rounds=2"]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             rows[name].append(json.loads(output.splitlines()[-1]))
     return {name: {key: spread([row[key] for row in found]) for key in found[0]} for name, found in rows.items()}
 
 
+def child_command(arguments: argparse.Namespace, method: str, contender: str) -> list[str]:
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in vars(arguments).items() if key in ARGUMENTS]
+    return [sys.executable, __file__, *options, f"--methods={method}", f"--child={contender}"]
+
+
 def child(arguments: argparse.Namespace) -> None:
-    """Print the peak memory (MiB) of one contender's training as JSON."""
+    """Print as JSON one contender's times and losses, or the peak memory (MiB) of its training."""
     from transformers import Trainer  # noqa: F401  so that no contender is charged for imports that another makes
 
     device = torch.device(arguments.device)
-    spec = make_spec(arguments, arguments.methods[0])
+    spec, run = make_spec(arguments, arguments.methods[0]), (CONTENDERS | DENOISERS)[arguments.child]
+    if arguments.timed:
+        race = Race(spec, prepare(spec), Stopwatch(LOG_EVERY, device, between=pass_on))
+        take_baton()
+        run(race)
+        losses = [float(loss) for loss in race.losses]
+        print(json.dumps({"seconds": race.watch.seconds, "cpu_seconds": race.watch.cpu_seconds, "losses": losses}))
+        return
     race = Race(spec, prepare(spec), Stopwatch(LOG_EVERY, device, on_warm=partial(reset_peak, device)))
     before = resident_bytes()
-    (CONTENDERS | DENOISERS)[arguments.child](race)
+    run(race)
     peak = max(peak_bytes(device), race.other_peak)
     above = {} if device.type == "cuda" else {"above_start_mib": (peak - before) / 2**20}
     print(json.dumps({"peak_mib": peak / 2**20} | above))
@@ -200,6 +211,7 @@ def parse(name: str, methods: list[str], defaults: dict[str, Any]) -> argparse.N
     parser.add_argument("--memory-rounds", default=3, type=int, help="processes a contender (default: 3)")
     parser.add_argument("--methods", nargs="+", default=methods, choices=[*METHODS, *IMAGES, *DIFFUSION])
     parser.add_argument("--child", choices=list(CONTENDERS | DENOISERS), help=argparse.SUPPRESS)
+    parser.add_argument("--timed", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -212,10 +224,10 @@ def main(name: str = "training", methods: list[str] = METHODS, **defaults: Any) 
         return
     figures = {}
     for method in arguments.methods:
-        figures[method] = measure_speed(make_spec(arguments, method), torch.device(arguments.device))
+        figures[method] = measure_speed(arguments, method)
         figures[method]["memory"] = measure_memory(arguments, method)
         print_figures(method, figures[method])
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("child", "device")}
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("child", "timed", "device")}
     specs = {method: asdict(make_spec(arguments, method)) for method in arguments.methods}
     settings |= {"optimizer": _optimizer(specs)}
     print(write(name, arguments.device, settings, {"methods": figures}))

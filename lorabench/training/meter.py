@@ -30,6 +30,10 @@ WARM_UP_STEPS = 5
 """Steps left out of throughput after each start (a tenth of the steps where that is less)."""
 TRAINING_PHASES = ("rollout", "forward_backward", "optimizer")
 """Of a step; in the first a model writes what it is trained on, if it is its own answers."""
+UPDATES_MEASURED = 2
+"""Updates whose memory is measured on the CPU: the second has the optimizer's state, and all later ones are like it."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt (malloc.h); of the second it takes half an arena, 32 MiB, at most."""
 Shapes = tuple[tuple[int, ...], ...]
 """(examples, positions) of each forward pass of a step on this process; (examples, positions, positions of the decoder)
 of an encoder-decoder."""
@@ -53,6 +57,9 @@ class Meter:
         self._process = _Process()
         self._energy = EnergyCounter(device)
         self.baseline_gib = 0.0
+        self._updates = 0
+        if device.type == "cpu":
+            keep_freed_memory()
         self.set_baseline()
 
     @classmethod
@@ -87,7 +94,13 @@ class Meter:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Record the peak memory inside."""
+        """Record the peak memory inside; on the CPU above what was in use before, and of the first updates alone."""
+        if self.device.type == "cpu" and name != "forward_backward":
+            self._updates += name == "optimizer"
+            if name == "optimizer" and self._updates > UPDATES_MEASURED:
+                yield
+                return
+            release_memory(collect=False)
         self._reset_peak()
         try:
             yield
@@ -280,6 +293,16 @@ def release_memory(*, collect: bool = True) -> None:
         gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library (glibc) keep what a step frees for the next step, until `release_memory`.
+
+    It gives the top of its heap back whenever much of it is free, which each step would fault in anew, page by page.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        for parameter, size in ((M_TRIM_THRESHOLD, GIB), (M_MMAP_THRESHOLD, 32 * 2**20)):
+            ctypes.CDLL(None).mallopt(parameter, size)
 
 
 class _Process:
