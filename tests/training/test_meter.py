@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import resource
 import time
 
 import pytest
@@ -34,6 +36,31 @@ def test_each_phase_has_its_own_peak():
     assert measures["optimizer_peak_gib"] * 1024 == pytest.approx(50, abs=30)
     assert measures["peak_gib"] == measures["forward_backward_peak_gib"]
     assert "VmHWM" in how and kept is not None
+
+
+def test_an_update_is_measured_apart_from_what_the_pass_before_it_has_freed():
+    meter = Meter(CPU, steps=100)
+    if not meter._process.can_reset:
+        pytest.skip("this kernel does not let a process reset its high-water mark")
+    for size in (20, 40, 300):  # the third is not like the second: nothing an optimizer does, and not looked at
+        with meter.phase("forward_backward"):
+            blocks = [touch(8) for _ in range(25)]
+            del blocks
+        with meter.phase("optimizer"):
+            kept = touch(size)
+    assert meter.memory()[0]["optimizer_peak_gib"] * 1024 == pytest.approx(40, abs=30) and kept is not None
+
+
+def test_what_a_step_frees_is_kept_for_the_next():
+    for parameter in (meters.M_TRIM_THRESHOLD, meters.M_MMAP_THRESHOLD):
+        ctypes.CDLL(None).mallopt(parameter, 128 * 1024)  # as a process begins
+    with Meter(CPU, steps=100).phase("forward_backward"):
+        faults = [page_faults() for _ in range(3) if [touch(8) for _ in range(25)]]
+    assert faults[2] - faults[1] < 8 * 25 * 256 / 10, "pages of 4 KiB, faulted in anew"
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def test_the_baseline_is_not_counted():
