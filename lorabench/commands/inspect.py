@@ -2,8 +2,8 @@
 
 ADAPTER is a run (its id, or what it begins with), a file, a folder or a Hub id, of any known format; nothing is
 unpickled, and no model is loaded. For every matrix ΔW: singular values, effective ranks, norms and power-law tail,
-beside those of a random update of the same shape; and the smallest ranks that keep a share of ΔW's energy, as PEFT's
-`rank_pattern`.
+beside those of a random update of the same shape, and with --base its share of ‖W0‖; and the smallest ranks that keep a
+share of ΔW's energy, as PEFT's `rank_pattern`.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ def main(arguments: argparse.Namespace) -> int:
     from lorabench.adapters.examine.fused_layers import fused_layers, with_parts
     from lorabench.adapters.examine.inspection import inspect_adapter
     from lorabench.terminal.text import tracked
+    from lorabench.updates.locate import weights_path
+    from lorabench.updates.weightfile import WeightFiles
 
     adapter = open_adapter(arguments.adapter, arguments)
     adapter = with_parts(adapter, fused_layers(adapter, arguments.base))
-    found = inspect_adapter(adapter, energy, lambda layers: tracked(layers, len(adapter.entries), "inspecting"))
+    base = WeightFiles(weights_path(arguments.base)) if arguments.base else None
+    found = inspect_adapter(adapter, energy, lambda layers: tracked(layers, len(adapter.entries), "inspecting"), base)
     if arguments.html:
         from lorabench.adapters.examine.inspection_page import inspection_page
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from lorabench.config.decode import InputError
 from lorabench.updates.formats import Adapter
+from lorabench.updates.parts import PartOf, fused_name
 from lorabench.updates.readers._entry import Entry
 from lorabench.updates.readers._factors import counted
 from lorabench.updates.readers._peft_config import original_layers, original_name
 from lorabench.updates.readers._peft_factors import Factors
 from lorabench.updates.update import DORA_PART
 from lorabench.updates.weightfile import WeightFiles, flat_name, is_embedding, llama_cpp_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _OF_DIFFUSERS = re.compile(r"(unet|transformer|text_encoder(?:_\d)?|prior|decoder)\.(?=.)")
 _OF_KOHYA = re.compile(r"(lora_unet|lora_te\d?|lora_transformer|lycoris)_")
@@ -90,6 +96,19 @@ class Modules:
         if self.base is None or found is None:
             return getattr(self.entries[parameter], "kernel", ())
         return self.base.stored_shape(found)[2:]
+
+    def base_weight(self, parameter: str) -> Tensor | None:
+        """W0 of a matrix ΔW, or its rows of a part: (M, N) in float32; None where the base has none of this shape, or
+        a quantized one."""
+        entry = self.entries[parameter]
+        part, whole = (entry.part, entry.whole) if isinstance(entry, PartOf) else (None, entry)
+        found = self._stored(self._of_model(fused_name(whole_name(parameter)) if part else whole_name(parameter)))
+        if self.base is None or found is None or self.base.shape(found) != whole.shape:
+            return None
+        with contextlib.suppress(InputError):
+            weight = self.base.read(found)
+            return part.rows(weight) if part else weight
+        return None
 
     def embeds(self, parameter: str, module: str) -> bool:
         """Whether it is an embedding: PEFT's factors tell it, else its name."""

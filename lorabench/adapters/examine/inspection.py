@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from lorabench.analyses.spectrum import Spectrum
 from lorabench.config.decode import InputError
@@ -12,8 +15,10 @@ from lorabench.report.aggregate import plain
 from lorabench.updates.advice import rank_pattern_for, smallest_rank
 from lorabench.updates.formats import Adapter, load_layers
 from lorabench.updates.layer import LayerSVD
+from lorabench.updates.modules import all_models
 from lorabench.updates.parts import fused_name, name_of_part
 from lorabench.updates.update import DORA_PART
+from lorabench.updates.weightfile import WeightFiles
 
 ENERGIES = (0.9, 0.95, 0.99)
 Row = dict[str, Any]
@@ -23,16 +28,18 @@ def inspect_adapter(
     adapter: Adapter,
     energy: float = 0.95,
     track: Callable[[Iterator[LayerSVD]], Iterable[LayerSVD]] = iter,
+    base: WeightFiles | None = None,
 ) -> dict[str, Any]:
     """What `lorabench inspect --json` prints.
 
     `layers` has a row for each matrix ΔW: `spectrum`'s metrics, `null` with those of a random update of the same form
     and norm, `null_std` with their standard deviations and `singular_values`.
-    `rank_advice` is by percent of ‖ΔW‖²: 90, 95, 99 and `energy`. Raises InputError where a file is damaged.
+    `rank_advice` is by percent of ‖ΔW‖²: 90, 95, 99 and `energy`. `base` tells ‖W0‖ of layers of which the adapter
+    does not. Raises InputError where a file is damaged.
     """
     if not adapter.entries:
         raise InputError(f"{adapter.source}: changed no matrix, vectors alone (biases, norms): there is no spectrum")
-    rows = [_row(layer) for layer in track(load_layers(adapter))]
+    rows = [_row(layer) for layer in on_base(track(load_layers(adapter)), adapter, base)]
     whole = [row for row in rows if row["part"] is None or row["part_of"] not in {other["layer"] for other in rows}]
     norms = [row["base_norm"] for row in whole]
     norm = math.hypot(*(row["frobenius_norm"] for row in whole))
@@ -47,6 +54,16 @@ def inspect_adapter(
         "layers": rows,
         "rank_advice": {f"{100 * q:g}": rank_advice(rows, q) for q in sorted({*ENERGIES, energy})},
     }
+
+
+def on_base(layers: Iterable[LayerSVD], adapter: Adapter, base: WeightFiles | None) -> Iterator[LayerSVD]:
+    """The layers with ‖W0‖ by the base, where they have none and it has a weight of their name and shape."""
+    models = all_models(adapter, base) if base else []
+    model_of = {parameter: model for model in models for parameter in model.entries}
+    for layer in layers:
+        model = model_of.get(layer.parameter)
+        weight = model.base_weight(layer.parameter) if model and layer.base_norm is None else None
+        yield layer if weight is None else replace(layer, base_norm=float(torch.linalg.vector_norm(weight.double())))
 
 
 def _row(layer: LayerSVD) -> Row:

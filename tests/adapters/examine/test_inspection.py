@@ -225,3 +225,45 @@ def test_bars_on_a_log_scale():
     assert lines == ["    1 │┄┄┄", " 1e-1 │██", " 1e-2 └───"]
     assert sketch.blocks([0, 5, None, 10], 0, 10) == "▁▅·█"
     assert sketch.shades([[0, 0.5, 1]], 1.0) == ["  ▒▒██"]
+
+
+@pytest.mark.parametrize("form", ["peft", "kohya"])
+def test_a_base_tells_its_share_of_the_weights(lora, tmp_path, form, capsys):
+    """‖W0‖ by torch, of every layer that the base has in this shape."""
+    folder, expected = lora
+    model = AutoModelForCausalLM.from_config(CONFIG)
+    model.save_pretrained(tmp_path / "base")
+    norms = {name: model.get_submodule(name).weight.double().norm().item() for name in expected}
+    if form == "kohya":
+        folder = as_kohya(folder, tmp_path / "kohya.safetensors")
+    code, out, _ = run(capsys, folder, "--base", tmp_path / "base", "--json")
+    table = json.loads(out)
+    assert code == 0 and len(table["layers"]) == len(norms)
+    found = {row["layer"].removeprefix("lora_unet_").replace(".", "_"): row for row in table["layers"]}
+    for name, norm in norms.items():
+        row = found[name.replace(".", "_")]
+        assert row["base_norm"] == pytest.approx(norm, rel=1e-6)
+        assert row["relative_norm"] == pytest.approx(expected[name].norm().item() / norm, rel=1e-5)
+    total = np.linalg.norm([delta.norm().item() for delta in expected.values()])
+    assert table["relative_norm"] == pytest.approx(total / np.linalg.norm([*norms.values()]), rel=1e-5)
+    assert run(capsys, folder, "--base", tmp_path / "base")[1].count("% of ‖W0‖") == 1
+
+
+def test_a_base_of_other_shapes_tells_no_share(lora, tmp_path, capsys):
+    config = type(CONFIG)(**CONFIG.to_dict() | {"intermediate_size": CONFIG.intermediate_size + 8})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    rows = json.loads(run(capsys, lora[0], "--base", tmp_path, "--json")[1])["layers"]
+    assert {row["kind"]: row["base_norm"] is not None for row in rows} == {"q_proj": True, "up_proj": False}
+
+
+def as_kohya(folder, file):
+    """The adapter as kohya's scripts would name its tensors."""
+    tensors, named = load_file(folder / "adapter_model.safetensors"), {}
+    rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+    for name, tensor in tensors.items():
+        module, which = name.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
+        stem = "lora_unet_" + module.replace(".", "_")
+        named[f"{stem}.{'lora_down' if which == 'lora_A' else 'lora_up'}.weight"] = tensor
+        named[f"{stem}.alpha"] = torch.tensor(SCALE * rank)
+    save_file(named, file)
+    return file
