@@ -8,6 +8,7 @@ from typing import Any
 
 from lorabench.cluster.packing import makespan
 from lorabench.cluster.submit import Prospect, scripts, warnings
+from lorabench.config.quote import counted
 from lorabench.store.record import Status
 from lorabench.terminal.text import duration, size
 
@@ -53,13 +54,13 @@ def as_text(prospect: Prospect, table: dict[str, Any]) -> str:
     """The same, to read."""
     stand = [f"{number} {_word(status)}" for status, number in table["not_submitted"].items()]
     stand += [f"{table['num_to_submit']} to submit"] if table["num_to_submit"] else []
-    lines = [f"{table['sweep']}: {table['num_runs']} runs: {', '.join(stand)}"]
+    lines = [f"{table['sweep']}: {counted(table['num_runs'], 'run')}: {', '.join(stand)}"]
     if not table["num_jobs"]:
         return "\n".join([*lines, *_hint(prospect)])
     few, many = table["cells_per_job"]
-    cells = f"{few}" if few == many else f"{few} to {many}"
+    cells = counted(few, "run") if few == many else f"{few} to {many} runs"
     jobs, arrays = counted(table["num_jobs"], "job"), counted(len(table["arrays"]), "array")
-    lines.append(f"{jobs} of {cells} runs in {arrays}")
+    lines.append(f"{jobs} of {cells} in {arrays}")
     return "\n".join([*lines, *_cost(prospect, table), *_hint(prospect), *table["warnings"], "", *table["scripts"]])
 
 
@@ -71,10 +72,6 @@ def _cost(prospect: Prospect, table: dict[str, Any]) -> list[str]:
         f"storage: about {size(table['storage_bytes'])} of updates",
         f"longest job: about {duration(max(_seconds(prospect, job) for job in prospect.jobs))}",
     ]
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _word(status: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lorabench.commands._arguments import RESULTS, argument, open_store
 from lorabench.config.decode import InputError
-from lorabench.config.quote import clip
+from lorabench.config.quote import clip, counted
 from lorabench.terminal.text import talk, tell
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ def _say(plan: Cancellation, done: str) -> None:
         tell(f"jobs {ids}")
     for run_id, why in plan.alone.items():
         tell(f"run {run_id}  ({why})")
-    counts = [f"{len(plan.jobs)} jobs with {len(plan.run_ids) - len(plan.alone)} runs"] * bool(plan.jobs)
-    counts += [f"{len(plan.alone)} runs without their jobs"] * bool(plan.alone)
+    inside = counted(len(plan.run_ids) - len(plan.alone), "run")
+    counts = [f"{counted(len(plan.jobs), 'job')} with {inside}"] * bool(plan.jobs)
+    counts += [f"{counted(len(plan.alone), 'run')} without their jobs"] * bool(plan.alone)
     ends = "; what was running writes its checkpoint first" if plan.marked and done == "cancelled" else ""
     talk(f"{done} {' and '.join(counts)}{ends}")

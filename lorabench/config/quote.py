@@ -25,6 +25,11 @@ def show(value: Any, length: int = LENGTH) -> str:
     return clip(text, length)
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def blame(error: BaseException) -> str:
     """An error that is a mistake of the program, in one line: what was raised, and where."""
     place = next(reversed(traceback.extract_tb(error.__traceback__)), None)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorabench.config.decode import InputError
 from lorabench.config.plugins import unknown
-from lorabench.config.quote import clip, show_path
+from lorabench.config.quote import clip, counted, show_path
 from lorabench.data.fingerprints import named
 from lorabench.launch.exit_status import Ending, common_cause, record_stamp, write_ending
 from lorabench.launch.packs import Asked, in_packs, packs_text
@@ -258,9 +258,10 @@ class _Launch:
                 self.pending.append(spec)
         done = sum(state.status == Status.DONE for state in self.settled.values())
         parts = [f"{done} done already"] * bool(done)
-        parts += [f"{len(self.pending)} to run on {self.pool.workers} workers"] * bool(self.pending)
+        parts += [f"{len(self.pending)} to run on {counted(self.pool.workers, 'worker')}"] * bool(self.pending)
         parts += [f"{len(self.elsewhere)} running elsewhere"] * bool(self.elsewhere)
-        self.display.say(f"{self.sweep.name}: {len(self.sweep.runs)} runs: {', '.join(parts) or 'nothing to do'}")
+        runs = counted(len(self.sweep.runs), "run")
+        self.display.say(f"{self.sweep.name}: {runs}: {', '.join(parts) or 'nothing to do'}")
 
     def _may_pack(self) -> bool:
         return self.pool.pack != 1 and len(self.pending) > 1 and self.pool.processes == 1 and self.pool.team is None
@@ -509,7 +510,8 @@ class _Launch:
                 child.kill() if self.obeyed > 1 and patience is None else child.terminate(self.signals[0])
             if self.obeyed == 1 and self.children:
                 hint = "again: kill them" if patience is None else f"at most {patience:.0f} s"
-                self.display.say(f"stopping: {len(self.stopped)} runs write a checkpoint ({hint})")
+                runs = f"{len(self.stopped)} runs write" if len(self.stopped) > 1 else "1 run writes"
+                self.display.say(f"stopping: {runs} a checkpoint ({hint})")
         elif self.obeyed and patience is not None and time.monotonic() > self.stopping_since + patience:
             for child in self.children:
                 child.kill()

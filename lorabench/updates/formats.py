@@ -19,13 +19,13 @@ import torch
 
 from lorabench.config import plugins
 from lorabench.config.decode import InputError
+from lorabench.config.quote import counted
 from lorabench.linalg.decompose import ThinSVD, one_thread, thin_svd
 from lorabench.processes.machine import available_cores
 from lorabench.updates.base import LARGE, best_device
 from lorabench.updates.layer import LayerSVD
 from lorabench.updates.locate import adapter_folders, adapter_path, weights_path
 from lorabench.updates.readers._entry import CONFIG_FILE, Entry, Found, Other, Source
-from lorabench.updates.readers._factors import counted
 from lorabench.updates.readers._gguf_file import GGUF_SUFFIX
 from lorabench.updates.tensorfile import SUFFIXES, open_tensors
 from lorabench.updates.update import DORA_PART, Update

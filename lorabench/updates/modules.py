@@ -10,10 +10,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from lorabench.config.decode import InputError
+from lorabench.config.quote import counted
 from lorabench.updates.formats import Adapter
 from lorabench.updates.parts import PartOf, fused_name
 from lorabench.updates.readers._entry import Entry
-from lorabench.updates.readers._factors import counted
 from lorabench.updates.readers._peft_config import original_layers, original_name
 from lorabench.updates.readers._peft_factors import Factors
 from lorabench.updates.update import DORA_PART

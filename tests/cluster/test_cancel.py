@@ -70,7 +70,7 @@ def test_a_sweep_s_own_jobs_are_cancelled_and_of_the_others_its_runs(
     assert set(lines[0].split()) == {"job", "5_0", *(spec.id for spec in SPECS[:4])}
     assert {line.split()[1] for line in lines[1:]} == {SPECS[4].id, SPECS[5].id}
     assert all("its job holds 2 runs that go on" in line for line in lines[1:])
-    assert "cancelled 1 jobs with 4 runs and 2 runs without their jobs" in err
+    assert "cancelled 1 job with 4 runs and 2 runs without their jobs" in err
     assert [store.cancel_marker(spec.id).exists() for spec in SPECS] == [False] * 4 + [True] * 2 + [False] * 6
     slurm_commands.queue({"5_1": "RUNNING", "5_2": "PENDING"}, OURS)
     found = [standing.status for standing in standings(store, SPECS)]

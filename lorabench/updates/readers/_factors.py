@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lorabench.config.decode import InputError
+from lorabench.config.quote import counted
 from lorabench.linalg.products import LARGEST
 from lorabench.updates.readers._dora import Dora
 from lorabench.updates.readers._entry import CONFIG_FILE, Entry, Found, Source, Tensors, read_json
@@ -238,7 +239,3 @@ def found(
         left_out=tuple(sorted(left_out)),
         config=config or {},
     )
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -21,10 +21,10 @@ from typing import Any
 from torch import Tensor
 
 from lorabench.config.decode import InputError
-from lorabench.config.quote import clip
+from lorabench.config.quote import clip, counted
 from lorabench.updates.readers._entry import Found, Source, read_json
 from lorabench.updates.readers._experts import Kept
-from lorabench.updates.readers._factors import Form, Layer, Scale, by_convention, counted, found, plain, rank_of, stems
+from lorabench.updates.readers._factors import Form, Layer, Scale, by_convention, found, plain, rank_of, stems
 from lorabench.updates.readers._gguf_file import GGUF_SUFFIX, GGUFFile
 from lorabench.updates.readers._peft_config import is_number
 from lorabench.updates.weightfile import some

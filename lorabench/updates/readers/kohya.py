@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from lorabench.config.quote import counted
 from lorabench.updates.readers import _lycoris
 from lorabench.updates.readers._dora import Dora
 from lorabench.updates.readers._entry import Found, Source, Tensors
@@ -26,7 +27,6 @@ from lorabench.updates.readers._factors import (
     adapter_file,
     as_dora,
     by_convention,
-    counted,
     found,
     number,
     plain,

@@ -22,13 +22,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lorabench.config.quote import counted
 from lorabench.updates.readers._entry import Found, Source, Tensors
 from lorabench.updates.readers._factors import (
     Form,
     Layer,
     adapter_file,
     by_convention,
-    counted,
     found,
     grouped,
     plain,
