@@ -8,10 +8,11 @@ import os
 from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from lorabench.config.decode import InputError, show
-from lorabench.config.quote import show_path
+from lorabench.config.quote import clip, show_path
 from lorabench.data.dataset import BUILTIN as BUILTIN
 from lorabench.data.image_folder import VISION
 from lorabench.models import denoisers
@@ -451,9 +452,15 @@ def _pretrained(source: str, revision: str | None, load: Any, **arguments: Any) 
     if local and denoisers.is_pipeline(Path(path)):
         what = 'is a pipeline of diffusers, whose denoiser task.name = "denoising" trains'
         raise InputError(f'model = "{show_path(source)}": {what}')
+    if local:
+        denoisers.check_whole(Path(path), source)
     place = {"local_files_only": local or _offline(), "revision": None if local else revision}
     try:
         return load(path, **place, **arguments)
+    except (RuntimeError, EOFError, UnpicklingError) as error:  # a file of torch's own, which is torn
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise InputError(f'model = "{show_path(source)}": its *.bin does not load: {clip(error)}') from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(

@@ -92,6 +92,19 @@ def check_parts(folder: Path, source: str) -> None:
             says.append(f"its folder {part} has no weights (*.safetensors)")
     if says:
         raise InputError([f'model = "{show_path(source)}": {each}' for each in says])
+    for part in named:
+        check_whole(folder / part, source)
+
+
+def check_whole(folder: Path, source: str) -> None:
+    """InputError with the first file of a folder's weights that is torn: each header is read, and the file's length."""
+    from lorabench.updates.tensorfile import open_tensors
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            open_tensors(file)
+        except InputError as error:
+            raise InputError(f'model = "{show_path(source)}": {error}') from None
 
 
 def denoiser_folder(folder: Path, source: str) -> Path:

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lorabench.config.decode import InputError
 from lorabench.data import dataset as data_module
@@ -95,6 +96,24 @@ def test_a_frozen_base_is_in_the_spec_s_dtype_and_a_trained_one_in_float32():
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(InputError, match=r"has neither config\.json nor model_index\.json"):
         models.resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("of_torch", [False, True])
+def test_a_torn_file_of_weights_is_told(tmp_path, of_torch):
+    """As a broken download leaves it: before anything is computed, and with its name."""
+    model = shutil.copytree(models.resolve("builtin:tiny-llama"), tmp_path / "model")
+    file = model / "model.safetensors"
+    if of_torch:
+        tensors = load_file(file)
+        file.unlink()
+        file = model / "pytorch_model.bin"
+        torch.save(tensors, file)
+    os.truncate(file, file.stat().st_size // 2)
+    message = r"model = .*: its \*\.bin does not load" if of_torch else r"model\.safetensors: not a whole safetensors"
+    spec = make_spec(model=str(model))
+    for load in (lambda: models.from_files(spec, {}), lambda: models.load_base(spec, torch.device("cpu"), {})):
+        with pytest.raises(InputError, match=message):
+            load()
 
 
 def test_a_classifier_finds_its_padding(tmp_path):

@@ -4,6 +4,7 @@ plain pipelines load."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -314,6 +315,16 @@ def test_a_part_that_a_pipeline_lacks_is_told_before_anything_starts(pipelines, 
     shutil.rmtree(folder / gone) if (folder / gone).is_dir() else (folder / gone).unlink()
     task = {"name": "denoising", "data": dogs, "condition": "text"}
     with pytest.raises(InputError, match=says):
+        make_spec(task=task).task.checks_with(str(folder), None)
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_a_torn_part_of_a_pipeline_is_told_before_anything_starts(pipelines, dogs, tmp_path, part):
+    shutil.copytree(pipelines("stable_diffusion"), folder := tmp_path / "pipeline")
+    file = folder / f"{part}.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    task = {"name": "denoising", "data": dogs, "condition": "text"}
+    with pytest.raises(InputError, match=rf"{part}\.safetensors: not a whole safetensors file"):
         make_spec(task=task).task.checks_with(str(folder), None)
 
 
