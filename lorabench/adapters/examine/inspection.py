@@ -11,6 +11,7 @@ import torch
 
 from lorabench.analyses.spectrum import Spectrum
 from lorabench.config.decode import InputError
+from lorabench.config.quote import counted
 from lorabench.report.aggregate import plain
 from lorabench.updates.advice import rank_pattern_for, smallest_rank
 from lorabench.updates.formats import Adapter, load_layers
@@ -42,12 +43,14 @@ def inspect_adapter(
     rows = [_row(layer) for layer in on_base(track(load_layers(adapter)), adapter, base)]
     whole = [row for row in rows if row["part"] is None or row["part_of"] not in {other["layer"] for other in rows}]
     norms = [row["base_norm"] for row in whole]
+    unknown = norms.count(None) if base else 0
+    lacks = f"‖W0‖ of {counted(unknown, 'layer')} is not known: the base has no such weight, or a quantized one"
     norm = math.hypot(*(row["frobenius_norm"] for row in whole))
     return {
         "source": adapter.source,
         "format": adapter.format,
         "scale_source": adapter.scale_source,
-        "notes": list(adapter.notes),
+        "notes": [*adapter.notes, *[lacks] * bool(unknown)],
         "num_layers": len(whole),
         "frobenius_norm": norm,
         "relative_norm": norm / math.hypot(*norms) if norms and None not in norms else None,

@@ -252,8 +252,19 @@ def test_a_base_tells_its_share_of_the_weights(lora, tmp_path, form, capsys):
 def test_a_base_of_other_shapes_tells_no_share(lora, tmp_path, capsys):
     config = type(CONFIG)(**CONFIG.to_dict() | {"intermediate_size": CONFIG.intermediate_size + 8})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    rows = json.loads(run(capsys, lora[0], "--base", tmp_path, "--json")[1])["layers"]
-    assert {row["kind"]: row["base_norm"] is not None for row in rows} == {"q_proj": True, "up_proj": False}
+    table = json.loads(run(capsys, lora[0], "--base", tmp_path, "--json")[1])
+    assert {row["kind"]: row["base_norm"] is not None for row in table["layers"]} == {"q_proj": True, "up_proj": False}
+    assert any("of 3 layers is not known" in note for note in table["notes"])
+
+
+def test_a_base_of_8_bits_tells_no_share(lora, tmp_path, capsys):
+    """Its scales stand in tensors of their own: what is stored is not W0."""
+    AutoModelForCausalLM.from_config(CONFIG).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: t.to(torch.float8_e4m3fn) if "proj" in name else t for name, t in load_file(file).items()}
+    save_file(tensors, file)
+    table = json.loads(run(capsys, lora[0], "--base", tmp_path, "--json")[1])
+    assert table["relative_norm"] is None and any("of 6 layers is not known" in note for note in table["notes"])
 
 
 def as_kohya(folder, file):
